@@ -1,0 +1,86 @@
+// What a device must be able to do. The model is written against this and nothing else, so whatever runs here runs Llama.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "core/tensor_view.h"
+#include "ops/attention.h"
+#include "ops/cross_entropy.h"
+#include "ops/embedding.h"
+#include "ops/feed_forward.h"
+#include "ops/kv_cache.h"
+#include "ops/matmul.h"
+#include "ops/matrix.h"
+#include "ops/rms_norm.h"
+#include "ops/rope.h"
+#include "ops/sample.h"
+#include "ops/softmax.h"
+
+namespace llama_ext {
+
+/// Memory of a device. `data` may only be followed by the backend that allocated it.
+class Buffer {
+ public:
+  virtual ~Buffer() = default;
+  void* data() const { return data_; }
+  size_t nbytes() const { return nbytes_; }
+
+ protected:
+  Buffer(void* data, size_t nbytes) : data_(data), nbytes_(nbytes) {}
+
+ private:
+  void* data_;
+  size_t nbytes_;
+};
+
+/// Every method may be called from several threads at once. Operations check their arguments (ops/*.h), may run
+/// asynchronously, and are ordered as called from one thread; what they read must stay alive until `synchronize`.
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  /// "cpu" | "reference" | "cuda:0": what a user calls it.
+  virtual std::string device() const = 0;
+  /// The instruction set or compute capability in use.
+  virtual std::string isa() const = 0;
+  virtual int threads() const = 0;
+
+  // Memory.
+  /// Zero-filled, aligned for any vector. Throws OutOfMemoryError.
+  virtual std::unique_ptr<Buffer> allocate(size_t nbytes) = 0;
+  virtual void copy_to_device(void* device, const void* host, size_t nbytes) = 0;
+  virtual void copy_to_host(void* host, const void* device, size_t nbytes) = 0;
+  virtual void synchronize() = 0;
+
+  // Weights.
+  /// A matrix of zeros. dtype: f32 | bf16. Throws DTypeError, OutOfMemoryError.
+  virtual std::unique_ptr<Matrix> create_matrix(int64_t rows, int64_t cols, DType dtype) = 0;
+  /// Writes `source` (n, K), host memory, f32 | f16 | bf16 | f64, contiguous, to the rows that `map` names, converted to
+  /// the matrix's dtype (round to nearest, ties to even).
+  virtual void write_rows(Matrix& matrix, const RowMap& map, const TensorView& source) = 0;
+  /// Reads rows back: `target` (n, K), host memory, f32 or the matrix's own dtype, contiguous.
+  virtual void read_rows(const Matrix& matrix, const RowMap& map, const TensorView& target) = 0;
+
+  // The KV cache of one sequence.
+  /// Memory is only touched as positions are stored. Throws DTypeError, OutOfMemoryError.
+  virtual std::unique_ptr<KvCache> create_kv_cache(const KvCacheShape& shape) = 0;
+  /// Copies positions [0, length) of all layers; shapes may differ in capacity only.
+  virtual void copy_kv_cache(KvCache& target, const KvCache& source, int64_t length) = 0;
+
+  // Operations, one per header of ops/.
+  virtual void embedding(const EmbeddingArgs& args) = 0;
+  virtual void matmul(const MatmulArgs& args) = 0;
+  virtual void rms_norm(const RmsNormArgs& args) = 0;
+  virtual void rope(const RopeArgs& args) = 0;
+  virtual void kv_store(const KvStoreArgs& args) = 0;
+  virtual void kv_load(const KvLoadArgs& args) = 0;
+  virtual void attention(const AttentionArgs& args) = 0;
+  virtual void feed_forward(const FeedForwardArgs& args) = 0;
+  virtual void softmax(const SoftmaxArgs& args) = 0;
+  virtual void cross_entropy(const CrossEntropyArgs& args) = 0;
+  virtual SampleResult sample(const SampleArgs& args) = 0;
+};
+
+}  // namespace llama_ext

@@ -1,0 +1,279 @@
+// Backend and Matrix: every operation by itself, on NumPy arrays.
+#include <algorithm>
+
+#include "bindings/bindings.h"
+
+namespace llama_ext {
+namespace {
+
+using BackendPtr = std::shared_ptr<Backend>;
+
+const Matrix* matrix_of(const BackendPtr& backend, const PyMatrix& matrix, std::string_view op, std::string_view what) {
+  require(matrix.backend == backend, ErrorKind::kDevice, op, ": ", what, " was made by another Backend object, on ",
+          matrix.backend->device(), ". Make it with the one that uses it");
+  return matrix.matrix.get();
+}
+
+/// Runs an operation without the GIL and waits for it.
+template <typename Work>
+void run_op(const BackendPtr& backend, Work&& work) {
+  without_gil([&] {
+    work();
+    backend->synchronize();
+  });
+}
+
+PyMatrix make_matrix(const BackendPtr& backend, const py::object& source, const std::string& dtype) {
+  const TensorView view = weight_view(source, "matrix", "source");
+  require_shape(view, {-1, -1}, "matrix", "source");
+  const DType kept = dtype_from_name(dtype, "matrix");
+  PyMatrix matrix{backend, nullptr};
+  run_op(backend, [&] {
+    matrix.matrix = backend->create_matrix(view.dim(0), view.dim(1), kept);
+    backend->write_rows(*matrix.matrix, {}, view);
+  });
+  return matrix;
+}
+
+PyMatrix make_gate_up_matrix(const BackendPtr& backend, const py::object& gate, const py::object& up,
+                             const std::string& dtype) {
+  const TensorView gate_view = weight_view(gate, "gate_up_matrix", "gate");
+  const TensorView up_view = weight_view(up, "gate_up_matrix", "up");
+  require_shape(gate_view, {-1, -1}, "gate_up_matrix", "gate");
+  require_shape(up_view, {gate_view.dim(0), gate_view.dim(1)}, "gate_up_matrix", "up");
+  const DType kept = dtype_from_name(dtype, "gate_up_matrix");
+  PyMatrix matrix{backend, nullptr};
+  run_op(backend, [&] {
+    matrix.matrix = backend->create_matrix(gate_up_size(gate_view.dim(0)), gate_view.dim(1), kept);
+    backend->write_rows(*matrix.matrix, gate_rows(), gate_view);
+    backend->write_rows(*matrix.matrix, up_rows(), up_view);
+  });
+  return matrix;
+}
+
+py::array matrix_to_array(const PyMatrix& matrix) {
+  const int64_t rows = matrix.matrix->rows();
+  const int64_t cols = matrix.matrix->cols();
+  py::array values = new_array(DType::kF32, {rows, cols}, "to_array");
+  const TensorView view(float_data(values), DType::kF32, {rows, cols});
+  run_op(matrix.backend, [&] { matrix.backend->read_rows(*matrix.matrix, {}, view); });
+  return values;
+}
+
+void embedding(const BackendPtr& backend, const py::object& ids, const PyMatrix& table, const py::object& out) {
+  const EmbeddingArgs args{.ids = read_view(ids, DType::kI32, 1, "embedding", "ids"),
+                           .table = matrix_of(backend, table, "embedding", "table"),
+                           .y = write_view(out, DType::kF32, 2, "embedding", "out")};
+  run_op(backend, [&] { backend->embedding(args); });
+}
+
+void matmul(const BackendPtr& backend, const py::object& x, const PyMatrix& weight, const py::object& bias,
+            const py::object& out, bool accumulate, const std::string& compute) {
+  const MatmulArgs args{.x = read_view(x, DType::kF32, 2, "matmul", "x"),
+                        .weight = matrix_of(backend, weight, "matmul", "weight"),
+                        .bias = optional_view(bias, 1, "matmul", "bias"),
+                        .y = write_view(out, DType::kF32, 2, "matmul", "out"),
+                        .accumulate = accumulate,
+                        .compute = compute_from_name(compute)};
+  run_op(backend, [&] { backend->matmul(args); });
+}
+
+void rms_norm(const BackendPtr& backend, const py::object& x, const py::object& weight, double eps,
+              const py::object& out, const py::object& inv_rms) {
+  const RmsNormArgs args{
+      .x = read_view(x, DType::kF32, 2, "rms_norm", "x"),
+      .weight = read_view(weight, DType::kF32, 1, "rms_norm", "weight"),
+      .eps = eps,
+      .y = write_view(out, DType::kF32, 2, "rms_norm", "out"),
+      .inv_rms = inv_rms.is_none() ? TensorView() : write_view(inv_rms, DType::kF32, 1, "rms_norm", "inv_rms")};
+  run_op(backend, [&] { backend->rms_norm(args); });
+}
+
+void rope(const BackendPtr& backend, const py::object& x, const py::object& cos, const py::object& sin) {
+  const RopeArgs args{.x = write_view(x, DType::kF32, 3, "rope", "x"),
+                      .cos = read_view(cos, DType::kF32, 2, "rope", "cos"),
+                      .sin = read_view(sin, DType::kF32, 2, "rope", "sin")};
+  run_op(backend, [&] { backend->rope(args); });
+}
+
+/// Attention over padded arrays. Row b's keys are k[b, starts[b] : starts[b] + lengths[b]]; the T queries are the last T of
+/// the S padded places, so query t is at place S - T + t and sees the keys of its row up to there. A query outside its row's
+/// keys is padding, and gives zeros.
+void attention(const BackendPtr& backend, const py::object& q, const py::object& k, const py::object& v,
+               const py::object& starts, const py::object& lengths, double scale, const std::string& cache_dtype,
+               const py::object& out) {
+  const TensorView q_view = read_view(q, DType::kF32, 4, "attention", "q");
+  const TensorView k_view = read_view(k, DType::kF32, 4, "attention", "k");
+  const TensorView v_view = read_view(v, DType::kF32, 4, "attention", "v");
+  const TensorView y_view = write_view(out, DType::kF32, 4, "attention", "out");
+  const TensorView starts_view = read_view(starts, DType::kI32, 1, "attention", "starts");
+  const TensorView lengths_view = read_view(lengths, DType::kI32, 1, "attention", "lengths");
+  const DType kept = kv_dtype_from_name(cache_dtype);
+
+  const int64_t batch = q_view.dim(0);
+  const int64_t queries = q_view.dim(1);
+  const int64_t heads = q_view.dim(2);
+  const int64_t head_dim = q_view.dim(3);
+  const int64_t places = k_view.dim(1);
+  const int64_t kv_heads = k_view.dim(2);
+  require_shape(k_view, {batch, -1, -1, head_dim}, "attention", "k");
+  require_shape(v_view, {batch, places, kv_heads, head_dim}, "attention", "v");
+  require_shape(y_view, {batch, queries, heads, head_dim}, "attention", "out");
+  require_shape(starts_view, {batch}, "attention", "starts");
+  require_shape(lengths_view, {batch}, "attention", "lengths");
+  require(q_view.is_contiguous() && y_view.is_contiguous(), ErrorKind::kShape,
+          "attention: q and out must be C-contiguous. Pass numpy.ascontiguousarray of them");
+  require(queries <= places, ErrorKind::kShape, "attention: q has ", queries, " tokens, more than the ", places,
+          " keys");
+  require(kv_heads >= 1 && heads % kv_heads == 0, ErrorKind::kShape, "attention: the heads of q (", heads,
+          ") must be a multiple of the heads of k (", kv_heads, ")");
+
+  run_op(backend, [&] {
+    std::fill_n(y_view.f32(), y_view.size(), 0.0f);
+    AttentionArgs args;
+    args.q = TensorView(q_view.data(), DType::kF32, {batch * queries, heads, head_dim});
+    args.scale = scale;
+    args.y = TensorView(y_view.data(), DType::kF32, {batch * queries, heads, head_dim});
+    std::vector<std::unique_ptr<KvCache>> caches;
+    for (int64_t b = 0; b < batch; ++b) {
+      const int64_t start = static_cast<const int32_t*>(starts_view.data())[b];
+      const int64_t length = static_cast<const int32_t*>(lengths_view.data())[b];
+      require(start >= 0 && length >= 0 && start + length <= places, ErrorKind::kShape, "attention: row ", b, ": keys ",
+              start, " to ", start + length, " are not within the ", places, " of k");
+      const int64_t first_place = places - queries;
+      const int64_t begin = std::max(start, first_place);
+      const int64_t end = start + length;
+      if (begin >= end || heads == 0 || head_dim == 0) continue;
+
+      caches.push_back(backend->create_kv_cache(
+          {.layers = 1, .kv_heads = kv_heads, .head_dim = head_dim, .capacity = length, .dtype = kept}));
+      const auto keys_of_row = [&](const TensorView& all) {
+        return TensorView(all.row<float>(b) + start * kv_heads * head_dim, DType::kF32, {length, kv_heads, head_dim});
+      };
+      backend->kv_store({.cache = caches.back().get(),
+                         .layer = 0,
+                         .position = 0,
+                         .k = keys_of_row(k_view),
+                         .v = keys_of_row(v_view)});
+      args.segments.push_back({.cache = caches.back().get(),
+                               .row = b * queries + begin - first_place,
+                               .tokens = end - begin,
+                               .position = begin - start});
+    }
+    if (!args.segments.empty()) backend->attention(args);
+    backend->synchronize();  // before the caches go
+  });
+}
+
+void feed_forward(const BackendPtr& backend, const py::object& x, const PyMatrix& gate_up, const py::object& gate_bias,
+                  const py::object& up_bias, const PyMatrix& down, const py::object& down_bias, const py::object& out,
+                  bool accumulate, const std::string& compute) {
+  const Matrix* gate_up_matrix = matrix_of(backend, gate_up, "feed_forward", "gate_up");
+  const Matrix* down_matrix = matrix_of(backend, down, "feed_forward", "down");
+  const TensorView gate = optional_view(gate_bias, 1, "feed_forward", "gate_bias");
+  const TensorView up = optional_view(up_bias, 1, "feed_forward", "up_bias");
+  std::vector<float> bias;
+  if (gate || up) {
+    bias.resize(static_cast<size_t>(gate_up_matrix->rows()));
+    const auto place = [&](const TensorView& half, const RowMap& rows, const char* what) {
+      if (!half) return;
+      require_shape(half, {down_matrix->cols()}, "feed_forward", what);
+      require(gate_up_size(half.size()) == gate_up_matrix->rows(), ErrorKind::kShape, "feed_forward: ", what, " has ",
+              half.size(), " entries, which does not fit gate_up's ", gate_up_matrix->rows(), " rows");
+      for (int64_t i = 0; i < half.size(); ++i) bias[static_cast<size_t>(rows(i))] = half.f32()[i];
+    };
+    place(gate, gate_rows(), "gate_bias");
+    place(up, up_rows(), "up_bias");
+  }
+  FeedForwardArgs args;
+  args.x = read_view(x, DType::kF32, 2, "feed_forward", "x");
+  args.gate_up = gate_up_matrix;
+  if (!bias.empty()) args.gate_up_bias = TensorView(bias.data(), DType::kF32, {static_cast<int64_t>(bias.size())});
+  args.down = down_matrix;
+  args.down_bias = optional_view(down_bias, 1, "feed_forward", "down_bias");
+  args.y = write_view(out, DType::kF32, 2, "feed_forward", "out");
+  args.accumulate = accumulate;
+  args.compute = compute_from_name(compute);
+  run_op(backend, [&] { backend->feed_forward(args); });
+}
+
+void softmax(const BackendPtr& backend, const py::object& x, const py::object& out) {
+  const SoftmaxArgs args{.x = read_view(x, DType::kF32, 2, "softmax", "x"),
+                         .y = write_view(out, DType::kF32, 2, "softmax", "out")};
+  run_op(backend, [&] { backend->softmax(args); });
+}
+
+void cross_entropy(const BackendPtr& backend, const py::object& logits, const py::object& labels,
+                   const py::object& out) {
+  const CrossEntropyArgs args{.logits = read_view(logits, DType::kF32, 2, "cross_entropy", "logits"),
+                              .labels = read_view(labels, DType::kI32, 1, "cross_entropy", "labels"),
+                              .losses = write_view(out, DType::kF32, 1, "cross_entropy", "out")};
+  run_op(backend, [&] { backend->cross_entropy(args); });
+}
+
+py::tuple sample(const BackendPtr& backend, const py::object& logits, const py::dict& options,
+                 const std::vector<int32_t>& prompt, const std::vector<int32_t>& output, uint64_t seed, uint64_t stream,
+                 uint64_t counter) {
+  const SamplingOptions sampling = sampling_from_dict(options);
+  const SampleArgs args{.logits = read_view(logits, DType::kF32, 1, "sample", "logits"),
+                        .options = &sampling,
+                        .prompt = &prompt,
+                        .output = &output,
+                        .key = {.seed = seed, .stream = stream, .counter = counter}};
+  check(sampling, args.logits.size());
+  const SampleResult result = without_gil([&] { return backend->sample(args); });
+  return py::make_tuple(result.token, result.logprob);
+}
+
+py::tuple angles(const py::dict& rope_dict, const py::object& positions) {
+  require(py::isinstance<py::array_t<int64_t, py::array::c_style>>(positions), ErrorKind::kDType,
+          "rope_angles: positions must be a contiguous NumPy array of int64");
+  const py::array array = py::reinterpret_borrow<py::array>(positions);
+  require(array.ndim() == 1, ErrorKind::kShape, "rope_angles: positions must have 1 dimension, got ", array.ndim());
+  const RopeConfig config = rope_from_dict(rope_dict, 0);
+  const std::vector<double> inverse_frequencies = rope_inverse_frequencies(config);
+  const int64_t count = array.shape(0);
+  py::array cos = new_array(DType::kF32, {count, config.head_dim / 2}, "rope_angles");
+  py::array sin = new_array(DType::kF32, {count, config.head_dim / 2}, "rope_angles");
+  rope_angles(config, inverse_frequencies, static_cast<const int64_t*>(array.data()), count, float_data(cos),
+              float_data(sin));
+  return py::make_tuple(cos, sin);
+}
+
+}  // namespace
+
+void bind_backend(py::module_& module) {
+  py::class_<PyMatrix>(module, "Matrix")
+      .def_property_readonly("shape",
+                             [](const PyMatrix& m) { return py::make_tuple(m.matrix->rows(), m.matrix->cols()); })
+      .def_property_readonly("dtype", [](const PyMatrix& m) { return std::string(name_of(m.matrix->dtype())); })
+      .def_property_readonly("nbytes", [](const PyMatrix& m) { return m.matrix->nbytes(); })
+      .def("to_array", &matrix_to_array);
+
+  py::class_<Backend, BackendPtr>(module, "Backend")
+      .def(py::init(&make_backend), py::arg("device") = "cpu", py::arg("threads") = 0, py::arg("isa") = "")
+      .def_property_readonly("device", &Backend::device)
+      .def_property_readonly("isa", &Backend::isa)
+      .def_property_readonly("threads", &Backend::threads)
+      .def("matrix", &make_matrix, py::arg("source"), py::arg("dtype") = "float32")
+      .def("gate_up_matrix", &make_gate_up_matrix, py::arg("gate"), py::arg("up"), py::arg("dtype") = "float32")
+      .def("embedding", &embedding, py::arg("ids"), py::arg("table"), py::arg("out"))
+      .def("matmul", &matmul, py::arg("x"), py::arg("weight"), py::arg("bias").none(true), py::arg("out"),
+           py::arg("accumulate") = false, py::arg("compute") = "auto")
+      .def("rms_norm", &rms_norm, py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("out"),
+           py::arg("inv_rms") = py::none())
+      .def("rope", &rope, py::arg("x"), py::arg("cos"), py::arg("sin"))
+      .def("attention", &attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("starts"), py::arg("lengths"),
+           py::arg("scale"), py::arg("cache_dtype"), py::arg("out"))
+      .def("feed_forward", &feed_forward, py::arg("x"), py::arg("gate_up"), py::arg("gate_bias").none(true),
+           py::arg("up_bias").none(true), py::arg("down"), py::arg("down_bias").none(true), py::arg("out"),
+           py::arg("accumulate") = false, py::arg("compute") = "auto")
+      .def("softmax", &softmax, py::arg("x"), py::arg("out"))
+      .def("cross_entropy", &cross_entropy, py::arg("logits"), py::arg("labels"), py::arg("out"))
+      .def("sample", &sample, py::arg("logits"), py::arg("options"), py::arg("prompt"), py::arg("output"),
+           py::arg("seed"), py::arg("stream"), py::arg("counter"));
+
+  module.def("rope_angles", &angles, py::arg("rope"), py::arg("positions"));
+}
+
+}  // namespace llama_ext

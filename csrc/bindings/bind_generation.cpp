@@ -1,0 +1,98 @@
+// Generation: the token loop without Python.
+#include "bindings/bindings.h"
+
+namespace llama_ext {
+namespace {
+
+/// A Generation as Python holds it; it keeps the session that it continues.
+struct PyGeneration {
+  std::shared_ptr<PySession> session;
+  std::unique_ptr<Generation> generation;
+  Busy busy;
+};
+
+/// Holds the generation, and the session that it continues, for one call.
+class GenerationScope {
+ public:
+  explicit GenerationScope(PyGeneration& self) : generation_(self.busy, "Generation") {
+    if (self.session) session_.emplace(self.session->busy, "Session");
+  }
+
+ private:
+  BusyScope generation_;
+  std::optional<BusyScope> session_;
+};
+
+const char* finish_name(Finish finish) {
+  switch (finish) {
+    case Finish::kNone:
+      return "";
+    case Finish::kEos:
+      return "eos";
+    case Finish::kLength:
+      return "length";
+    case Finish::kStopped:
+      return "stop";
+  }
+  return "";
+}
+
+std::unique_ptr<PyGeneration> make_generation(const std::shared_ptr<Model>& model, const py::object& prompts,
+                                              const py::dict& sampling, const std::vector<int64_t>& max_new_tokens,
+                                              const std::vector<int32_t>& eos, uint64_t seed,
+                                              const std::string& kv_dtype, int64_t copies,
+                                              const std::shared_ptr<PySession>& session) {
+  GenerationOptions options;
+  options.sampling = sampling_from_dict(sampling);
+  options.max_new_tokens = max_new_tokens;
+  options.eos = eos;
+  options.seed = seed;
+  options.kv_dtype = kv_dtype_from_name(kv_dtype);
+  options.copies = copies;
+  std::vector<std::vector<int32_t>> ids = token_id_lists(prompts, "generate", "prompts");
+
+  auto self = std::make_unique<PyGeneration>();
+  self->session = session;
+  const GenerationScope scope(*self);
+  self->generation = without_gil([&] {
+    return std::make_unique<Generation>(model, std::move(ids), std::move(options),
+                                        session ? session->session.get() : nullptr);
+  });
+  return self;
+}
+
+py::list run(PyGeneration& self, int64_t steps) {
+  const GenerationScope scope(self);
+  const std::vector<GenerationEvent> events = without_gil([&] { return self.generation->run(steps); });
+  py::list list;
+  for (const GenerationEvent& event : events) {
+    list.append(py::make_tuple(event.row, event.token, event.logprob, finish_name(event.finish)));
+  }
+  return list;
+}
+
+}  // namespace
+
+void bind_generation(py::module_& module) {
+  py::class_<PyGeneration>(module, "Generation")
+      .def(py::init(&make_generation), py::arg("model"), py::arg("prompts"), py::kw_only(), py::arg("sampling"),
+           py::arg("max_new_tokens"), py::arg("eos"), py::arg("seed"), py::arg("kv_dtype"), py::arg("copies") = 1,
+           py::arg("session") = py::none())
+      .def_property_readonly("done",
+                             [](PyGeneration& self) {
+                               const BusyScope busy(self.busy, "Generation");
+                               return self.generation->done();
+                             })
+      .def_property_readonly("rows", [](const PyGeneration& self) { return self.generation->rows(); })
+      .def("step", [](PyGeneration& self) { return run(self, 1); })
+      .def("run", &run, py::arg("steps"))
+      .def(
+          "stop",
+          [](PyGeneration& self, int64_t row) {
+            const BusyScope busy(self.busy, "Generation");
+            self.generation->stop(row);
+          },
+          py::arg("row"));
+}
+
+}  // namespace llama_ext

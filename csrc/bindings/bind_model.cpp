@@ -1,0 +1,152 @@
+// Model: weights in and out, and whatever is computed without keeping state.
+#include <algorithm>
+
+#include "bindings/bindings.h"
+#include "generate/beam_search.h"
+#include "generate/score.h"
+
+namespace llama_ext {
+namespace {
+
+using ModelPtr = std::shared_ptr<Model>;
+
+ModelConfig config_from_dict(const py::dict& dict) {
+  ModelConfig config;
+  py::dict rope;
+  Fields fields(dict, "config");
+  fields.read("vocabulary", config.vocabulary);
+  fields.read("width", config.width);
+  fields.read("ffn_width", config.ffn_width);
+  fields.read("layers", config.layers);
+  fields.read("heads", config.heads);
+  fields.read("kv_heads", config.kv_heads);
+  fields.read("head_dim", config.head_dim);
+  fields.read("context", config.context);
+  fields.read("norm_eps", config.norm_eps);
+  fields.read("tied_head", config.tied_head);
+  fields.read("attention_bias", config.attention_bias);
+  fields.read("ffn_bias", config.ffn_bias);
+  fields.read("rope", rope);
+  fields.finish();
+  config.rope = rope_from_dict(rope, config.head_dim);
+  return config;
+}
+
+ModelPtr make_model(const std::shared_ptr<Backend>& backend, const py::dict& config, const std::string& dtype,
+                    const std::string& compute) {
+  const ModelConfig parsed = config_from_dict(config);
+  const DType kept = dtype_from_name(dtype, "model");
+  const Compute arithmetic = compute_from_name(compute);
+  return without_gil([&] { return std::make_shared<Model>(backend, parsed, kept, arithmetic); });
+}
+
+py::list slots(const Model& model) {
+  py::list list;
+  for (const Weights::Slot& slot : model.weights().slots()) {
+    list.append(py::make_tuple(slot.name, py::tuple(py::cast(slot.shape)), slot.is_matrix));
+  }
+  return list;
+}
+
+void load(Model& model, const std::string& slot, const py::object& source, const std::string& dtype) {
+  const TensorView view = weight_view(source, "load", slot);
+  const DType named = dtype_from_name(dtype, "load");
+  require(view.dtype() == named, ErrorKind::kDType, "load: '", slot, "' was said to be ", dtype,
+          ", but the array holds ",
+          view.dtype() == DType::kBF16 ? "uint16 (the bits of bfloat16)" : name_of(view.dtype()));
+  without_gil([&] { model.weights().load(slot, view); });
+}
+
+py::array read(const Model& model, const std::string& name) {
+  const std::vector<Weights::Slot>& slots = model.weights().slots();
+  const auto slot = std::find_if(slots.begin(), slots.end(), [&](const Weights::Slot& s) { return s.name == name; });
+  require(slot != slots.end(), ErrorKind::kCheckpoint, "read: there is no slot '", name, "' in this model");
+  const DType dtype = slot->is_matrix ? model.weights().dtype() : DType::kF32;
+  py::array values = new_array(dtype, slot->shape, "read");
+  void* data = values.mutable_data();
+  const TensorView target = slot->shape.size() == 2 ? TensorView(data, dtype, {slot->shape[0], slot->shape[1]})
+                                                    : TensorView(data, dtype, {slot->shape[0]});
+  without_gil([&] { model.weights().read(name, target); });
+  return values;
+}
+
+int64_t kv_nbytes(const Model& model, int64_t capacity, const std::string& dtype) {
+  const KvCacheShape shape = model.kv_shape(capacity, kv_dtype_from_name(dtype));
+  int64_t nbytes = 2 * static_cast<int64_t>(size_of(shape.dtype));
+  for (int64_t factor : {shape.layers, shape.kv_heads, shape.head_dim, shape.capacity}) {
+    nbytes = checked_mul(nbytes, factor, "kv_nbytes");
+  }
+  return nbytes;
+}
+
+py::list logits(const Model& model, const py::object& sequences) {
+  const std::vector<std::vector<int32_t>> tokens = token_id_lists(sequences, "logits", "sequences");
+  int64_t rows = 0;
+  for (const std::vector<int32_t>& sequence : tokens) rows += static_cast<int64_t>(sequence.size());
+  py::array all = new_array(DType::kF32, {rows, model.config().vocabulary}, "logits");
+  float* data = float_data(all);
+  without_gil([&] { sequence_logits(model, tokens, data); });
+
+  py::list result;  // slices of one array, in the order of the sequences
+  int64_t begin = 0;
+  for (const std::vector<int32_t>& sequence : tokens) {
+    const int64_t end = begin + static_cast<int64_t>(sequence.size());
+    result.append(all[py::slice(begin, end, 1)]);
+    begin = end;
+  }
+  return result;
+}
+
+py::tuple score_tokens(const ModelPtr& model, const py::object& tokens, int64_t first) {
+  const std::vector<int32_t> ids = token_ids(tokens, "score", "tokens");
+  const std::vector<Score> scores = without_gil([&] { return score(model, ids, first); });
+  const py::ssize_t count = static_cast<py::ssize_t>(scores.size());
+  py::array_t<float> logprobs(count);
+  py::array_t<bool> greedy(count);
+  for (py::ssize_t i = 0; i < count; ++i) {
+    logprobs.mutable_at(i) = scores[static_cast<size_t>(i)].logprob;
+    greedy.mutable_at(i) = scores[static_cast<size_t>(i)].is_greedy;
+  }
+  return py::make_tuple(logprobs, greedy);
+}
+
+py::list search(const ModelPtr& model, const py::object& prompt, int64_t beams, int64_t returned,
+                int64_t max_new_tokens, double length_penalty, bool early_stopping, const std::vector<int32_t>& eos,
+                const std::string& kv_dtype) {
+  const std::vector<int32_t> ids = token_ids(prompt, "beam_search", "prompt");
+  const BeamSearchOptions options{.beams = beams,
+                                  .returned = returned,
+                                  .max_new_tokens = max_new_tokens,
+                                  .length_penalty = length_penalty,
+                                  .early_stopping = early_stopping,
+                                  .eos = eos,
+                                  .kv_dtype = kv_dtype_from_name(kv_dtype)};
+  const std::vector<BeamHypothesis> found = without_gil([&] { return beam_search(model, ids, options); });
+  py::list list;
+  for (const BeamHypothesis& hypothesis : found) {
+    list.append(py::make_tuple(hypothesis.tokens, hypothesis.score, hypothesis.finished));
+  }
+  return list;
+}
+
+}  // namespace
+
+void bind_model(py::module_& module) {
+  py::class_<Model, ModelPtr>(module, "Model")
+      .def(py::init(&make_model), py::arg("backend"), py::arg("config"), py::arg("dtype"), py::arg("compute") = "auto")
+      .def_property_readonly("backend", &Model::shared_backend)
+      .def_property_readonly("dtype", [](const Model& m) { return std::string(name_of(m.weights().dtype())); })
+      .def_property_readonly("nbytes", [](const Model& m) { return m.weights().nbytes(); })
+      .def("slots", &slots)
+      .def("missing", [](const Model& m) { return m.weights().missing(); })
+      .def("load", &load, py::arg("slot"), py::arg("source"), py::arg("dtype"))
+      .def("read", &read, py::arg("slot"))
+      .def("kv_nbytes", &kv_nbytes, py::arg("capacity"), py::arg("dtype"))
+      .def("logits", &logits, py::arg("sequences"))
+      .def("score", &score_tokens, py::arg("tokens"), py::arg("first"))
+      .def("beam_search", &search, py::arg("prompt"), py::kw_only(), py::arg("beams"), py::arg("returned"),
+           py::arg("max_new_tokens"), py::arg("length_penalty"), py::arg("early_stopping"), py::arg("eos"),
+           py::arg("kv_dtype"));
+}
+
+}  // namespace llama_ext

@@ -1,0 +1,160 @@
+// What the bind_*.cpp files share: strict conversion of arguments, and calls without the GIL. No arithmetic lives here.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <chrono>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "backend/backend.h"
+#include "core/interrupt.h"
+#include "generate/generation.h"
+#include "model/session.h"
+#include "ops/rope.h"
+#include "ops/sample.h"
+
+namespace llama_ext {
+
+namespace py = pybind11;
+
+void bind_errors();
+void bind_backend(py::module_& module);
+void bind_model(py::module_& module);
+void bind_session(py::module_& module);
+void bind_generation(py::module_& module);
+
+/// bindings/backends.cpp, the only file that names all backends.
+std::shared_ptr<Backend> make_backend(const std::string& device, int threads, const std::string& isa);
+
+// Arrays. Nothing is cast or copied behind the caller's back: an array of another dtype or layout is an error that names it.
+
+/// The array itself, with `rank` dimensions (-1: any) of `dtype` (bfloat16 as uint16), aligned, native byte order, contiguous but for the stride
+/// of the first axis. Throws DTypeError, ShapeError. The view is valid while the Python object is.
+TensorView read_view(const py::handle& array, DType dtype, int rank, std::string_view op, std::string_view what);
+/// The same for an array that is written to. Throws DTypeError, ShapeError, OptionError.
+TensorView write_view(const py::handle& array, DType dtype, int rank, std::string_view op, std::string_view what);
+/// read_view of float32, or an empty view for None.
+TensorView optional_view(const py::handle& array, int rank, std::string_view op, std::string_view what);
+/// A weight tensor of any floating dtype; `dtype` is what its bits mean (uint16 arrays: bfloat16).
+TensorView weight_view(const py::handle& array, std::string_view op, std::string_view what);
+/// A list of token ids: a contiguous int32 array (T,).
+std::vector<int32_t> token_ids(const py::handle& array, std::string_view op, std::string_view what);
+std::vector<std::vector<int32_t>> token_id_lists(const py::handle& arrays, std::string_view op, std::string_view what);
+
+/// A fresh array, not filled. Throws OutOfMemoryError.
+py::array new_array(DType dtype, const std::vector<int64_t>& shape, std::string_view what);
+inline float* float_data(py::array& array) { return static_cast<float*>(array.mutable_data()); }
+
+// Options.
+
+Compute compute_from_name(std::string_view name);
+DType kv_dtype_from_name(std::string_view name);
+SamplingOptions sampling_from_dict(const py::dict& dict);
+RopeConfig rope_from_dict(const py::dict& dict, int64_t default_head_dim);
+
+/// Reads named fields out of a dict, and refuses a name that no field asked for.
+class Fields {
+ public:
+  Fields(const py::dict& dict, std::string what) : dict_(dict), what_(std::move(what)) {}
+
+  /// Leaves `value` as it is when the dict does not have `name`.
+  template <typename T>
+  void read(const char* name, T& value) {
+    names_.emplace_back(name);
+    if (!dict_.contains(name)) return;
+    const py::object item = dict_[name];
+    try {
+      value = item.cast<T>();
+    } catch (const py::cast_error&) {
+      fail(ErrorKind::kOption, what_, ": '", name, "' cannot be ", std::string(py::repr(item)));
+    }
+  }
+
+  /// Throws OptionError for a name that was not read.
+  void finish() const;
+
+ private:
+  const py::dict& dict_;
+  std::string what_;
+  std::vector<std::string> names_;
+};
+
+// Calls without the GIL.
+
+/// Looks for Ctrl-C, and whatever other signal has a Python handler, on behalf of a computation that does not hold the GIL. Only
+/// the main thread of Python gets signals, so elsewhere there is nothing to look for.
+class PythonInterrupts : public InterruptHandler {
+ public:
+  /// With the GIL. Throws LlamaExtError inside a signal handler that runs while a computation waits for it.
+  PythonInterrupts();
+  bool requested() override;
+  /// What to install for the calling thread: none when it is not the main thread.
+  InterruptHandler* handler() { return is_main_thread_ ? this : nullptr; }
+  /// With the GIL: throws the exception that the signal's handler raised.
+  [[noreturn]] void rethrow();
+
+ private:
+  bool is_main_thread_;
+  std::chrono::steady_clock::time_point next_look_;
+  std::optional<py::error_already_set> raised_;
+};
+
+/// Returns work(), run without the GIL and interruptible. `work` must not touch Python objects.
+template <typename Work>
+auto without_gil(Work&& work) {
+  PythonInterrupts interrupts;
+  try {
+    const py::gil_scoped_release release;
+    const InterruptScope scope(interrupts.handler());
+    return work();
+  } catch (const Interrupted&) {
+    interrupts.rethrow();
+  }
+}
+
+/// Set while one thread works with an object that only one thread may use at a time.
+class Busy {
+ public:
+  /// Throws LlamaExtError when another thread has it.
+  void enter(std::string_view what) {
+    require(!busy_.exchange(true, std::memory_order_acquire), ErrorKind::kInternal, "this ", what,
+            " is in use by another call: one thread at a time may use it. Give each thread its own");
+  }
+  void leave() noexcept { busy_.store(false, std::memory_order_release); }
+
+ private:
+  std::atomic<bool> busy_{false};
+};
+
+class BusyScope {
+ public:
+  BusyScope(Busy& busy, std::string_view what) : busy_(busy) { busy_.enter(what); }
+  ~BusyScope() { busy_.leave(); }
+  BusyScope(const BusyScope&) = delete;
+  BusyScope& operator=(const BusyScope&) = delete;
+
+ private:
+  Busy& busy_;
+};
+
+/// A Session as Python holds it.
+struct PySession {
+  explicit PySession(std::unique_ptr<Session> s) : session(std::move(s)) {}
+  std::unique_ptr<Session> session;
+  Busy busy;
+};
+
+/// A Matrix as Python holds it, with the backend that knows its layout.
+struct PyMatrix {
+  std::shared_ptr<Backend> backend;
+  std::unique_ptr<Matrix> matrix;
+};
+
+}  // namespace llama_ext

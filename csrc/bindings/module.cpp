@@ -1,0 +1,78 @@
+// llama_ext._core. Its Python signatures are in python/llama_ext/_core.pyi.
+#include <map>
+#include <string>
+
+#include "bindings/bindings.h"
+#include "cpu/isa.h"
+#include "cpu/thread_pool.h"
+
+// Set by the build: the version of the package, and how it was compiled.
+#ifndef LLAMA_EXT_VERSION
+#define LLAMA_EXT_VERSION "0.0.0"
+#endif
+#ifndef LLAMA_EXT_BUILD_TYPE
+#define LLAMA_EXT_BUILD_TYPE "unknown"
+#endif
+
+namespace llama_ext {
+namespace {
+
+std::string compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#elif defined(__GNUC__)
+  return "gcc " __VERSION__;
+#else
+  return "unknown";
+#endif
+}
+
+std::string sanitizers() {
+  std::string names;
+#ifdef __SANITIZE_ADDRESS__
+  names += "address ";
+#endif
+#ifdef __SANITIZE_THREAD__
+  names += "thread ";
+#endif
+  return names.empty() ? "none" : names.substr(0, names.size() - 1);
+}
+
+std::map<std::string, std::string> build_info() {
+  std::string isas;
+  for (const std::string& isa : compiled_isas()) isas += (isas.empty() ? "" : ", ") + isa;
+  return {{"version", LLAMA_EXT_VERSION}, {"compiler", compiler()}, {"build_type", LLAMA_EXT_BUILD_TYPE},
+          {"sanitizers", sanitizers()},   {"isas", isas},           {"cuda", "not built"}};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, module) {
+  module.doc() = "The compiled core of llama_ext.";
+  module.attr("__version__") = LLAMA_EXT_VERSION;
+  bind_errors();
+
+  module.def("build_info", &build_info);
+  module.def("available_isas", &available_isas);
+  module.def("compiled_isas", &compiled_isas);
+  module.def("cpu_features", &cpu_features);
+  module.def("cpu_name", &cpu_name);
+  module.def("default_threads", [] {
+    const ThreadDefault found = default_threads();
+    return py::make_tuple(found.threads, found.reason);
+  });
+  module.def("set_default_threads", &set_default_threads, py::arg("threads"));
+  module.def(
+      "random_uniform",
+      [](uint64_t seed, uint64_t stream, uint64_t counter) {
+        return random_uniform({.seed = seed, .stream = stream, .counter = counter});
+      },
+      py::arg("seed"), py::arg("stream"), py::arg("counter"));
+
+  bind_backend(module);
+  bind_model(module);
+  bind_session(module);
+  bind_generation(module);
+}
+
+}  // namespace llama_ext

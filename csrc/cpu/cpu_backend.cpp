@@ -1,0 +1,120 @@
+// Memory and the operations that work row by row.
+#include "cpu/cpu_backend.h"
+
+#include <cstring>
+
+#include "core/half.h"
+#include "cpu/cpu_backend_internal.h"
+#include "cpu/isa.h"
+#include "cpu/thread_pool.h"
+
+namespace llama_ext {
+namespace {
+
+// What one thread gets through in a microsecond, roughly, in elements of a row-wise operation.
+constexpr double kElementsPerMicrosecond = 2000.0;
+constexpr int64_t kRowsPerTask = 16;
+
+/// Calls function(row) for each row, in parallel when there is enough to do.
+template <typename Function>
+void for_each_row(int64_t rows, int threads, const Function& function) {
+  parallel_for(threads, ceil_div(rows, kRowsPerTask), [&](int64_t task, int) {
+    const int64_t end = (task + 1) * kRowsPerTask < rows ? (task + 1) * kRowsPerTask : rows;
+    for (int64_t row = task * kRowsPerTask; row < end; ++row) function(row);
+  });
+}
+
+double row_microseconds(const TensorView& view) { return static_cast<double>(view.size()) / kElementsPerMicrosecond; }
+
+}  // namespace
+
+std::unique_ptr<Backend> make_cpu_backend(int threads, const std::string& isa) {
+  require(threads >= 0 && threads <= kMaxThreads, ErrorKind::kOption, "threads must be in [1, ", kMaxThreads,
+          "], or 0 for the machine's default, got ", threads);
+  const KernelTable& kernels = kernel_table(isa);
+  return std::make_unique<CpuBackend>(kernels, threads == 0 ? default_threads().threads : threads);
+}
+
+const PanelMatrix& panel_matrix(const Matrix& matrix) {
+  const auto* panels = dynamic_cast<const PanelMatrix*>(&matrix);
+  require(panels != nullptr, ErrorKind::kDevice, "this matrix belongs to another device than the CPU");
+  return *panels;
+}
+
+const PanelKvCache& panel_cache(const KvCache& cache) {
+  const auto* panels = dynamic_cast<const PanelKvCache*>(&cache);
+  require(panels != nullptr, ErrorKind::kDevice, "this KV cache belongs to another device than the CPU");
+  return *panels;
+}
+
+std::unique_ptr<Buffer> CpuBackend::allocate(size_t nbytes) { return std::make_unique<HostBuffer>(nbytes, "a buffer"); }
+
+void CpuBackend::copy_to_device(void* device, const void* host, size_t nbytes) {
+  if (nbytes > 0) std::memcpy(device, host, nbytes);
+}
+
+void CpuBackend::copy_to_host(void* host, const void* device, size_t nbytes) {
+  if (nbytes > 0 && host != device) std::memcpy(host, device, nbytes);
+}
+
+void CpuBackend::embedding(const EmbeddingArgs& args) {
+  check(args);
+  const PanelMatrix& table = panel_matrix(*args.table);
+  const auto* ids = static_cast<const int32_t*>(args.ids.data());
+  // Each element lies in a cache line of its own: slower than its size says.
+  for_each_row(args.ids.rows(), threads_for(8.0 * row_microseconds(args.y)), [&](int64_t t) {
+    const int64_t id = ids[t];
+    float* y = args.y.row<float>(t);
+    if (table.dtype() == DType::kBF16) {
+      const uint16_t* panel = table.panel<uint16_t>(id / kPanel);
+      for (int64_t k = 0; k < table.cols(); ++k) y[k] = bf16_to_f32(panel[table.offset_in_panel(id, k)]);
+    } else {
+      const float* panel = table.panel<float>(id / kPanel);
+      for (int64_t k = 0; k < table.cols(); ++k) y[k] = panel[table.offset_in_panel(id, k)];
+    }
+  });
+}
+
+void CpuBackend::rms_norm(const RmsNormArgs& args) {
+  check(args);
+  const auto* weight = args.weight.f32();
+  float* inv_rms = args.inv_rms ? args.inv_rms.f32() : nullptr;
+  for_each_row(args.x.rows(), threads_for(row_microseconds(args.x)), [&](int64_t row) {
+    kernels_.rms_norm(args.x.row<float>(row), weight, args.x.dim(1), static_cast<float>(args.eps),
+                      args.y.row<float>(row), inv_rms == nullptr ? nullptr : inv_rms + row);
+  });
+}
+
+void CpuBackend::rope(const RopeArgs& args) {
+  check(args);
+  const int64_t dim = args.x.dim(2);
+  for_each_row(args.x.rows(), threads_for(row_microseconds(args.x)), [&](int64_t t) {
+    for (int64_t head = 0; head < args.x.dim(1); ++head) {
+      kernels_.rope(args.x.row<float>(t) + head * dim, dim / 2, args.cos.row<float>(t), args.sin.row<float>(t));
+    }
+  });
+}
+
+void CpuBackend::softmax(const SoftmaxArgs& args) {
+  check(args);
+  for_each_row(args.x.rows(), threads_for(2.0 * row_microseconds(args.x)), [&](int64_t row) {
+    kernels_.softmax(args.x.row<float>(row), args.x.dim(1), args.y.row<float>(row));
+  });
+}
+
+void CpuBackend::cross_entropy(const CrossEntropyArgs& args) {
+  check(args);
+  const auto* labels = static_cast<const int32_t*>(args.labels.data());
+  float* losses = args.losses.f32();
+  for_each_row(args.logits.rows(), threads_for(row_microseconds(args.logits)), [&](int64_t t) {
+    if (labels[t] == kIgnoreLabel) {
+      losses[t] = 0.0f;
+      return;
+    }
+    const float* logits = args.logits.row<float>(t);
+    const double total = kernels_.log_sum_exp(logits, args.logits.dim(1));
+    losses[t] = static_cast<float>(total - static_cast<double>(logits[labels[t]]));
+  });
+}
+
+}  // namespace llama_ext

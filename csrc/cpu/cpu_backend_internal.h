@@ -1,0 +1,65 @@
+// The CPU backend's class, for the files that implement it.
+#pragma once
+
+#include "backend/backend.h"
+#include "cpu/kernel_table.h"
+#include "cpu/panels.h"
+
+namespace llama_ext {
+
+class CpuBackend final : public Backend {
+ public:
+  CpuBackend(const KernelTable& kernels, int threads) : kernels_(kernels), threads_(threads) {}
+
+  std::string device() const override { return "cpu"; }
+  std::string isa() const override { return kernels_.name; }
+  int threads() const override { return threads_; }
+
+  std::unique_ptr<Buffer> allocate(size_t nbytes) override;
+  void copy_to_device(void* device, const void* host, size_t nbytes) override;
+  void copy_to_host(void* host, const void* device, size_t nbytes) override;
+  void synchronize() override {}
+
+  std::unique_ptr<Matrix> create_matrix(int64_t rows, int64_t cols, DType dtype) override;
+  void write_rows(Matrix& matrix, const RowMap& map, const TensorView& source) override;
+  void read_rows(const Matrix& matrix, const RowMap& map, const TensorView& target) override;
+
+  std::unique_ptr<KvCache> create_kv_cache(const KvCacheShape& shape) override;
+  void copy_kv_cache(KvCache& target, const KvCache& source, int64_t length) override;
+
+  void embedding(const EmbeddingArgs& args) override;
+  void matmul(const MatmulArgs& args) override;
+  void rms_norm(const RmsNormArgs& args) override;
+  void rope(const RopeArgs& args) override;
+  void kv_store(const KvStoreArgs& args) override;
+  void kv_load(const KvLoadArgs& args) override;
+  void attention(const AttentionArgs& args) override;
+  void feed_forward(const FeedForwardArgs& args) override;
+  void softmax(const SoftmaxArgs& args) override;
+  void cross_entropy(const CrossEntropyArgs& args) override;
+  SampleResult sample(const SampleArgs& args) override { return sample_on_host(args); }
+
+ private:
+  /// A product and what becomes of each finished block (kernel_table.h).
+  struct Product {
+    TensorView x;  // (M, K)
+    const PanelMatrix* weight;
+    const float* bias;
+    EpilogueKind epilogue;
+    TensorView y;
+    Compute compute;
+  };
+  void multiply(const Product& product);
+  void multiply_rows(const Product& product, int64_t begin, int64_t count);
+  /// How many threads are worth waking for work that takes one of them about `microseconds`.
+  int threads_for(double microseconds) const { return microseconds < 10.0 ? 1 : threads_; }
+
+  const KernelTable& kernels_;
+  int threads_;
+};
+
+/// The backend's own matrix; throws LlamaExtError for one of another backend.
+const PanelMatrix& panel_matrix(const Matrix& matrix);
+const PanelKvCache& panel_cache(const KvCache& cache);
+
+}  // namespace llama_ext

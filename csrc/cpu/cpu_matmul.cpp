@@ -1,0 +1,113 @@
+// Products: which rows and columns are multiplied when, and by whom. The arithmetic is in kernels/gemm*.h.
+//
+// Activations are packed once into tiles of rows. A task is a block of rows by a group of panels: for each block of k, each
+// panel of the group passes over the block's tiles (the activations stay in the L2 cache, the panel streams), sums wait in
+// scratch, and the epilogue writes them once. Neither blocks nor tasks change an output's order of summation.
+#include <algorithm>
+
+#include "cpu/cpu_backend_internal.h"
+#include "cpu/thread_pool.h"
+
+namespace llama_ext {
+namespace {
+
+constexpr int64_t kPassRows = 512;   // packed at a time
+constexpr int64_t kBlockRows = 168;  // of a task; about: a multiple of the tile
+constexpr int64_t kGroupPanels = 4;  // of a task
+// Bytes of a panel's block of k: it stays in the L2 cache while the tiles pass over it.
+constexpr int64_t kPanelBlockBytes = 64 << 10;
+
+}  // namespace
+
+void CpuBackend::multiply(const Product& product) {
+  for (int64_t row = 0; row < product.x.rows(); row += kPassRows) {
+    multiply_rows(product, row, std::min(kPassRows, product.x.rows() - row));
+  }
+}
+
+void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t count) {
+  const PanelMatrix& weight = *product.weight;
+  const bool is_f32 = weight.dtype() == DType::kF32;
+  const GemmKernel& kernel = is_f32                                 ? kernels_.f32
+                             : product.compute == Compute::kExact ? kernels_.bf16_exact
+                                                                    : kernels_.bf16;
+  const int64_t k = weight.cols();
+  const int64_t k_padded = weight.k_padded();
+  const int64_t element = static_cast<int64_t>(size_of(weight.dtype()));
+  const int64_t block_rows = std::max<int64_t>(1, kBlockRows / kernel.tile_rows) * kernel.tile_rows;
+  // Few rows: one block of k, so that a panel is read in one go.
+  const int64_t k_block =
+      count <= kernel.tile_rows ? std::max<int64_t>(k_padded, 1) : kPanelBlockBytes / (kPanel * element);
+  const int64_t panels = weight.panels();
+  const int64_t groups = ceil_div(panels, kGroupPanels);
+  const int64_t row_blocks = ceil_div(count, block_rows);
+
+  // A microsecond of one thread: about 15 KB of weights read, or 50,000 multiply-adds.
+  const double reading = static_cast<double>(panels * weight.panel_size() * element) / 15e3;
+  const double computing = static_cast<double>(count) * static_cast<double>(panels * weight.panel_size()) / 50e3;
+  const int threads = threads_for(std::max(reading, computing));
+
+  const int64_t packed_bytes = round_up(count * k_padded * kernel.element_size, 64);
+  const int64_t sums = std::min(count, block_rows) * kPanel;
+  auto* packed = static_cast<char*>(thread_scratch(
+      Scratch::kProduct,
+      static_cast<size_t>(packed_bytes + threads * kGroupPanels * sums * static_cast<int64_t>(sizeof(float)))));
+  auto* all_sums = reinterpret_cast<float*>(packed + packed_bytes);
+
+  const int64_t tiles = ceil_div(count, kernel.tile_rows);
+  parallel_for(tiles > 1 ? threads : 1, tiles, [&](int64_t tile, int) {
+    const int64_t row = tile * kernel.tile_rows;
+    kernel.pack(product.x.row<float>(begin + row), product.x.row_stride(), std::min(kernel.tile_rows, count - row), k,
+                k_padded, packed + row * k_padded * kernel.element_size);
+  });
+
+  const int64_t width = product.epilogue == EpilogueKind::kSwiGlu ? kPanel / 2 : kPanel;
+  const int64_t y_columns = product.y.dim(1);
+  parallel_for(threads, groups * row_blocks, [&](int64_t task, int worker) {
+    const int64_t row = task % row_blocks * block_rows;
+    const int64_t rows = std::min(block_rows, count - row);
+    const int64_t first = task / row_blocks * kGroupPanels;
+    const int64_t last = std::min(panels, first + kGroupPanels);
+    const char* a = packed + row * k_padded * kernel.element_size;
+    float* c = all_sums + worker * kGroupPanels * sums;
+    int64_t k0 = 0;
+    do {  // once even for k = 0, which zeroes the sums
+      const int64_t kc = std::min(k_block, k_padded - k0);
+      for (int64_t panel = first; panel < last; ++panel) {
+        kernel.panel(rows, k_padded, k0, kc, a, weight.panel_at(panel, k0), c + (panel - first) * sums, kPanel, k0 > 0);
+      }
+      k0 += k_block;
+    } while (k0 < k_padded);
+    for (int64_t panel = first; panel < last; ++panel) {
+      const Epilogue epilogue = {product.epilogue,
+                                 product.bias == nullptr ? nullptr : product.bias + panel * kPanel,
+                                 product.y.row<float>(begin + row) + panel * width, product.y.row_stride(),
+                                 std::min(width, y_columns - panel * width)};
+      kernels_.epilogue(epilogue, rows, c + (panel - first) * sums, kPanel);
+    }
+  });
+}
+
+void CpuBackend::matmul(const MatmulArgs& args) {
+  check(args);
+  multiply({args.x, &panel_matrix(*args.weight), args.bias ? args.bias.f32() : nullptr,
+            args.accumulate ? EpilogueKind::kAdd : EpilogueKind::kStore, args.y, args.compute});
+}
+
+void CpuBackend::feed_forward(const FeedForwardArgs& args) {
+  check(args);
+  const PanelMatrix& gate_up = panel_matrix(*args.gate_up);
+  const PanelMatrix& down = panel_matrix(*args.down);
+  const int64_t width = down.cols();
+  for (int64_t row = 0; row < args.x.rows(); row += kPassRows) {
+    const int64_t rows = std::min(kPassRows, args.x.rows() - row);
+    void* memory = thread_scratch(Scratch::kActivation, static_cast<size_t>(rows * width) * sizeof(float));
+    const TensorView activation(memory, DType::kF32, {rows, width});
+    multiply({args.x.slice_rows(row, rows), &gate_up, args.gate_up_bias ? args.gate_up_bias.f32() : nullptr,
+              EpilogueKind::kSwiGlu, activation, args.compute});
+    multiply({activation, &down, args.down_bias ? args.down_bias.f32() : nullptr,
+              args.accumulate ? EpilogueKind::kAdd : EpilogueKind::kStore, args.y.slice_rows(row, rows), args.compute});
+  }
+}
+
+}  // namespace llama_ext

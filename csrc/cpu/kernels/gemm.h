@@ -1,0 +1,152 @@
+// Products of packed activations with weight panels of 32 columns.
+//
+// A tile holds rows x columns of sums in registers and walks k once: two loads of weights and one broadcast per row for each k.
+// SIMD lanes run over output columns, so an output is one chain of additions over ascending k, whatever rows surround it.
+// Bound: arithmetic from about ten rows on, reading the weights below. Every loop over registers is unrolled by pragma, as
+// g++ 12 otherwise keeps the sums on the stack (40% of peak).
+#pragma once
+
+#include "cpu/kernel_table.h"
+
+namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE {
+
+// Tile heights that fill the registers: 14 x 2 + 2 of 32 with AVX-512, 6 x 2 + 2 + 1 of 16 below.
+constexpr int kTileRows = kWidth == 16 ? 14 : 6;
+// Few rows are bound by memory: ask for the panel well ahead.
+constexpr int kPrefetchRows = 4;
+constexpr int64_t kPrefetchBytes = 4096;
+
+struct PanelF32 {
+  using Element = float;
+  static constexpr int kStep = 1;  // k per iteration
+  static constexpr int kLines = 2;  // cache lines per iteration
+};
+
+/// Pairs of k next to each other: [k / 2][32][2].
+struct PanelBf16 {
+  using Element = uint16_t;
+  static constexpr int kStep = 2;
+  static constexpr int kLines = 2;
+};
+
+template <typename Panel, int R, int NV>
+static inline void tile(int64_t k, const float* a, const typename Panel::Element* b, float* c, int64_t ldc,
+                        bool accumulate) {
+  vf sum[R][NV];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) sum[r][v] = accumulate ? vload(c + r * ldc + v * kWidth) : vzero();
+  }
+  for (int64_t i = 0; i < k; i += Panel::kStep) {
+    if constexpr (R <= kPrefetchRows) {
+      const char* ahead = reinterpret_cast<const char*>(b) + kPrefetchBytes;
+      __builtin_prefetch(ahead);
+      __builtin_prefetch(ahead + 64);
+    }
+    if constexpr (Panel::kStep == 1) {
+      vf w[NV];
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) w[v] = vload(b + v * kWidth);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const vf x = vset1(a[r]);
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) sum[r][v] = vfma(x, w[v], sum[r][v]);
+      }
+    } else {
+      vf w[NV];
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) w[v] = vload_pair_low(b + 2 * v * kWidth);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const vf x = vset1(a[r]);
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) sum[r][v] = vfma(x, w[v], sum[r][v]);
+      }
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) w[v] = vload_pair_high(b + 2 * v * kWidth);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const vf x = vset1(a[R + r]);
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v) sum[r][v] = vfma(x, w[v], sum[r][v]);
+      }
+    }
+    a += R * Panel::kStep;
+    b += kPanel * Panel::kStep;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) vstore(c + r * ldc + v * kWidth, sum[r][v]);
+  }
+}
+
+/// R rows x 32 columns, in as few passes over the columns as the registers allow.
+template <typename Panel, int R>
+static void tile_rows(int64_t k, const float* a, const typename Panel::Element* b, float* c, int64_t ldc,
+                      bool accumulate) {
+  constexpr int kVectors = static_cast<int>(kPanel) / kWidth;
+  constexpr int NV = kVectors * R <= 8 ? kVectors : 2;
+  for (int v = 0; v < kVectors; v += NV) {
+    tile<Panel, R, NV>(k, a, b + v * kWidth * Panel::kStep, c + v * kWidth, ldc, accumulate);
+  }
+}
+
+template <typename Panel>
+static void tile_any(int64_t rows, int64_t k, const float* a, const typename Panel::Element* b, float* c, int64_t ldc,
+                     bool accumulate) {
+#define LLAMA_EXT_TILE(R)                                       \
+  case R:                                                       \
+    if constexpr (R <= kTileRows) {                             \
+      tile_rows<Panel, R>(k, a, b, c, ldc, accumulate);         \
+    }                                                           \
+    break;
+  switch (rows) {
+    LLAMA_EXT_TILE(1)
+    LLAMA_EXT_TILE(2)
+    LLAMA_EXT_TILE(3)
+    LLAMA_EXT_TILE(4)
+    LLAMA_EXT_TILE(5)
+    LLAMA_EXT_TILE(6)
+    LLAMA_EXT_TILE(7)
+    LLAMA_EXT_TILE(8)
+    LLAMA_EXT_TILE(9)
+    LLAMA_EXT_TILE(10)
+    LLAMA_EXT_TILE(11)
+    LLAMA_EXT_TILE(12)
+    LLAMA_EXT_TILE(13)
+    LLAMA_EXT_TILE(14)
+    default:
+      break;
+  }
+#undef LLAMA_EXT_TILE
+}
+
+template <typename Panel>
+static void panel(int64_t rows, int64_t k_padded, int64_t k0, int64_t kc, const void* a, const void* b, float* c,
+                  int64_t ldc, bool accumulate) {
+  const float* tiles = static_cast<const float*>(a);
+  for (int64_t row = 0; row < rows; row += kTileRows) {
+    const int64_t height = rows - row < kTileRows ? rows - row : kTileRows;
+    tile_any<Panel>(height, kc, tiles + row * k_padded + k0 * height,
+                    static_cast<const typename Panel::Element*>(b), c + row * ldc, ldc, accumulate);
+  }
+}
+
+/// Activations as [k][rows of the tile], so that a tile reads them in one stream.
+static void pack_f32(const float* x, int64_t stride, int64_t rows, int64_t k, int64_t k_padded, void* out) {
+  float* to = static_cast<float*>(out);
+  // Blocks of 64 k keep the strided side of the transposition in the L1 cache.
+  for (int64_t k0 = 0; k0 < k; k0 += 64) {
+    const int64_t end = k - k0 < 64 ? k : k0 + 64;
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* from = x + r * stride;
+      for (int64_t i = k0; i < end; ++i) to[i * rows + r] = from[i];
+    }
+  }
+  for (int64_t i = k * rows; i < k_padded * rows; ++i) to[i] = 0.0f;
+}
+
+}  // namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE

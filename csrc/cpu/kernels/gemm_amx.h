@@ -1,0 +1,131 @@
+// bf16 x bf16 products with AMX: 32 rows x 32 columns of sums in four tile registers, 32 k at a time.
+//
+// A panel of bf16 weights, [k / 2][32][2], is a pair of AMX operands as it lies: 16 rows of 64 bytes, 128 bytes apart. One row
+// runs through the same instructions as thirty-two, so decode and prefill give the same bits; decode stays bound by memory, as
+// a tile of weights takes 16 cycles and its kilobyte far longer to arrive.
+// Bound: arithmetic; 1,024 multiply-adds a cycle.
+#pragma once
+
+#include "cpu/kernel_table.h"
+#include "cpu/kernels/bf16.h"
+
+namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE {
+
+constexpr int64_t kAmxRows = 32;
+constexpr int64_t kAmxHalf = 16;
+constexpr int64_t kAmxK = 32;
+
+struct alignas(64) AmxConfig {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t column_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Registers: 0..3 sums (upper left, upper right, lower left, lower right), 4 and 5 activations, 6 and 7 weights.
+static void amx_configure(int64_t upper_rows, int64_t lower_rows) {
+  AmxConfig config;
+  const int64_t rows[8] = {upper_rows, upper_rows, lower_rows, lower_rows, upper_rows, lower_rows, 16, 16};
+  for (int i = 0; i < 8; ++i) {
+    config.rows[i] = static_cast<uint8_t>(rows[i]);
+    config.column_bytes[i] = rows[i] > 0 ? 64 : 0;
+  }
+  _tile_loadconfig(&config);
+}
+
+/// Up to 32 rows: `lower` says whether there are more than 16.
+template <bool kLower>
+static void tile_amx(int64_t kc, const uint16_t* upper_a, const uint16_t* lower_a, int64_t upper_step,
+                     int64_t lower_step, const uint16_t* b, float* c, int64_t ldc, bool accumulate, bool prefetch) {
+  const int64_t c_stride = ldc * static_cast<int64_t>(sizeof(float));
+  if (accumulate) {
+    _tile_loadd(0, c, c_stride);
+    _tile_loadd(1, c + 16, c_stride);
+    if constexpr (kLower) {
+      _tile_loadd(2, c + kAmxHalf * ldc, c_stride);
+      _tile_loadd(3, c + kAmxHalf * ldc + 16, c_stride);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (kLower) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+  }
+  for (int64_t k = 0; k < kc; k += kAmxK) {
+    if (prefetch) {
+      const char* ahead = reinterpret_cast<const char*>(b) + kPrefetchBytes;
+#pragma GCC unroll 32
+      for (int line = 0; line < 32; ++line) __builtin_prefetch(ahead + 64 * line);
+    }
+    _tile_loadd(6, b, 128);
+    _tile_loadd(7, b + 32, 128);
+    _tile_loadd(4, upper_a, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (kLower) {
+      _tile_loadd(5, lower_a, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    upper_a += upper_step;
+    lower_a += lower_step;
+    b += kAmxK * kPanel;
+  }
+  _tile_stored(0, c, c_stride);
+  _tile_stored(1, c + 16, c_stride);
+  if constexpr (kLower) {
+    _tile_stored(2, c + kAmxHalf * ldc, c_stride);
+    _tile_stored(3, c + kAmxHalf * ldc + 16, c_stride);
+  }
+}
+
+static void panel_amx(int64_t rows, int64_t k_padded, int64_t k0, int64_t kc, const void* a, const void* b, float* c,
+                      int64_t ldc, bool accumulate) {
+  const uint16_t* tiles = static_cast<const uint16_t*>(a);
+  const uint16_t* weights = static_cast<const uint16_t*>(b);
+  int64_t configured = -1;
+  for (int64_t row = 0; row < rows; row += kAmxRows) {
+    const int64_t height = rows - row < kAmxRows ? rows - row : kAmxRows;
+    const int64_t upper = height < kAmxHalf ? height : kAmxHalf;
+    const int64_t lower = height - upper;
+    if (height != configured) {
+      amx_configure(upper, lower);
+      configured = height;
+    }
+    const uint16_t* upper_a = tiles + row * k_padded + k0 * upper;
+    const uint16_t* lower_a = tiles + row * k_padded + upper * k_padded + k0 * lower;
+    if (lower > 0) {
+      tile_amx<true>(kc, upper_a, lower_a, upper * kAmxK, lower * kAmxK, weights, c + row * ldc, ldc, accumulate, false);
+    } else {
+      tile_amx<false>(kc, upper_a, upper_a, upper * kAmxK, 0, weights, c + row * ldc, ldc, accumulate, rows <= kAmxHalf);
+    }
+  }
+  _tile_release();
+}
+
+/// Activations as two halves of up to 16 rows, each [k / 32][rows][32]. k_padded is a multiple of 32.
+static void pack_amx(const float* x, int64_t stride, int64_t rows, int64_t k, int64_t k_padded, void* out) {
+  uint16_t* to = static_cast<uint16_t*>(out);
+  for (int64_t half = 0; half < rows; half += kAmxHalf) {
+    const int64_t height = rows - half < kAmxHalf ? rows - half : kAmxHalf;
+    for (int64_t r = 0; r < height; ++r) {
+      const float* from = x + (half + r) * stride;
+      uint16_t* row = to + half * k_padded + r * kAmxK;
+      for (int64_t k0 = 0; k0 < k_padded; k0 += kAmxK, row += height * kAmxK) {
+        if (k - k0 >= kAmxK) {
+          const __m512i high = _mm512_loadu_si512(from + k0 + 16);
+          const __m512i low = _mm512_loadu_si512(from + k0);
+          _mm512_storeu_si512(row, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(
+                                       _mm512_castsi512_ps(high), _mm512_castsi512_ps(low))));
+          continue;
+        }
+        for (int64_t i = 0; i < kAmxK; ++i) row[i] = k0 + i < k ? round_to_bf16(from[k0 + i]) : uint16_t{0};
+      }
+    }
+  }
+}
+
+}  // namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE

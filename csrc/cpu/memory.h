@@ -1,0 +1,30 @@
+// Memory of the CPU backend: aligned, zeroed by the system as it is touched, in huge pages where that pays.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "backend/backend.h"
+
+namespace llama_ext {
+
+/// Pages straight from the system. Zero bytes are legal.
+class HostBuffer final : public Buffer {
+ public:
+  /// Throws OutOfMemoryError, with both numbers, when the system has not that much memory to give (`what` names the purpose).
+  HostBuffer(size_t nbytes, const char* what);
+  ~HostBuffer() override;
+  HostBuffer(const HostBuffer&) = delete;
+  HostBuffer& operator=(const HostBuffer&) = delete;
+};
+
+/// Bytes the system could give without swapping; the largest number when it does not say.
+size_t available_memory();
+
+/// What an operation needs scratch for: each purpose has memory of its own, so that operations may nest.
+enum class Scratch : uint8_t { kProduct, kActivation, kAttention };
+
+/// Scratch of the calling thread, at least `nbytes`, aligned to a page, kept for its next call.
+void* thread_scratch(Scratch purpose, size_t nbytes);
+
+}  // namespace llama_ext

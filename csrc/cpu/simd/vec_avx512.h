@@ -1,0 +1,56 @@
+// 512-bit vectors of 16 floats. Also used, unchanged, by the tiers above plain AVX-512.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE {
+
+using vf = __m512;
+constexpr int kWidth = 16;
+
+static inline vf vzero() { return _mm512_setzero_ps(); }
+static inline vf vset1(float x) { return _mm512_set1_ps(x); }
+static inline vf vload(const float* p) { return _mm512_loadu_ps(p); }
+static inline void vstore(float* p, vf x) { _mm512_storeu_ps(p, x); }
+static inline __mmask16 mask_n(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
+/// The first n lanes, 0 < n < kWidth; the others are `fill`.
+static inline vf vload_n(const float* p, int64_t n, float fill) {
+  return _mm512_mask_loadu_ps(_mm512_set1_ps(fill), mask_n(n), p);
+}
+static inline void vstore_n(float* p, vf x, int64_t n) { _mm512_mask_storeu_ps(p, mask_n(n), x); }
+
+static inline vf vadd(vf a, vf b) { return _mm512_add_ps(a, b); }
+static inline vf vsub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+static inline vf vmul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+static inline vf vdiv(vf a, vf b) { return _mm512_div_ps(a, b); }
+/// a * b + c
+static inline vf vfma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+/// The second operand when either is NaN, as on every x86.
+static inline vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }
+static inline vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }
+static inline vf vround(vf x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+/// 2^n for a whole n in [-126, 127].
+static inline vf vpow2(vf n) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+}
+/// Lanes where x < bound become 0.
+static inline vf vzero_below(vf x, vf bound, vf value) {
+  return _mm512_mask_mov_ps(value, _mm512_cmp_ps_mask(x, bound, _CMP_LT_OQ), _mm512_setzero_ps());
+}
+
+// Sixteen pairs of bf16 as 32-bit lanes: the low element is the even k, the high one the odd k.
+static inline vf vload_pair_low(const uint16_t* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16));
+}
+static inline vf vload_pair_high(const uint16_t* p) {
+  // A masked load, not an AND: a constant in a register would push a sum out of the widest tile.
+  return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(0xaaaaaaaau, p));
+}
+static inline vf vload_bf16(const uint16_t* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+}  // namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE

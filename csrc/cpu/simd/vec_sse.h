@@ -1,0 +1,59 @@
+// 128-bit vectors of 4 floats: x86-64-v2, the floor of the package. No FMA: a product is rounded before it is added.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE {
+
+using vf = __m128;
+constexpr int kWidth = 4;
+
+static inline vf vzero() { return _mm_setzero_ps(); }
+static inline vf vset1(float x) { return _mm_set1_ps(x); }
+static inline vf vload(const float* p) { return _mm_loadu_ps(p); }
+static inline void vstore(float* p, vf x) { _mm_storeu_ps(p, x); }
+/// The first n lanes, 0 < n < kWidth; the others are `fill`.
+static inline vf vload_n(const float* p, int64_t n, float fill) {
+  float lanes[4] = {fill, fill, fill, fill};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  return _mm_loadu_ps(lanes);
+}
+static inline void vstore_n(float* p, vf x, int64_t n) {
+  float lanes[4];
+  _mm_storeu_ps(lanes, x);
+  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+static inline vf vadd(vf a, vf b) { return _mm_add_ps(a, b); }
+static inline vf vsub(vf a, vf b) { return _mm_sub_ps(a, b); }
+static inline vf vmul(vf a, vf b) { return _mm_mul_ps(a, b); }
+static inline vf vdiv(vf a, vf b) { return _mm_div_ps(a, b); }
+/// a * b + c, rounded twice
+static inline vf vfma(vf a, vf b, vf c) { return _mm_add_ps(_mm_mul_ps(a, b), c); }
+/// The second operand when either is NaN, as on every x86.
+static inline vf vmax(vf a, vf b) { return _mm_max_ps(a, b); }
+static inline vf vmin(vf a, vf b) { return _mm_min_ps(a, b); }
+static inline vf vround(vf x) { return _mm_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+/// 2^n for a whole n in [-126, 127].
+static inline vf vpow2(vf n) {
+  return _mm_castsi128_ps(_mm_slli_epi32(_mm_add_epi32(_mm_cvtps_epi32(n), _mm_set1_epi32(127)), 23));
+}
+/// Lanes where x < bound become 0.
+static inline vf vzero_below(vf x, vf bound, vf value) { return _mm_andnot_ps(_mm_cmplt_ps(x, bound), value); }
+
+// Four pairs of bf16 as 32-bit lanes: the low element is the even k, the high one the odd k.
+static inline vf vload_pair_low(const uint16_t* p) {
+  return _mm_castsi128_ps(_mm_slli_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), 16));
+}
+static inline vf vload_pair_high(const uint16_t* p) {
+  return _mm_castsi128_ps(_mm_and_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)),
+                                        _mm_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+static inline vf vload_bf16(const uint16_t* p) {
+  const __m128i bits = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(bits), 16));
+}
+
+}  // namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE

@@ -1,0 +1,20 @@
+// The avx512-bf16 tier: every kernel, compiled for it. Nothing here may use the standard library, nor leave a symbol outside this
+// tier's namespace that a linker could hand to other code (tools/check_tier_symbols.py).
+#define LLAMA_EXT_ISA_NAMESPACE isa_avx512_bf16
+
+#include "cpu/simd/vec_avx512.h"
+#include "cpu/kernels/gemm.h"
+#include "cpu/kernels/gemm_bf16_dot.h"
+#include "cpu/kernels/table.h"
+
+namespace llama_ext {
+
+namespace LLAMA_EXT_ISA_NAMESPACE {
+static constexpr GemmKernel kGemmBf16 = {kTileRows, sizeof(uint16_t), pack_bf16_pairs, panel_bf16_dot};
+}
+
+extern const KernelTable kTable_avx512_bf16;
+const KernelTable kTable_avx512_bf16 =
+    LLAMA_EXT_ISA_NAMESPACE::make_table("avx512-bf16", LLAMA_EXT_ISA_NAMESPACE::kGemmBf16, "VDPBF16PS, activations rounded to bfloat16");
+
+}  // namespace llama_ext

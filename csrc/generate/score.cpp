@@ -1,0 +1,82 @@
+#include "generate/score.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "generate/log_softmax.h"
+
+namespace llama_ext {
+namespace {
+
+// Logits held at a time: 64 MiB, but never fewer than 64 rows (one product of the head should have work) or more than a pass.
+constexpr int64_t kLogitsHeld = int64_t{1} << 24;
+constexpr int64_t kLeastRows = 64;
+
+// Sequences of one logits call run together until they have this many tokens, which bounds their KV caches.
+constexpr int64_t kGroupRows = 4 * kPassRows;
+
+Score score_of(const float* logits, int64_t vocabulary, int32_t token) {
+  const float* best = std::max_element(logits, logits + vocabulary);
+  return {.logprob = static_cast<float>(static_cast<double>(logits[token]) - log_sum_exp(logits, vocabulary)),
+          .is_greedy = best - logits == token};
+}
+
+}  // namespace
+
+std::vector<Score> score(const std::shared_ptr<const Model>& model, const std::vector<int32_t>& tokens, int64_t first) {
+  const int64_t count = static_cast<int64_t>(tokens.size());
+  const int64_t vocabulary = model->config().vocabulary;
+  require(first >= 1 && first <= count, ErrorKind::kOption, "score: first must be in [1, ", count,
+          "] (the first token has nothing before it), got ", first);
+  require(count <= model->config().context, ErrorKind::kContextLength, "score: ", count,
+          " tokens do not fit into the model's context of ", model->config().context);
+  check_token_ids(tokens.data(), count, vocabulary);
+  std::vector<Score> scores;
+  if (first == count) return scores;
+  scores.reserve(static_cast<size_t>(count - first));
+
+  // The last token is predicted, never run. Logits at position p score token p + 1.
+  Session session(model, count - 1, DType::kF32);
+  session.append(tokens.data(), first - 1, LogitsRows::kNone, nullptr);
+  const int64_t rows = std::clamp(kLogitsHeld / vocabulary, kLeastRows, kPassRows);
+  std::vector<float> logits(static_cast<size_t>(std::min(rows, count - first) * vocabulary));
+  for (int64_t position = first - 1; position < count - 1;) {
+    const int64_t ran = std::min(rows, count - 1 - position);
+    session.append(tokens.data() + position, ran, LogitsRows::kAll, logits.data());
+    for (int64_t i = 0; i < ran; ++i) {
+      scores.push_back(
+          score_of(logits.data() + i * vocabulary, vocabulary, tokens[static_cast<size_t>(position + i + 1)]));
+    }
+    position += ran;
+  }
+  return scores;
+}
+
+void sequence_logits(const Model& model, const std::vector<std::vector<int32_t>>& sequences, float* logits) {
+  for (const std::vector<int32_t>& sequence : sequences) {
+    const int64_t count = static_cast<int64_t>(sequence.size());
+    require(count <= model.config().context, ErrorKind::kContextLength, "logits: ", count,
+            " tokens do not fit into the model's context of ", model.config().context);
+    check_token_ids(sequence.data(), count, model.config().vocabulary);
+  }
+  for (size_t next = 0; next < sequences.size();) {
+    std::vector<std::unique_ptr<KvCache>> caches;
+    std::vector<Chunk> chunks;
+    int64_t rows = 0;
+    for (; next < sequences.size() && rows < kGroupRows; ++next) {
+      const int64_t count = static_cast<int64_t>(sequences[next].size());
+      if (count == 0) continue;
+      caches.push_back(model.backend().create_kv_cache(model.kv_shape(count, DType::kF32)));
+      chunks.push_back({.cache = caches.back().get(),
+                        .position = 0,
+                        .tokens = sequences[next].data(),
+                        .count = count,
+                        .logits = LogitsRows::kAll});
+      rows += count;
+    }
+    forward(model, chunks, logits);
+    logits += rows * model.config().vocabulary;
+  }
+}
+
+}  // namespace llama_ext

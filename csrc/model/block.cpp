@@ -1,0 +1,86 @@
+#include "model/block.h"
+
+#include <cmath>
+
+namespace llama_ext {
+namespace {
+
+/// Columns [begin, begin + heads * D) of the fused projection, seen as (M, heads, D).
+TensorView head_slice(const Model& model, const TensorView& qkv, int64_t begin, int64_t heads) {
+  return {qkv.f32() + begin, DType::kF32, {qkv.rows(), heads, model.config().head_dim}, qkv.row_stride()};
+}
+
+/// y = x W^T + b, or y += x W^T + b.
+void project(const Model& model, const TensorView& x, const Linear& linear, const TensorView& y, bool accumulate) {
+  MatmulArgs args;
+  args.x = x;
+  args.weight = linear.weight.get();
+  args.bias = linear.bias;
+  args.y = y;
+  args.accumulate = accumulate;
+  args.compute = model.compute();
+  model.backend().matmul(args);
+}
+
+/// attended = softmax(Q K^T / sqrt(D)) V over each sequence's cache, which gets this pass's keys and values first.
+void attend(const Model& model, int64_t layer, const Pass& pass) {
+  const ModelConfig& config = model.config();
+  Backend& backend = model.backend();
+
+  // Q and K lie side by side, so one rotation turns the heads of both.
+  backend.rope({.x = head_slice(model, pass.qkv, 0, config.heads + config.kv_heads), .cos = pass.cos, .sin = pass.sin});
+
+  const TensorView k = head_slice(model, pass.qkv, config.q_size(), config.kv_heads);
+  const TensorView v = head_slice(model, pass.qkv, config.q_size() + config.kv_size(), config.kv_heads);
+  AttentionArgs attention;
+  attention.segments.reserve(pass.spans.size());
+  for (const Span& span : pass.spans) {
+    backend.kv_store({.cache = span.cache,
+                      .layer = layer,
+                      .position = span.position,
+                      .k = k.slice_rows(span.row, span.tokens),
+                      .v = v.slice_rows(span.row, span.tokens)});
+    attention.segments.push_back(
+        {.cache = span.cache, .row = span.row, .tokens = span.tokens, .position = span.position});
+  }
+
+  attention.q = head_slice(model, pass.qkv, 0, config.heads);
+  attention.layer = layer;
+  attention.scale = 1.0 / std::sqrt(static_cast<double>(config.head_dim));
+  attention.y = TensorView(pass.attended.data(), DType::kF32, {pass.attended.rows(), config.heads, config.head_dim});
+  backend.attention(attention);
+}
+
+/// y += SwiGLU(x)
+void feed_forward(const Model& model, const BlockWeights& weights, const TensorView& x, const TensorView& y) {
+  FeedForwardArgs args;
+  args.x = x;
+  args.gate_up = weights.gate_up.weight.get();
+  args.gate_up_bias = weights.gate_up.bias;
+  args.down = weights.down.weight.get();
+  args.down_bias = weights.down.bias;
+  args.y = y;
+  args.accumulate = true;
+  args.compute = model.compute();
+  model.backend().feed_forward(args);
+}
+
+}  // namespace
+
+void normalize(const Model& model, const TensorView& x, const Norm& norm, const TensorView& y) {
+  model.backend().rms_norm({.x = x, .weight = norm.weight, .eps = model.config().norm_eps, .y = y, .inv_rms = {}});
+}
+
+void block(const Model& model, int64_t layer, const Pass& pass) {
+  const BlockWeights& weights = model.weights().block(layer);
+
+  normalize(model, pass.x, weights.attention_norm, pass.normed);
+  project(model, pass.normed, weights.qkv, pass.qkv, /*accumulate=*/false);
+  attend(model, layer, pass);
+  project(model, pass.attended, weights.o, pass.x, /*accumulate=*/true);
+
+  normalize(model, pass.x, weights.ffn_norm, pass.normed);
+  feed_forward(model, weights, pass.normed, pass.x);
+}
+
+}  // namespace llama_ext

@@ -1,0 +1,37 @@
+// One layer of the model, and the activations it works on.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "model/transformer.h"
+
+namespace llama_ext {
+
+/// Rows [row, row + tokens) of a pass: consecutive tokens of one sequence, at positions from `position` on of its cache.
+struct Span {
+  KvCache* cache = nullptr;
+  int64_t row = 0;
+  int64_t tokens = 0;
+  int64_t position = 0;
+};
+
+/// What runs through all layers together: M rows of one or several sequences, and where their activations live.
+/// All tensors are f32 on the device.
+struct Pass {
+  std::vector<Span> spans;
+  TensorView x;         // (M, C) the residual stream
+  TensorView normed;    // (M, C)
+  TensorView qkv;       // (M, (H + 2 K) D) a row is its Q, then its K, then its V
+  TensorView attended;  // (M, H D)
+  TensorView cos;       // (M, D/2) of each row's position
+  TensorView sin;       // (M, D/2)
+};
+
+/// x += attention(norm(x)); x += feed_forward(norm(x)). Stores the rows' keys and values in their caches.
+void block(const Model& model, int64_t layer, const Pass& pass);
+
+/// y = norm(x) with the model's epsilon.
+void normalize(const Model& model, const TensorView& x, const Norm& norm, const TensorView& y);
+
+}  // namespace llama_ext

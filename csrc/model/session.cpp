@@ -1,0 +1,77 @@
+#include "model/session.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace llama_ext {
+
+Session::Session(std::shared_ptr<const Model> model, int64_t capacity, DType kv_dtype)
+    : model_(std::move(model)), cache_(model_->backend().create_kv_cache(model_->kv_shape(capacity, kv_dtype))) {
+  tokens_.reserve(static_cast<size_t>(capacity));  // so that recording tokens that have run cannot fail
+}
+
+void Session::append(const int32_t* tokens, int64_t count, LogitsRows rows, float* logits) {
+  require(count >= 0, ErrorKind::kOption, "session: the number of tokens must be at least 0, got ", count);
+  require(count > 0 || rows != LogitsRows::kLast, ErrorKind::kOption,
+          "session: there are no logits of the last token when no tokens are appended");
+  forward(*model_, {{.cache = cache_.get(), .position = length(), .tokens = tokens, .count = count, .logits = rows}},
+          logits);
+  tokens_.insert(tokens_.end(), tokens, tokens + count);
+}
+
+void Session::append_batch(const std::vector<Session*>& sessions, const std::vector<std::vector<int32_t>>& tokens,
+                           LogitsRows rows, float* logits) {
+  require(sessions.size() == tokens.size(), ErrorKind::kInternal,
+          "session: a batch needs one list of tokens per session");
+  if (sessions.empty()) return;
+  const Model& model = sessions.front()->model();
+  std::vector<Chunk> chunks;
+  chunks.reserve(sessions.size());
+  for (size_t i = 0; i < sessions.size(); ++i) {
+    require(&sessions[i]->model() == &model, ErrorKind::kOption, "session: a batch must be of one model");
+    require(!tokens[i].empty() || rows != LogitsRows::kLast, ErrorKind::kOption,
+            "session: there are no logits of the last token when no tokens are appended");
+    chunks.push_back({.cache = sessions[i]->cache_.get(),
+                      .position = sessions[i]->length(),
+                      .tokens = tokens[i].data(),
+                      .count = static_cast<int64_t>(tokens[i].size()),
+                      .logits = rows});
+  }
+  forward(model, chunks, logits);
+  for (size_t i = 0; i < sessions.size(); ++i) {
+    std::vector<int32_t>& kept = sessions[i]->tokens_;
+    kept.insert(kept.end(), tokens[i].begin(), tokens[i].end());
+  }
+}
+
+void Session::rewind(int64_t length) {
+  require(length >= 0 && length <= this->length(), ErrorKind::kOption, "session: cannot rewind to ", length,
+          ", the session holds ", this->length(), " tokens");
+  tokens_.resize(static_cast<size_t>(length));
+}
+
+std::unique_ptr<Session> Session::fork(int64_t capacity) const {
+  require(capacity >= length(), ErrorKind::kContextLength, "session: a fork needs room for its ", length(),
+          " tokens, got a capacity of ", capacity);
+  auto copy = std::make_unique<Session>(model_, capacity, kv_dtype());
+  copy->copy_from(*this);
+  return copy;
+}
+
+void Session::copy_from(const Session& source) {
+  require(model_ == source.model_ && kv_dtype() == source.kv_dtype() && source.length() <= capacity(),
+          ErrorKind::kInternal, "session: a copy needs the same model, dtype, and room for every token");
+  tokens_.clear();
+  model_->backend().copy_kv_cache(*cache_, *source.cache_, source.length());
+  model_->backend().synchronize();
+  tokens_.assign(source.tokens_.begin(), source.tokens_.end());
+}
+
+void Session::restore(const std::vector<int32_t>& tokens) {
+  require(static_cast<int64_t>(tokens.size()) <= capacity(), ErrorKind::kContextLength, "session: ", tokens.size(),
+          " saved tokens do not fit into ", capacity(), " positions");
+  check_token_ids(tokens.data(), static_cast<int64_t>(tokens.size()), model_->config().vocabulary);
+  tokens_.assign(tokens.begin(), tokens.end());
+}
+
+}  // namespace llama_ext

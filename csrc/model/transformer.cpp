@@ -1,0 +1,326 @@
+#include "model/transformer.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <utility>
+
+#include "core/interrupt.h"
+#include "model/block.h"
+
+namespace llama_ext {
+namespace {
+
+// Logits are made for this many rows at a time, so that their buffer stays small beside a large vocabulary.
+constexpr int64_t kHeadRows = 128;
+
+// Regions of the workspace start on a cache line of their own.
+constexpr int64_t kRegionFloats = 64;
+
+/// Tokens [begin, begin + count) of a chunk, as rows of one pass.
+struct Part {
+  size_t chunk = 0;
+  int64_t begin = 0;
+  int64_t count = 0;
+};
+
+int64_t rows_asked(LogitsRows logits, int64_t count) {
+  switch (logits) {
+    case LogitsRows::kNone:
+      return 0;
+    case LogitsRows::kLast:
+      return std::min<int64_t>(count, 1);
+    case LogitsRows::kAll:
+      return count;
+  }
+  return 0;
+}
+
+/// Rows of logits of a part: always its last ones.
+int64_t rows_asked(const Chunk& chunk, const Part& part) {
+  const bool ends_chunk = part.begin + part.count == chunk.count;
+  if (chunk.logits == LogitsRows::kLast && !ends_chunk) return 0;
+  return rows_asked(chunk.logits, part.count);
+}
+
+void check_chunks(const Model& model, const std::vector<Chunk>& chunks, const float* logits) {
+  const ModelConfig& config = model.config();
+  std::vector<const KvCache*> caches;
+  caches.reserve(chunks.size());
+  for (const Chunk& chunk : chunks) {
+    require(chunk.cache != nullptr && chunk.count >= 0 && chunk.position >= 0 &&
+                (chunk.tokens != nullptr || chunk.count == 0),
+            ErrorKind::kInternal, "forward: a chunk needs a cache, tokens, and a position of at least 0");
+    const KvCacheShape& shape = chunk.cache->shape();
+    require(shape.layers == config.layers && shape.kv_heads == config.kv_heads && shape.head_dim == config.head_dim,
+            ErrorKind::kShape, "forward: the KV cache was made for another model");
+    require(chunk.count <= shape.capacity && chunk.position <= shape.capacity - chunk.count, ErrorKind::kContextLength,
+            "forward: ", chunk.count, " tokens after ", chunk.position, " do not fit into the KV cache's ",
+            shape.capacity, " positions");
+    check_token_ids(chunk.tokens, chunk.count, config.vocabulary);
+    caches.push_back(chunk.cache);
+  }
+  std::sort(caches.begin(), caches.end());
+  require(std::adjacent_find(caches.begin(), caches.end()) == caches.end(), ErrorKind::kInternal,
+          "forward: two chunks of one batch share a KV cache");
+  require(logits != nullptr || logits_rows(chunks) == 0, ErrorKind::kInternal,
+          "forward: there is no room for the logits");
+}
+
+/// Cuts and packs the chunks into passes of at most kPassRows rows. The parts of a chunk come in order, so the keys and
+/// values of a part are stored in every layer before the next part asks for them.
+std::vector<std::vector<Part>> cut_into_passes(const std::vector<Chunk>& chunks) {
+  std::vector<std::vector<Part>> passes;
+  int64_t room = 0;
+  for (size_t i = 0; i < chunks.size(); ++i) {
+    for (int64_t begin = 0; begin < chunks[i].count;) {
+      if (room == 0) {
+        passes.emplace_back();
+        room = kPassRows;
+      }
+      const int64_t count = std::min(room, chunks[i].count - begin);
+      passes.back().push_back({.chunk = i, .begin = begin, .count = count});
+      begin += count;
+      room -= count;
+    }
+  }
+  return passes;
+}
+
+bool is_finite(float value) { return (std::bit_cast<uint32_t>(value) & 0x7f800000u) != 0x7f800000u; }
+
+/// The first entry that is not finite, or -1. The common case is one branch-free sweep.
+int64_t find_not_finite(const float* row, int64_t count) {
+  bool all_finite = true;
+  for (int64_t i = 0; i < count; ++i) all_finite &= is_finite(row[i]);
+  if (all_finite) return -1;
+  return std::find_if_not(row, row + count, is_finite) - row;
+}
+
+/// One call of forward(): the workspace, and the passes through it.
+class ForwardCall {
+ public:
+  ForwardCall(const Model& model, const std::vector<Chunk>& chunks, float* logits)
+      : model_(model), backend_(model.backend()), chunks_(chunks), logits_(logits) {}
+
+  // Operations may still be reading the host vectors and the workspace when an exception passes through here.
+  ~ForwardCall() {
+    try {
+      backend_.synchronize();
+    } catch (...) {  // NOLINT(bugprone-empty-catch): the error that matters is already on its way
+    }
+  }
+  ForwardCall(const ForwardCall&) = delete;
+  ForwardCall& operator=(const ForwardCall&) = delete;
+
+  void run() {
+    const std::vector<std::vector<Part>> passes = cut_into_passes(chunks_);
+    if (passes.empty()) return;
+    int64_t most_rows = 0;
+    int64_t most_logits = 0;
+    for (const std::vector<Part>& parts : passes) {
+      int64_t rows = 0;
+      int64_t asked = 0;
+      for (const Part& part : parts) {
+        rows += part.count;
+        asked += rows_asked(chunks_[part.chunk], part);
+      }
+      most_rows = std::max(most_rows, rows);
+      most_logits = std::max(most_logits, asked);
+    }
+    allocate(most_rows, std::min(most_logits, kHeadRows));
+    for (const std::vector<Part>& parts : passes) run_pass(parts);
+  }
+
+ private:
+  void allocate(int64_t rows, int64_t head_rows) {
+    const ModelConfig& config = model_.config();
+    const int64_t half = config.head_dim / 2;
+    int64_t floats = 0;
+    const auto region = [&floats](int64_t region_rows, int64_t width) {
+      const int64_t offset = floats;
+      floats = checked_add(floats, round_up(checked_mul(region_rows, width, "workspace"), kRegionFloats), "workspace");
+      return offset;
+    };
+    const int64_t x = region(rows, config.width);
+    const int64_t normed = region(rows, config.width);
+    const int64_t qkv = region(rows, config.qkv_size());
+    const int64_t attended = region(rows, config.q_size());
+    const int64_t cos = region(rows, half);
+    const int64_t sin = region(rows, half);
+    const int64_t head = region(head_rows, config.vocabulary);
+    workspace_ = backend_.allocate(static_cast<size_t>(checked_mul(floats, sizeof(float), "workspace")));
+
+    float* base = static_cast<float*>(workspace_->data());
+    whole_.x = TensorView(base + x, DType::kF32, {rows, config.width});
+    whole_.normed = TensorView(base + normed, DType::kF32, {rows, config.width});
+    whole_.qkv = TensorView(base + qkv, DType::kF32, {rows, config.qkv_size()});
+    whole_.attended = TensorView(base + attended, DType::kF32, {rows, config.q_size()});
+    whole_.cos = TensorView(base + cos, DType::kF32, {rows, half});
+    whole_.sin = TensorView(base + sin, DType::kF32, {rows, half});
+    head_ = TensorView(base + head, DType::kF32, {head_rows, config.vocabulary});
+  }
+
+  void run_pass(const std::vector<Part>& parts) {
+    const Pass pass = begin_pass(parts);
+    backend_.embedding({.ids = TensorView(ids_.data(), DType::kI32, {pass.x.rows()}),
+                        .table = &model_.weights().embedding(),
+                        .y = pass.x});
+    for (int64_t layer = 0; layer < model_.config().layers; ++layer) {
+      throw_if_interrupted();
+      block(model_, layer, pass);
+    }
+    throw_if_interrupted();
+    write_logits(parts, pass);
+    backend_.synchronize();  // the next pass overwrites the host vectors
+  }
+
+  /// Lays the parts out as rows: their ids, their places in the caches, and the angles of their positions.
+  Pass begin_pass(const std::vector<Part>& parts) {
+    ids_.clear();
+    positions_.clear();
+    Pass pass;
+    for (const Part& part : parts) {
+      const Chunk& chunk = chunks_[part.chunk];
+      pass.spans.push_back({.cache = chunk.cache,
+                            .row = static_cast<int64_t>(ids_.size()),
+                            .tokens = part.count,
+                            .position = chunk.position + part.begin});
+      for (int64_t i = part.begin; i < part.begin + part.count; ++i) {
+        ids_.push_back(chunk.tokens[i]);
+        positions_.push_back(chunk.position + i);
+      }
+    }
+    const int64_t rows = static_cast<int64_t>(ids_.size());
+    pass.x = whole_.x.slice_rows(0, rows);
+    pass.normed = whole_.normed.slice_rows(0, rows);
+    pass.qkv = whole_.qkv.slice_rows(0, rows);
+    pass.attended = whole_.attended.slice_rows(0, rows);
+    pass.cos = whole_.cos.slice_rows(0, rows);
+    pass.sin = whole_.sin.slice_rows(0, rows);
+
+    const size_t angles = static_cast<size_t>(pass.cos.size());
+    cos_.resize(angles);
+    sin_.resize(angles);
+    rope_angles(model_.config().rope, model_.inverse_frequencies(), positions_.data(), rows, cos_.data(), sin_.data());
+    backend_.copy_to_device(pass.cos.data(), cos_.data(), angles * sizeof(float));
+    backend_.copy_to_device(pass.sin.data(), sin_.data(), angles * sizeof(float));
+    return pass;
+  }
+
+  /// Final norm and head of the rows that were asked for. The norm gathers them into a compact block of rows.
+  void write_logits(const std::vector<Part>& parts, const Pass& pass) {
+    int64_t gathered = 0;
+    int64_t run_begin = 0;
+    int64_t run_end = 0;
+    const auto flush = [&] {
+      const int64_t count = run_end - run_begin;
+      if (count == 0) return;
+      normalize(model_, pass.x.slice_rows(run_begin, count), model_.weights().final_norm(),
+                pass.normed.slice_rows(gathered, count));
+      gathered += count;
+    };
+    for (size_t i = 0; i < parts.size(); ++i) {
+      const int64_t asked = rows_asked(chunks_[parts[i].chunk], parts[i]);
+      if (asked == 0) continue;
+      const int64_t end = pass.spans[i].row + parts[i].count;
+      if (end - asked != run_end) {
+        flush();
+        run_begin = end - asked;
+      }
+      run_end = end;
+    }
+    flush();
+
+    const int64_t vocabulary = model_.config().vocabulary;
+    for (int64_t row = 0; row < gathered; row += kHeadRows) {
+      const int64_t count = std::min(gathered - row, kHeadRows);
+      const TensorView head = head_.slice_rows(0, count);
+      MatmulArgs args;
+      args.x = pass.normed.slice_rows(row, count);
+      args.weight = &model_.weights().head();
+      args.y = head;
+      args.compute = model_.compute();
+      backend_.matmul(args);
+      backend_.copy_to_host(logits_, head.data(), static_cast<size_t>(head.size()) * sizeof(float));
+      backend_.synchronize();
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t bad = find_not_finite(logits_ + i * vocabulary, vocabulary);
+        if (bad >= 0) [[unlikely]] {
+          fail_not_finite(parts, row + i, bad, logits_[i * vocabulary + bad]);
+        }
+      }
+      logits_ += head.size();
+      throw_if_interrupted();
+    }
+  }
+
+  [[noreturn]] void fail_not_finite(const std::vector<Part>& parts, int64_t logits_row, int64_t entry,
+                                    float value) const {
+    for (const Part& part : parts) {
+      const Chunk& chunk = chunks_[part.chunk];
+      const int64_t asked = rows_asked(chunk, part);
+      if (logits_row < asked) {
+        const int64_t token = part.begin + part.count - asked + logits_row;
+        fail(ErrorKind::kNumeric, "forward: sequence ", part.chunk, ", position ", chunk.position + token,
+             " (token id ", chunk.tokens[token], "): logit ", entry, " is ", value,
+             ". Either the weights hold a NaN or an infinity (a damaged or badly converted checkpoint), or an "
+             "activation "
+             "is beyond float32");
+      }
+      logits_row -= asked;
+    }
+    fail(ErrorKind::kInternal, "forward: a row of logits belongs to no token");
+  }
+
+  const Model& model_;
+  Backend& backend_;
+  const std::vector<Chunk>& chunks_;
+  float* logits_;  // where the next row goes
+  std::unique_ptr<Buffer> workspace_;
+  Pass whole_;  // the workspace's tensors, for as many rows as the largest pass
+  TensorView head_;
+  // Host memory of the pass that is running.
+  std::vector<int32_t> ids_;
+  std::vector<int64_t> positions_;
+  std::vector<float> cos_;
+  std::vector<float> sin_;
+};
+
+std::shared_ptr<Backend> checked_backend(std::shared_ptr<Backend> backend, const ModelConfig& config) {
+  require(backend != nullptr, ErrorKind::kInternal, "model: there is no backend");
+  check(config);
+  return backend;
+}
+
+}  // namespace
+
+Model::Model(std::shared_ptr<Backend> backend, const ModelConfig& config, DType dtype, Compute compute)
+    : backend_(checked_backend(std::move(backend), config)),
+      config_(config),
+      compute_(compute),
+      inverse_frequencies_(rope_inverse_frequencies(config.rope)),
+      weights_(*backend_, config, dtype) {}
+
+KvCacheShape Model::kv_shape(int64_t capacity, DType dtype) const {
+  require(capacity >= 1 && capacity <= config_.context, ErrorKind::kContextLength, "KV cache: room for ", capacity,
+          " positions was asked for; this model's context allows 1 to ", config_.context);
+  return {.layers = config_.layers,
+          .kv_heads = config_.kv_heads,
+          .head_dim = config_.head_dim,
+          .capacity = capacity,
+          .dtype = dtype};
+}
+
+int64_t logits_rows(const std::vector<Chunk>& chunks) {
+  int64_t rows = 0;
+  for (const Chunk& chunk : chunks) rows += rows_asked(chunk.logits, chunk.count);
+  return rows;
+}
+
+void forward(const Model& model, const std::vector<Chunk>& chunks, float* logits) {
+  check_chunks(model, chunks, logits);
+  ForwardCall(model, chunks, logits).run();
+}
+
+}  // namespace llama_ext

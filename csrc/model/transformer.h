@@ -1,0 +1,60 @@
+// Llama, written once against Backend: no device, instruction set or dtype appears here.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "backend/backend.h"
+#include "model/config.h"
+#include "model/weights.h"
+
+namespace llama_ext {
+
+/// Immutable once its weights are loaded, so any number of threads and sessions share one.
+class Model {
+ public:
+  Model(std::shared_ptr<Backend> backend, const ModelConfig& config, DType dtype, Compute compute);
+
+  Backend& backend() const { return *backend_; }
+  const std::shared_ptr<Backend>& shared_backend() const { return backend_; }
+  const ModelConfig& config() const { return config_; }
+  Weights& weights() { return weights_; }
+  const Weights& weights() const { return weights_; }
+  Compute compute() const { return compute_; }
+  const std::vector<double>& inverse_frequencies() const { return inverse_frequencies_; }
+  /// The shape of a KV cache for this model. capacity: positions, in [1, context]. Throws ContextLengthError.
+  KvCacheShape kv_shape(int64_t capacity, DType dtype) const;
+
+ private:
+  std::shared_ptr<Backend> backend_;
+  ModelConfig config_;
+  Compute compute_;
+  std::vector<double> inverse_frequencies_;
+  Weights weights_;
+};
+
+/// Which rows of a chunk to compute logits for.
+enum class LogitsRows : uint8_t { kNone, kLast, kAll };
+
+/// `count` new tokens of one sequence, at positions [position, position + count) of its cache.
+struct Chunk {
+  KvCache* cache = nullptr;
+  int64_t position = 0;
+  const int32_t* tokens = nullptr;
+  int64_t count = 0;
+  LogitsRows logits = LogitsRows::kLast;
+};
+
+/// Runs the model over a ragged batch and fills the caches. Chunks must be of different caches.
+/// logits: host memory, (rows asked for, V) f32 row-major: the chunks' rows in order; may be nullptr when none are asked.
+/// A row's bits depend on its own sequence alone. Long batches run in passes of at most kPassRows rows.
+/// Throws TokenIdError, ContextLengthError, NumericError (a logit that is not finite), Interrupted. After a throw the
+/// positions written are undefined, everything before `position` is intact.
+void forward(const Model& model, const std::vector<Chunk>& chunks, float* logits);
+
+inline constexpr int64_t kPassRows = 512;
+
+/// Rows of logits that `chunks` ask for.
+int64_t logits_rows(const std::vector<Chunk>& chunks);
+
+}  // namespace llama_ext

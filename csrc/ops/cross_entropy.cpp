@@ -1,0 +1,23 @@
+#include "ops/cross_entropy.h"
+
+#include "ops/argument_checks.h"
+
+namespace llama_ext {
+
+void check(const CrossEntropyArgs& args) {
+  require_tensor(args.logits, DType::kF32, {-1, -1}, Rows::kStrided, "cross_entropy", "logits");
+  const int64_t rows = args.logits.dim(0);
+  const int64_t vocabulary = args.logits.dim(1);
+  require_tensor(args.labels, DType::kI32, {rows}, Rows::kContiguous, "cross_entropy", "labels");
+  require_tensor(args.losses, DType::kF32, {rows}, Rows::kContiguous, "cross_entropy", "losses");
+  require_disjoint(args.losses, args.logits, "cross_entropy", "losses", "logits");
+  require_disjoint(args.losses, args.labels, "cross_entropy", "losses", "labels");
+  const int32_t* labels = static_cast<const int32_t*>(args.labels.data());
+  for (int64_t t = 0; t < rows; ++t) {
+    require(labels[t] == kIgnoreLabel || (labels[t] >= 0 && labels[t] < vocabulary), ErrorKind::kTokenId,
+            "cross_entropy: label ", labels[t], " at index ", t, " must be in [0, ", vocabulary, ") or ", kIgnoreLabel,
+            " (ignored)");
+  }
+}
+
+}  // namespace llama_ext

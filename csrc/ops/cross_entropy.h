@@ -1,0 +1,23 @@
+#pragma once
+
+#include "core/tensor_view.h"
+
+namespace llama_ext {
+
+/// losses[t] = log(sum_v exp(logits[t, v])) - logits[t, labels[t]], or 0 where labels[t] is kIgnoreLabel
+/// logits: (T, V) f32, rows may be strided. labels: (T) i32 in host memory, each in [0, V) or kIgnoreLabel.
+/// losses: (T) f32.
+/// The caller divides the sum by the number of counted labels of the whole step, as the mean of means is not the mean.
+/// Saves (when training) the log-sum-exp. Backward: d_logits = d_loss (softmax(logits) - onehot). Throws ShapeError,
+/// DTypeError, TokenIdError.
+struct CrossEntropyArgs {
+  TensorView logits;
+  TensorView labels;
+  TensorView losses;
+};
+
+inline constexpr int32_t kIgnoreLabel = -100;
+
+void check(const CrossEntropyArgs& args);
+
+}  // namespace llama_ext

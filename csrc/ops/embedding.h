@@ -1,0 +1,22 @@
+#pragma once
+
+#include "core/tensor_view.h"
+#include "ops/matrix.h"
+
+namespace llama_ext {
+
+/// y[t] = table[ids[t]]
+/// ids: (T) i32 in host memory, each in [0, V). table: Matrix (V, C), any dtype. y: (T, C) f32, contiguous.
+/// Backward adds d_y[t] to d_table[ids[t]]; nothing is saved. Throws ShapeError, DTypeError, TokenIdError.
+struct EmbeddingArgs {
+  TensorView ids;
+  const Matrix* table = nullptr;
+  TensorView y;
+};
+
+void check(const EmbeddingArgs& args);
+
+/// Throws TokenIdError, naming the first offender and its place, unless every id is in [0, vocabulary).
+void check_token_ids(const int32_t* ids, int64_t count, int64_t vocabulary);
+
+}  // namespace llama_ext

@@ -1,0 +1,34 @@
+#pragma once
+
+#include "core/tensor_view.h"
+#include "ops/matrix.h"
+
+namespace llama_ext {
+
+/// SwiGLU: y = (silu(x G^T + b_g) * (x U^T + b_u)) D^T + b_d, or y += ... with `accumulate`; silu(z) = z / (1 + e^-z)
+/// x: (M, C) f32. gate_up: Matrix (2 F', C), gate and up interleaved as `gate_rows` and `up_rows` say, F' = F rounded up to
+/// kGateGroup, the surplus rows zero. gate_up_bias: (2 F') f32 in the same order, or none. down: Matrix (C, F).
+/// down_bias: (C) or none. y: (M, C) f32, must not overlap x.
+/// Saves (when training) the two pre-activations. Throws ShapeError, DTypeError.
+/// Source: Shazeer, "GLU Variants Improve Transformer", 2020.
+struct FeedForwardArgs {
+  TensorView x;
+  const Matrix* gate_up = nullptr;
+  TensorView gate_up_bias;
+  const Matrix* down = nullptr;
+  TensorView down_bias;
+  TensorView y;
+  bool accumulate = false;
+  Compute compute = Compute::kAuto;
+};
+
+void check(const FeedForwardArgs& args);
+
+/// 16 gate rows, then the 16 up rows that belong to them: both halves of a product lie in one tile of columns.
+inline constexpr int64_t kGateGroup = 16;
+inline constexpr RowMap gate_rows() { return {.begin = 0, .group = kGateGroup, .stride = 2 * kGateGroup}; }
+inline constexpr RowMap up_rows() { return {.begin = kGateGroup, .group = kGateGroup, .stride = 2 * kGateGroup}; }
+/// Rows of the interleaved matrix for a feed-forward width F.
+inline constexpr int64_t gate_up_size(int64_t width) { return (width + kGateGroup - 1) / kGateGroup * kGateGroup * 2; }
+
+}  // namespace llama_ext

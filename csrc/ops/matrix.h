@@ -1,0 +1,45 @@
+// Weights as operations see them: a matrix in whatever layout its backend likes best.
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+
+#include "core/dtype.h"
+
+namespace llama_ext {
+
+/// A weight matrix W of shape (rows, cols) = (output features, input features), owned by the backend that made it, in a
+/// layout only that backend knows. Immutable once its rows are written, so threads may share it.
+class Matrix {
+ public:
+  virtual ~Matrix() = default;
+  int64_t rows() const { return rows_; }
+  int64_t cols() const { return cols_; }
+  DType dtype() const { return dtype_; }
+  /// Memory it occupies, padding included.
+  virtual int64_t nbytes() const = 0;
+
+ protected:
+  Matrix(int64_t rows, int64_t cols, DType dtype) : rows_(rows), cols_(cols), dtype_(dtype) {}
+
+ private:
+  int64_t rows_;
+  int64_t cols_;
+  DType dtype_;
+};
+
+/// Which rows of a Matrix a tensor's rows go to: row i goes to begin + (i / group) * stride + i % group.
+/// One tensor alone: {}. Q, K, V as one matrix: {.begin = ...}. Gate and up interleaved: see feed_forward.h.
+struct RowMap {
+  int64_t begin = 0;
+  int64_t group = INT64_MAX;
+  int64_t stride = 0;
+
+  int64_t operator()(int64_t i) const { return group == INT64_MAX ? begin + i : begin + (i / group) * stride + i % group; }
+};
+
+/// The arithmetic of a product with reduced-precision weights. kAuto: the fastest of the ISA, which may round the
+/// activations to the weights' precision. kExact: float32 products of the stored weights.
+enum class Compute : uint8_t { kAuto, kExact };
+
+}  // namespace llama_ext

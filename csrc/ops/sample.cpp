@@ -1,0 +1,335 @@
+#include "ops/sample.h"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cfloat>
+#include <cmath>
+#include <limits>
+#include <numbers>
+
+#include "ops/argument_checks.h"
+#include "ops/embedding.h"
+
+namespace llama_ext {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Random numbers.
+
+double random_uniform(const RandomKey& key) {
+  const auto low = [](uint64_t value) { return static_cast<uint32_t>(value); };
+  const auto high = [](uint64_t value) { return static_cast<uint32_t>(value >> 32); };
+  std::array<uint32_t, 4> block = {low(key.counter), high(key.counter), low(key.stream), high(key.stream)};
+  uint32_t key0 = low(key.seed);
+  uint32_t key1 = high(key.seed);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t product0 = uint64_t{0xd2511f53} * block[0];
+    const uint64_t product1 = uint64_t{0xcd9e8d57} * block[2];
+    block = {high(product1) ^ block[1] ^ key0, low(product1), high(product0) ^ block[3] ^ key1, low(product0)};
+    key0 += 0x9e3779b9u;
+    key1 += 0xbb67ae85u;
+  }
+  const uint64_t bits = (uint64_t{block[1]} << 32) | block[0];
+  return static_cast<double>(bits >> 11) * 0x1p-53;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Checks.
+
+namespace {
+
+bool has_penalties(const SamplingOptions& options) {
+  return options.repetition_penalty != 1.0 || options.presence_penalty != 0.0 || options.frequency_penalty != 0.0;
+}
+
+void require_finite(double value, const char* field) {
+  require(std::isfinite(value), ErrorKind::kOption, "sample: ", field, " must be finite, got ", value);
+}
+
+}  // namespace
+
+void check(const SamplingOptions& options, int64_t vocabulary) {
+  require(std::isfinite(options.temperature) && options.temperature >= 0, ErrorKind::kOption,
+          "sample: temperature must be a number of at least 0 (0 is greedy), got ", options.temperature);
+  require(options.top_k >= 0, ErrorKind::kOption, "sample: top_k must be at least 0 (0 keeps all), got ",
+          options.top_k);
+  require(options.top_p > 0 && options.top_p <= 1, ErrorKind::kOption,
+          "sample: top_p must be a probability, 0 < top_p <= 1, got ", options.top_p);
+  require(options.min_p >= 0 && options.min_p < 1, ErrorKind::kOption,
+          "sample: min_p must be a share, 0 <= min_p < 1, got ", options.min_p);
+  require(std::isfinite(options.repetition_penalty) && options.repetition_penalty > 0, ErrorKind::kOption,
+          "sample: repetition_penalty must be a number above 0 (1 is none), got ", options.repetition_penalty);
+  require_finite(options.presence_penalty, "presence_penalty");
+  require_finite(options.frequency_penalty, "frequency_penalty");
+  for (const auto& [token, bias] : options.logit_bias) {
+    require(token >= 0 && token < vocabulary, ErrorKind::kOption, "sample: logit_bias names token ", token,
+            ", the vocabulary has ", vocabulary, " tokens");
+    require(bias < std::numeric_limits<float>::infinity(), ErrorKind::kOption, "sample: logit_bias of token ", token,
+            " must be finite or -inf, got ", bias);
+  }
+}
+
+void check(const SampleArgs& args) {
+  require(args.options != nullptr, ErrorKind::kInternal, "sample: options are missing");
+  require_tensor(args.logits, DType::kF32, {-1}, Rows::kContiguous, "sample", "logits");
+  const int64_t vocabulary = args.logits.rows();
+  require(vocabulary > 0 && vocabulary <= std::numeric_limits<int32_t>::max(), ErrorKind::kShape,
+          "sample: logits must have between 1 and 2147483647 entries, got ", vocabulary);
+  check(*args.options, vocabulary);
+  if (!has_penalties(*args.options)) return;  // only penalties read the tokens
+  for (const std::vector<int32_t>* tokens : {args.prompt, args.output}) {
+    if (tokens != nullptr) check_token_ids(tokens->data(), static_cast<int64_t>(tokens->size()), vocabulary);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Sums over a vocabulary. Lanes are spelled out so that the compiler may use SIMD without being allowed to reorder sums.
+
+namespace {
+
+constexpr size_t kLanes = 8;
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+/// e^x for x <= 0 to about 2 ulp, underflowing to 0, without a call and with one comparison, so that a loop over it is
+/// vectorised. Cody & Waite: x = n ln 2 + r with |r| <= ln(2) / 2, the Taylor series of degree 13 for e^r, and 2^n by its
+/// bits, in two factors as n may leave the range of normal numbers.
+inline double exp_nonpositive(double x) {
+  constexpr double kSmallest = -1000.0;  // e^-745.2 is 0 already
+  constexpr double kLn2High = 0x1.62e42feep-1;
+  constexpr double kLn2Low = 0x1.a39ef35793c76p-33;
+  // Adding this rounds to an integer and leaves that integer in the lowest bits.
+  constexpr double kRound = 0x1.8p52;
+  const auto power_of_two = [](double rounded) {
+    return std::bit_cast<double>((std::bit_cast<uint64_t>(rounded) << 52) + (uint64_t{1023} << 52));
+  };
+  const double clamped = x > kSmallest ? x : kSmallest;
+  const double n = (clamped * std::numbers::log2e + kRound) - kRound;
+  const double r = (clamped - n * kLn2High) - n * kLn2Low;
+  const double half = n * 0.5 + kRound;
+  const double rest = (n - (half - kRound)) + kRound;
+  double series = 1.0 / 6227020800.0;
+  series = series * r + 1.0 / 479001600.0;
+  series = series * r + 1.0 / 39916800.0;
+  series = series * r + 1.0 / 3628800.0;
+  series = series * r + 1.0 / 362880.0;
+  series = series * r + 1.0 / 40320.0;
+  series = series * r + 1.0 / 5040.0;
+  series = series * r + 1.0 / 720.0;
+  series = series * r + 1.0 / 120.0;
+  series = series * r + 1.0 / 24.0;
+  series = series * r + 1.0 / 6.0;
+  series = series * r + 0.5;
+  series = series * r + 1.0;
+  series = series * r + 1.0;
+  return series * power_of_two(half) * power_of_two(rest);
+}
+
+/// The largest of `values`. Throws NumericError, naming the first token, for a NaN or +inf, and when all are -inf.
+template <typename T>
+T finite_max(const T* values, size_t size, const char* what) {
+  constexpr T kLowest = -std::numeric_limits<T>::infinity();
+  constexpr T kHighest = std::numeric_limits<T>::max();
+  std::array<T, kLanes> largest;
+  std::array<T, kLanes> excess;  // any lane above 0: something was not <= kHighest
+  largest.fill(kLowest);
+  excess.fill(T{0});
+  size_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    for (size_t lane = 0; lane < kLanes; ++lane) {
+      const T value = values[i + lane];
+      largest[lane] = value > largest[lane] ? value : largest[lane];
+      excess[lane] = value <= kHighest ? excess[lane] : T{1};
+    }
+  }
+  for (; i < size; ++i) {
+    largest[0] = values[i] > largest[0] ? values[i] : largest[0];
+    excess[0] = values[i] <= kHighest ? excess[0] : T{1};
+  }
+  if (*std::max_element(excess.begin(), excess.end()) > T{0}) {
+    for (size_t token = 0; token < size; ++token) {
+      require(values[token] <= kHighest, ErrorKind::kNumeric, "sample: the ", what, " of token ", token, " is ",
+              values[token], ". Are the weights corrupt, or too large for their dtype?");
+    }
+  }
+  return *std::max_element(largest.begin(), largest.end());
+}
+
+/// log(sum(exp(values))), given their largest. In blocks: first the exponentials, independent of each other, then their sum.
+double log_sum_exp(const float* values, int64_t size, double largest) {
+  constexpr int64_t kBlock = 256;
+  std::array<double, kBlock> terms;
+  std::array<double, kLanes> sums{};
+  for (int64_t begin = 0; begin < size; begin += kBlock) {
+    const int64_t count = std::min(kBlock, size - begin);
+    double* const out = terms.data();
+    for (int64_t i = 0; i < count; ++i) out[i] = exp_nonpositive(static_cast<double>(values[begin + i]) - largest);
+    std::fill(out + count, out + kBlock, 0.0);
+    for (size_t i = 0; i < kBlock; i += kLanes) {
+      for (size_t lane = 0; lane < kLanes; ++lane) sums[lane] += terms[i + lane];
+    }
+  }
+  double sum = 0;
+  for (double lane_sum : sums) sum += lane_sum;
+  return largest + std::log(sum);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The steps of sampling.
+
+/// logit_bias and the penalties, in place.
+void adjust(const SampleArgs& args, std::vector<double>& logits) {
+  const SamplingOptions& options = *args.options;
+  const auto at = [](int32_t token) { return static_cast<size_t>(token); };
+  for (const auto& [token, bias] : options.logit_bias) logits[at(token)] += static_cast<double>(bias);
+
+  if (options.repetition_penalty != 1.0) {
+    std::vector<uint8_t> seen(logits.size(), 0);
+    for (const std::vector<int32_t>* tokens : {args.prompt, args.output}) {
+      if (tokens == nullptr) continue;
+      for (int32_t token : *tokens) {
+        if (seen[at(token)] != 0) continue;
+        seen[at(token)] = 1;
+        double& logit = logits[at(token)];
+        logit = logit > 0 ? logit / options.repetition_penalty : logit * options.repetition_penalty;
+      }
+    }
+  }
+  if (args.output != nullptr && (options.presence_penalty != 0.0 || options.frequency_penalty != 0.0)) {
+    std::vector<int32_t> counts(logits.size(), 0);
+    for (int32_t token : *args.output) ++counts[at(token)];
+    for (int32_t token : *args.output) {
+      int32_t& count = counts[at(token)];
+      if (count == 0) continue;
+      logits[at(token)] -= options.presence_penalty + options.frequency_penalty * count;
+      count = 0;  // done: later occurrences are counted already
+    }
+  }
+}
+
+struct Candidate {
+  double logit;
+  int32_t token;
+};
+
+/// The order of top_k and top_p: the most likely first, the lowest id among equals.
+bool is_likelier(const Candidate& a, const Candidate& b) {
+  return a.logit > b.logit || (a.logit == b.logit && a.token < b.token);
+}
+
+double weight_of(double logit, double largest, double temperature) {
+  return exp_nonpositive((logit - largest) / temperature);
+}
+
+/// Drops all but the most likely candidates, as few as reach top_p of the total weight. A quickselect on weight: each step
+/// narrows the range in which the last of them lies, so little is ever sorted.
+void keep_top_p(std::vector<Candidate>& candidates, double largest, const SamplingOptions& options) {
+  constexpr std::ptrdiff_t kSortBelow = 64;
+  const auto weight_between = [&](auto begin, auto end) {
+    double sum = 0;
+    for (auto candidate = begin; candidate != end; ++candidate) {
+      sum += weight_of(candidate->logit, largest, options.temperature);
+    }
+    return sum;
+  };
+  auto begin = candidates.begin();
+  auto end = candidates.end();
+  const double wanted = options.top_p * weight_between(begin, end);
+  double reached = 0;  // by everything before `begin`
+  // The first cut is far off the middle, as the front usually holds most of the weight.
+  for (std::ptrdiff_t parts = 16; end - begin > kSortBelow; parts = 2) {
+    const auto middle = begin + (end - begin) / parts;
+    std::nth_element(begin, middle, end, is_likelier);
+    const double with_front = reached + weight_between(begin, middle);
+    if (with_front >= wanted) {
+      end = middle;
+    } else {
+      reached = with_front;
+      begin = middle;
+    }
+  }
+  std::sort(begin, end, is_likelier);
+  while (begin != end && reached < wanted) {
+    reached += weight_of(begin->logit, largest, options.temperature);
+    ++begin;
+  }
+  candidates.resize(static_cast<size_t>(std::max<std::ptrdiff_t>(begin - candidates.begin(), 1)));
+}
+
+/// What top_k and top_p leave, in the order of ids: the draw then does not depend on how they were found.
+std::vector<Candidate> filtered(const std::vector<double>& logits, double largest, const SamplingOptions& options) {
+  std::vector<Candidate> candidates;
+  candidates.reserve(logits.size());
+  for (size_t token = 0; token < logits.size(); ++token) {
+    if (logits[token] > -kInfinity) candidates.push_back({logits[token], static_cast<int32_t>(token)});
+  }
+  const size_t kept = static_cast<size_t>(options.top_k);
+  if (kept > 0 && kept < candidates.size()) {
+    std::nth_element(candidates.begin(), candidates.begin() + options.top_k, candidates.end(), is_likelier);
+    candidates.resize(kept);
+  }
+  if (options.top_p < 1) keep_top_p(candidates, largest, options);
+  std::sort(candidates.begin(), candidates.end(),
+            [](const Candidate& a, const Candidate& b) { return a.token < b.token; });
+  return candidates;
+}
+
+/// Turns logits into weights exp((logit - largest) / temperature) without those below min_p, in place, and draws an index.
+size_t draw(std::vector<double>& logits, double largest, const SamplingOptions& options, const RandomKey& key) {
+  for (double& logit : logits) logit = weight_of(logit, largest, options.temperature);
+  double total = 0;
+  for (double& weight : logits) {
+    weight = weight >= options.min_p ? weight : 0.0;  // the most likely has weight 1
+    total += weight;
+  }
+  const double target = random_uniform(key) * total;
+  double reached = 0;
+  size_t last = 0;
+  for (size_t i = 0; i < logits.size(); ++i) {
+    if (logits[i] == 0) continue;
+    reached += logits[i];
+    last = i;
+    if (reached > target) break;
+  }
+  return last;  // rounding may leave `reached` at the target: then the last one that has any weight
+}
+
+int64_t choose(const SampleArgs& args, float largest_raw) {
+  const SamplingOptions& options = *args.options;
+  const float* raw = args.logits.f32();
+  const int64_t vocabulary = args.logits.rows();
+  const bool is_greedy = options.temperature == 0.0;
+  const bool is_adjusted = has_penalties(options) || !options.logit_bias.empty();
+  if (is_greedy && !is_adjusted) return std::find(raw, raw + vocabulary, largest_raw) - raw;
+
+  std::vector<double> logits(raw, raw + vocabulary);
+  double largest = static_cast<double>(largest_raw);
+  if (is_adjusted) {
+    adjust(args, logits);
+    largest = finite_max(logits.data(), logits.size(), "processed logit");
+    require(largest > -kInfinity, ErrorKind::kNumeric,
+            "sample: no token is left to choose from: every logit is -inf once logit_bias is added");
+  }
+  if (is_greedy) return std::find(logits.begin(), logits.end(), largest) - logits.begin();
+  if (options.top_k == 0 && options.top_p == 1) return static_cast<int64_t>(draw(logits, largest, options, args.key));
+
+  const std::vector<Candidate> candidates = filtered(logits, largest, options);
+  logits.resize(candidates.size());
+  for (size_t i = 0; i < candidates.size(); ++i) logits[i] = candidates[i].logit;
+  return candidates[draw(logits, largest, options, args.key)].token;
+}
+
+}  // namespace
+
+SampleResult sample_on_host(const SampleArgs& args) {
+  check(args);
+  const float* logits = args.logits.f32();
+  const int64_t vocabulary = args.logits.rows();
+  const float largest = finite_max(logits, static_cast<size_t>(vocabulary), "logit");
+  require(largest > -std::numeric_limits<float>::infinity(), ErrorKind::kNumeric,
+          "sample: every logit is -inf, so there is no token to choose");
+  const int64_t token = choose(args, largest);
+  const double normaliser = log_sum_exp(logits, vocabulary, static_cast<double>(largest));
+  return {static_cast<int32_t>(token), static_cast<float>(static_cast<double>(logits[token]) - normaliser)};
+}
+
+}  // namespace llama_ext

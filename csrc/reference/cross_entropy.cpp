@@ -1,0 +1,31 @@
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "reference/interrupt_poll.h"
+#include "reference/reference_ops.h"
+
+namespace llama_ext::reference {
+
+void ReferenceBackend::cross_entropy(const CrossEntropyArgs& args) {
+  check(args);
+  const int64_t vocabulary = args.logits.dim(1);
+  const int32_t* labels = static_cast<const int32_t*>(args.labels.data());
+  InterruptPoll interrupt;
+  for (int64_t t = 0; t < args.logits.rows(); ++t) {
+    interrupt.advance(vocabulary + 1);
+    float& loss = args.losses.f32()[t];
+    if (labels[t] == kIgnoreLabel) {
+      loss = 0.0f;
+      continue;
+    }
+    const float* logits = args.logits.row<float>(t);
+    double largest = -std::numeric_limits<double>::infinity();
+    for (int64_t v = 0; v < vocabulary; ++v) largest = std::max(largest, static_cast<double>(logits[v]));
+    double sum = 0;
+    for (int64_t v = 0; v < vocabulary; ++v) sum += std::exp(static_cast<double>(logits[v]) - largest);
+    loss = static_cast<float>(largest - static_cast<double>(logits[labels[t]]) + std::log(sum));
+  }
+}
+
+}  // namespace llama_ext::reference

@@ -1,0 +1,62 @@
+#include <cstring>
+
+#include "reference/reference_ops.h"
+#include "reference/storage.h"
+
+namespace llama_ext::reference {
+
+void ReferenceBackend::copy_kv_cache(KvCache& target, const KvCache& source, int64_t length) {
+  const ReferenceKvCache& to = own(target, "copy_kv_cache");
+  const ReferenceKvCache& from = own(source, "copy_kv_cache");
+  const KvCacheShape& a = target.shape();
+  const KvCacheShape& b = source.shape();
+  require(a.layers == b.layers && a.kv_heads == b.kv_heads && a.head_dim == b.head_dim, ErrorKind::kShape,
+          "copy_kv_cache: caches may differ in capacity only, got (layers, kv_heads, head_dim) = (", a.layers, ", ",
+          a.kv_heads, ", ", a.head_dim, ") and (", b.layers, ", ", b.kv_heads, ", ", b.head_dim, ")");
+  require(a.dtype == b.dtype, ErrorKind::kDType, "copy_kv_cache: caches must have one dtype, got ", name_of(a.dtype),
+          " and ", name_of(b.dtype));
+  require(length >= 0 && length <= a.capacity && length <= b.capacity, ErrorKind::kContextLength, "copy_kv_cache: ",
+          length, " positions do not fit; the capacities are ", a.capacity, " and ", b.capacity);
+  if (&to == &from) return;
+  const size_t element = size_of(a.dtype);
+  const size_t nbytes = static_cast<size_t>(length * a.kv_heads * a.head_dim) * element;
+  if (nbytes == 0) return;
+  const auto copy_layer = [&](void* target_data, const void* source_data, int64_t layer) {
+    std::memcpy(static_cast<char*>(target_data) + static_cast<size_t>(to.offset(layer, 0)) * element,
+                static_cast<const char*>(source_data) + static_cast<size_t>(from.offset(layer, 0)) * element, nbytes);
+  };
+  for (int64_t layer = 0; layer < a.layers; ++layer) {
+    copy_layer(to.keys(), from.keys(), layer);
+    copy_layer(to.values(), from.values(), layer);
+  }
+}
+
+void ReferenceBackend::kv_store(const KvStoreArgs& args) {
+  check(args);
+  const ReferenceKvCache& cache = own(*args.cache, "kv_store");
+  const DType dtype = cache.shape().dtype;
+  const int64_t size = args.k.inner_size();
+  for (int64_t t = 0; t < args.k.rows(); ++t) {
+    const int64_t offset = cache.offset(args.layer, args.position + t);
+    for (int64_t i = 0; i < size; ++i) {
+      store_element(cache.keys(), dtype, offset + i, static_cast<double>(args.k.row<float>(t)[i]));
+      store_element(cache.values(), dtype, offset + i, static_cast<double>(args.v.row<float>(t)[i]));
+    }
+  }
+}
+
+void ReferenceBackend::kv_load(const KvLoadArgs& args) {
+  check(args);
+  const ReferenceKvCache& cache = own(*args.cache, "kv_load");
+  const DType dtype = cache.shape().dtype;
+  const int64_t size = args.k.inner_size();
+  for (int64_t t = 0; t < args.k.rows(); ++t) {
+    const int64_t offset = cache.offset(args.layer, args.position + t);
+    for (int64_t i = 0; i < size; ++i) {
+      args.k.row<float>(t)[i] = static_cast<float>(load_element(cache.keys(), dtype, offset + i));
+      args.v.row<float>(t)[i] = static_cast<float>(load_element(cache.values(), dtype, offset + i));
+    }
+  }
+}
+
+}  // namespace llama_ext::reference

@@ -1,0 +1,91 @@
+#include "reference/reference_backend.h"
+
+#include <cstring>
+
+#include "core/checked.h"
+#include "reference/interrupt_poll.h"
+#include "reference/reference_ops.h"
+#include "reference/storage.h"
+
+namespace llama_ext {
+
+std::unique_ptr<Backend> make_reference_backend() { return std::make_unique<reference::ReferenceBackend>(); }
+
+namespace reference {
+namespace {
+
+void copy_bytes(void* target, const void* source, size_t nbytes) {
+  if (nbytes > 0) std::memcpy(target, source, nbytes);
+}
+
+/// `rows` is (n, K), contiguous, and `map` sends each of its rows into the matrix.
+void check_rows(const Matrix& matrix, const RowMap& map, const TensorView& rows, const char* op) {
+  require_shape(rows, {-1, matrix.cols()}, op, "rows");
+  require(rows.rows() >= 0 && rows.is_contiguous(), ErrorKind::kShape, op, ": rows must be contiguous");
+  require(rows.size() == 0 || rows.data() != nullptr, ErrorKind::kInternal, op, ": rows have no memory");
+  require(map.begin >= 0 && map.group > 0 && map.stride >= 0, ErrorKind::kShape, op,
+          ": the row map must not be negative, got begin ", map.begin, ", group ", map.group, ", stride ", map.stride);
+  if (rows.rows() == 0) return;
+  const int64_t groups = (rows.rows() - 1) / map.group;
+  checked_add(checked_add(map.begin, checked_mul(groups, map.stride, op), op), rows.rows(), op);
+  for (int64_t i = 0; i < rows.rows(); ++i) {
+    require(map(i) < matrix.rows(), ErrorKind::kShape, op, ": row ", i, " belongs at row ", map(i),
+            " of a matrix with ", matrix.rows(), " rows");
+  }
+}
+
+}  // namespace
+
+std::unique_ptr<Buffer> ReferenceBackend::allocate(size_t nbytes) { return std::make_unique<ReferenceBuffer>(nbytes); }
+
+void ReferenceBackend::copy_to_device(void* device, const void* host, size_t nbytes) {
+  copy_bytes(device, host, nbytes);
+}
+
+void ReferenceBackend::copy_to_host(void* host, const void* device, size_t nbytes) { copy_bytes(host, device, nbytes); }
+
+std::unique_ptr<Matrix> ReferenceBackend::create_matrix(int64_t rows, int64_t cols, DType dtype) {
+  return std::make_unique<ReferenceMatrix>(rows, cols, dtype);
+}
+
+void ReferenceBackend::write_rows(Matrix& matrix, const RowMap& map, const TensorView& source) {
+  const ReferenceMatrix& mine = own(matrix, "write_rows");
+  require(source.dtype() != DType::kI32, ErrorKind::kDType,
+          "write_rows: rows must be float32, float16, bfloat16 or float64, got ", name_of(source.dtype()));
+  check_rows(matrix, map, source, "write_rows");
+  const int64_t cols = matrix.cols();
+  InterruptPoll interrupt;
+  for (int64_t i = 0; i < source.rows(); ++i) {
+    interrupt.advance(cols + 1);
+    for (int64_t k = 0; k < cols; ++k) {
+      store_element(mine.data(), mine.dtype(), map(i) * cols + k,
+                    load_element(source.data(), source.dtype(), i * cols + k));
+    }
+  }
+}
+
+void ReferenceBackend::read_rows(const Matrix& matrix, const RowMap& map, const TensorView& target) {
+  const ReferenceMatrix& mine = own(matrix, "read_rows");
+  require(target.dtype() == DType::kF32 || target.dtype() == matrix.dtype(), ErrorKind::kDType,
+          "read_rows: rows must be float32 or ", name_of(matrix.dtype()), " as the matrix, got ",
+          name_of(target.dtype()));
+  check_rows(matrix, map, target, "read_rows");
+  const int64_t cols = matrix.cols();
+  InterruptPoll interrupt;
+  for (int64_t i = 0; i < target.rows(); ++i) {
+    interrupt.advance(cols + 1);
+    for (int64_t k = 0; k < cols; ++k) {
+      store_element(target.data(), target.dtype(), i * cols + k,
+                    load_element(mine.data(), mine.dtype(), map(i) * cols + k));
+    }
+  }
+}
+
+std::unique_ptr<KvCache> ReferenceBackend::create_kv_cache(const KvCacheShape& shape) {
+  return std::make_unique<ReferenceKvCache>(shape);
+}
+
+SampleResult ReferenceBackend::sample(const SampleArgs& args) { return sample_on_host(args); }
+
+}  // namespace reference
+}  // namespace llama_ext

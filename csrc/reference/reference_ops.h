@@ -1,0 +1,43 @@
+// The class behind make_reference_backend(). Memory is in reference_backend.cpp, each operation in the file of its name.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "backend/backend.h"
+
+namespace llama_ext::reference {
+
+/// Has no state, so any number of threads may use one.
+class ReferenceBackend final : public Backend {
+ public:
+  std::string device() const override { return "reference"; }
+  std::string isa() const override { return "float64"; }
+  int threads() const override { return 1; }
+
+  std::unique_ptr<Buffer> allocate(size_t nbytes) override;
+  void copy_to_device(void* device, const void* host, size_t nbytes) override;
+  void copy_to_host(void* host, const void* device, size_t nbytes) override;
+  void synchronize() override {}
+
+  std::unique_ptr<Matrix> create_matrix(int64_t rows, int64_t cols, DType dtype) override;
+  void write_rows(Matrix& matrix, const RowMap& map, const TensorView& source) override;
+  void read_rows(const Matrix& matrix, const RowMap& map, const TensorView& target) override;
+
+  std::unique_ptr<KvCache> create_kv_cache(const KvCacheShape& shape) override;
+  void copy_kv_cache(KvCache& target, const KvCache& source, int64_t length) override;
+
+  void embedding(const EmbeddingArgs& args) override;
+  void matmul(const MatmulArgs& args) override;
+  void rms_norm(const RmsNormArgs& args) override;
+  void rope(const RopeArgs& args) override;
+  void kv_store(const KvStoreArgs& args) override;
+  void kv_load(const KvLoadArgs& args) override;
+  void attention(const AttentionArgs& args) override;
+  void feed_forward(const FeedForwardArgs& args) override;
+  void softmax(const SoftmaxArgs& args) override;
+  void cross_entropy(const CrossEntropyArgs& args) override;
+  SampleResult sample(const SampleArgs& args) override;
+};
+
+}  // namespace llama_ext::reference

@@ -1,0 +1,114 @@
+#include "reference/storage.h"
+
+#include <bit>
+#include <cmath>
+#include <cstdlib>
+
+#include "core/checked.h"
+#include "core/half.h"
+
+namespace llama_ext::reference {
+namespace {
+
+constexpr size_t kAlignment = 64;
+
+void require_storage_dtype(DType dtype, std::string_view what) {
+  require(dtype == DType::kF32 || dtype == DType::kBF16, ErrorKind::kDType, what, " must be float32 or bfloat16, got ",
+          name_of(dtype));
+}
+
+int64_t matrix_nbytes(int64_t rows, int64_t cols, DType dtype) {
+  require_storage_dtype(dtype, "a matrix");
+  return checked_mul(checked_mul(rows, cols, "matrix"), static_cast<int64_t>(size_of(dtype)), "matrix");
+}
+
+/// Bytes of the keys, or of the values, of all layers.
+int64_t kv_nbytes(const KvCacheShape& shape) {
+  require_storage_dtype(shape.dtype, "a KV cache");
+  const int64_t positions = checked_mul(shape.layers, shape.capacity, "KV cache");
+  const int64_t row = checked_mul(shape.kv_heads, shape.head_dim, "KV cache");
+  const int64_t elements = checked_mul(positions, row, "KV cache");
+  const int64_t nbytes = checked_mul(elements, static_cast<int64_t>(size_of(shape.dtype)), "KV cache");
+  checked_mul(nbytes, 2, "KV cache");
+  return nbytes;
+}
+
+/// Through float32 rounded to odd: its last bit records that something was cut off, so the second rounding sees on which side
+/// of a tie the value lies. Rounding to nearest twice would not. Source: Boldo & Melquiond, "Emulation of FMA and Correctly
+/// Rounded Sums: Proved Algorithms Using Rounding to Odd", 2008.
+uint16_t f64_to_bf16(double value) {
+  const float nearest = static_cast<float>(value);
+  if (std::isnan(value) || static_cast<double>(nearest) == value) return f32_to_bf16(nearest);
+  uint32_t bits = std::bit_cast<uint32_t>(nearest);
+  if (std::fabs(static_cast<double>(nearest)) > std::fabs(value)) --bits;  // now rounded towards zero
+  return f32_to_bf16(std::bit_cast<float>(bits | 1u));
+}
+
+}  // namespace
+
+HostMemory::HostMemory(size_t nbytes) : aligned_(nullptr) {
+  require(nbytes <= PTRDIFF_MAX - kAlignment, ErrorKind::kOutOfMemory, "reference: cannot allocate ", nbytes, " bytes");
+  memory_.reset(std::calloc(nbytes + kAlignment, 1));
+  require(memory_ != nullptr, ErrorKind::kOutOfMemory, "reference: cannot allocate ", nbytes, " bytes");
+  size_t space = nbytes + kAlignment;
+  aligned_ = memory_.get();
+  std::align(kAlignment, nbytes, aligned_, space);
+}
+
+ReferenceMatrix::ReferenceMatrix(int64_t rows, int64_t cols, DType dtype)
+    : Matrix(rows, cols, dtype),
+      nbytes_(matrix_nbytes(rows, cols, dtype)),
+      memory_(static_cast<size_t>(nbytes_)) {}
+
+void ReferenceMatrix::load_row(int64_t index, double* out) const {
+  for (int64_t k = 0; k < cols(); ++k) out[k] = load_element(data(), dtype(), index * cols() + k);
+}
+
+ReferenceKvCache::ReferenceKvCache(const KvCacheShape& shape)
+    : KvCache(shape),
+      half_nbytes_(kv_nbytes(shape)),
+      keys_(static_cast<size_t>(half_nbytes_)),
+      values_(static_cast<size_t>(half_nbytes_)) {}
+
+int64_t ReferenceKvCache::offset(int64_t layer, int64_t position) const {
+  return (layer * shape().capacity + position) * shape().kv_heads * shape().head_dim;
+}
+
+const ReferenceMatrix& own(const Matrix& matrix, std::string_view op) {
+  const auto* mine = dynamic_cast<const ReferenceMatrix*>(&matrix);
+  require(mine != nullptr, ErrorKind::kDevice, op, ": the matrix belongs to another backend than 'reference'");
+  return *mine;
+}
+
+const ReferenceKvCache& own(const KvCache& cache, std::string_view op) {
+  const auto* mine = dynamic_cast<const ReferenceKvCache*>(&cache);
+  require(mine != nullptr, ErrorKind::kDevice, op, ": the KV cache belongs to another backend than 'reference'");
+  return *mine;
+}
+
+double load_element(const void* data, DType dtype, int64_t index) {
+  switch (dtype) {
+    case DType::kF64:
+      return static_cast<const double*>(data)[index];
+    case DType::kF32:
+      return static_cast<double>(static_cast<const float*>(data)[index]);
+    case DType::kBF16:
+      return static_cast<double>(bf16_to_f32(static_cast<const uint16_t*>(data)[index]));
+    case DType::kF16:
+      return static_cast<double>(f16_to_f32(static_cast<const uint16_t*>(data)[index]));
+    case DType::kI32:
+      return static_cast<double>(static_cast<const int32_t*>(data)[index]);
+  }
+  fail(ErrorKind::kInternal, "reference: unknown dtype");
+}
+
+void store_element(void* data, DType dtype, int64_t index, double value) {
+  if (dtype == DType::kF32) {
+    static_cast<float*>(data)[index] = static_cast<float>(value);
+    return;
+  }
+  require(dtype == DType::kBF16, ErrorKind::kInternal, "reference: nothing is stored as ", name_of(dtype));
+  static_cast<uint16_t*>(data)[index] = f64_to_bf16(value);
+}
+
+}  // namespace llama_ext::reference

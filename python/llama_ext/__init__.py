@@ -1,0 +1,102 @@
+"""Load, run, train, explain and export Llama models on a CPU or an NVIDIA GPU, without torch.
+
+Everything but the errors is imported when it is first used (PEP 562), so that `import llama_ext` costs next to nothing
+and a command that only parses its arguments never loads NumPy or the compiled core.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from llama_ext._version import __version__
+from llama_ext.errors import (
+    CheckpointError,
+    ContextLengthError,
+    DeviceError,
+    DTypeError,
+    FormatError,
+    LimitError,
+    LlamaExtError,
+    NumericError,
+    OptionError,
+    OutOfMemoryError,
+    ShapeError,
+    TokenIdError,
+    UnsupportedError,
+)
+
+if TYPE_CHECKING:
+    from llama_ext import ops
+    from llama_ext.limits import Limits
+    from llama_ext.models.config import LlamaConfig
+    from llama_ext.runtime.generation import GenerationOutput, Piece
+    from llama_ext.runtime.model import LlamaForCausalLM
+    from llama_ext.runtime.scoring import LogLikelihood, Perplexity
+    from llama_ext.runtime.session import Session
+    from llama_ext.runtime.threads import get_num_threads, set_num_threads
+    from llama_ext.runtime.tokenizer import Tokenizer
+    from llama_ext.system_info import Info, info
+
+__all__ = [
+    "CheckpointError",
+    "ContextLengthError",
+    "DTypeError",
+    "DeviceError",
+    "FormatError",
+    "GenerationOutput",
+    "Info",
+    "LimitError",
+    "Limits",
+    "LlamaConfig",
+    "LlamaExtError",
+    "LlamaForCausalLM",
+    "LogLikelihood",
+    "NumericError",
+    "OptionError",
+    "OutOfMemoryError",
+    "Perplexity",
+    "Piece",
+    "Session",
+    "ShapeError",
+    "TokenIdError",
+    "Tokenizer",
+    "UnsupportedError",
+    "__version__",
+    "get_num_threads",
+    "info",
+    "ops",
+    "set_num_threads",
+]
+
+# Where each lazy name lives. `ops` is a module itself.
+_LAZY = {
+    "GenerationOutput": "llama_ext.runtime.generation",
+    "Info": "llama_ext.system_info",
+    "Limits": "llama_ext.limits",
+    "LlamaConfig": "llama_ext.models.config",
+    "LlamaForCausalLM": "llama_ext.runtime.model",
+    "LogLikelihood": "llama_ext.runtime.scoring",
+    "Perplexity": "llama_ext.runtime.scoring",
+    "Piece": "llama_ext.runtime.generation",
+    "Session": "llama_ext.runtime.session",
+    "Tokenizer": "llama_ext.runtime.tokenizer",
+    "get_num_threads": "llama_ext.runtime.threads",
+    "info": "llama_ext.system_info",
+    "set_num_threads": "llama_ext.runtime.threads",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name == "ops":
+        return importlib.import_module("llama_ext.ops")
+    module = _LAZY.get(name)
+    if module is None:
+        raise AttributeError(f"module 'llama_ext' has no attribute {name!r}")
+    value = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

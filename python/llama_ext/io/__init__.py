@@ -1,0 +1,1 @@
+"""Reading and writing files: safetensors, configs, and saves that survive a crash."""

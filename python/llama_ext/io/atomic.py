@@ -1,0 +1,73 @@
+"""Saves that are whole or absent: a crash, a full disk or a kill leaves the old file untouched."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+__all__ = ["atomic_write", "sync_folder"]
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Make the renames in a folder durable.
+
+    Args:
+        folder: An existing directory. Where a system cannot open or sync a directory (Windows), nothing happens.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        # Some network file systems refuse fsync on a directory; the rename itself is still atomic there.
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Write a file so that other readers, and a crash, see the old content or the new one, never a part.
+
+    The bytes go to a temporary file in the same folder; when the block ends it is synced, renamed over `path`, and
+    the folder is synced. If the block raises, the temporary file is removed and `path` is untouched. A memory map
+    or an open handle of the old file stays valid. A symbolic link at `path` is followed, so the link survives.
+
+    Args:
+        path: The file to create or replace; its folder must exist. The permissions of a replaced file are kept.
+
+    Yields:
+        A binary file open for writing and seeking.
+
+    Raises:
+        OSError: When the folder does not exist or cannot be written, or the disk is full.
+    """
+    # Following the link, not replacing it: a rename over the link would leave the file it names out of date.
+    target = Path(os.path.realpath(path))
+    mode = None
+    with contextlib.suppress(OSError):
+        mode = stat.S_IMODE(os.stat(target).st_mode)
+    # O_EXCL and an unguessable name: nobody can place a link there beforehand. 0o666 is cut by the umask, as in open().
+    temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(8)}.tmp")
+    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        with os.fdopen(descriptor, "w+b") as file:
+            yield file
+            file.flush()
+            if mode is not None:
+                # Before the rename, and not worth failing a save for.
+                with contextlib.suppress(OSError):
+                    os.chmod(temporary, mode)
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    sync_folder(target.parent)

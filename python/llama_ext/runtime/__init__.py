@@ -1,0 +1,1 @@
+"""What runs around the compiled core: text in and out, prompts, generation."""

@@ -1,0 +1,507 @@
+"""`LlamaForCausalLM`: a Llama with its weights in memory, and everything one does with it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from llama_ext import _core
+from llama_ext._arrays import Array, FloatArray, IntArray, allocate, check_token_range
+from llama_ext.errors import ContextLengthError, DTypeError, OptionError, ShapeError
+from llama_ext.limits import DEFAULT_LIMITS, Limits
+from llama_ext.models.config import LlamaConfig
+from llama_ext.models.generation_config import GenerationDefaults
+from llama_ext.runtime import generation, loading, scoring
+from llama_ext.runtime.generation import Piece
+from llama_ext.runtime.options import GenerateOptions
+from llama_ext.runtime.prompts import read_mask
+from llama_ext.runtime.scoring import LogLikelihood, Perplexity
+from llama_ext.runtime.session import Session, load_session, new_session
+from llama_ext.runtime.threads import checked_threads
+from llama_ext.runtime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["LlamaForCausalLM"]
+
+_COMPUTE = ("auto", "exact")
+_KV_DTYPES = ("auto", "float32", "bfloat16")
+
+Ids = Sequence[int] | IntArray
+Prompts = (
+    str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Sequence[IntArray] | npt.NDArray[np.integer[Any]]
+)
+
+
+class LlamaForCausalLM:
+    """A Llama language model.
+
+    Its weights do not change, so any number of threads may use one model at once; what belongs to one sequence is in a
+    `Session`. Results do not depend on the number of threads or on what else is in a batch: they are bit-identical.
+
+    Args:
+        config: The shape of the model.
+        tokenizer: For texts; without one the model takes and gives token ids.
+        seed: Of the random weights, in [0, 2^64): normal with the config's initializer_range, norms 1, biases 0. Each tensor
+            has a random stream of its own, so a tensor depends on the seed, its name and shape, and nothing else.
+        dtype: How matrices are kept: "float32" ("auto") or "bfloat16". Norms and biases are float32.
+        device: "cpu", or "reference" for the float64 loops that the fast kernels are tested against.
+        compute: "auto": the fastest arithmetic for these weights, which for bfloat16 ones may round activations to bfloat16.
+            "exact": float32 products of the stored weights.
+        threads: None: the physical cores that affinity and cgroup quota allow, or what `set_num_threads` said.
+        kv_dtype: How generations and sessions keep keys and values: "float32" or "bfloat16". "auto" is bfloat16 for bfloat16
+            weights unless compute is "exact", else float32. Logits of whole sequences and scores always use float32.
+
+    Raises:
+        OptionError: An option is unknown or out of range.
+        UnsupportedError: A dtype that this version does not have.
+        DeviceError: There is no such device here.
+        OutOfMemoryError: The weights do not fit into memory.
+    """
+
+    config: LlamaConfig
+    tokenizer: Tokenizer | None
+    generation_defaults: GenerationDefaults
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        tokenizer: Tokenizer | None = None,
+        seed: int = 0,
+        *,
+        dtype: str = "auto",
+        device: str = "cpu",
+        compute: str = "auto",
+        threads: int | None = None,
+        kv_dtype: str = "auto",
+    ) -> None:
+        self._prepare(
+            config,
+            tokenizer,
+            GenerationDefaults(),
+            dtype=loading.choose_dtype(dtype, None),
+            device=device,
+            compute=compute,
+            threads=threads,
+            kv_dtype=kv_dtype,
+        )
+        loading.load_random(self._core, config, seed)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | os.PathLike[str],
+        *,
+        dtype: str = "auto",
+        device: str = "cpu",
+        compute: str = "auto",
+        threads: int | None = None,
+        kv_dtype: str = "auto",
+        revision: str | None = None,
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> LlamaForCausalLM:
+        """Loads a checkpoint, tensor by tensor, so that memory never holds it twice.
+
+        Args:
+            path_or_hub_id: A directory with config.json and *.safetensors, sharded or not, and the tokenizer's files if there
+                are any; or the id of a model on the Hugging Face Hub.
+            dtype: "auto" keeps a bfloat16 checkpoint as bfloat16 and any other as float32.
+            device, compute, threads, kv_dtype: See the class.
+            revision: Of the Hub: a branch, tag or commit.
+            limits: What a file may ask for.
+
+        Returns:
+            The model, with its tokenizer, or None there when the checkpoint has none.
+
+        Raises:
+            FormatError: A file is missing, truncated or malformed.
+            CheckpointError: A tensor is missing, unexpected or wrongly shaped.
+            UnsupportedError: A model or a dtype that this version does not have.
+            LimitError: A number in a file is beyond `limits`.
+            OptionError, DeviceError, OutOfMemoryError: See the class.
+        """
+        with loading.open_model(path_or_hub_id, revision=revision, limits=limits) as files:
+            model = cls.__new__(cls)
+            model._prepare(
+                files.config,
+                files.tokenizer,
+                files.generation_defaults,
+                dtype=loading.choose_dtype(dtype, files.stored_dtype),
+                device=device,
+                compute=compute,
+                threads=threads,
+                kv_dtype=kv_dtype,
+            )
+            files.load_into(model._core)
+        return model
+
+    def _prepare(
+        self,
+        config: LlamaConfig,
+        tokenizer: Tokenizer | None,
+        defaults: GenerationDefaults,
+        *,
+        dtype: str,
+        device: str,
+        compute: str,
+        threads: int | None,
+        kv_dtype: str,
+    ) -> None:
+        """Everything but the weights: the arguments are checked before any of them is read."""
+        if compute not in _COMPUTE:
+            raise OptionError(f"compute must be one of {', '.join(_COMPUTE)}, got {compute!r}")
+        if kv_dtype not in _KV_DTYPES:
+            raise OptionError(f"kv_dtype must be one of {', '.join(_KV_DTYPES)}, got {kv_dtype!r}")
+        if kv_dtype == "auto":
+            kv_dtype = "bfloat16" if dtype == "bfloat16" and compute != "exact" else "float32"
+        self.config = config
+        self.tokenizer = tokenizer
+        self.generation_defaults = defaults
+        self._compute = compute
+        self._kv_dtype = kv_dtype
+        backend = _core.Backend(device, checked_threads(threads))
+        self._core = _core.Model(backend, loading.core_config(config), dtype, compute)
+
+    @property
+    def dtype(self) -> str:
+        """How matrices are kept: "float32" or "bfloat16"."""
+        return self._core.dtype
+
+    @property
+    def compute(self) -> str:
+        """The arithmetic that was asked for: "auto" or "exact"."""
+        return self._compute
+
+    @property
+    def kv_dtype(self) -> str:
+        """How generations and sessions keep keys and values: "float32" or "bfloat16"."""
+        return self._kv_dtype
+
+    @property
+    def device(self) -> str:
+        """Where the weights are."""
+        return self._core.backend.device
+
+    @property
+    def threads(self) -> int:
+        """How many threads compute."""
+        return self._core.backend.threads
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use."""
+        return self._core.backend.isa
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the weights."""
+        return self._core.nbytes
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The token that begins a text: the tokenizer's, else the config's."""
+        if self.tokenizer is not None and self.tokenizer.bos_token_id is not None:
+            return self.tokenizer.bos_token_id
+        return self.config.bos_token_id
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a generation: those of generation_config.json, else the config's."""
+        return tuple(self.generation_defaults.eos_token_id or self.config.eos_token_ids)
+
+    def num_parameters(self) -> int:
+        """How many numbers the weights are; a tied output head counts once.
+
+        Returns:
+            The count.
+        """
+        return sum(math.prod(shape) for _, shape, _ in self._core.slots())
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Writes a checkpoint that this package and transformers read: weights, config and tokenizer.
+
+        Weights are written one by one, in the dtype they are kept in; each file is whole or not there.
+
+        Args:
+            directory: Created if it does not exist; files of the same names are replaced.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        loading.save_model(self, directory)
+
+    def __call__(
+        self, input_ids: npt.NDArray[np.integer[Any]] | Sequence[Sequence[int]], attention_mask: object = None
+    ) -> FloatArray:
+        """The logits of every position.
+
+        Args:
+            input_ids: (B, T) integers of any type, each in [0, V) where the mask is 1.
+            attention_mask: (B, T), 1 for a token and 0 for padding, on the left or the right; each row one run of ones.
+
+        Returns:
+            (B, T, V) float32; zeros where the mask is 0. The rows of a batch do not influence each other.
+
+        Raises:
+            ShapeError: `input_ids` does not have two dimensions, or the mask another shape.
+            DTypeError: The ids are not integers.
+            OptionError: A row of the mask is not one run of ones.
+            TokenIdError: An id outside the vocabulary.
+            ContextLengthError: A row is longer than the model's context.
+            NumericError: A logit is not finite.
+            OutOfMemoryError: The logits do not fit into memory.
+        """
+        ids = _id_block(input_ids)
+        vocabulary = self.config.vocab_size
+        if ids.size == 0:
+            return np.zeros((*ids.shape, vocabulary), dtype=np.float32)
+        ones = read_mask(attention_mask, ids.shape)
+        check_token_range("input_ids", ids, vocabulary, ones)
+        longest = int(ones.sum(axis=1).max())
+        if longest > self.config.max_position_embeddings:
+            raise ContextLengthError(
+                f"input_ids has a row of {longest} tokens, the model's context is {self.config.max_position_embeddings}"
+            )
+        rows = [np.ascontiguousarray(row[keep], dtype=np.int32) for row, keep in zip(ids, ones, strict=True)]
+        logits = self._core.logits(rows)
+        if ones.all():
+            # The core's rows are slices of one array, which without padding is the result.
+            together = logits[0].base
+            if together is not None and together.shape == (ids.size, vocabulary):
+                return together.reshape(*ids.shape, vocabulary)
+        result = allocate("the logits", (*ids.shape, vocabulary))
+        result[~ones] = 0.0
+        for index, keep in enumerate(ones):
+            result[index, keep] = logits[index]
+        return result
+
+    # Options are described here once, for all that generate.
+    def generate(
+        self,
+        prompts: Prompts,
+        *,
+        attention_mask: object = None,
+        return_details: bool = False,
+        **options: Unpack[GenerateOptions],
+    ) -> Any:
+        """Goes on with texts or token ids.
+
+        Texts in give texts out, ids in give ids out; the prompt is included. An option that is not given, or None, is what
+        the checkpoint's generation_config.json says, else the default below.
+
+        Args:
+            prompts: A text or a list of texts; token ids as a list, a list of lists of any lengths, or an array (T) or (B, T).
+            attention_mask: For an array (B, T) that is padded on the left: 1 for a token, 0 for padding.
+            return_details: Return `GenerationOutput` records: continuation, tokens, log probabilities, finish reason.
+            max_new_tokens: Tokens to generate at most; default 256, cut to what the context has room for. A number that is
+                given must fit.
+            max_length: The same with the prompt's tokens counted; not together with max_new_tokens.
+            do_sample: True draws from the distribution, False takes the most likely token. Default: whether one of
+                temperature > 0, top_k, top_p or min_p is given, else False.
+            temperature: >= 0, divides the logits; 0 takes the most likely token. Default 1 when sampling.
+            top_k: Keep the k most likely tokens; 0 keeps all (default).
+            top_p: Probability, 0 < p <= 1: keep the fewest most likely tokens whose probability reaches it. Default 1.
+            min_p: 0 <= p < 1: keep tokens at least this share as likely as the most likely. Default 0.
+            repetition_penalty: > 0, on tokens of prompt and output: a positive logit is divided by it, a negative one
+                multiplied. Default 1.
+            presence_penalty: Subtracted from the logit of each token of the output. Default 0.
+            frequency_penalty: Subtracted as often as the token is in the output. Default 0.
+            logit_bias: {token id: number} added to logits; -inf forbids a token.
+            stop: A string or strings that end a row; they are not part of the returned text.
+            num_beams: > 1: beam search; without sampling, penalties or stop strings. Default 1.
+            length_penalty: Of beam search: score = sum of log probabilities / tokens ** length_penalty. Default 1.
+            early_stopping: Of beam search: end as soon as num_beams sequences are complete. Default False.
+            num_return_sequences: Sequences per prompt, of sampling or of beam search. Default 1.
+            seed: In [0, 2^64): the same seed gives the same result. Default: a new one each call.
+            eos_token_id: Token id or ids that end a row, instead of the checkpoint's; [] for none.
+            generation_config: A mapping to use in place of the checkpoint's generation_config.json.
+
+        Returns:
+            For one prompt a text, a list of ids, or an int64 array (T'); for several a list of them, or an int64 array (B, T'):
+            the block as it was given, the new tokens, and padding on the right. With num_return_sequences > 1 always
+            several: those of the first prompt first. With return_details `GenerationOutput`s in the same arrangement.
+
+        Raises:
+            OptionError: An option is unknown, out of range or contradicts another; a text without a tokenizer.
+            ContextLengthError: A prompt, or a prompt with the tokens asked for, is longer than the context.
+            TokenIdError: An id outside the vocabulary.
+            ShapeError, DTypeError: `prompts` is none of the above.
+            UnsupportedError: Beam search together with penalties or stop strings.
+            NumericError: A logit is not finite.
+            OutOfMemoryError: The KV caches do not fit into memory.
+        """
+        return generation.generate(self, prompts, attention_mask, options, return_details=return_details)
+
+    def stream_generate(
+        self, prompts: Prompts, *, attention_mask: object = None, **options: Unpack[GenerateOptions]
+    ) -> Iterator[Piece]:
+        """Generates piece by piece: each piece is a token and the text it adds.
+
+        Args:
+            prompts: As `generate`; of several, the pieces come interleaved and `piece.row` tells them apart.
+            attention_mask: As `generate`.
+            **options: As `generate`, without beam search.
+
+        Returns:
+            An iterator of `Piece`. The texts of a row, concatenated, are what `generate` returns after the prompt.
+
+        Raises:
+            UnsupportedError: Beam search.
+            OptionError and others: As `generate`, and before the first piece is asked for.
+        """
+        return generation.stream(self, prompts, attention_mask, options)
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        stream: Literal[False] = False,
+        **options: Unpack[GenerateOptions],
+    ) -> str: ...
+    @overload
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, stream: Literal[True], **options: Unpack[GenerateOptions]
+    ) -> Iterator[Piece]: ...
+    @overload
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, stream: bool, **options: Unpack[GenerateOptions]
+    ) -> str | Iterator[Piece]: ...
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, stream: bool = False, **options: Unpack[GenerateOptions]
+    ) -> str | Iterator[Piece]:
+        """Answers a conversation, written down as the tokenizer's chat template says.
+
+        Args:
+            messages: {"role": "system" | "user" | "assistant", "content": text} in order.
+            stream: Return an iterator of `Piece` instead of the text.
+            **options: As `generate`, for one sequence.
+
+        Returns:
+            The assistant's answer.
+
+        Raises:
+            OptionError: There is no tokenizer, more than one sequence is asked for, or as `generate`.
+            UnsupportedError: The tokenizer has no chat template.
+            ContextLengthError and others: As `generate`.
+        """
+        return generation.chat(self, messages, options, streamed=stream)
+
+    def session(
+        self, max_length: int | None = None, *, kv_dtype: Literal["float32", "bfloat16"] | None = None
+    ) -> Session:
+        """A KV cache for one sequence that is built up step by step.
+
+        Args:
+            max_length: Tokens it has room for; None is the model's context. Memory is used as tokens come.
+            kv_dtype: None is the model's.
+
+        Returns:
+            An empty session.
+
+        Raises:
+            ContextLengthError: `max_length` is beyond the model's context.
+            OutOfMemoryError: It does not fit into memory.
+        """
+        return new_session(self, max_length, kv_dtype)
+
+    def load_session(self, path: str | os.PathLike[str], max_length: int | None = None) -> Session:
+        """Reads what `Session.save` wrote, bit for bit.
+
+        Args:
+            path: The file.
+            max_length: Tokens the session has room for; None is as when it was saved.
+
+        Returns:
+            A session that goes on where the saved one was.
+
+        Raises:
+            FormatError: The file is malformed, or was written by another model or with other weights.
+            ContextLengthError: `max_length` has no room for the saved tokens.
+            OutOfMemoryError: It does not fit into memory.
+        """
+        return load_session(self, path, max_length)
+
+    def loglikelihood(self, context: str | Ids, continuation: str | Ids) -> LogLikelihood:
+        """How likely the model goes on like this, computed from float32 logits.
+
+        Both texts are encoded as one. Spaces at the end of the context count to the continuation, as tokenizers put them
+        in front of a word. If a token crosses the border, scoring begins with it.
+
+        Args:
+            context: A text, may be empty if there is a BOS token; or at least one token id.
+            continuation: A text or token ids, as `context`.
+
+        Returns:
+            The sum of log p of the continuation's tokens in nats, and whether it is the greedy continuation.
+
+        Raises:
+            DTypeError: One is a text and the other ids.
+            ContextLengthError: Both together are longer than the model's context: nothing is cut.
+            OptionError: An empty context and no BOS token; a text without a tokenizer.
+            TokenIdError: An id outside the vocabulary.
+        """
+        return scoring.loglikelihood(self, context, continuation)
+
+    def perplexity(
+        self,
+        texts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | IntArray,
+        stride: int | None = None,
+        context: int | None = None,
+    ) -> Perplexity:
+        """How well the model predicts texts; each token is scored exactly once.
+
+        Every text is encoded by itself, with the BOS token if the tokenizer adds one; its first token (BOS, or else the
+        first of the text) has nothing before it and is not scored. Window k begins at token k * stride, has `context` tokens
+        and scores those that no window before it has reached, so each scored token but those of the first window sees at
+        least `context - stride` tokens before it. A progress bar shows on a terminal if it takes longer than a second.
+
+        Args:
+            texts: A text, texts, token ids or lists of token ids.
+            stride: In [1, context). None is context - 1: windows that share no scored token and overlap by the one token
+                that the first prediction needs. A smaller stride gives each token more to look back at and takes longer.
+            context: Tokens of a window, in [2, the model's context]. None is the model's context.
+
+        Returns:
+            Perplexity, loss in nats per token, bits per byte, and the counts.
+
+        Raises:
+            OptionError: A number is out of range, there is nothing to score, or a text without a tokenizer.
+            TokenIdError: An id outside the vocabulary.
+        """
+        return scoring.perplexity(self, texts, stride, context)
+
+    def __repr__(self) -> str:
+        config = self.config
+        return (
+            f"<LlamaForCausalLM {config.num_hidden_layers} layers, width {config.hidden_size}, "
+            f"vocabulary {config.vocab_size}, context {config.max_position_embeddings}; "
+            f"{self.num_parameters():,} parameters, {self.dtype}, {self.nbytes / 2**20:.1f} MiB; "
+            f"{self.device} {self.isa}, {self.threads} thread{'' if self.threads == 1 else 's'}>"
+        )
+
+
+def _id_block(input_ids: object) -> Array:
+    """Ids as a two-dimensional array of integers.
+
+    Raises:
+        DTypeError, ShapeError: They are not.
+    """
+    if isinstance(input_ids, str):
+        raise DTypeError("input_ids must be integers, got a text: encode it first, or use generate")
+    try:
+        ids = np.asarray(input_ids)
+    except (ValueError, OverflowError) as error:
+        raise ShapeError("input_ids must be a (B, T) array of token ids; pad rows of different lengths") from error
+    if ids.ndim != 2:
+        hint = ". For one sequence: input_ids[None]" if ids.ndim == 1 else ""
+        raise ShapeError(f"input_ids must have shape (B, T), got {ids.shape}{hint}")
+    if ids.dtype.kind not in "iu" and ids.size:
+        raise DTypeError(f"input_ids must be integers, got {ids.dtype}")
+    return ids

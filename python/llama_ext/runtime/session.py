@@ -1,0 +1,214 @@
+"""A sequence in progress: its tokens and their KV cache, to go on with, go back in, copy, save and load."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from llama_ext import _core
+from llama_ext._arrays import FloatArray, IntArray, is_whole, token_ids
+from llama_ext.errors import ContextLengthError, OptionError
+from llama_ext.runtime.generation import Piece, generate_in_session
+from llama_ext.runtime.options import GenerateOptions
+from llama_ext.runtime.session_file import read_session, write_session
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from llama_ext.runtime.model import LlamaForCausalLM
+
+__all__ = ["Session", "load_session", "new_session"]
+
+
+class Session:
+    """The KV cache of one sequence, from `LlamaForCausalLM.session`.
+
+    One thread at a time may use it; any number of sessions share a model.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, core: _core.Session) -> None:
+        self._model = model
+        self._core = core
+
+    @property
+    def length(self) -> int:
+        """How many tokens the session holds."""
+        return self._core.length
+
+    @property
+    def max_length(self) -> int:
+        """How many tokens it has room for."""
+        return self._core.capacity
+
+    @property
+    def tokens(self) -> list[int]:
+        """The ids of the tokens it holds."""
+        return self._core.tokens
+
+    @property
+    def kv_dtype(self) -> str:
+        """How keys and values are kept: "float32" or "bfloat16"."""
+        return self._core.kv_dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the KV cache at its full length."""
+        return self._core.nbytes
+
+    def append(self, ids: Sequence[int] | IntArray, *, logits: Literal["last", "all", "none"] = "last") -> FloatArray:
+        """Runs tokens after those the session holds. When it raises, the session is as it was.
+
+        The logits do not depend on how a text is cut into appends: they are bit-identical.
+
+        Args:
+            ids: At least one token id.
+            logits: Of which of the new tokens to return the logits.
+
+        Returns:
+            float32: (V) of the last token; (T, V) for "all"; (0, V) for "none".
+
+        Raises:
+            TokenIdError: An id outside the vocabulary.
+            ContextLengthError: There is no room for them.
+            ShapeError: No ids, or an array that is not one-dimensional.
+            NumericError: A logit is not finite.
+        """
+        if logits not in ("last", "all", "none"):
+            raise OptionError(f"logits must be 'last', 'all' or 'none', got {logits!r}")
+        vocabulary = self._model.config.vocab_size
+        array = token_ids("ids", ids, vocabulary)
+        if array.size == 0:
+            raise OptionError("append needs at least one token id")
+        if self.length + array.size > self.max_length:
+            raise ContextLengthError(
+                f"the session holds {self.length} tokens and has room for {self.max_length}: {array.size} more do not fit"
+            )
+        result = self._core.append(array, logits)
+        return result.reshape(vocabulary) if logits == "last" else result.reshape(-1, vocabulary)
+
+    def rewind(self, length: int) -> None:
+        """Forgets everything from position `length` on; going on from there costs nothing extra.
+
+        Args:
+            length: In [0, self.length].
+
+        Raises:
+            OptionError: Outside that range.
+        """
+        if not is_whole(length) or not 0 <= length <= self.length:
+            raise OptionError(f"rewind: length must be in [0, {self.length}], got {length!r}")
+        self._core.rewind(length)
+
+    def fork(self, max_length: int | None = None) -> Session:
+        """An independent copy.
+
+        Args:
+            max_length: Its room, in [length, the model's context]; None is the room of this one.
+
+        Returns:
+            A session that holds the same tokens.
+
+        Raises:
+            ContextLengthError: `max_length` is too small for the tokens or beyond the model's context.
+            OutOfMemoryError: The KV cache does not fit into memory.
+        """
+        capacity = _capacity(self._model, max_length, self.max_length)
+        if capacity < self.length:
+            raise ContextLengthError(f"fork: max_length={capacity} has no room for the {self.length} tokens held")
+        return Session(self._model, self._core.fork(capacity))
+
+    def generate(self, prompt: str | Sequence[int] | IntArray, **options: Unpack[GenerateOptions]) -> str:
+        """Goes on with the session after a prompt, and keeps both.
+
+        Args:
+            prompt: A text, encoded without the BOS token unless the session is empty, or ids.
+            **options: As `LlamaForCausalLM.generate`; lengths are bounded by the session's room.
+
+        Returns:
+            The text generated, without the prompt.
+
+        Raises:
+            OptionError: More than one prompt or sequence, beam search, or as `LlamaForCausalLM.generate`.
+        """
+        if self._model.tokenizer is None:
+            raise OptionError("Session.generate gives text and this model has no tokenizer: use stream_generate")
+        return "".join(piece.text for piece in self.stream_generate(prompt, **options))
+
+    def stream_generate(
+        self, prompt: str | Sequence[int] | IntArray, **options: Unpack[GenerateOptions]
+    ) -> Iterator[Piece]:
+        """Goes on with the session after a prompt, piece by piece.
+
+        Args:
+            prompt: A text, encoded without the BOS token unless the session is empty, or ids.
+            **options: As `LlamaForCausalLM.generate`.
+
+        Returns:
+            An iterator. Once it has ended or been closed, the session holds the prompt and the tokens of its pieces.
+
+        Raises:
+            OptionError: More than one prompt or sequence, or as `LlamaForCausalLM.generate`.
+            UnsupportedError: Beam search.
+        """
+        return self._keeping_the_last(generate_in_session(self._model, self._core, prompt, options))
+
+    def _keeping_the_last(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        last = None
+        try:
+            for piece in pieces:
+                last = piece.token_id
+                yield piece
+        finally:
+            # The core has drawn the last token but not run it, as nothing was to follow.
+            if last is not None and self.length < self.max_length:
+                self._core.append(np.array([last], dtype=np.int32), "none")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the tokens and their keys and values to a safetensors file, whole or not at all.
+
+        Args:
+            path: The file; an existing one is replaced.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        write_session(path, self._model, self._core)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __repr__(self) -> str:
+        return f"<Session {self.length} of {self.max_length} tokens, {self.kv_dtype} KV cache, {self.nbytes} bytes>"
+
+
+def new_session(model: LlamaForCausalLM, max_length: int | None, kv_dtype: str | None) -> Session:
+    """The body of `LlamaForCausalLM.session`."""
+    capacity = _capacity(model, max_length, model.config.max_position_embeddings)
+    return Session(model, _core.Session(model._core, capacity, kv_dtype or model.kv_dtype))
+
+
+def load_session(model: LlamaForCausalLM, path: str | os.PathLike[str], max_length: int | None) -> Session:
+    """The body of `LlamaForCausalLM.load_session`."""
+    with read_session(path, model) as saved:
+        capacity = _capacity(model, max_length, min(saved.capacity, model.config.max_position_embeddings))
+        if capacity < saved.tokens.size:
+            raise ContextLengthError(
+                f"{os.fspath(path)} holds {saved.tokens.size} tokens, max_length={capacity} has no room for them"
+            )
+        core = _core.Session(model._core, capacity, saved.kv_dtype)
+        core.restore(saved.tokens, saved.layer)
+    return Session(model, core)
+
+
+def _capacity(model: LlamaForCausalLM, max_length: int | None, default: int) -> int:
+    if max_length is None:
+        return default
+    if not is_whole(max_length) or max_length < 1:
+        raise OptionError(f"max_length must be a whole number >= 1, got {max_length!r}")
+    context = model.config.max_position_embeddings
+    if max_length > context:
+        raise ContextLengthError(f"max_length={max_length} is beyond the model's context of {context}")
+    return max_length

@@ -1,0 +1,152 @@
+"""A session on disk: a safetensors file with the keys and values of each layer, and whose they are.
+
+Metadata: `format`, `tokens` (a JSON list of ids), `max_length`, `kv_dtype` and `model`, a fingerprint: keys and values mean
+nothing to another model. Tensors: `layers.{i}.k` and `layers.{i}.v`, (T, K, D) in the cache's dtype.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llama_ext import _core
+from llama_ext._arrays import Array, FloatArray, IntArray, widen_bfloat16
+from llama_ext.errors import FormatError
+from llama_ext.io.checkpoint import TensorSource, write_safetensors
+from llama_ext.io.safetensors_file import SafetensorsFile
+from llama_ext.runtime.loading import core_config
+
+if TYPE_CHECKING:
+    from llama_ext.runtime.model import LlamaForCausalLM
+
+__all__ = ["SavedSession", "fingerprint", "read_session", "write_session"]
+
+_FORMAT = "llama_ext session 1"
+
+
+def fingerprint(model: LlamaForCausalLM) -> str:
+    """A number that differs between models whose keys and values differ: of the config and of some weights as kept.
+
+    Not of all weights: it must not take longer than the session saves.
+    """
+    last = model.config.num_hidden_layers - 1
+    names = ["final_norm", "layers.0.k", f"layers.{last}.v"]
+    names += [f"layers.{layer}.attention_norm" for layer in range(last + 1)]
+    digest = hashlib.sha256(json.dumps(core_config(model.config), sort_keys=True).encode())
+    for name in names:
+        digest.update(model._core.read(name).tobytes())
+    return digest.hexdigest()
+
+
+def write_session(path: str | os.PathLike[str], model: LlamaForCausalLM, core: _core.Session) -> None:
+    """Writes a session, whole or not at all."""
+    config = model.config
+    tokens = core.tokens
+    shape = (len(tokens), config.num_key_value_heads, config.head_dim)
+    tensors: list[TensorSource] = []
+    for layer in range(config.num_hidden_layers):
+        for index, name in enumerate("kv"):
+
+            def read(layer: int = layer, index: int = index) -> list[Array]:
+                values = core.read_layer(layer)[index]
+                # The cache's bfloat16 came widened: its lower half is zero.
+                return [values if core.kv_dtype == "float32" else (values.view(np.uint32) >> 16).astype(np.uint16)]
+
+            tensors.append((f"layers.{layer}.{name}", core.kv_dtype, shape, read))
+    metadata = {
+        "format": _FORMAT,
+        "tokens": json.dumps(tokens, separators=(",", ":")),
+        "max_length": str(core.capacity),
+        "kv_dtype": core.kv_dtype,
+        "model": fingerprint(model),
+    }
+    write_safetensors(path, tensors, metadata)
+
+
+class SavedSession:
+    """A session's file, opened and checked against the model; a context manager.
+
+    Attributes:
+        tokens: The ids it holds, (T) int32.
+        capacity: The room it had.
+        kv_dtype: "float32" or "bfloat16".
+    """
+
+    def __init__(self, path: str | os.PathLike[str], model: LlamaForCausalLM) -> None:
+        self._file = SafetensorsFile(path)
+        try:
+            self._check(os.fspath(path), model)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _check(self, path: str, model: LlamaForCausalLM) -> None:
+        metadata = self._file.metadata
+        if metadata.get("format") != _FORMAT:
+            found = metadata.get("format", "nothing")[:80]
+            raise FormatError(f"not a saved session: its format must be {_FORMAT!r}, got {found!r}", path=path)
+        if metadata.get("model") != fingerprint(model):
+            raise FormatError(
+                "saved with another model, other weights or another dtype: its keys and values mean nothing to this one",
+                path=path,
+                field="model",
+            )
+        config = model.config
+        self.kv_dtype = metadata.get("kv_dtype", "")
+        try:
+            tokens = json.loads(metadata.get("tokens", ""))
+            self.capacity = int(metadata.get("max_length", ""))
+        except (ValueError, RecursionError) as error:
+            raise FormatError("its tokens or max_length are not numbers", path=path) from error
+        if not isinstance(tokens, list) or not all(
+            type(token) is int and 0 <= token < config.vocab_size for token in tokens
+        ):
+            raise FormatError("its tokens are not a list of this model's token ids", path=path, field="tokens")
+        if self.kv_dtype not in ("float32", "bfloat16") or not len(tokens) <= self.capacity <= 2**31:
+            raise FormatError("its kv_dtype or max_length is impossible", path=path, field="kv_dtype")
+        shape = (len(tokens), config.num_key_value_heads, config.head_dim)
+        names = {f"layers.{layer}.{name}" for layer in range(config.num_hidden_layers) for name in "kv"}
+        found_names = set(self._file.tensors)
+        if found_names != names:
+            odd = sorted(found_names ^ names)[0]
+            raise FormatError(f"tensor {odd!r} is {'missing' if odd in names else 'unexpected'}", path=path, field=odd)
+        for name in names:
+            info = self._file.tensors[name]
+            if info.shape != shape or info.core_dtype != self.kv_dtype:
+                raise FormatError(
+                    f"tensor {name!r} must be {self.kv_dtype} of shape {shape}, got {info.dtype} {info.shape}",
+                    path=path,
+                    field=name,
+                )
+        self.tokens: IntArray = np.array(tokens, dtype=np.int32)
+
+    def layer(self, layer: int) -> tuple[FloatArray, FloatArray]:
+        """Keys and values of a layer, (T, K, D) float32 each."""
+        return self._read(f"layers.{layer}.k"), self._read(f"layers.{layer}.v")
+
+    def _read(self, name: str) -> FloatArray:
+        values = self._file.read(name)
+        return widen_bfloat16(values) if self.kv_dtype == "bfloat16" else values
+
+    def __enter__(self) -> SavedSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def read_session(path: str | os.PathLike[str], model: LlamaForCausalLM) -> SavedSession:
+    """Opens what `write_session` wrote.
+
+    Raises:
+        FormatError: The file is malformed, or of another model.
+        LimitError: A number in it is beyond the limits.
+    """
+    return SavedSession(path, model)

@@ -1,0 +1,44 @@
+"""How many threads the CPU backend uses when nobody says otherwise."""
+
+from __future__ import annotations
+
+from llama_ext import _core
+from llama_ext.errors import OptionError
+
+__all__ = ["get_num_threads", "set_num_threads"]
+
+
+def get_num_threads() -> int:
+    """The number of threads that a model or an operation gets when it is not given one.
+
+    Returns:
+        A number >= 1. Before `set_num_threads`: the physical cores that the affinity mask and the cgroup quota allow.
+    """
+    return _core.default_threads()[0]
+
+
+def set_num_threads(threads: int) -> None:
+    """Sets what `get_num_threads` returns, for models and operations from now on; a loaded model keeps its own number.
+
+    Results do not depend on it: they are bit-identical for every number of threads.
+
+    Args:
+        threads: A number >= 1.
+
+    Raises:
+        OptionError: `threads` is not a positive integer, or is more than the core allows.
+    """
+    _core.set_default_threads(checked_threads(threads))
+
+
+def checked_threads(threads: object) -> int:
+    """The number for the core: 0 stands for None, "the default".
+
+    Raises:
+        OptionError: `threads` is neither None nor a positive integer.
+    """
+    if threads is None:
+        return 0
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise OptionError(f"threads must be a whole number >= 1 or None for the default, got {threads!r}")
+    return threads

@@ -1,0 +1,277 @@
+// The sampler: random numbers against published vectors, each step by hand, all steps together against a plain rewrite.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <random>
+#include <set>
+#include <vector>
+
+#include "check.h"
+#include "ops/sample.h"
+
+namespace llama_ext::test {
+namespace {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+SampleResult sample(const std::vector<float>& logits, const SamplingOptions& options, const RandomKey& key = {},
+                    const std::vector<int32_t>& prompt = {}, const std::vector<int32_t>& output = {}) {
+  SampleArgs args;
+  args.logits = {static_cast<const void*>(logits.data()), DType::kF32, {static_cast<int64_t>(logits.size())}};
+  args.options = &options;
+  args.prompt = &prompt;
+  args.output = &output;
+  args.key = key;
+  return sample_on_host(args);
+}
+
+/// The tokens that come up in many draws.
+std::set<int32_t> support(const std::vector<float>& logits, const SamplingOptions& options) {
+  std::set<int32_t> tokens;
+  for (uint64_t i = 0; i < 2000; ++i) tokens.insert(sample(logits, options, {.seed = 7, .counter = i}).token);
+  return tokens;
+}
+
+void test_philox_known_answers() {
+  // Random123's kat_vectors for philox4x32 with 10 rounds, of which the first two words make the number.
+  const auto uniform_of = [](uint32_t word0, uint32_t word1) {
+    return std::ldexp(static_cast<double>(((uint64_t{word1} << 32) | word0) >> 11), -53);
+  };
+  CHECK(random_uniform({}) == uniform_of(0x6627e8d5, 0xe169c58d));
+  CHECK(random_uniform({UINT64_MAX, UINT64_MAX, UINT64_MAX}) == uniform_of(0x408f276d, 0x41c83b0e));
+  CHECK(random_uniform({.seed = 0x299f31d0a4093822, .stream = 0x0370734413198a2e, .counter = 0x85a308d3243f6a88}) ==
+        uniform_of(0xd16cfe09, 0x94fdcceb));
+}
+
+void test_uniform_is_uniform() {
+  std::vector<int> bins(64, 0);
+  constexpr int kDraws = 100000;
+  for (uint64_t i = 0; i < kDraws; ++i) {
+    const double value = random_uniform({.seed = 1, .stream = i % 16, .counter = i / 16});
+    CHECK(value >= 0 && value < 1);
+    ++bins[static_cast<size_t>(value * 64)];
+  }
+  double chi_square = 0;
+  for (int count : bins) chi_square += std::pow(count - kDraws / 64.0, 2) / (kDraws / 64.0);
+  CHECK(chi_square < 103.4);  // 63 degrees of freedom, p = 0.001
+}
+
+void test_greedy_takes_the_largest() {
+  for (size_t size = 1; size < 40; ++size) {  // across the tails of the lanes
+    for (size_t best = 0; best < size; ++best) {
+      std::vector<float> logits(size, -1.0f);
+      logits[best] = 0.5f;
+      CHECK(sample(logits, {}).token == static_cast<int32_t>(best));
+    }
+    CHECK(sample(std::vector<float>(size, 2.0f), {}).token == 0);
+  }
+  CHECK(sample({-kInf, -3e38f, -kInf}, {}).token == 1);
+  CHECK(sample({0.0f, 1.0f, 1.0f}, {}).token == 1);
+}
+
+void test_logprob_is_of_the_raw_logits() {
+  const std::vector<float> logits = {1.0f, 3.0f, -2.0f, -kInf};
+  const double normaliser = std::log(std::exp(1.0) + std::exp(3.0) + std::exp(-2.0));
+  CHECK_NEAR(sample(logits, {}).logprob, 3.0 - normaliser, 1e-7);
+  CHECK_NEAR(sample(logits, {.logit_bias = {{1, -10.0f}}}).logprob, 1.0 - normaliser, 1e-7);
+  CHECK_NEAR(sample(logits, {.temperature = 1e-9}).logprob, 3.0 - normaliser, 1e-7);
+  CHECK(sample({5.0f}, {}).logprob == 0.0f);
+  std::vector<float> many(100003);
+  double sum = 0;
+  for (size_t i = 0; i < many.size(); ++i) {
+    many[i] = -static_cast<float>(i % 900);  // beyond where e^x is 0
+    sum += std::exp(static_cast<double>(many[i]));
+  }
+  CHECK_NEAR(sample(many, {}).logprob, -std::log(sum), 1e-6);
+}
+
+void test_bad_logits_are_named() {
+  for (size_t bad = 0; bad < 21; ++bad) {
+    for (float value : {std::numeric_limits<float>::quiet_NaN(), kInf}) {
+      std::vector<float> logits(21, 0.0f);
+      logits[bad] = value;
+      CHECK_ERROR(ErrorKind::kNumeric, cat("the logit of token ", bad, " is "), sample(logits, {}));
+      CHECK_ERROR(ErrorKind::kNumeric, cat("the logit of token ", bad, " is "), sample(logits, {.temperature = 1}));
+    }
+  }
+  CHECK_ERROR(ErrorKind::kNumeric, "every logit is -inf", sample({-kInf, -kInf}, {}));
+  CHECK_ERROR(ErrorKind::kNumeric, "once logit_bias is added",
+              sample({-kInf, 1.0f}, {.logit_bias = {{1, -kInf}}}));
+  CHECK_ERROR(ErrorKind::kNumeric, "the processed logit of token 0 is inf",
+              sample({3e38f, 1.0f}, {.repetition_penalty = 1e-300}, {}, {0}));
+  CHECK_ERROR(ErrorKind::kShape, "between 1 and", sample({}, {}));
+}
+
+void test_penalties() {
+  const SamplingOptions repetition{.repetition_penalty = 2.0};
+  CHECK(sample({2.0f, 1.5f}, repetition, {}, {0}).token == 1);
+  CHECK(sample({2.0f, 1.5f}, repetition, {}, {}, {0}).token == 1);
+  CHECK(sample({-1.0f, -1.5f}, repetition, {}, {0}).token == 1);
+  CHECK(sample({2.0f, 0.75f}, repetition, {}, {0, 0}, {0}).token == 0);  // once, however often it was seen
+  const SamplingOptions presence{.presence_penalty = 1.0};
+  CHECK(sample({2.0f, 1.5f}, presence, {}, {0, 0}).token == 0);  // the prompt does not count
+  CHECK(sample({2.0f, 1.5f}, presence, {}, {}, {0}).token == 1);
+  CHECK(sample({3.0f, 1.5f}, presence, {}, {}, {0, 0, 0}).token == 0);
+  const SamplingOptions frequency{.frequency_penalty = 0.4};
+  CHECK(sample({3.0f, 2.0f}, frequency, {}, {}, {0, 0}).token == 0);
+  CHECK(sample({3.0f, 2.0f}, frequency, {}, {}, {0, 0, 0}).token == 1);
+  CHECK(sample({1.0f, 2.0f}, {.frequency_penalty = -1.0}, {}, {}, {0, 0}).token == 0);
+  // The bias comes first: (1 + 2) / 2 < 2.4, whereas 1 / 2 + 2 would win.
+  CHECK(sample({1.0f, 2.4f}, {.repetition_penalty = 2.0, .logit_bias = {{0, 2.0f}}}, {}, {0}).token == 1);
+  CHECK(sample({1.0f, 2.0f, 3.0f}, {.logit_bias = {{2, -kInf}}}).token == 1);
+  CHECK_ERROR(ErrorKind::kTokenId, "token id 2 at index 1", sample({1.0f, 2.0f}, repetition, {}, {0, 2}));
+  CHECK(sample({1.0f, 2.0f}, {}, {}, {0, 2}).token == 1);  // without penalties nobody looks at them
+}
+
+void test_filters_keep_the_right_tokens() {
+  using Set = std::set<int32_t>;
+  const std::vector<float> logits = {std::log(0.125f), std::log(0.5f), std::log(0.125f), std::log(0.25f)};
+  CHECK(support(logits, {.temperature = 1}) == (Set{0, 1, 2, 3}));
+  CHECK(support(logits, {.temperature = 1, .top_k = 1}) == (Set{1}));
+  CHECK(support(logits, {.temperature = 1, .top_k = 3}) == (Set{0, 1, 3}));
+  CHECK(support(logits, {.temperature = 1, .top_k = 100}) == (Set{0, 1, 2, 3}));
+  CHECK(support(logits, {.temperature = 1, .top_p = 1e-9}) == (Set{1}));
+  CHECK(support(logits, {.temperature = 1, .top_p = 0.49}) == (Set{1}));
+  CHECK(support(logits, {.temperature = 1, .top_p = 0.51}) == (Set{1, 3}));
+  CHECK(support(logits, {.temperature = 1, .top_p = 0.76}) == (Set{0, 1, 3}));
+  CHECK(support(logits, {.temperature = 1, .min_p = 0.24}) == (Set{0, 1, 2, 3}));
+  CHECK(support(logits, {.temperature = 1, .min_p = 0.26}) == (Set{1, 3}));
+  CHECK(support(logits, {.temperature = 1, .min_p = 0.99}) == (Set{1}));
+  // top_p is of what top_k left: 0.5 / 0.75 < 0.7, so both stay.
+  CHECK(support(logits, {.temperature = 1, .top_k = 2, .top_p = 0.66}) == (Set{1}));
+  CHECK(support(logits, {.temperature = 1, .top_k = 2, .top_p = 0.67}) == (Set{1, 3}));
+  // Temperature comes before top_p: at 0.5 the shares are 16 : 4 : 1 : 1.
+  CHECK(support(logits, {.temperature = 0.5, .top_p = 0.7}) == (Set{1}));
+  // Ties go to the lower id; a set that reaches top_p exactly is enough.
+  const std::vector<float> equal(4, 1.0f);
+  CHECK(support(equal, {.temperature = 1, .top_k = 2}) == (Set{0, 1}));
+  CHECK(support(equal, {.temperature = 1, .top_p = 0.5}) == (Set{0, 1}));
+  CHECK(support(equal, {.temperature = 1, .top_p = 0.51}) == (Set{0, 1, 2}));
+  // What is forbidden never appears, whatever the filters.
+  const std::vector<float> masked = {-kInf, 0.0f, -kInf, 0.0f};
+  CHECK(support(masked, {.temperature = 1}) == (Set{1, 3}));
+  CHECK(support(masked, {.temperature = 1, .top_k = 3, .top_p = 0.99}) == (Set{1, 3}));
+}
+
+void test_extreme_temperatures() {
+  const std::vector<float> logits = {1.0f, 1.0f + 1e-6f, 0.0f};
+  CHECK(support(logits, {.temperature = 1e-300}) == std::set<int32_t>{1});
+  CHECK(support(logits, {.temperature = 1e300}) == (std::set<int32_t>{0, 1, 2}));
+  // Weights are equal to the last bit here, logits are not.
+  CHECK(support(logits, {.temperature = 1e30, .top_k = 1}) == std::set<int32_t>{1});
+}
+
+void test_draws_follow_the_distribution() {
+  const std::vector<float> logits = {0.0f, 1.0f, -1.0f, 2.0f, 0.5f, -2.0f, 1.5f, -0.5f};
+  constexpr double kTemperature = 0.8;
+  std::vector<double> expected(logits.size());
+  double total = 0;
+  for (size_t i = 0; i < logits.size(); ++i) total += expected[i] = std::exp(static_cast<double>(logits[i]) / kTemperature);
+  for (int variant = 0; variant < 2; ++variant) {
+    // Filters that remove nothing change nothing, not even the tokens drawn.
+    const SamplingOptions options{.temperature = kTemperature, .top_k = variant == 0 ? 0 : 8};
+    constexpr int kDraws = 100000;
+    std::vector<int> counts(logits.size(), 0);
+    for (uint64_t i = 0; i < kDraws; ++i) {
+      const RandomKey key{.seed = 42, .stream = i % 7, .counter = i / 7};
+      ++counts[static_cast<size_t>(sample(logits, options, key).token)];
+    }
+    double chi_square = 0;
+    for (size_t i = 0; i < logits.size(); ++i) {
+      const double mean = kDraws * expected[i] / total;
+      chi_square += (counts[i] - mean) * (counts[i] - mean) / mean;
+    }
+    CHECK(chi_square < 24.32);  // 7 degrees of freedom, p = 0.001
+  }
+}
+
+/// Temperature, top_k, top_p, min_p and the draw by sorting everything.
+int32_t plain_sample(const std::vector<float>& logits, const SamplingOptions& options, const RandomKey& key) {
+  std::vector<size_t> order(logits.size());
+  for (size_t i = 0; i < order.size(); ++i) order[i] = i;
+  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return logits[a] > logits[b]; });
+  const double largest = static_cast<double>(logits[order[0]]);
+  if (options.top_k > 0) order.resize(std::min(order.size(), static_cast<size_t>(options.top_k)));
+  const auto weight = [&](size_t i) { return std::exp((static_cast<double>(logits[i]) - largest) / options.temperature); };
+  double total = 0;
+  for (size_t i : order) total += weight(i);
+  if (options.top_p < 1) {
+    double reached = 0;
+    size_t kept = 0;
+    while (kept < order.size() && reached < options.top_p * total) reached += weight(order[kept++]);
+    order.resize(kept);
+  }
+  std::erase_if(order, [&](size_t i) { return weight(i) < options.min_p; });
+  std::sort(order.begin(), order.end());
+  total = 0;
+  for (size_t i : order) total += weight(i);
+  double left = random_uniform(key) * total;
+  for (size_t i : order) {
+    left -= weight(i);
+    if (left < 0) return static_cast<int32_t>(i);
+  }
+  return static_cast<int32_t>(order.back());
+}
+
+void test_all_steps_match_a_plain_rewrite() {
+  std::mt19937 generator(3);
+  std::normal_distribution<float> normal(0.0f, 3.0f);
+  const double temperatures[] = {0.3, 1.0, 4.0, 50.0};
+  const int64_t top_ks[] = {0, 1, 40, 500, 5000};
+  const double top_ps[] = {1.0, 0.999, 0.9, 0.5, 0.01};
+  const double min_ps[] = {0.0, 0.02, 0.5};
+  for (uint64_t trial = 0; trial < 1000; ++trial) {
+    std::vector<float> logits(1 + generator() % 3000);
+    for (float& logit : logits) logit = normal(generator);
+    const SamplingOptions options{.temperature = temperatures[generator() % 4],
+                                  .top_k = top_ks[generator() % 5],
+                                  .top_p = top_ps[generator() % 5],
+                                  .min_p = min_ps[generator() % 3]};
+    const RandomKey key{.seed = 5, .stream = trial};
+    CHECK(sample(logits, options, key).token == plain_sample(logits, options, key));
+  }
+}
+
+void test_options_are_checked() {
+  const auto refuse = [](const char* text, const SamplingOptions& options) {
+    CHECK_ERROR(ErrorKind::kOption, text, check(options, 10));
+  };
+  const double nan = std::nan("");
+  check(SamplingOptions{}, 10);
+  refuse("temperature", {.temperature = -0.1});
+  refuse("temperature", {.temperature = nan});
+  refuse("temperature", {.temperature = HUGE_VAL});
+  refuse("top_k must be at least 0 (0 keeps all), got -1", {.top_k = -1});
+  refuse("top_p must be a probability, 0 < top_p <= 1, got 0", {.top_p = 0.0});
+  refuse("top_p", {.top_p = 1.01});
+  refuse("top_p", {.top_p = nan});
+  refuse("min_p", {.min_p = 1.0});
+  refuse("min_p", {.min_p = -0.1});
+  refuse("repetition_penalty", {.repetition_penalty = 0.0});
+  refuse("repetition_penalty", {.repetition_penalty = nan});
+  refuse("presence_penalty must be finite", {.presence_penalty = HUGE_VAL});
+  refuse("frequency_penalty must be finite", {.frequency_penalty = nan});
+  refuse("logit_bias names token 10", {.logit_bias = {{10, 1.0f}}});
+  refuse("logit_bias names token -1", {.logit_bias = {{-1, 1.0f}}});
+  refuse("logit_bias of token 3", {.logit_bias = {{3, kInf}}});
+  refuse("logit_bias of token 3", {.logit_bias = {{3, std::nanf("")}}});
+}
+
+}  // namespace
+
+void test_sample() {
+  test_philox_known_answers();
+  test_uniform_is_uniform();
+  test_greedy_takes_the_largest();
+  test_logprob_is_of_the_raw_logits();
+  test_bad_logits_are_named();
+  test_penalties();
+  test_filters_keep_the_right_tokens();
+  test_extreme_temperatures();
+  test_draws_follow_the_distribution();
+  test_all_steps_match_a_plain_rewrite();
+  test_options_are_checked();
+}
+
+}  // namespace llama_ext::test
