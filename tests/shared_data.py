@@ -1,4 +1,4 @@
-"""Where the test data that is not in the repository lies, beside the checkout."""
+"""Where the tests find data that is too large, or not ours, to be in the repository."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
-SHARED: Path = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED: Path = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
-requires_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared test data beside the checkout")
+requires_shared = pytest.mark.skipif(
+    not SHARED.is_dir(), reason=f"needs the shared test data (checkpoints and tokenizers) in {SHARED}"
+)

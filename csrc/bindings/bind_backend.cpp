@@ -96,9 +96,9 @@ void rope(const BackendPtr& backend, const py::object& x, const py::object& cos,
   run_op(backend, [&] { backend->rope(args); });
 }
 
-/// Attention over padded arrays. Row b's keys are k[b, starts[b] : starts[b] + lengths[b]]; the T queries are the last T of
-/// the S padded places, so query t is at place S - T + t and sees the keys of its row up to there. A query outside its row's
-/// keys is padding, and gives zeros.
+/// Attention over padded arrays. Row b's keys are k[b, starts[b] : starts[b] + lengths[b]]; the T queries are the last
+/// T of the S padded places, so query t is at place S - T + t and sees the keys of its row up to there. A query outside
+/// its row's keys is padding, and gives zeros.
 void attention(const BackendPtr& backend, const py::object& q, const py::object& k, const py::object& v,
                const py::object& starts, const py::object& lengths, double scale, const std::string& cache_dtype,
                const py::object& out) {

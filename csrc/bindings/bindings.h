@@ -33,10 +33,12 @@ void bind_generation(py::module_& module);
 /// bindings/backends.cpp, the only file that names all backends.
 std::shared_ptr<Backend> make_backend(const std::string& device, int threads, const std::string& isa);
 
-// Arrays. Nothing is cast or copied behind the caller's back: an array of another dtype or layout is an error that names it.
+// Arrays. Nothing is cast or copied behind the caller's back: an array of another dtype or layout is an error that
+// names it.
 
-/// The array itself, with `rank` dimensions (-1: any) of `dtype` (bfloat16 as uint16), aligned, native byte order, contiguous but for the stride
-/// of the first axis. Throws DTypeError, ShapeError. The view is valid while the Python object is.
+/// The array itself, with `rank` dimensions (-1: any) of `dtype` (bfloat16 as uint16), aligned, native byte order,
+/// contiguous but for the stride of the first axis. Throws DTypeError, ShapeError. The view is valid while the Python
+/// object is.
 TensorView read_view(const py::handle& array, DType dtype, int rank, std::string_view op, std::string_view what);
 /// The same for an array that is written to. Throws DTypeError, ShapeError, OptionError.
 TensorView write_view(const py::handle& array, DType dtype, int rank, std::string_view op, std::string_view what);
@@ -88,8 +90,8 @@ class Fields {
 
 // Calls without the GIL.
 
-/// Looks for Ctrl-C, and whatever other signal has a Python handler, on behalf of a computation that does not hold the GIL. Only
-/// the main thread of Python gets signals, so elsewhere there is nothing to look for.
+/// Looks for Ctrl-C, and whatever other signal has a Python handler, on behalf of a computation that does not hold the
+/// GIL. Only the main thread of Python gets signals, so elsewhere there is nothing to look for.
 class PythonInterrupts : public InterruptHandler {
  public:
   /// With the GIL. Throws LlamaExtError inside a signal handler that runs while a computation waits for it.

@@ -115,8 +115,8 @@ class BeamSearch {
     return heap;
   }
 
-  /// Moves the candidates that end here to the complete hypotheses, and returns those to go on with. Only an ending among the
-  /// best `beams` counts: one further down is not a result a search of this width would have reached.
+  /// Moves the candidates that end here to the complete hypotheses, and returns those to go on with. Only an ending
+  /// among the best `beams` counts: one further down is not a result a search of this width would have reached.
   std::vector<Candidate> finish(const std::vector<Beam>& beams, const std::vector<Candidate>& candidates,
                                 int64_t length) {
     const bool is_last = length == options_.max_new_tokens;
@@ -151,8 +151,8 @@ class BeamSearch {
     return score(best_running.logprob, length) <= complete_.back().score;
   }
 
-  /// The beams of the next step. The first child of a beam takes over its cache; its siblings get caches of beams that have
-  /// no children, or new ones, and copy into them.
+  /// The beams of the next step. The first child of a beam takes over its cache; its siblings get caches of beams that
+  /// have no children, or new ones, and copy into them.
   std::vector<Beam> grow(std::vector<Beam> parents, const std::vector<Candidate>& next, int64_t length) {
     std::vector<char> has_child(parents.size(), 0);
     for (const Candidate& candidate : next) has_child[candidate.beam] = 1;

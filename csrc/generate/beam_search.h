@@ -24,9 +24,10 @@ struct BeamHypothesis {
   bool finished = false;  // reached eos
 };
 
-/// The best sequences after `prompt`, best first: `returned` of them, or fewer when there are not as many. With one beam it
-/// is greedy search. Deterministic: equal scores are ordered by beam, then token id. Without early_stopping the search ends
-/// when the best running beam, at its present length, scores no better than the worst of `beams` complete hypotheses.
+/// The best sequences after `prompt`, best first: `returned` of them, or fewer when there are not as many. With one
+/// beam it is greedy search. Deterministic: equal scores are ordered by beam, then token id. Without early_stopping the
+/// search ends when the best running beam, at its present length, scores no better than the worst of `beams` complete
+/// hypotheses.
 /// Throws as Generation does.
 /// Source: the algorithm of transformers' beam search (2 x beams candidates a step, so that eos never starves a beam).
 std::vector<BeamHypothesis> beam_search(const std::shared_ptr<const Model>& model, const std::vector<int32_t>& prompt,

@@ -28,15 +28,16 @@ struct GenerationEvent {
   Finish finish = Finish::kNone;
 };
 
-/// rows = prompts x copies, row = prompt * copies + copy. Row r draws from the random stream (seed, r, token index), so its
-/// tokens do not depend on the rest of the batch. Tokens equal those of each row alone, bit for bit.
+/// rows = prompts x copies, row = prompt * copies + copy. Row r draws from the random stream (seed, r, token index), so
+/// its tokens do not depend on the rest of the batch. Tokens equal those of each row alone, bit for bit.
 class Generation {
  public:
-  /// Every prompt has at least one token, and prompt + max_new_tokens fits the context. `continued`, when given, is a session
-  /// (one prompt, one copy) whose tokens precede the prompt and that keeps what is generated: used by sessions and chat.
-  /// It must outlive the generation and not be changed by others until that is done. At any moment it holds exactly what has
-  /// run through the model: the prompt and every generated token but the newest, which only runs when the next one is asked
-  /// for. So the next turn of a chat starts with that token, or rewinds to what both transcripts share.
+  /// Every prompt has at least one token, and prompt + max_new_tokens fits the context. `continued`, when given, is a
+  /// session (one prompt, one copy) whose tokens precede the prompt and that keeps what is generated: used by sessions
+  /// and chat. It must outlive the generation and not be changed by others until that is done. At any moment it holds
+  /// exactly what has run through the model: the prompt and every generated token but the newest, which only runs when
+  /// the next one is asked for. So the next turn of a chat starts with that token, or rewinds to what both transcripts
+  /// share.
   /// Throws OptionError, TokenIdError, ContextLengthError, OutOfMemoryError.
   Generation(std::shared_ptr<const Model> model, std::vector<std::vector<int32_t>> prompts, GenerationOptions options,
              Session* continued = nullptr);

@@ -1,14 +1,14 @@
 #include "generate/score.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "generate/log_softmax.h"
 
 namespace llama_ext {
 namespace {
 
-// Logits held at a time: 64 MiB, but never fewer than 64 rows (one product of the head should have work) or more than a pass.
+// Logits held at a time: 64 MiB, but never fewer than 64 rows (one product of the head should have work) or more than a
+// pass.
 constexpr int64_t kLogitsHeld = int64_t{1} << 24;
 constexpr int64_t kLeastRows = 64;
 

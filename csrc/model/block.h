@@ -8,7 +8,8 @@
 
 namespace llama_ext {
 
-/// Rows [row, row + tokens) of a pass: consecutive tokens of one sequence, at positions from `position` on of its cache.
+/// Rows [row, row + tokens) of a pass: consecutive tokens of one sequence, at positions from `position` on of its
+/// cache.
 struct Span {
   KvCache* cache = nullptr;
   int64_t row = 0;

@@ -25,8 +25,8 @@ class Session {
   KvCache& cache() { return *cache_; }
   const KvCache& cache() const { return *cache_; }
 
-  /// Appends tokens; logits as in forward(). On a throw the session is as it was. No tokens is no work: only kLast with no
-  /// tokens throws, as there is nothing to give logits of.
+  /// Appends tokens; logits as in forward(). On a throw the session is as it was. No tokens is no work: only kLast with
+  /// no tokens throws, as there is nothing to give logits of.
   void append(const int32_t* tokens, int64_t count, LogitsRows rows, float* logits);
 
   /// Appends to several sessions of one model at once (a batch): counts may differ. All or nothing.

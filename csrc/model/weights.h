@@ -33,8 +33,8 @@ struct BlockWeights {
   Linear down;
 };
 
-/// Slots: "embedding", "final_norm", "head" (when not tied), and for each layer i "layers.{i}." + attention_norm | q | k | v
-/// | o | feed_forward_norm | gate | up | down, and with biases slot + ".bias".
+/// Slots: "embedding", "final_norm", "head" (when not tied), and for each layer i "layers.{i}." + attention_norm | q |
+/// k | v | o | feed_forward_norm | gate | up | down, and with biases slot + ".bias".
 class Weights {
  public:
   /// All zero. dtype of the matrices: f32 | bf16; norms and biases are f32.

@@ -65,8 +65,8 @@ inline bool is_same(const TensorView& a, const TensorView& b) {
   return a.data() == b.data() && (a.rows() <= 1 || a.row_stride() == b.row_stride());
 }
 
-/// Whether any byte belongs to both. Column slices of one buffer (equal strides) are told apart; other strided views whose
-/// ranges of addresses meet count as overlapping.
+/// Whether any byte belongs to both. Column slices of one buffer (equal strides) are told apart; other strided views
+/// whose ranges of addresses meet count as overlapping.
 inline bool overlap(const TensorView& a, const TensorView& b) {
   if (a.size() == 0 || b.size() == 0) return false;
   const auto bytes = [](const TensorView& view, int64_t elements) {

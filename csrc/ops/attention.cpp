@@ -25,10 +25,10 @@ void check_segment(const AttentionArgs& args, size_t index) {
   require(segment.row >= 0 && segment.tokens >= 0 && segment.tokens <= rows && segment.row <= rows - segment.tokens,
           ErrorKind::kShape, "attention: segment ", index, " covers rows [", segment.row, ", ", segment.row, " + ",
           segment.tokens, "), q has ", rows, " rows");
-  require(segment.position >= 0 && segment.tokens <= shape.capacity &&
-              segment.position <= shape.capacity - segment.tokens,
-          ErrorKind::kContextLength, "attention: segment ", index, ": ", segment.tokens, " tokens from position ",
-          segment.position, " on do not fit in a cache of ", shape.capacity, " positions");
+  require(
+      segment.position >= 0 && segment.tokens <= shape.capacity && segment.position <= shape.capacity - segment.tokens,
+      ErrorKind::kContextLength, "attention: segment ", index, ": ", segment.tokens, " tokens from position ",
+      segment.position, " on do not fit in a cache of ", shape.capacity, " positions");
 }
 
 /// Two segments that write the same rows would race.

@@ -83,7 +83,8 @@ void check(const SampleArgs& args) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Sums over a vocabulary. Lanes are spelled out so that the compiler may use SIMD without being allowed to reorder sums.
+// Sums over a vocabulary. Lanes are spelled out so that the compiler may use SIMD without being allowed to reorder
+// sums.
 
 namespace {
 
@@ -91,8 +92,8 @@ constexpr size_t kLanes = 8;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 /// e^x for x <= 0 to about 2 ulp, underflowing to 0, without a call and with one comparison, so that a loop over it is
-/// vectorised. Cody & Waite: x = n ln 2 + r with |r| <= ln(2) / 2, the Taylor series of degree 13 for e^r, and 2^n by its
-/// bits, in two factors as n may leave the range of normal numbers.
+/// vectorised. Cody & Waite: x = n ln 2 + r with |r| <= ln(2) / 2, the Taylor series of degree 13 for e^r, and 2^n by
+/// its bits, in two factors as n may leave the range of normal numbers.
 inline double exp_nonpositive(double x) {
   constexpr double kSmallest = -1000.0;  // e^-745.2 is 0 already
   constexpr double kLn2High = 0x1.62e42feep-1;
@@ -154,7 +155,8 @@ T finite_max(const T* values, size_t size, const char* what) {
   return *std::max_element(largest.begin(), largest.end());
 }
 
-/// log(sum(exp(values))), given their largest. In blocks: first the exponentials, independent of each other, then their sum.
+/// log(sum(exp(values))), given their largest. In blocks: first the exponentials, independent of each other, then their
+/// sum.
 double log_sum_exp(const float* values, int64_t size, double largest) {
   constexpr int64_t kBlock = 256;
   std::array<double, kBlock> terms;
@@ -220,8 +222,8 @@ double weight_of(double logit, double largest, double temperature) {
   return exp_nonpositive((logit - largest) / temperature);
 }
 
-/// Drops all but the most likely candidates, as few as reach top_p of the total weight. A quickselect on weight: each step
-/// narrows the range in which the last of them lies, so little is ever sorted.
+/// Drops all but the most likely candidates, as few as reach top_p of the total weight. A quickselect on weight: each
+/// step narrows the range in which the last of them lies, so little is ever sorted.
 void keep_top_p(std::vector<Candidate>& candidates, double largest, const SamplingOptions& options) {
   constexpr std::ptrdiff_t kSortBelow = 64;
   const auto weight_between = [&](auto begin, auto end) {
@@ -273,7 +275,8 @@ std::vector<Candidate> filtered(const std::vector<double>& logits, double larges
   return candidates;
 }
 
-/// Turns logits into weights exp((logit - largest) / temperature) without those below min_p, in place, and draws an index.
+/// Turns logits into weights exp((logit - largest) / temperature) without those below min_p, in place, and draws an
+/// index.
 size_t draw(std::vector<double>& logits, double largest, const SamplingOptions& options, const RandomKey& key) {
   for (double& logit : logits) logit = weight_of(logit, largest, options.temperature);
   double total = 0;

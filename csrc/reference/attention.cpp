@@ -43,8 +43,7 @@ struct HeadAttention {
       const double weight = std::exp(weights[static_cast<size_t>(j)] - largest);
       total += weight;
       for (int64_t d = 0; d < shape.head_dim; ++d) {
-        sums[static_cast<size_t>(d)] +=
-            weight * load_element(cache.values(), shape.dtype, first + j * stride + d);
+        sums[static_cast<size_t>(d)] += weight * load_element(cache.values(), shape.dtype, first + j * stride + d);
       }
     }
     for (int64_t d = 0; d < shape.head_dim; ++d) y[d] = static_cast<float>(sums[static_cast<size_t>(d)] / total);

@@ -24,9 +24,7 @@ void ReferenceBackend::feed_forward(const FeedForwardArgs& args) {
   const ReferenceMatrix& down = own(*args.down, "feed_forward");
   const int64_t rows = args.x.rows();
   const int64_t width = down.cols();  // F
-  const auto bias = [](const TensorView& view, int64_t i) {
-    return view ? static_cast<double>(view.f32()[i]) : 0.0;
-  };
+  const auto bias = [](const TensorView& view, int64_t i) { return view ? static_cast<double>(view.f32()[i]) : 0.0; };
   InterruptPoll interrupt;
 
   std::vector<double> hidden(static_cast<size_t>(rows * width));  // (M, F), never rounded

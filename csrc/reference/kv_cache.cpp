@@ -15,8 +15,8 @@ void ReferenceBackend::copy_kv_cache(KvCache& target, const KvCache& source, int
           a.kv_heads, ", ", a.head_dim, ") and (", b.layers, ", ", b.kv_heads, ", ", b.head_dim, ")");
   require(a.dtype == b.dtype, ErrorKind::kDType, "copy_kv_cache: caches must have one dtype, got ", name_of(a.dtype),
           " and ", name_of(b.dtype));
-  require(length >= 0 && length <= a.capacity && length <= b.capacity, ErrorKind::kContextLength, "copy_kv_cache: ",
-          length, " positions do not fit; the capacities are ", a.capacity, " and ", b.capacity);
+  require(length >= 0 && length <= a.capacity && length <= b.capacity, ErrorKind::kContextLength,
+          "copy_kv_cache: ", length, " positions do not fit; the capacities are ", a.capacity, " and ", b.capacity);
   if (&to == &from) return;
   const size_t element = size_of(a.dtype);
   const size_t nbytes = static_cast<size_t>(length * a.kv_heads * a.head_dim) * element;

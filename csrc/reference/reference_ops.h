@@ -1,4 +1,5 @@
-// The class behind make_reference_backend(). Memory is in reference_backend.cpp, each operation in the file of its name.
+// The class behind make_reference_backend(). Memory is in reference_backend.cpp, each operation in the file of its
+// name.
 #pragma once
 
 #include <memory>

@@ -33,9 +33,9 @@ int64_t kv_nbytes(const KvCacheShape& shape) {
   return nbytes;
 }
 
-/// Through float32 rounded to odd: its last bit records that something was cut off, so the second rounding sees on which side
-/// of a tie the value lies. Rounding to nearest twice would not. Source: Boldo & Melquiond, "Emulation of FMA and Correctly
-/// Rounded Sums: Proved Algorithms Using Rounding to Odd", 2008.
+/// Through float32 rounded to odd: its last bit records that something was cut off, so the second rounding sees on
+/// which side of a tie the value lies. Rounding to nearest twice would not. Source: Boldo & Melquiond, "Emulation of
+/// FMA and Correctly Rounded Sums: Proved Algorithms Using Rounding to Odd", 2008.
 uint16_t f64_to_bf16(double value) {
   const float nearest = static_cast<float>(value);
   if (std::isnan(value) || static_cast<double>(nearest) == value) return f32_to_bf16(nearest);
@@ -56,9 +56,7 @@ HostMemory::HostMemory(size_t nbytes) : aligned_(nullptr) {
 }
 
 ReferenceMatrix::ReferenceMatrix(int64_t rows, int64_t cols, DType dtype)
-    : Matrix(rows, cols, dtype),
-      nbytes_(matrix_nbytes(rows, cols, dtype)),
-      memory_(static_cast<size_t>(nbytes_)) {}
+    : Matrix(rows, cols, dtype), nbytes_(matrix_nbytes(rows, cols, dtype)), memory_(static_cast<size_t>(nbytes_)) {}
 
 void ReferenceMatrix::load_row(int64_t index, double* out) const {
   for (int64_t k = 0; k < cols(); ++k) out[k] = load_element(data(), dtype(), index * cols() + k);

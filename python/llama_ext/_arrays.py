@@ -51,7 +51,8 @@ def float32_array(op: str, what: str, value: object) -> FloatArray:
         raise DTypeError(
             f"{op}: {what} must be float32, got {value.dtype}. Convert it first: {what}.astype(numpy.float32)"
         )
-    return np.ascontiguousarray(value)
+    # Not ascontiguousarray: that turns a scalar array into a vector.
+    return np.asarray(value, order="C")
 
 
 def is_whole(value: object) -> bool:
@@ -193,7 +194,7 @@ def integers(op: str, what: str, value: object, end: int, *, ignored: int | None
         found = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
         raise DTypeError(f"{op}: {what} must be a NumPy array of integers, got {found}")
     check_token_range(f"{op}: {what}", value, end, None if ignored is None else value != ignored)
-    return np.ascontiguousarray(value, dtype=np.int32)
+    return np.asarray(value, dtype=np.int32, order="C")
 
 
 def flat(array: Array, width: int) -> Array:

@@ -91,7 +91,10 @@ class Matrix:
 def rope_angles(rope: dict[str, Any], positions: npt.NDArray[np.int64]) -> tuple[FloatArray, FloatArray]: ...
 
 class Model:
-    """config: the fields of csrc/model/config.h by name; config["rope"]: those of RopeConfig, kind as a word."""
+    """config: the fields of csrc/model/config.h by name; config["rope"]: those of RopeConfig, kind as a word.
+
+    A bfloat16 tensor is a uint16 array of its bits. `read` gives matrices in the model's dtype, norms and biases in float32.
+    """
 
     def __init__(self, backend: Backend, config: dict[str, Any], dtype: str, compute: str = "auto") -> None: ...
     @property
@@ -121,6 +124,11 @@ class Model:
     ) -> list[tuple[list[int], float, bool]]: ...
 
 class Session:
+    """`append` gives logits of shape (V,) for rows="last", (T, V) for "all", (0, V) for "none".
+
+    One thread at a time: a second one gets a LlamaExtError.
+    """
+
     def __init__(self, model: Model, capacity: int, kv_dtype: str) -> None: ...
     @property
     def length(self) -> int: ...
@@ -139,7 +147,10 @@ class Session:
     def restore(self, tokens: IntArray, layers: Callable[[int], tuple[FloatArray, FloatArray]]) -> None: ...
 
 class Generation:
-    """finish: "" | "eos" | "length" | "stop"; an event is (row, token, logprob, finish), token -1: none."""
+    """finish: "" | "eos" | "length" | "stop"; an event is (row, token, logprob, finish), token -1: none.
+
+    A continued session holds what has run: the prompt and every generated token but the newest.
+    """
 
     def __init__(
         self,

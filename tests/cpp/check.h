@@ -27,8 +27,9 @@ void expect_error(ErrorKind kind, std::string_view text, const char* file, int l
     report(false, file, line, cat("expected an error with '", text, "', nothing was thrown"));
   } catch (const Error& error) {
     const bool matches = error.kind() == kind && std::string_view(error.what()).find(text) != std::string_view::npos;
-    report(matches, file, line, cat("expected kind ", static_cast<int>(kind), " with '", text, "', got kind ",
-                                    static_cast<int>(error.kind()), ": ", error.what()));
+    report(matches, file, line,
+           cat("expected kind ", static_cast<int>(kind), " with '", text, "', got kind ",
+               static_cast<int>(error.kind()), ": ", error.what()));
   } catch (const std::exception& error) {
     report(false, file, line, cat("expected an Error with '", text, "', got: ", error.what()));
   }
@@ -41,11 +42,11 @@ void test_reference();
 }  // namespace llama_ext::test
 
 #define CHECK(condition) ::llama_ext::test::report((condition), __FILE__, __LINE__, #condition)
-#define CHECK_NEAR(actual, expected, tolerance)                                                        \
-  do {                                                                                                 \
-    const double actual_value = static_cast<double>(actual);                                           \
-    const double expected_value = static_cast<double>(expected);                                       \
-    ::llama_ext::test::report(std::fabs(actual_value - expected_value) <= (tolerance), __FILE__, __LINE__, \
+#define CHECK_NEAR(actual, expected, tolerance)                                                                \
+  do {                                                                                                         \
+    const double actual_value = static_cast<double>(actual);                                                   \
+    const double expected_value = static_cast<double>(expected);                                               \
+    ::llama_ext::test::report(std::fabs(actual_value - expected_value) <= (tolerance), __FILE__, __LINE__,     \
                               ::llama_ext::cat(#actual, " is ", actual_value, ", expected ", expected_value)); \
   } while (false)
 #define CHECK_ERROR(kind, text, ...) \

@@ -63,7 +63,8 @@ void test_checked_arithmetic_refuses_to_wrap() {
   CHECK(checked_mul(3, 4, "size") == 12);
   CHECK(checked_mul(0, kMax, "size") == 0);
   CHECK(checked_add(kMax - 1, 1, "size") == kMax);
-  CHECK_ERROR(ErrorKind::kLimit, "size: 4294967296 x 4294967296", checked_mul(int64_t{1} << 32, int64_t{1} << 32, "size"));
+  CHECK_ERROR(ErrorKind::kLimit, "size: 4294967296 x 4294967296",
+              checked_mul(int64_t{1} << 32, int64_t{1} << 32, "size"));
   CHECK_ERROR(ErrorKind::kLimit, "out of range", checked_mul(-1, 2, "size"));
   CHECK_ERROR(ErrorKind::kLimit, "out of range", checked_add(kMax, 1, "size"));
   CHECK(ceil_div(33, 32) == 2 && round_up(33, 32) == 64 && round_up(64, 32) == 64 && round_up(0, 32) == 0);
@@ -84,22 +85,28 @@ void test_rope_frequencies() {
   config.factor = 4.0;
   check_frequencies(config, {0.25, 0.025, 0.0025, 0.00025});
 
-  // Wavelengths 2 pi {1, 10, 100, 1000} against the band [100 / 4, 100 / 1]: kept, blended, divided, divided. The blend's
-  // share is (100 / (20 pi) - 1) / (4 - 1) = 0.19718314...
+  // Wavelengths 2 pi {1, 10, 100, 1000} against the band [100 / 4, 100 / 1]: kept, blended, divided, divided. The
+  // blend's share is (100 / (20 pi) - 1) / (4 - 1) = 0.19718314...
   config = {.kind = RopeKind::kLlama3, .head_dim = 8, .factor = 8.0, .original_context = 100};
   check_frequencies(config, {1.0, 0.029753525068469477, 0.01 / 8, 0.001 / 8});
 
-  // 16 ln(4096 / (32 * 2 pi)) / (2 ln 10000) = 2.618... and, for one rotation, 5.628...: the ramp runs from pair 2 to 6.
+  // 16 ln(4096 / (32 * 2 pi)) / (2 ln 10000) = 2.618... and, for one rotation, 5.628...: the ramp runs from pair 2 to
+  // 6.
   config = {.kind = RopeKind::kYarn, .head_dim = 16, .factor = 4.0, .original_context = 4096};
   const auto blend = [](int pair, double ramp) { return std::pow(10.0, -0.5 * pair) * (1.0 - ramp + ramp / 4.0); };
-  check_frequencies(config, {1.0, blend(1, 0), 0.1, blend(3, 0.25), 0.01 * 0.625, blend(5, 0.75), 0.00025, blend(7, 1)});
+  check_frequencies(config,
+                    {1.0, blend(1, 0), 0.1, blend(3, 0.25), 0.01 * 0.625, blend(5, 0.75), 0.00025, blend(7, 1)});
   config.truncate = false;
-  check_frequencies(config, {1.0, blend(1, 0), 0.1, blend(3, 0.12687765289727746), blend(4, 0.4590704759521585),
-                             blend(5, 0.7912632990070396), 0.00025, blend(7, 1)});
-  // Both ends of the ramp clamp to 0: it becomes a step after pair 0.
+  check_frequencies(config, {1.0, blend(1, 0), 0.1, blend(3, 0.12687765436067255), blend(4, 0.45907046384940875),
+                             blend(5, 0.791263273338145), 0.00025, blend(7, 1)});
+  // Ends 5 and 9, beyond the last pair but within D - 1.
   config.truncate = true;
+  config.original_context = 68700;
+  check_frequencies(config, {1.0, blend(1, 0), 0.1, blend(3, 0), 0.01, blend(5, 0), blend(6, 0.25), blend(7, 0.5)});
+  // Both ends of the ramp clamp to 0: it becomes a step after pair 0.
   config.original_context = 4;
-  check_frequencies(config, {1.0, blend(1, 1), blend(2, 1), blend(3, 1), blend(4, 1), blend(5, 1), blend(6, 1), blend(7, 1)});
+  check_frequencies(config,
+                    {1.0, blend(1, 1), blend(2, 1), blend(3, 1), blend(4, 1), blend(5, 1), blend(6, 1), blend(7, 1)});
 }
 
 void test_rope_angles() {
@@ -171,13 +178,11 @@ void test_matmul_check() {
   refuse(ErrorKind::kShape, "y must have shape (2, 5)", [&](auto& a) { a.y = t.at(0, {3, 5}); });
   refuse(ErrorKind::kShape, "y must not overlap x", [&](auto& a) { a.y = t.at(5, {2, 5}); });
   refuse(ErrorKind::kShape, "rows of x have 3 elements but start 2 apart", [&](auto& a) { a.x = t.at(0, {2, 3}, 2); });
-  refuse(ErrorKind::kDType, "x must be float32, got bfloat16", [&](auto& a) {
-    a.x = {static_cast<void*>(t.memory.data()), DType::kBF16, {2, 3}};
-  });
+  refuse(ErrorKind::kDType, "x must be float32, got bfloat16",
+         [&](auto& a) { a.x = {static_cast<void*>(t.memory.data()), DType::kBF16, {2, 3}}; });
   refuse(ErrorKind::kInternal, "weight is missing", [](auto& a) { a.weight = nullptr; });
-  refuse(ErrorKind::kInternal, "x has no memory", [](auto& a) {
-    a.x = {static_cast<void*>(nullptr), DType::kF32, {2, 3}};
-  });
+  refuse(ErrorKind::kInternal, "x has no memory",
+         [](auto& a) { a.x = {static_cast<void*>(nullptr), DType::kF32, {2, 3}}; });
 
   MatmulArgs args = good;
   args.bias = {};
@@ -201,7 +206,8 @@ void test_embedding_check() {
   Tensors t;
   std::vector<int32_t> ids = {0, 3};
   const auto table = backend->create_matrix(4, 3, DType::kBF16);
-  EmbeddingArgs args{.ids = {static_cast<void*>(ids.data()), DType::kI32, {2}}, .table = table.get(), .y = t.at(0, {2, 3})};
+  EmbeddingArgs args{
+      .ids = {static_cast<void*>(ids.data()), DType::kI32, {2}}, .table = table.get(), .y = t.at(0, {2, 3})};
   check(args);
   for (int32_t bad : {4, -1, std::numeric_limits<int32_t>::max()}) {
     ids[1] = bad;
@@ -257,7 +263,8 @@ void test_attention_checks() {
   const auto backend = make_reference_backend();
   Tensors t;
   const auto cache = backend->create_kv_cache({.layers = 2, .kv_heads = 2, .head_dim = 4, .capacity = 8});
-  const KvStoreArgs store{.cache = cache.get(), .layer = 1, .position = 5, .k = t.at(0, {3, 2, 4}), .v = t.at(100, {3, 2, 4})};
+  const KvStoreArgs store{
+      .cache = cache.get(), .layer = 1, .position = 5, .k = t.at(0, {3, 2, 4}), .v = t.at(100, {3, 2, 4})};
   check(store);
   const auto refuse_store = [&](ErrorKind kind, const char* text, auto&& change) {
     KvStoreArgs args = store;
@@ -270,7 +277,8 @@ void test_attention_checks() {
   refuse_store(ErrorKind::kShape, "layer 2 does not exist", [](auto& a) { a.layer = 2; });
   refuse_store(ErrorKind::kShape, "v must have shape (3, 2, 4)", [&](auto& a) { a.v = t.at(0, {2, 2, 4}); });
   refuse_store(ErrorKind::kInternal, "cache is missing", [](auto& a) { a.cache = nullptr; });
-  const KvLoadArgs load{.cache = cache.get(), .layer = 0, .position = 0, .k = t.at(0, {3, 2, 4}), .v = t.at(8, {3, 2, 4})};
+  const KvLoadArgs load{
+      .cache = cache.get(), .layer = 0, .position = 0, .k = t.at(0, {3, 2, 4}), .v = t.at(8, {3, 2, 4})};
   CHECK_ERROR(ErrorKind::kShape, "v must not overlap k", check(load));
 
   const AttentionArgs good{.q = t.at(0, {3, 4, 4}),
@@ -301,8 +309,12 @@ void test_feed_forward_check() {
   Tensors t;
   const auto gate_up = backend->create_matrix(gate_up_size(17), 3, DType::kF32);
   const auto down = backend->create_matrix(3, 17, DType::kF32);
-  FeedForwardArgs args{.x = t.at(0, {2, 3}), .gate_up = gate_up.get(), .gate_up_bias = t.at(300, {64}),
-                       .down = down.get(), .down_bias = t.at(400, {3}), .y = t.at(100, {2, 3})};
+  FeedForwardArgs args{.x = t.at(0, {2, 3}),
+                       .gate_up = gate_up.get(),
+                       .gate_up_bias = t.at(300, {64}),
+                       .down = down.get(),
+                       .down_bias = t.at(400, {3}),
+                       .y = t.at(100, {2, 3})};
   CHECK(gate_up_size(17) == 64);
   check(args);
   args.y = args.x;

@@ -48,12 +48,14 @@ void test_memory(Backend& backend) {
   CHECK_ERROR(ErrorKind::kOutOfMemory, "cannot allocate", backend.allocate(SIZE_MAX));
   CHECK_ERROR(ErrorKind::kDType, "a matrix must be float32 or bfloat16, got float16",
               backend.create_matrix(1, 1, DType::kF16));
-  CHECK_ERROR(ErrorKind::kLimit, "out of range", backend.create_matrix(int64_t{1} << 32, int64_t{1} << 32, DType::kF32));
+  CHECK_ERROR(ErrorKind::kLimit, "out of range",
+              backend.create_matrix(int64_t{1} << 32, int64_t{1} << 32, DType::kF32));
   CHECK(backend.create_matrix(0, 5, DType::kF32)->nbytes() == 0);
 }
 
 void test_write_rows_rounds_once(Backend& backend) {
-  // Around the middle between every two neighbours: through float32, the outer two would round to the middle and then to even.
+  // Around the middle between every two neighbours: through float32, the outer two would round to the middle and then
+  // to even.
   std::vector<double> source;
   std::vector<uint16_t> expected;
   for (uint32_t bits = 0; bits < 0x7f80; ++bits) {
@@ -62,7 +64,8 @@ void test_write_rows_rounds_once(Backend& backend) {
     const double middle = (low + high) / 2;
     for (uint32_t sign : {0u, 0x8000u}) {
       const double s = sign != 0 ? -1.0 : 1.0;
-      source.insert(source.end(), {s * low, s * std::nextafter(middle, 0.0), s * middle, s * std::nextafter(middle, 1e300)});
+      source.insert(source.end(),
+                    {s * low, s * std::nextafter(middle, 0.0), s * middle, s * std::nextafter(middle, 1e300)});
       for (uint32_t rounded : {bits, bits, bits + (bits & 1), bits + 1}) {
         expected.push_back(static_cast<uint16_t>(rounded | sign));
       }
@@ -95,8 +98,10 @@ void test_rows_are_mapped(Backend& backend) {
   std::vector<float> mapped(3);
   backend.read_rows(*matrix, {.begin = 1, .group = 2, .stride = 3}, view(mapped, {3, 1}));
   CHECK(mapped == (std::vector<float>{1, 2, -3}));
-  CHECK_ERROR(ErrorKind::kShape, "row 0 belongs at row 6", backend.write_rows(*matrix, {.begin = 6}, view(mapped, {3, 1})));
-  CHECK_ERROR(ErrorKind::kShape, "rows must have shape (any, 1)", backend.write_rows(*matrix, {}, view(mapped, {1, 3})));
+  CHECK_ERROR(ErrorKind::kShape, "row 0 belongs at row 6",
+              backend.write_rows(*matrix, {.begin = 6}, view(mapped, {3, 1})));
+  CHECK_ERROR(ErrorKind::kShape, "rows must have shape (any, 1)",
+              backend.write_rows(*matrix, {}, view(mapped, {1, 3})));
   CHECK_ERROR(ErrorKind::kLimit, "out of range",
               backend.write_rows(*matrix, {.begin = INT64_MAX}, view(mapped, {3, 1})));
   std::vector<int32_t> integers = {1};
@@ -142,13 +147,17 @@ void test_rms_norm(Backend& backend) {
   std::vector<float> weight = {1, 2};
   std::vector<float> inv_rms(2, kNan);
   std::vector<float> y(4, kNan);
-  backend.rms_norm({.x = view(x, {2, 2}), .weight = view(weight, {2}), .eps = 0.5, .y = view(y, {2, 2}),
+  backend.rms_norm({.x = view(x, {2, 2}),
+                    .weight = view(weight, {2}),
+                    .eps = 0.5,
+                    .y = view(y, {2, 2}),
                     .inv_rms = view(inv_rms, {2})});
   CHECK_NEAR(inv_rms[0], 1 / std::sqrt(13.0), 1e-8);  // mean (9 + 16) / 2, plus 0.5
   CHECK_NEAR(y[0], 3 / std::sqrt(13.0), 1e-7);
   CHECK_NEAR(y[1], 8 / std::sqrt(13.0), 2e-7);
   CHECK(y[2] == 0 && y[3] == 0);
-  backend.rms_norm({.x = view(x, {2, 2}), .weight = view(weight, {2}), .eps = 0.5, .y = view(x, {2, 2}), .inv_rms = {}});
+  backend.rms_norm(
+      {.x = view(x, {2, 2}), .weight = view(weight, {2}), .eps = 0.5, .y = view(x, {2, 2}), .inv_rms = {}});
   CHECK(x == y);
 }
 
@@ -162,15 +171,18 @@ void test_rope(Backend& backend) {
 
 void test_kv_cache(Backend& backend) {
   for (DType dtype : {DType::kF32, DType::kBF16}) {
-    const auto cache = backend.create_kv_cache({.layers = 2, .kv_heads = 1, .head_dim = 2, .capacity = 4, .dtype = dtype});
+    const auto cache =
+        backend.create_kv_cache({.layers = 2, .kv_heads = 1, .head_dim = 2, .capacity = 4, .dtype = dtype});
     CHECK(cache->nbytes() == 2 * 2 * 4 * 2 * static_cast<int64_t>(size_of(dtype)));
     std::vector<float> k = {1, 2, 3, 4};
     std::vector<float> v = {5, 6, 7, 8.001953125f};  // 8 + 2^-9 rounds to 8 in bfloat16
-    backend.kv_store({.cache = cache.get(), .layer = 1, .position = 2, .k = view(k, {2, 1, 2}), .v = view(v, {2, 1, 2})});
+    backend.kv_store(
+        {.cache = cache.get(), .layer = 1, .position = 2, .k = view(k, {2, 1, 2}), .v = view(v, {2, 1, 2})});
     std::vector<float> k2(8, kNan);
     std::vector<float> v2(8, kNan);
     const auto load = [&](const KvCache& from, int64_t layer) {
-      backend.kv_load({.cache = &from, .layer = layer, .position = 0, .k = view(k2, {4, 1, 2}), .v = view(v2, {4, 1, 2})});
+      backend.kv_load(
+          {.cache = &from, .layer = layer, .position = 0, .k = view(k2, {4, 1, 2}), .v = view(v2, {4, 1, 2})});
     };
     load(*cache, 1);
     CHECK(k2 == (std::vector<float>{0, 0, 0, 0, 1, 2, 3, 4}));
@@ -178,12 +190,14 @@ void test_kv_cache(Backend& backend) {
     load(*cache, 0);
     CHECK(k2 == std::vector<float>(8, 0.0f));
 
-    const auto copy = backend.create_kv_cache({.layers = 2, .kv_heads = 1, .head_dim = 2, .capacity = 9, .dtype = dtype});
+    const auto copy =
+        backend.create_kv_cache({.layers = 2, .kv_heads = 1, .head_dim = 2, .capacity = 9, .dtype = dtype});
     backend.copy_kv_cache(*copy, *cache, 3);
     load(*copy, 1);
     CHECK(k2 == (std::vector<float>{0, 0, 0, 0, 1, 2, 0, 0}));  // position 3 was not asked for
     CHECK_ERROR(ErrorKind::kContextLength, "5 positions do not fit", backend.copy_kv_cache(*copy, *cache, 5));
-    const auto other = backend.create_kv_cache({.layers = 1, .kv_heads = 1, .head_dim = 2, .capacity = 9, .dtype = dtype});
+    const auto other =
+        backend.create_kv_cache({.layers = 1, .kv_heads = 1, .head_dim = 2, .capacity = 9, .dtype = dtype});
     CHECK_ERROR(ErrorKind::kShape, "may differ in capacity only", backend.copy_kv_cache(*other, *cache, 1));
   }
   CHECK_ERROR(ErrorKind::kDType, "a KV cache must be", backend.create_kv_cache({.dtype = DType::kF16}));
@@ -197,9 +211,11 @@ void test_attention(Backend& backend) {
   backend.kv_store({.cache = cache.get(), .layer = 0, .position = 0, .k = view(k, {2, 1, 2}), .v = view(v, {2, 1, 2})});
   std::vector<float> q = {1, 0, 0, 1, 1, 0, 0, 1};  // (2 tokens, 2 heads, 2)
   std::vector<float> y(8, kNan);
-  AttentionArgs args{.q = view(q, {2, 2, 2}), .segments = {{cache.get(), 0, 2, 0}}, .layer = 0, .scale = 0.5, .y = view(y, {2, 2, 2})};
+  AttentionArgs args{
+      .q = view(q, {2, 2, 2}), .segments = {{cache.get(), 0, 2, 0}}, .layer = 0, .scale = 0.5, .y = view(y, {2, 2, 2})};
   backend.attention(args);
-  const std::vector<float> expected = {4, 8, 4, 8, 1, -4, 2, 0};  // token 0 sees key 0 alone; head 1 weighs both equally
+  const std::vector<float> expected = {4, 8,  4, 8,
+                                       1, -4, 2, 0};  // token 0 sees key 0 alone; head 1 weighs both equally
   for (size_t i = 0; i < 8; ++i) CHECK_NEAR(y[i], expected[i], 1e-6);
   // The same two tokens as two segments, in the other order of rows; a row of no segment is left alone.
   std::vector<float> q3 = {1, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 1};
@@ -230,8 +246,12 @@ void test_feed_forward(Backend& backend) {
   std::vector<float> down_bias = {7};
   std::vector<float> x = {2};
   std::vector<float> y = {100};
-  FeedForwardArgs args{.x = view(x, {1, 1}), .gate_up = gate_up.get(), .gate_up_bias = view(gate_up_bias, {64}),
-                       .down = down.get(), .down_bias = view(down_bias, {1}), .y = view(y, {1, 1})};
+  FeedForwardArgs args{.x = view(x, {1, 1}),
+                       .gate_up = gate_up.get(),
+                       .gate_up_bias = view(gate_up_bias, {64}),
+                       .down = down.get(),
+                       .down_bias = view(down_bias, {1}),
+                       .y = view(y, {1, 1})};
   const auto silu = [](double z) { return z / (1 + std::exp(-z)); };
   const double expected = silu(2.5) * 6 + silu(-2.0) * 10 + 7;
   backend.feed_forward(args);
@@ -258,7 +278,8 @@ void test_cross_entropy(Backend& backend) {
   std::vector<float> logits = {0, std::log(3.0f), 1000, 0, 5, 5};
   std::vector<int32_t> labels = {1, 1, kIgnoreLabel};
   std::vector<float> losses(3, kNan);
-  backend.cross_entropy({.logits = view(logits, {3, 2}), .labels = view(labels, DType::kI32, {3}), .losses = view(losses, {3})});
+  backend.cross_entropy(
+      {.logits = view(logits, {3, 2}), .labels = view(labels, DType::kI32, {3}), .losses = view(losses, {3})});
   CHECK_NEAR(losses[0], std::log(4.0 / 3.0), 1e-7);
   CHECK(losses[1] == 1000.0f && losses[2] == 0.0f);
 }
@@ -266,7 +287,9 @@ void test_cross_entropy(Backend& backend) {
 void test_sample_is_the_hosts(Backend& backend) {
   std::vector<float> logits = {1, 3, 2};
   const SamplingOptions options;
-  CHECK(backend.sample({.logits = view(logits, {3}), .options = &options, .prompt = nullptr, .output = nullptr, .key = {}}).token == 1);
+  CHECK(backend
+            .sample({.logits = view(logits, {3}), .options = &options, .prompt = nullptr, .output = nullptr, .key = {}})
+            .token == 1);
 }
 
 void test_long_operations_can_be_interrupted(Backend& backend) {

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from shared_data import SHARED, requires_shared
 
 from llama_ext.errors import CheckpointError
 from llama_ext.io.checkpoint import open_checkpoint
 from llama_ext.io.safetensors_file import TensorInfo
 from llama_ext.models import llama
 from llama_ext.models.config import LlamaConfig
+from shared_data import SHARED, requires_shared
 
 CONFIG = LlamaConfig(
     vocab_size=32,
@@ -91,7 +91,7 @@ def test_a_classifier_loads_its_own_head() -> None:
     with open_checkpoint(SHARED / "golden/classifier") as checkpoint:
         specs = llama.match(config, checkpoint.tensors, with_head=False, also={"score.weight": (3, 64)})
         assert "score.weight" not in {spec.name for spec in specs}
-        with pytest.raises(CheckpointError, match="score.weight must have shape"):
+        with pytest.raises(CheckpointError, match=r"score\.weight must have shape"):
             llama.match(config, checkpoint.tensors, with_head=False, also={"score.weight": (4, 64)})
         with pytest.raises(CheckpointError, match="LlamaForSequenceClassification"):
             llama.match(config, checkpoint.tensors)
@@ -109,7 +109,11 @@ def test_a_wrong_shape_is_named_with_both_shapes() -> None:
     shapes = {**shapes_of(CONFIG), "model.embed_tokens.weight": (33, 8)}
     with pytest.raises(CheckpointError) as caught:
         llama.match(CONFIG, available(shapes))
-    assert (caught.value.field, caught.value.expected, caught.value.got) == ("model.embed_tokens.weight", (32, 8), (33, 8))
+    assert (caught.value.field, caught.value.expected, caught.value.got) == (
+        "model.embed_tokens.weight",
+        (32, 8),
+        (33, 8),
+    )
 
 
 @pytest.mark.parametrize(
@@ -154,7 +158,7 @@ def test_a_tied_checkpoint_may_hold_the_table_under_either_name() -> None:
     del shapes["model.embed_tokens.weight"]
     only = {spec.name: spec.slot for spec in llama.match(TIED, available(shapes))}
     assert only["lm_head.weight"] == "embedding"
-    with pytest.raises(CheckpointError, match="lm_head.weight must have shape"):
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight must have shape"):
         llama.match(TIED, available({**shapes_of(TIED), "lm_head.weight": (31, 8)}))
 
 

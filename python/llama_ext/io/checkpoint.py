@@ -39,6 +39,8 @@ TensorSource = tuple[str, str, Sequence[int], Callable[[], Iterable[Any]]]
 
 _FORMAT_WORDS = {core: word for word, (core, _) in DTYPES.items()} | {word: word for word in DTYPES}
 _SHARD = re.compile(r"model(-\d+)?-\d{5}-of-\d{5}\.safetensors")
+# What a kill leaves of `atomic_write`, as large as a shard and of use to nobody.
+_LEFTOVER = re.compile(rf"\.({_SHARD.pattern}|{re.escape(SINGLE_FILE)}|{re.escape(INDEX_FILE)})\.[0-9a-f]{{16}}\.tmp")
 
 
 class Checkpoint:
@@ -137,9 +139,10 @@ def open_checkpoint(directory: str | os.PathLike[str], limits: Limits = DEFAULT_
         LimitError: A file or a count is beyond the limits.
     """
     path = Path(directory)
-    if path.is_file():
+    # os.path rather than Path's methods: those raise for a name that is too long.
+    if os.path.isfile(path):
         return _open([path], str(path), limits)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise FormatError("expected a checkpoint's directory, found no such directory.", path=str(path))
     # The order of transformers: where both exist, the index is what an earlier save left.
     if os.path.lexists(path / SINGLE_FILE):
@@ -148,7 +151,7 @@ def open_checkpoint(directory: str | os.PathLike[str], limits: Limits = DEFAULT_
     if not os.path.lexists(index):
         raise _nothing_to_open(path)
     weight_map = _read_index(index, limits)
-    checkpoint = _open([path / name for name in dict.fromkeys(weight_map.values())], str(path), limits)
+    checkpoint = _open([path / name for name in sorted(set(weight_map.values()))], str(path), limits)
     for name, shard in weight_map.items():
         owner = checkpoint._file_of.get(name)
         if owner is None or os.path.basename(owner.path) != shard:
@@ -193,7 +196,7 @@ def _read_index(index: Path, limits: Limits) -> dict[str, str]:
     shards = len(set(weight_map.values()))
     if shards > limits.shards:
         raise LimitError(f"{index}: {shards} shards, the limit is {limits.shards} (Limits.shards).")
-    missing = [shard for shard in dict.fromkeys(weight_map.values()) if not (index.parent / shard).is_file()]
+    missing = [shard for shard in sorted(set(weight_map.values())) if not os.path.isfile(index.parent / shard)]
     if missing:
         raise FormatError(
             f"{len(missing)} of {shards} shards are missing: {', '.join(missing[:4])}. Download the rest.",
@@ -204,7 +207,10 @@ def _read_index(index: Path, limits: Limits) -> dict[str, str]:
 
 
 def _nothing_to_open(directory: Path) -> FormatError:
-    names = sorted(entry.name for entry in directory.iterdir())
+    try:
+        names = sorted(os.listdir(directory))
+    except OSError as error:
+        return FormatError(f"the directory cannot be read: {error.strerror or error}.", path=str(directory))
     found = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "nothing"
     advice = ""
     if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in names):
@@ -370,10 +376,10 @@ def _unused_names(folder: Path, count: int) -> list[str]:
 
 
 def _remove_old(folder: Path, new: set[str]) -> None:
-    """Removes what the new weights replace: also the shards of a save that was killed, which nothing refers to."""
+    """Removes what the new weights replace, and what saves that were killed have left."""
     # The file that readers prefer goes first: from then on they see the new weights.
-    names = [SINGLE_FILE, INDEX_FILE, *sorted(name for name in os.listdir(folder) if _SHARD.fullmatch(name))]
-    for name in names:
+    others = sorted(name for name in os.listdir(folder) if _SHARD.fullmatch(name) or _LEFTOVER.fullmatch(name))
+    for name in [SINGLE_FILE, INDEX_FILE, *others]:
         if name not in new:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(folder / name)

@@ -36,7 +36,7 @@ def resolve(path_or_id: str | os.PathLike[str], revision: str | None = None) -> 
     name = os.fspath(path_or_id)
     path = Path(name)
     found: Path | None = None
-    if name and "\0" not in name and path.exists():
+    if os.path.exists(name):
         found = path
     elif name == DEMO:
         found = Path(__file__).resolve().parents[1] / "data" / "demo"

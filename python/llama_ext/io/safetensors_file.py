@@ -306,8 +306,8 @@ def _validate(path: str, opened: os.stat_result) -> None:
         now = os.stat(path)
     except safetensors.SafetensorError as error:
         reason = str(error).removeprefix("Error while deserializing header: ")
-        incomplete = ("not fully covered", "EOF", "incomplete", "too small", "header too", "offset")
-        hint = " Truncated download?" if any(word in reason for word in incomplete) else ""
+        # Wordings of several releases: "MetadataIncompleteBuffer", "incomplete metadata, file not fully covered".
+        hint = " Truncated download?" if "incomplete" in reason.lower() else ""
         raise FormatError(f"not a valid safetensors file: {reason}.{hint}", path=path) from error
     except OSError as error:
         raise FormatError(f"cannot be read: {error.strerror or error}.", path=path) from error

@@ -173,7 +173,7 @@ class LlamaConfig:
             UnsupportedError: As for `from_dict`.
         """
         file = Path(path)
-        if file.is_dir():
+        if os.path.isdir(file):
             file = file / "config.json"
         return cls.from_dict(
             read_json_object(file, what="a model's config.json", limits=limits), path=str(file), limits=limits

@@ -140,7 +140,7 @@ class GenerationDefaults:
             LimitError: The file is too large, or as for `from_dict`.
         """
         file = Path(path)
-        if file.is_dir():
+        if os.path.isdir(file):
             file = file / "generation_config.json"
             if not os.path.lexists(file):
                 return cls()

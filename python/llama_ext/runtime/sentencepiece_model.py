@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from llama_ext.errors import FormatError, LimitError, UnsupportedError
 from llama_ext.io.json_file import open_regular
+from llama_ext.runtime.precompiled_charsmap import check_charsmap
 
 if TYPE_CHECKING:
     import tokenizers
@@ -367,10 +368,8 @@ def _normalizer_steps(model: SentencePieceModel, path: str) -> list[Any]:
 
     steps: list[Any] = []
     if model.charsmap:
-        try:
-            steps.append(normalizers.Precompiled(model.charsmap))
-        except Exception as error:
-            raise FormatError(f"the normalisation table is malformed ({error})", path=path, field="charsmap") from error
+        check_charsmap(model.charsmap, path)
+        steps.append(normalizers.Precompiled(model.charsmap))
     if model.remove_extra_whitespaces:
         # Spaces only: SentencePiece leaves other white space to the normalisation table. At the end of the text it
         # looks at the escaped form, so a U+2581 that was in the text goes too.

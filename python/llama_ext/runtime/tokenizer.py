@@ -13,6 +13,14 @@ from llama_ext.errors import OptionError, TokenIdError
 from llama_ext.limits import DEFAULT_LIMITS, Limits
 from llama_ext.runtime.chat_template import DEFAULT_TEMPLATE_LIMITS, TemplateLimits, render_chat_template
 from llama_ext.runtime.text_stream import DecodePlan, TextStream, decode_plan
+from llama_ext.runtime.tokenizer_files import (
+    add_special_tokens,
+    copy_backend,
+    load_tokenizer,
+    save_tokenizer,
+    set_post_processor,
+    typed_errors,
+)
 
 if TYPE_CHECKING:
     import tokenizers
@@ -93,8 +101,6 @@ class Tokenizer:
             LimitError: A file, or the vocabulary, is larger than `limits` allow.
             UnsupportedError: A GGUF file, a tiktoken file, or a kind of SentencePiece model that is not supported.
         """
-        from llama_ext.runtime.tokenizer_files import load_tokenizer
-
         return load_tokenizer(cls, Path(path), limits)
 
     @classmethod
@@ -128,8 +134,6 @@ class Tokenizer:
         Returns:
             The tokenizer. A named token that the vocabulary lacks is added behind it, as in transformers.
         """
-        from llama_ext.runtime.tokenizer_files import add_special_tokens, copy_backend, set_post_processor
-
         backend = copy_backend(backend)
         tokens = dict(zip(_NAMED, (bos_token, eos_token, pad_token, unk_token), strict=True))
         add_special_tokens(backend, [token for token in tokens.values() if token is not None])
@@ -200,7 +204,9 @@ class Tokenizer:
             OptionError: The text is not a str, has half of a surrogate pair, or a character that a `characters`
                 tokenizer does not know.
         """
-        return list(self.backend.encode(self._checked(text), add_special_tokens=add_special_tokens).ids)
+        checked = self._checked(text)
+        with typed_errors("the tokenizer fails on this text"):
+            return list(self.backend.encode(checked, add_special_tokens=add_special_tokens).ids)
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """Split several texts, in parallel.
@@ -218,7 +224,10 @@ class Tokenizer:
         if isinstance(texts, str):
             raise OptionError("encode_batch: expected a list of texts, got one str. Use encode")
         checked = [self._checked(text) for text in texts]
-        return [list(item.ids) for item in self.backend.encode_batch(checked, add_special_tokens=add_special_tokens)]
+        with typed_errors("the tokenizer fails on these texts"):
+            return [
+                list(item.ids) for item in self.backend.encode_batch(checked, add_special_tokens=add_special_tokens)
+            ]
 
     def _checked(self, text: object) -> str:
         if not isinstance(text, str):
@@ -256,7 +265,8 @@ class Tokenizer:
             OptionError: An id is not an integer.
         """
         indices = [self._index(token) for token in ids]
-        text: str = self.backend.decode(indices, skip_special_tokens=skip_special_tokens)
+        with typed_errors("the tokenizer fails on these ids"):
+            text: str = self.backend.decode(indices, skip_special_tokens=skip_special_tokens)
         if self.decode_plan.byte_fallback and "\ufffd" in text:
             # `tokenizers` replaces every byte of a run as soon as one is wrong.
             stream = TextStream(self, skip_special_tokens=skip_special_tokens)
@@ -443,6 +453,4 @@ class Tokenizer:
         Raises:
             OSError: The directory cannot be written.
         """
-        from llama_ext.runtime.tokenizer_files import save_tokenizer
-
         save_tokenizer(self.backend, self._tokens, self.chat_template, self.model_max_length, self._config, directory)

@@ -13,15 +13,23 @@ from typing import TYPE_CHECKING, Any
 
 from llama_ext.errors import FormatError, LimitError, LlamaExtError, UnsupportedError
 from llama_ext.io.atomic import atomic_write
-from llama_ext.io.json_file import open_regular, read_json_object
+from llama_ext.io.json_file import open_regular, parse_json_object, read_json_object
 from llama_ext.limits import Limits
+from llama_ext.runtime.precompiled_charsmap import check_charsmaps_in
 
 if TYPE_CHECKING:
     import tokenizers
 
     from llama_ext.runtime.tokenizer import Tokenizer
 
-__all__ = ["add_special_tokens", "copy_backend", "load_tokenizer", "save_tokenizer", "set_post_processor"]
+__all__ = [
+    "add_special_tokens",
+    "copy_backend",
+    "load_tokenizer",
+    "save_tokenizer",
+    "set_post_processor",
+    "typed_errors",
+]
 
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 _ALSO_SPECIAL = ("sep_token", "cls_token", "mask_token")
@@ -53,7 +61,7 @@ def load_tokenizer(cls: type[Tokenizer], path: Path, limits: Limits) -> Tokenize
         config = {**config, "add_bos_token": add_bos, "add_eos_token": add_eos}
     backend.no_truncation()
     backend.no_padding()
-    with _typed(main, "the special tokens"):
+    with typed_errors("the special tokens cannot be used", str(main)):
         add_special_tokens(backend, _special_tokens(special, tokens, where))
         if add_bos is not None or add_eos is not None:
             set_post_processor(backend, tokens, bos=bool(add_bos), eos=bool(add_eos))
@@ -100,8 +108,13 @@ def _read_optional(path: Path, what: str, limits: Limits) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _typed(path: Path, what: str) -> Iterator[None]:
-    """Turn what the `tokenizers` package raises, bare exceptions and Rust panics, into a FormatError."""
+def typed_errors(message: str, path: str | None = None) -> Iterator[None]:
+    """Turn what the `tokenizers` package raises, bare exceptions and Rust panics, into a FormatError.
+
+    Args:
+        message: What failed.
+        path: The file to blame, where it is known.
+    """
     try:
         yield
     except LlamaExtError:
@@ -110,14 +123,18 @@ def _typed(path: Path, what: str) -> Iterator[None]:
         # A panic derives from BaseException, and its class has no importable name.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise FormatError(f"{what} cannot be loaded: {str(error)[:500]}", path=str(path)) from error
+        raise FormatError(f"{message}: {str(error)[:500]}", path=path) from error
 
 
 def _from_json(path: Path, limits: Limits) -> tokenizers.Tokenizer:
     from tokenizers import Tokenizer as Backend
 
     data = _read_bytes(path, "tokenizer.json", limits.tokenizer_json_bytes, " (Limits.tokenizer_json_bytes)")
-    with _typed(path, "tokenizer.json"):
+    # `tokenizers` trusts a normalisation table. Its name can only be hidden from this search by escaping letters.
+    if b"precompiled_charsmap" in data or b"\\u00" in data:
+        parsed = parse_json_object(data, path=str(path), what="tokenizer.json", limits=limits)
+        check_charsmaps_in(parsed.get("normalizer"), str(path))
+    with typed_errors("tokenizer.json cannot be loaded", str(path)):
         return Backend.from_buffer(data)
 
 
@@ -130,7 +147,7 @@ def _from_sentencepiece(path: Path, limits: Limits) -> tuple[tokenizers.Tokenize
     model = sentencepiece_model.parse_sentencepiece(data, str(path))
     if len(model.pieces) > limits.vocabulary:
         raise LimitError(f"{path}: {len(model.pieces)} pieces, the limit is {limits.vocabulary} (Limits.vocabulary)")
-    with _typed(path, "tokenizer.model"):
+    with typed_errors("tokenizer.model cannot be used", str(path)):
         backend = sentencepiece_model.build_tokenizer(model, str(path))
     return backend, {
         "bos_token": model.control_piece(model.bos_piece),
@@ -280,7 +297,7 @@ def _check_backend(backend: tokenizers.Tokenizer, path: Path, limits: Limits) ->
     size = backend.get_vocab_size()
     if size > limits.vocabulary:
         raise LimitError(f"{path}: {size} tokens, the limit is {limits.vocabulary} (Limits.vocabulary)")
-    with _typed(path, "the post-processor"):
+    with typed_errors("the post-processor cannot be used", str(path)):
         added = backend.encode("", add_special_tokens=True).ids
     for index in added:
         if backend.id_to_token(index) is None:

@@ -1,0 +1,61 @@
+"""The backends that every operation is tested on: the reference, and each instruction set there is with 1, 2 and 3 threads."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import pytest
+
+from llama_ext import _core
+
+ISAS: list[str] = _core.available_isas()
+
+# Weights of these are multiplied in bfloat16 by compute="auto": activations are rounded to it as well.
+NATIVE_BF16 = frozenset({"avx512-bf16", "amx"})
+
+
+@dataclass(frozen=True)
+class Device:
+    """A way to make a backend; `isa` is "" for the reference."""
+
+    isa: str
+    threads: int
+
+    def __str__(self) -> str:
+        return f"{self.isa}-t{self.threads}" if self.isa else "reference"
+
+    @property
+    def backend(self) -> _core.Backend:
+        return _backend(self)
+
+    def rounds_activations(self, dtype: str, compute: str) -> bool:
+        """Whether a product with such weights first rounds its activations to bfloat16."""
+        return dtype == "bfloat16" and compute == "auto" and self.isa in NATIVE_BF16
+
+
+@functools.cache
+def _backend(device: Device) -> _core.Backend:
+    if not device.isa:
+        return _core.Backend("reference")
+    return _core.Backend("cpu", device.threads, device.isa)
+
+
+REFERENCE = Device("", 1)
+CPU = [Device(isa, threads) for isa in ISAS for threads in (1, 2, 3)]
+
+_missing = [isa for isa in _core.compiled_isas() if isa not in ISAS]
+
+
+def _params(devices: list[Device]) -> list[object]:
+    skipped = [
+        pytest.param(Device(isa, 1), id=isa, marks=pytest.mark.skip(reason=f"this machine does not have {isa}"))
+        for isa in _missing
+    ]
+    return [pytest.param(device, id=str(device)) for device in devices] + skipped
+
+
+# Two decorators: `device` over the kernels only, or over these and the reference, which NumPy checks.
+cpu_devices = pytest.mark.parametrize("device", _params(CPU))
+all_devices = pytest.mark.parametrize("device", _params([REFERENCE, *CPU]))
+each_isa = pytest.mark.parametrize("isa", ISAS)

@@ -1,0 +1,322 @@
+"""`LlamaForCausalLM`: loading, saving, random weights, and the logits of a whole batch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import llama_ext
+from llama_ext.models.llama import tensor_specs
+from shared_data import SHARED, requires_shared
+
+GOLDEN = ["mha-untied", "gqa-tied-llama3rope", "wide-head-dim", "linear-rope", "biases"]
+
+Model = llama_ext.LlamaForCausalLM
+
+
+def relative_rms(found: Any, expected: Any) -> float:
+    expected = np.asarray(expected, dtype=np.float64)
+    return float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))
+
+
+def golden(name: str) -> dict[str, Any]:
+    return load_file(SHARED / "golden" / name / "golden.safetensors")
+
+
+# Loading.
+
+
+@requires_shared
+@pytest.mark.parametrize("device", ["cpu", "reference"])
+@pytest.mark.parametrize("name", GOLDEN)
+def test_logits_match_transformers_in_float64(name: str, device: str) -> None:
+    case = golden(name)
+    model = Model.from_pretrained(SHARED / "golden" / name, device=device)
+    logits = model(case["input_ids"])
+    assert logits.shape == case["logits"].shape
+    assert logits.dtype == np.float32
+    # Other engines' float32 agrees with these files to about 1e-6.
+    assert relative_rms(logits, case["logits"]) < 2e-6
+
+
+@requires_shared
+@pytest.mark.parametrize("compute", ["auto", "exact"])
+@pytest.mark.parametrize("name", GOLDEN)
+def test_bfloat16_weights_stay_close_to_float32(name: str, compute: str) -> None:
+    case = golden(name)
+    model = Model.from_pretrained(SHARED / "golden" / name, dtype="bfloat16", compute=compute)
+    # 8 bits of mantissa: each rounding is at most 2^-9 off.
+    assert relative_rms(model(case["input_ids"]), case["logits"]) < 2e-2
+
+
+@requires_shared
+def test_auto_keeps_a_bfloat16_checkpoint_as_it_is_and_makes_the_rest_float32(tmp_path: Path) -> None:
+    source = SHARED / "golden" / "mha-untied"
+    assert Model.from_pretrained(source).dtype == "float32"
+    for dtype in ("float32", "bfloat16"):
+        Model.from_pretrained(source, dtype=dtype).save_pretrained(tmp_path / dtype)
+    model = Model.from_pretrained(tmp_path / "bfloat16")
+    assert model.dtype == "bfloat16"
+    assert Model.from_pretrained(tmp_path / "float32").dtype == "float32"
+    half = {name: value.astype(np.float16) for name, value in load_file(tmp_path / "float32/model.safetensors").items()}
+    save_file(half, tmp_path / "float32/model.safetensors", metadata={"format": "pt"})
+    assert Model.from_pretrained(tmp_path / "float32").dtype == "float32"
+
+
+@requires_shared
+@pytest.mark.parametrize("dtype", ["float16", "int8", "int4"])
+def test_a_dtype_of_another_version_says_which_there_are(dtype: str) -> None:
+    with pytest.raises(llama_ext.UnsupportedError, match="float32 and bfloat16"):
+        Model.from_pretrained(SHARED / "stories260K", dtype=dtype)
+
+
+@requires_shared
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"dtype": "float31"}, llama_ext.OptionError, "dtype"),
+        ({"compute": "fast"}, llama_ext.OptionError, "compute"),
+        ({"kv_dtype": "int8"}, llama_ext.OptionError, "kv_dtype"),
+        ({"threads": 0}, llama_ext.OptionError, "threads"),
+        ({"device": "cuda"}, llama_ext.DeviceError, "CUDA"),
+        ({"device": "tpu"}, llama_ext.DeviceError, "tpu"),
+    ],
+)
+def test_a_wrong_option_is_an_error(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Model.from_pretrained(SHARED / "stories260K", **options)
+
+
+def test_a_path_that_is_not_there_is_a_format_error(tmp_path: Path) -> None:
+    with pytest.raises(llama_ext.FormatError, match="no such"):
+        Model.from_pretrained(tmp_path / "nothing")
+
+
+@requires_shared
+def test_a_tied_head_that_differs_is_a_checkpoint_error(tmp_path: Path) -> None:
+    source = SHARED / "golden" / "gqa-tied-llama3rope"
+    shutil.copytree(source, tmp_path / "copy")
+    weights = load_file(source / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+    save_file(weights, tmp_path / "copy" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(llama_ext.CheckpointError, match="lm_head"):
+        Model.from_pretrained(tmp_path / "copy")
+
+
+@requires_shared
+def test_nothing_is_printed_while_loading(capfd: pytest.CaptureFixture[str]) -> None:
+    Model.from_pretrained(SHARED / "stories260K")
+    assert capfd.readouterr() == ("", "")
+
+
+# Saving.
+
+
+@requires_shared
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", [*(f"golden/{name}" for name in GOLDEN), "stories260K"])
+def test_a_saved_model_is_the_same_model(name: str, dtype: str, tmp_path: Path) -> None:
+    model = Model.from_pretrained(SHARED / name, dtype=dtype)
+    model.save_pretrained(tmp_path / "new")
+    again = Model.from_pretrained(tmp_path / "new")
+    assert again.dtype == dtype
+    assert again.num_parameters() == model.num_parameters()
+    assert again.eos_token_ids == model.eos_token_ids
+    ids = np.arange(1, 60)[None] % model.config.vocab_size
+    np.testing.assert_array_equal(again(ids), model(ids))
+    if model.tokenizer is not None:
+        assert again.generate("Once", max_new_tokens=20) == model.generate("Once", max_new_tokens=20)
+
+
+@requires_shared
+def test_float32_weights_survive_bit_for_bit_under_the_names_of_transformers(tmp_path: Path) -> None:
+    source = SHARED / "golden" / "biases"
+    Model.from_pretrained(source).save_pretrained(tmp_path)
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value)
+
+
+@requires_shared
+def test_saving_over_the_checkpoint_that_was_loaded_keeps_both_right(tmp_path: Path) -> None:
+    shutil.copytree(SHARED / "stories260K", tmp_path / "copy")
+    model = Model.from_pretrained(tmp_path / "copy")
+    before = model.generate("Once upon", max_new_tokens=30)
+    model.save_pretrained(tmp_path / "copy")
+    assert model.generate("Once upon", max_new_tokens=30) == before
+    assert Model.from_pretrained(tmp_path / "copy").generate("Once upon", max_new_tokens=30) == before
+
+
+@requires_shared
+def test_the_generation_config_is_saved_too(tmp_path: Path) -> None:
+    shutil.copytree(SHARED / "stories260K", tmp_path / "copy")
+    said = {"do_sample": True, "temperature": 0.5, "max_new_tokens": 9, "eos_token_id": [2, 5]}
+    (tmp_path / "copy" / "generation_config.json").write_text(json.dumps(said))
+    model = Model.from_pretrained(tmp_path / "copy")
+    assert model.eos_token_ids == (2, 5)
+    model.save_pretrained(tmp_path / "new")
+    assert json.loads((tmp_path / "new" / "generation_config.json").read_text()) == said
+
+
+# Random weights.
+
+
+def test_random_weights_are_those_of_transformers_in_distribution(tiny: Model) -> None:
+    for spec in tensor_specs(tiny.config):
+        values = tiny._core.read(spec.slot)
+        if len(spec.shape) == 1:
+            np.testing.assert_array_equal(values, np.ones(spec.shape))
+        else:
+            assert abs(float(values.std()) / tiny.config.initializer_range - 1) < 0.15
+            assert abs(float(values.mean())) < 0.1 * tiny.config.initializer_range
+
+
+def test_a_random_tensor_depends_on_seed_and_name_alone(tiny: Model) -> None:
+    config = tiny.config
+    again = Model(config, seed=3)
+    other = Model(config, seed=4)
+    deeper = Model(llama_ext.LlamaConfig.from_dict({**config.to_dict(), "num_hidden_layers": 3}), seed=3)
+    rounded = Model(config, seed=3, dtype="bfloat16")
+    for spec in tensor_specs(config):
+        values = tiny._core.read(spec.slot)
+        np.testing.assert_array_equal(again._core.read(spec.slot), values)
+        np.testing.assert_array_equal(deeper._core.read(spec.slot), values)
+        if values.ndim == 2:
+            assert not np.array_equal(other._core.read(spec.slot), values)
+            widened = (rounded._core.read(spec.slot).astype(np.uint32) << 16).view(np.float32)
+            np.testing.assert_allclose(widened, values, rtol=2.0**-8)
+
+
+def test_biases_begin_at_zero() -> None:
+    config = llama_ext.LlamaConfig(
+        vocab_size=10,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        attention_bias=True,
+        mlp_bias=True,
+    )
+    model = Model(config)
+    for spec in tensor_specs(config):
+        if spec.name.endswith(".bias"):
+            assert not model._core.read(spec.slot).any()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 0.5, True, None])
+def test_a_wrong_seed_is_an_error(seed: Any, tiny: Model) -> None:
+    with pytest.raises(llama_ext.OptionError, match="seed"):
+        Model(tiny.config, seed=seed)
+
+
+# Facts about a model.
+
+
+def test_a_model_says_what_it_is(tiny: Model) -> None:
+    expected = sum(int(np.prod(spec.shape)) for spec in tensor_specs(tiny.config))
+    assert tiny.num_parameters() == expected
+    assert (tiny.dtype, tiny.compute, tiny.device) == ("float32", "auto", "cpu")
+    assert tiny.nbytes >= 4 * expected
+    assert tiny.threads == llama_ext.get_num_threads()
+    for part in ("2 layers", f"{expected:,}", "float32", tiny.isa):
+        assert part in repr(tiny)
+
+
+@requires_shared
+def test_tied_weights_count_once(stories: Model) -> None:
+    assert stories.num_parameters() == 260_032
+
+
+def test_the_kv_cache_follows_the_weights_unless_it_is_said(tiny: Model) -> None:
+    def chosen(**options: Any) -> str:
+        return Model(tiny.config, **options).kv_dtype
+
+    assert chosen() == "float32"
+    assert chosen(dtype="bfloat16") == "bfloat16"
+    assert chosen(dtype="bfloat16", compute="exact") == "float32"
+    assert chosen(dtype="bfloat16", kv_dtype="float32") == "float32"
+    assert chosen(kv_dtype="bfloat16") == "bfloat16"
+
+
+# Logits.
+
+
+def test_a_row_does_not_depend_on_its_batch_or_its_padding(tiny: Model, rng: np.random.Generator) -> None:
+    lengths = [11, 1, 7, 11, 4]
+    rows = [rng.integers(0, 67, length) for length in lengths]
+    alone = [tiny(row[None])[0] for row in rows]
+    for left in (True, False):
+        ids = np.full((5, 11), 10**6)  # padding may hold anything
+        mask = np.zeros((5, 11), dtype=np.int64)
+        for line, ones, row in zip(ids, mask, rows, strict=True):
+            place = slice(11 - row.size, 11) if left else slice(0, row.size)
+            line[place], ones[place] = row, 1
+        logits = tiny(ids, attention_mask=mask)
+        assert logits.shape == (5, 11, 67)
+        for found, ones, expected in zip(logits, mask.astype(bool), alone, strict=True):
+            np.testing.assert_array_equal(found[ones], expected)
+            np.testing.assert_array_equal(found[~ones], np.zeros((11 - expected.shape[0], 67)))
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.int32, np.uint32, np.int64, np.uint64])
+def test_ids_of_any_integer_type_are_taken(dtype: Any, tiny: Model) -> None:
+    ids = np.array([[1, 2, 66], [3, 4, 0]])
+    np.testing.assert_array_equal(tiny(ids.astype(dtype)), tiny(ids.tolist()))
+    np.testing.assert_array_equal(tiny(np.asfortranarray(ids.astype(dtype))), tiny(ids))
+
+
+def test_an_empty_batch_gives_empty_logits(tiny: Model) -> None:
+    assert tiny(np.zeros((0, 5), dtype=np.int64)).shape == (0, 5, 67)
+    assert tiny(np.zeros((3, 0), dtype=np.int64)).shape == (3, 0, 67)
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        ([[1, 67]], llama_ext.TokenIdError, r"input_ids\[0, 1\] is 67.*\[0, 67\)"),
+        ([[1, 2], [-1, 2]], llama_ext.TokenIdError, r"input_ids\[1, 0\] is -1"),
+        (np.array([[2**63]], dtype=np.uint64), llama_ext.TokenIdError, "9223372036854775808"),
+        ([1, 2, 3], llama_ext.ShapeError, r"input_ids\[None\]"),
+        (np.zeros((1, 2, 3), dtype=int), llama_ext.ShapeError, "(B, T)"),
+        ([[1, 2], [3]], llama_ext.ShapeError, "pad"),
+        ([[1.0, 2.0]], llama_ext.DTypeError, "float64"),
+        ([[True]], llama_ext.DTypeError, "bool"),
+        ("text", llama_ext.DTypeError, "encode it"),
+        (np.zeros((1, 49), dtype=int), llama_ext.ContextLengthError, "49 tokens.*48"),
+    ],
+)
+def test_wrong_ids_are_a_typed_error(ids: Any, error: type[Exception], message: str, tiny: Model) -> None:
+    with pytest.raises(error, match=message.replace("(B, T)", r"\(B, T\)")):
+        tiny(ids)
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        ([[1, 0, 1], [1, 1, 1]], llama_ext.OptionError, r"attention_mask\[0\] has gaps"),
+        ([[1, 1, 1], [0, 0, 0]], llama_ext.OptionError, r"attention_mask\[1\] has no token"),
+        ([[1, 1, 2], [1, 1, 1]], llama_ext.OptionError, "zeros and ones"),
+        ([[1, 1, 1]], llama_ext.ShapeError, "shape of input_ids"),
+    ],
+)
+def test_a_mask_is_one_run_of_ones_a_row(mask: Any, error: type[Exception], message: str, tiny: Model) -> None:
+    with pytest.raises(error, match=message):
+        tiny([[1, 2, 3], [4, 5, 6]], attention_mask=mask)
+
+
+def test_a_run_in_the_middle_is_taken_as_well(tiny: Model) -> None:
+    logits = tiny([[9, 1, 2, 9]], attention_mask=[[0, 1, 1, 0]])
+    np.testing.assert_array_equal(logits[0, 1:3], tiny([[1, 2]])[0])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_logits_do_not_depend_on_the_number_of_threads(threads: int, tiny: Model) -> None:
+    ids = np.arange(40)[None]
+    np.testing.assert_array_equal(Model(tiny.config, seed=3, threads=threads)(ids), tiny(ids))

@@ -1,0 +1,191 @@
+"""Log-likelihood and perplexity: exact, each token once, nothing cut."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+import llama_ext
+from llama_ext.runtime.scoring import windows
+from shared_data import requires_shared
+
+Model = llama_ext.LlamaForCausalLM
+STORY = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
+
+
+def logprobs(model: Model, ids: list[int]) -> np.ndarray[Any, Any]:
+    """log p of ids[1:], in float64 from the logits of the whole sequence."""
+    logits = model([ids])[0].astype(np.float64)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted[np.arange(len(ids) - 1), ids[1:]]
+
+
+# Windows.
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 7, 8, 9, 50])
+@pytest.mark.parametrize(("context", "stride"), [(2, 1), (8, 7), (8, 1), (8, 4), (100, 99), (100, 3)])
+def test_windows_score_each_token_but_the_first_once(tokens: int, context: int, stride: int) -> None:
+    scored = []
+    for index, (begin, first, end) in enumerate(windows(tokens, context, stride)):
+        assert begin == index * stride
+        assert end - begin <= context
+        assert first - begin >= (context - stride if index else 1)
+        scored += range(first, end)
+    assert scored == list(range(1, tokens))
+
+
+# Log-likelihood.
+
+
+@requires_shared
+def test_the_likelihood_is_the_sum_of_the_tokens_log_probabilities(stories: Model) -> None:
+    ids = stories.tokenizer.encode(STORY)
+    expected = logprobs(stories, ids)
+    for cut in (1, 5, len(ids) - 1):
+        found = stories.loglikelihood(ids[:cut], ids[cut:])
+        assert found.logprob == pytest.approx(expected[cut - 1 :].sum(), abs=1e-4)
+        assert found.tokens == len(ids) - cut
+
+
+@requires_shared
+def test_text_is_encoded_as_one_whatever_side_the_space_is_on(stories: Model) -> None:
+    ids = stories.tokenizer.encode("Once upon a time")
+    before = stories.tokenizer.encode("Once upon")
+    assert ids[: len(before)] == before
+    expected = stories.loglikelihood(before, ids[len(before) :])
+    assert stories.loglikelihood("Once upon", " a time") == expected
+    assert stories.loglikelihood("Once upon ", "a time") == expected
+
+
+@requires_shared
+def test_a_token_across_the_border_is_scored(stories: Model) -> None:
+    ids = stories.tokenizer.encode("Once upon a time")
+    context = "Once upon a ti"
+    before = stories.tokenizer.encode(context)
+    first = next(index for index, token in enumerate(before) if token != ids[index])
+    assert stories.loglikelihood(context, "me") == stories.loglikelihood(ids[:first], ids[first:])
+
+
+@requires_shared
+def test_an_empty_context_is_the_bos_token(stories: Model) -> None:
+    ids = stories.tokenizer.encode("Once upon")
+    assert stories.loglikelihood("", "Once upon") == stories.loglikelihood(ids[:1], ids[1:])
+    assert stories.loglikelihood("Once", "") == (0.0, True, 0)
+
+
+@requires_shared
+def test_is_greedy_means_that_greedy_search_writes_it(stories: Model) -> None:
+    written = stories.generate("Once upon", max_new_tokens=10)[len("Once upon") :]
+    assert stories.loglikelihood("Once upon", written).is_greedy
+    assert not stories.loglikelihood("Once upon", " a dog").is_greedy
+
+
+@pytest.mark.parametrize(
+    ("context", "continuation", "error"),
+    [
+        ([], [1], llama_ext.OptionError),
+        ([1], [67], llama_ext.TokenIdError),
+        ("a", [1], llama_ext.DTypeError),
+        ("a", "b", llama_ext.OptionError),
+        ([1] * 40, [2] * 9, llama_ext.ContextLengthError),
+    ],
+)
+def test_a_wrong_pair_is_a_typed_error(context: Any, continuation: Any, error: type[Exception], tiny: Model) -> None:
+    with pytest.raises(error):
+        tiny.loglikelihood(context, continuation)
+
+
+# Perplexity.
+
+
+@requires_shared
+def test_perplexity_of_a_text_in_one_window_is_the_mean_of_its_tokens(stories: Model) -> None:
+    found = stories.perplexity(STORY)
+    nats = -logprobs(stories, stories.tokenizer.encode(STORY))
+    assert found.tokens == nats.size
+    assert found.loss == pytest.approx(nats.mean(), abs=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(nats.mean()), rel=1e-5)
+    assert found.bytes == len(STORY)
+    assert found.bits_per_byte == pytest.approx(nats.sum() / math.log(2) / len(STORY), rel=1e-5)
+    assert f"{found.perplexity:.4f}" in str(found)
+
+
+@requires_shared
+def test_windows_of_a_text_are_scored_as_if_each_were_alone(stories: Model) -> None:
+    ids = stories.tokenizer.encode(STORY * 3)
+    for context, stride in ((16, None), (16, 4), (33, 32), (2, 1)):
+        nats = 0.0
+        for begin, first, end in windows(len(ids), context, stride or context - 1):
+            nats -= logprobs(stories, ids[begin:end])[first - begin - 1 :].sum()
+        found = stories.perplexity(STORY * 3, stride=stride, context=context)
+        assert found.tokens == len(ids) - 1
+        assert found.loss == pytest.approx(nats / (len(ids) - 1), abs=1e-5)
+
+
+@requires_shared
+def test_more_to_look_back_at_makes_a_text_likelier(stories: Model) -> None:
+    text = stories.generate("", max_new_tokens=300)
+    losses = [stories.perplexity(text, context=64, stride=stride).loss for stride in (None, 32, 8)]
+    assert losses == sorted(losses, reverse=True)
+
+
+@requires_shared
+def test_several_texts_count_by_their_tokens(stories: Model) -> None:
+    texts = [STORY, "The dog.", "Lily was happy because she had a new friend."]
+    each = [stories.perplexity(text) for text in texts]
+    together = stories.perplexity(texts)
+    assert together.tokens == sum(one.tokens for one in each)
+    assert together.bytes == sum(len(text) for text in texts)
+    assert together.loss == pytest.approx(sum(one.loss * one.tokens for one in each) / together.tokens, rel=1e-6)
+
+
+def test_ids_can_be_scored_without_a_tokenizer(tiny: Model) -> None:
+    ids = list(range(1, 60))
+    found = tiny.perplexity(ids)
+    assert (found.tokens, found.bytes, found.bits_per_byte) == (58, None, None)
+    assert tiny.perplexity([ids]) == found
+    assert tiny.perplexity(np.array(ids)) == found
+    assert tiny.perplexity([np.array(ids), ids]).tokens == 116
+
+
+def test_without_bos_the_first_character_does_not_count() -> None:
+    config = llama_ext.LlamaConfig(
+        vocab_size=4, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, bos_token_id=None
+    )
+    model = Model(config, llama_ext.Tokenizer.characters("abcä"))
+    found = model.perplexity("äabc")
+    assert (found.tokens, found.bytes) == (3, 3)
+    assert found.bits_per_byte == pytest.approx(found.loss / math.log(2))
+
+
+@pytest.mark.parametrize(
+    ("texts", "options"),
+    [
+        ([[1, 2, 3]], {"stride": 0}),
+        ([[1, 2, 3]], {"stride": 48}),
+        ([[1, 2, 3]], {"stride": 10, "context": 10}),
+        ([[1, 2, 3]], {"context": 1}),
+        ([[1, 2, 3]], {"context": 49}),
+        ([[1, 2, 3]], {"context": 10.0}),
+        ([[1]], {}),
+        ([], {}),
+        (["text"], {}),
+        ("text", {}),
+    ],
+)
+def test_a_wrong_request_is_an_option_error(texts: Any, options: dict[str, Any], tiny: Model) -> None:
+    with pytest.raises(llama_ext.OptionError):
+        tiny.perplexity(texts, **options)
+
+
+@pytest.mark.parametrize(
+    ("texts", "error"), [([[1, 67]], llama_ext.TokenIdError), ([1.5], llama_ext.DTypeError), (5, llama_ext.DTypeError)]
+)
+def test_wrong_texts_are_a_typed_error(texts: Any, error: type[Exception], tiny: Model) -> None:
+    with pytest.raises(error):
+        tiny.perplexity(texts)

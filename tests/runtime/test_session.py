@@ -1,0 +1,276 @@
+"""Sessions: a KV cache to go on with, go back in, copy, save and load, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+import llama_ext
+from shared_data import SHARED, requires_shared
+
+Model = llama_ext.LlamaForCausalLM
+IDS = [1, 403, 407, 261, 378, 432, 383, 286, 261, 376, 298]
+
+
+def exact(logits: Any, expected: Any) -> None:
+    np.testing.assert_array_equal(logits, expected)
+
+
+# Appending.
+
+
+@requires_shared
+@pytest.mark.parametrize("cuts", [[11], [1] * 11, [5, 6], [10, 1], [1, 3, 7]])
+def test_logits_do_not_depend_on_how_a_text_is_cut(cuts: list[int], stories: Model) -> None:
+    expected = stories([IDS])[0]
+    session = stories.session(max_length=20)
+    at = 0
+    for cut in cuts:
+        logits = session.append(IDS[at : at + cut])
+        at += cut
+        assert logits.shape == (512,)
+        exact(logits, expected[at - 1])
+    assert session.tokens == IDS
+    assert session.length == len(session) == 11
+
+
+@requires_shared
+def test_logits_of_all_new_tokens_or_of_none_can_be_asked_for(stories: Model) -> None:
+    session = stories.session()
+    assert session.append(IDS[:4], logits="none").shape == (0, 512)
+    exact(session.append(np.array(IDS[4:], dtype=np.uint16), logits="all"), stories([IDS])[0, 4:])
+    assert session.max_length == 512
+
+
+def test_a_session_can_be_filled_to_its_end_and_not_beyond(tiny: Model) -> None:
+    session = tiny.session(max_length=5)
+    session.append([1, 2, 3])
+    with pytest.raises(llama_ext.ContextLengthError, match=r"3 tokens.*room for 5.*3 more"):
+        session.append([4, 5, 6])
+    assert session.tokens == [1, 2, 3]
+    exact(session.append([4, 5]), tiny([[1, 2, 3, 4, 5]])[0, -1])
+
+
+@pytest.mark.parametrize(
+    ("ids", "error"),
+    [
+        ([], llama_ext.OptionError),
+        ([67], llama_ext.TokenIdError),
+        ([-1], llama_ext.TokenIdError),
+        ([1.5], llama_ext.DTypeError),
+        ("text", llama_ext.DTypeError),
+        (np.zeros((1, 2), dtype=int), llama_ext.ShapeError),
+    ],
+)
+def test_wrong_ids_are_an_error_and_change_nothing(ids: Any, error: type[Exception], tiny: Model) -> None:
+    session = tiny.session()
+    session.append([1, 2])
+    with pytest.raises(error):
+        session.append(ids)
+    exact(session.append([3]), tiny([[1, 2, 3]])[0, -1])
+
+
+@pytest.mark.parametrize("max_length", [0, -1, 1.5, True])
+def test_a_wrong_length_is_an_option_error(max_length: Any, tiny: Model) -> None:
+    with pytest.raises(llama_ext.OptionError, match="max_length"):
+        tiny.session(max_length=max_length)
+
+
+def test_a_session_beyond_the_context_is_refused(tiny: Model) -> None:
+    with pytest.raises(llama_ext.ContextLengthError, match=r"49.*48"):
+        tiny.session(max_length=49)
+
+
+# Rewinding and forking.
+
+
+def test_after_a_rewind_the_session_is_as_if_it_had_never_gone_on(tiny: Model) -> None:
+    session = tiny.session()
+    session.append([1, 2, 3, 4, 5, 6])
+    session.rewind(3)
+    assert session.tokens == [1, 2, 3]
+    exact(session.append([9, 8]), tiny([[1, 2, 3, 9, 8]])[0, -1])
+    session.rewind(0)
+    exact(session.append([7]), tiny([[7]])[0, -1])
+    for wrong in (-1, 2, 1.0, True):
+        with pytest.raises(llama_ext.OptionError, match="rewind"):
+            session.rewind(wrong)  # type: ignore[arg-type]
+
+
+def test_a_fork_goes_its_own_way(tiny: Model) -> None:
+    session = tiny.session(max_length=10)
+    session.append([1, 2, 3])
+    fork = session.fork()
+    longer = session.fork(max_length=20)
+    exact(fork.append([4]), tiny([[1, 2, 3, 4]])[0, -1])
+    exact(session.append([5]), tiny([[1, 2, 3, 5]])[0, -1])
+    exact(longer.append([6]), tiny([[1, 2, 3, 6]])[0, -1])
+    assert (fork.max_length, longer.max_length) == (10, 20)
+    with pytest.raises(llama_ext.ContextLengthError, match="no room for the 4 tokens"):
+        session.fork(max_length=3)
+
+
+# Generating.
+
+
+@requires_shared
+def test_a_session_goes_on_as_generate_does(stories: Model) -> None:
+    session = stories.session()
+    found = session.generate("Once upon a time", max_new_tokens=20)
+    assert "Once upon a time" + found == stories.generate("Once upon a time", max_new_tokens=20)
+    # The session holds everything, the last token included.
+    prompt = stories.tokenizer.encode("Once upon a time")
+    assert session.tokens == stories.generate(prompt, max_new_tokens=20)
+
+
+@requires_shared
+def test_turn_after_turn_the_session_keeps_what_was_said(stories: Model) -> None:
+    session = stories.session()
+    first = session.generate([1, 403], max_new_tokens=7)
+    held = session.tokens
+    second = session.generate([407], max_new_tokens=5)
+    expected = stories.generate([*held, 407], max_new_tokens=5, return_details=True)
+    assert second == expected.text
+    assert session.tokens == [*held, 407, *expected.token_ids]
+    assert first
+
+
+@requires_shared
+def test_a_stream_that_is_left_keeps_the_tokens_of_its_pieces(stories: Model) -> None:
+    session = stories.session()
+    stream = session.stream_generate([1, 403], max_new_tokens=50)
+    tokens = [next(stream).token_id for _ in range(3)]
+    stream.close()  # type: ignore[attr-defined]
+    assert session.tokens == [1, 403, *tokens]
+    exact(session.append([5]), stories([[1, 403, *tokens, 5]])[0, -1])
+
+
+def test_a_session_bounds_what_is_generated_in_it(tiny: Model) -> None:
+    session = tiny.session(max_length=8)
+    session.append([1, 2, 3])
+    with pytest.raises(llama_ext.ContextLengthError, match="room for 8"):
+        session.stream_generate([4], max_new_tokens=5)
+    assert len(list(session.stream_generate([4]))) == 4
+    assert session.length == 8
+    with pytest.raises(llama_ext.OptionError, match="one prompt"):
+        session.stream_generate([[4], [5]])
+
+
+# Saving and loading.
+
+
+@requires_shared
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_loaded_session_goes_on_bit_for_bit(dtype: str, kv_dtype: Any, tmp_path: Path) -> None:
+    model = Model.from_pretrained(SHARED / "stories260K", dtype=dtype)
+    session = model.session(max_length=30, kv_dtype=kv_dtype)
+    session.append(IDS[:8])
+    session.save(tmp_path / "s.safetensors")
+    # Another process would load the weights again, too.
+    again = Model.from_pretrained(SHARED / "stories260K", dtype=dtype).load_session(tmp_path / "s.safetensors")
+    assert (again.tokens, again.max_length, again.kv_dtype) == (IDS[:8], 30, kv_dtype)
+    exact(again.append(IDS[8:]), session.append(IDS[8:]))
+
+
+@pytest.mark.parametrize("length", [0, 1, 48])
+def test_a_session_of_any_length_can_be_saved(length: int, tiny: Model, tmp_path: Path) -> None:
+    session = tiny.session()
+    if length:
+        session.append(np.arange(length))
+    session.save(tmp_path / "s")
+    again = tiny.load_session(tmp_path / "s")
+    assert again.tokens == list(range(length))
+    if length < 48:
+        exact(again.append([5]), session.append([5]))
+
+
+def test_a_session_may_get_more_room_when_it_is_loaded(tiny: Model, tmp_path: Path) -> None:
+    session = tiny.session(max_length=4)
+    session.append([1, 2, 3])
+    session.save(tmp_path / "s")
+    assert tiny.load_session(tmp_path / "s", max_length=40).max_length == 40
+    with pytest.raises(llama_ext.ContextLengthError, match="no room"):
+        tiny.load_session(tmp_path / "s", max_length=2)
+
+
+def test_the_cache_is_saved_in_its_own_dtype(tiny: Model, tmp_path: Path) -> None:
+    for kv_dtype, size in (("float32", 4), ("bfloat16", 2)):
+        session = tiny.session(kv_dtype=kv_dtype)  # type: ignore[arg-type]
+        session.append([1, 2, 3])
+        session.save(tmp_path / kv_dtype)
+        with safe_open(tmp_path / kv_dtype, "np") as file:
+            assert set(file.keys()) == {"layers.0.k", "layers.0.v", "layers.1.k", "layers.1.v"}
+            assert file.get_slice("layers.1.v").get_shape() == [3, 2, 6]
+        assert (tmp_path / kv_dtype).stat().st_size < 4 * 36 * size + 1000
+
+
+def test_a_session_of_another_model_is_refused(tiny: Model, tmp_path: Path) -> None:
+    tiny.session().save(tmp_path / "s")
+    others = [
+        Model(tiny.config, seed=4),
+        Model(tiny.config, seed=3, dtype="bfloat16"),
+        Model(llama_ext.LlamaConfig.from_dict({**tiny.config.to_dict(), "rms_norm_eps": 1e-5}), seed=3),
+    ]
+    for other in others:
+        with pytest.raises(llama_ext.FormatError, match="another model"):
+            other.load_session(tmp_path / "s")
+
+
+def test_a_damaged_session_is_a_format_error(tiny: Model, tmp_path: Path) -> None:
+    session = tiny.session()
+    session.append([1, 2, 3])
+    path = tmp_path / "s"
+    session.save(path)
+    whole = path.read_bytes()
+    for end in (*range(64), len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:end])
+        with pytest.raises(llama_ext.LlamaExtError):
+            tiny.load_session(path)
+    path.write_bytes(whole)
+    tensors = load_file(path)
+    with safe_open(path, "np") as file:
+        metadata = file.metadata()
+    changes: list[tuple[dict[str, Any], dict[str, str]]] = [
+        ({}, {"format": "x"}),
+        ({}, {"tokens": "[1,2]"}),
+        ({}, {"tokens": "[1,2,67]"}),
+        ({}, {"tokens": "[1,2,true]"}),
+        ({}, {"tokens": "[1,2,1.0]"}),
+        ({}, {"tokens": "[" * 100_000}),
+        ({}, {"tokens": "1"}),
+        ({}, {"max_length": "2"}),
+        ({}, {"max_length": "-1"}),
+        ({}, {"max_length": "9" * 5000}),
+        ({}, {"kv_dtype": "float16"}),
+        ({}, {"kv_dtype": "bfloat16"}),
+        ({"layers.0.k": tensors["layers.0.k"][:2]}, {}),
+        ({"layers.0.k": tensors["layers.0.k"].astype(np.float64)}, {}),
+        ({"layers.2.k": tensors["layers.0.k"]}, {}),
+    ]
+    for tensor, entry in changes:
+        save_file({**tensors, **tensor}, path, metadata={**metadata, **entry})
+        with pytest.raises(llama_ext.FormatError):
+            tiny.load_session(path)
+    del tensors["layers.1.v"]
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(llama_ext.FormatError, match=r"layers\.1\.v"):
+        tiny.load_session(path)
+
+
+def test_a_failed_save_leaves_the_old_file(tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = tiny.session()
+    session.append([1, 2])
+    session.save(tmp_path / "s")
+    session.append([3])
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        session.save(tmp_path / "s")
+    monkeypatch.undo()
+    assert tiny.load_session(tmp_path / "s").tokens == [1, 2]
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
