@@ -33,13 +33,18 @@ TOLERANCES: dict[str, Tolerance] = {
     "matmul-positive": Tolerance(
         1, "times sqrt(K) + 4: with one sign the partial sums grow with k, and so does each rounding"
     ),
-    "rms_norm": Tolerance(8, "a mean of float32 squares, a square root, a division and two products"),
+    "sum-in-lanes": Tolerance(
+        1, "times sqrt(width / 4): positive numbers summed in float32, in four lanes or more, as in matmul-positive"
+    ),
+    "rms_norm": Tolerance(8, "beside the sum: a mean of float32 squares, a square root, a division and two products"),
     "rope": Tolerance(3, "two products and a sum"),
     "attention": Tolerance(
         8, "scores as in matmul, an exponential of 1 ulp, weighted values as in matmul, a merge per 128 keys"
     ),
     "feed_forward": Tolerance(8, "two products and SiLU between them; first-order propagation of their bounds"),
-    "softmax": Tolerance(16, "an exponential of 1 ulp whose argument is rounded, a float32 sum in lanes, a division"),
+    "softmax": Tolerance(
+        4, "times 1 + (max - x) / 4, beside the sum: rounding max - x moves its exponential by as much; and a division"
+    ),
     "cross_entropy": Tolerance(
         4, "of |loss| + |largest logit| + 1: exponentials in float32, sums of 1,024 and all else in float64"
     ),
@@ -54,6 +59,11 @@ TOLERANCES: dict[str, Tolerance] = {
 def units(op: str) -> float:
     """The bound of an operation as a factor: units x 2^-24."""
     return TOLERANCES[op].units * U32
+
+
+def sum_in_lanes(width: int) -> float:
+    """The bound of a float32 sum of `width` positive numbers, as a factor."""
+    return units("sum-in-lanes") * (width / 4) ** 0.5
 
 
 def assert_within(

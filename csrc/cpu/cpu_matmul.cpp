@@ -1,8 +1,9 @@
 // Products: which rows and columns are multiplied when, and by whom. The arithmetic is in kernels/gemm*.h.
 //
-// Activations are packed once into tiles of rows. A task is a block of rows by a group of panels: for each block of k, each
-// panel of the group passes over the block's tiles (the activations stay in the L2 cache, the panel streams), sums wait in
-// scratch, and the epilogue writes them once. Neither blocks nor tasks change an output's order of summation.
+// Activations are packed once into tiles of rows. A task is a group of panels by all rows, or a part of them: for each block of
+// k, each panel of the group passes over the tiles. The block of activations and the sums of the group stay in the L2 cache, the
+// weights come from memory once, a block ahead; the epilogue writes finished sums. Neither blocks nor tasks change an
+// output's order of summation.
 #include <algorithm>
 
 #include "cpu/cpu_backend_internal.h"
@@ -11,11 +12,11 @@
 namespace llama_ext {
 namespace {
 
-constexpr int64_t kPassRows = 512;   // packed at a time
-constexpr int64_t kBlockRows = 168;  // of a task; about: a multiple of the tile
-constexpr int64_t kGroupPanels = 4;  // of a task
-// Bytes of a panel's block of k: it stays in the L2 cache while the tiles pass over it.
-constexpr int64_t kPanelBlockBytes = 64 << 10;
+constexpr int64_t kPassRows = 512;  // packed at a time
+// Panels of a task with few rows: about a megabyte, so that a thread which is held up leaves the rest to the others.
+constexpr int64_t kDecodePanels = 4;
+// When there are fewer groups of panels than threads, rows are split, too, into this many tasks for each thread.
+constexpr int64_t kTasksPerThread = 2;
 
 }  // namespace
 
@@ -34,27 +35,33 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
   const int64_t k = weight.cols();
   const int64_t k_padded = weight.k_padded();
   const int64_t element = static_cast<int64_t>(size_of(weight.dtype()));
-  const int64_t block_rows = std::max<int64_t>(1, kBlockRows / kernel.tile_rows) * kernel.tile_rows;
-  // Few rows: one block of k, so that a panel is read in one go.
-  const int64_t k_block =
-      count <= kernel.tile_rows ? std::max<int64_t>(k_padded, 1) : kPanelBlockBytes / (kPanel * element);
   const int64_t panels = weight.panels();
-  const int64_t groups = ceil_div(panels, kGroupPanels);
-  const int64_t row_blocks = ceil_div(count, block_rows);
 
   // A microsecond of one thread: about 15 KB of weights read, or 50,000 multiply-adds.
   const double reading = static_cast<double>(panels * weight.panel_size() * element) / 15e3;
   const double computing = static_cast<double>(count) * static_cast<double>(panels * weight.panel_size()) / 50e3;
   const int threads = threads_for(std::max(reading, computing));
 
+  // Few rows: one block of k, so that a panel is read in one go.
+  const int64_t tiles = ceil_div(count, kernel.tile_rows);
+  const int64_t k_block = tiles == 1 ? std::max<int64_t>(k_padded, 1) : kernel.k_block;
+  // Groups of equal size, as many for each thread.
+  const int64_t largest_group = tiles == 1 ? kDecodePanels : kernel.group_panels;
+  const int64_t rounds = std::max<int64_t>(1, ceil_div(panels, threads * largest_group));
+  const int64_t group_panels = std::max<int64_t>(1, ceil_div(panels, threads * rounds));
+  const int64_t groups = ceil_div(panels, group_panels);
+  const int64_t wanted_blocks = groups >= threads ? 1 : ceil_div(threads * kTasksPerThread, std::max<int64_t>(groups, 1));
+  const int64_t block_tiles = std::max<int64_t>(1, ceil_div(tiles, wanted_blocks));
+  const int64_t block_rows = block_tiles * kernel.tile_rows;
+  const int64_t row_blocks = ceil_div(tiles, block_tiles);
+
   const int64_t packed_bytes = round_up(count * k_padded * kernel.element_size, 64);
   const int64_t sums = std::min(count, block_rows) * kPanel;
   auto* packed = static_cast<char*>(thread_scratch(
       Scratch::kProduct,
-      static_cast<size_t>(packed_bytes + threads * kGroupPanels * sums * static_cast<int64_t>(sizeof(float)))));
+      static_cast<size_t>(packed_bytes + threads * group_panels * sums * static_cast<int64_t>(sizeof(float)))));
   auto* all_sums = reinterpret_cast<float*>(packed + packed_bytes);
 
-  const int64_t tiles = ceil_div(count, kernel.tile_rows);
   parallel_for(tiles > 1 ? threads : 1, tiles, [&](int64_t tile, int) {
     const int64_t row = tile * kernel.tile_rows;
     kernel.pack(product.x.row<float>(begin + row), product.x.row_stride(), std::min(kernel.tile_rows, count - row), k,
@@ -66,15 +73,20 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
   parallel_for(threads, groups * row_blocks, [&](int64_t task, int worker) {
     const int64_t row = task % row_blocks * block_rows;
     const int64_t rows = std::min(block_rows, count - row);
-    const int64_t first = task / row_blocks * kGroupPanels;
-    const int64_t last = std::min(panels, first + kGroupPanels);
+    const int64_t first = task / row_blocks * group_panels;
+    const int64_t last = std::min(panels, first + group_panels);
     const char* a = packed + row * k_padded * kernel.element_size;
-    float* c = all_sums + worker * kGroupPanels * sums;
+    float* c = all_sums + worker * group_panels * sums;
     int64_t k0 = 0;
     do {  // once even for k = 0, which zeroes the sums
       const int64_t kc = std::min(k_block, k_padded - k0);
       for (int64_t panel = first; panel < last; ++panel) {
-        kernel.panel(rows, k_padded, k0, kc, a, weight.panel_at(panel, k0), c + (panel - first) * sums, kPanel, k0 > 0);
+        // What is read next: the same k of the next panel, or the next k of the first one.
+        const bool is_last = panel + 1 == last;
+        const bool has_next = tiles > 1 && (!is_last || k0 + kc < k_padded);
+        const void* next = is_last ? weight.panel_at(first, k0 + kc) : weight.panel_at(panel + 1, k0);
+        kernel.panel({rows, k_padded, k0, kc, a, weight.panel_at(panel, k0), c + (panel - first) * sums, kPanel, k0 > 0,
+                      has_next ? next : nullptr, kc * kPanel * element});
       }
       k0 += k_block;
     } while (k0 < k_padded);

@@ -12,19 +12,34 @@ inline constexpr int64_t kPanel = 32;
 /// Keys of an attention tile; tiles start at absolute multiples.
 inline constexpr int64_t kKeyTile = 128;
 
+/// Some rows of packed activations against a block of k of one panel:
+/// c[r][0..32) (+)= sum over k in [k0, k0 + kc) of x[r][k] * panel[k][0..32)
+struct PanelProduct {
+  int64_t rows;
+  int64_t k_padded;
+  int64_t k0;  // k0 and kc are multiples of 32, unless they reach the end
+  int64_t kc;
+  const void* a;  // the tiles (GemmKernel::pack)
+  const void* b;  // row k0 of the panel
+  float* c;
+  int64_t ldc;
+  bool accumulate;
+  const void* next;  // what will be read after this, or nullptr: fetched into the L2 cache meanwhile
+  int64_t next_bytes;
+};
+
 /// One way to multiply activations by panels of weights. Activations are packed by `pack` into tiles of `tile_rows` rows (the
 /// last may be smaller); tile t of a matrix of k_padded columns starts at element t * tile_rows * k_padded.
 struct GemmKernel {
   int64_t tile_rows;
   int64_t element_size;  // of packed activations, bytes
+  // Blocking, for many rows: the activations' block of k (rows x k_block) and the sums of a group of panels share the L2 cache.
+  int64_t k_block;
+  int64_t group_panels;
 
   /// rows <= tile_rows rows of x, each `stride` floats apart, k columns, zeros up to k_padded, into one tile.
   void (*pack)(const float* x, int64_t stride, int64_t rows, int64_t k, int64_t k_padded, void* tile);
-
-  /// c[r][0..32) (+)= sum over k in [k0, k0 + kc) of x[r][k] * panel[k][0..32), for `rows` rows from the tiles at `a`.
-  /// b points at row k0 of the panel. k0 and kc are multiples of the weights' k granule.
-  void (*panel)(int64_t rows, int64_t k_padded, int64_t k0, int64_t kc, const void* a, const void* b, float* c,
-                int64_t ldc, bool accumulate);
+  void (*panel)(const PanelProduct& product);
 };
 
 enum class EpilogueKind : uint8_t { kStore, kAdd, kSwiGlu };

@@ -12,6 +12,9 @@ from llama_ext._version import __version__
 
 __all__ = ["Info", "info"]
 
+# Facts about the build that the report has a line for.
+_TOLD_ELSEWHERE = ("version", "isas")
+
 
 @dataclass(frozen=True)
 class Info:
@@ -52,7 +55,7 @@ class Info:
             ("available", ", ".join(self.available_isas)),
             ("threads", f"{self.threads} ({self.threads_reason})"),
             ("GPUs", ", ".join(self.gpus) if self.gpus else f"none ({self.gpus_reason})"),
-            ("build", ", ".join(f"{key}: {value}" for key, value in self.build)),
+            ("build", ", ".join(f"{key}: {value}" for key, value in self.build if key not in _TOLD_ELSEWHERE)),
         ]
         width = max(len(name) for name, _ in rows)
         return "\n".join([f"llama_ext {self.version}", *(f"  {name:<{width}}  {value}" for name, value in rows)])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llama_ext.errors import FormatError, LimitError, LlamaExtError, OptionError
+from llama_ext.errors import FormatError, LimitError, OptionError
 from llama_ext.runtime.chat_template import TemplateLimits, render_chat_template
 
 USER = {"role": "user", "content": " Hi <there> & 'you' é\n"}
@@ -80,7 +80,7 @@ def test_a_template_may_refuse_the_messages() -> None:
             "{% for m in messages %}{{ loop.index }}{{ loop.last }}{% if true %}{% break %}{% endif %}{% endfor %}",
             "1False",
         ),
-        ("{% for i in range(4) if i is odd %}{{ i }}{% continue %}x{% else %}none{% endfor %}", "13"),
+        ("{% for i in range(4) if i is odd %}{{ i }}{% continue %}x{% endfor %}", "13"),
         ("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}", "2"),
         ("{% macro f(x, y=2) %}[{{ x }}{{ y }}]{% endmacro %}{{ f(1) }}{{ f(1, y=3) }}", "[12][13]"),
         ("{% macro f() %}<{{ caller() }}>{% endmacro %}{% call f() %}c{% endcall %}", "<c>"),
@@ -180,7 +180,7 @@ def test_the_callers_messages_are_not_changed() -> None:
         ("{{ messages.append(1) }}", "unsafe"),
         ("{{ 'a'.encode('idna') }}", "unsafe"),
         ("{{ (5).to_bytes(10**10, 'big') }}", "unsafe"),
-        ("{% set ns = namespace() %}{{ ns.__init__.__globals__ }}", "undefined|unsafe"),
+        ("{% set ns = namespace() %}{{ ns.__init__.__globals__ }}", "no attribute"),
         ("{% for a in b %}" * 25 + "{% endfor %}" * 25, "too many statically nested blocks"),
     ],
 )
@@ -196,7 +196,7 @@ BOMBS = {
     "repetition": "{{ 'a' * 10**12 }}",
     "repetition from the left": "{{ 10**12 * 'a' }}",
     "list repetition": "{{ [0] * 10**10 }}",
-    "power": "{{ 10 ** 10 ** 9 }}",
+    "power": "{{ 10 ** (10 ** 9) }}",
     "nested power": "{{ (2 ** 4000) ** 4000 }}",
     "product of large numbers": "{{ 2 ** 4000 * 2 ** 4000 }}",
     "ljust": "{{ 'a'.ljust(10**11) }}",
@@ -298,18 +298,17 @@ def test_a_namespace_that_contains_itself_can_be_printed() -> None:
 
 
 def test_threads_do_not_share_a_meter() -> None:
-    failures: list[LlamaExtError] = []
+    failures: list[LimitError] = []
     outputs: set[str] = set()
 
     def work(index: int) -> None:
         for _ in range(20):
-            try:
-                if index % 2:
-                    outputs.add(render(CHATML))
-                else:
+            if index % 2:
+                outputs.add(render(CHATML))
+            else:
+                with pytest.raises(LimitError) as caught:
                     render(BOMBS["doubling a string"])
-            except LlamaExtError as error:
-                failures.append(error)
+                failures.append(caught.value)
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(8)]
     for thread in threads:
@@ -318,4 +317,3 @@ def test_threads_do_not_share_a_meter() -> None:
         thread.join()
     assert len(outputs) == 1
     assert len(failures) == 80
-    assert all(isinstance(error, LimitError) for error in failures)

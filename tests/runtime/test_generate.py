@@ -380,8 +380,9 @@ def test_chat_gives_one_answer_and_needs_a_template(chatty: Model, stories: Mode
     messages = [{"role": "user", "content": "Hello"}]
     with pytest.raises(llama_ext.OptionError, match="one answer"):
         chatty.chat(messages, num_return_sequences=2, temperature=1.0)
-    with pytest.raises(llama_ext.LlamaExtError, match="chat template"):
+    with pytest.raises(llama_ext.OptionError, match="chat template"):
         stories.chat(messages)
+    assert stories.chat(messages, chat_template=TEMPLATE, max_new_tokens=9) == chatty.chat(messages, max_new_tokens=9)
     with pytest.raises(llama_ext.OptionError, match="no tokenizer"):
         tiny.chat(messages)
 

@@ -65,7 +65,7 @@ static void attention(const AttentionJob& job) {
         widen(static_cast<const uint16_t*>(job.k) + offset, kPanel * job.head_dim, widened);
         k = widened;
       }
-      panel<PanelF32>(job.rows, job.head_dim, 0, job.head_dim, job.q, k, scores + key, kKeyTile, false);
+      panel<PanelF32>({job.rows, job.head_dim, 0, job.head_dim, job.q, k, scores + key, kKeyTile, false, nullptr, 0});
     }
 
     for (int64_t row = 0; row < job.rows; row += kTileRows) {
@@ -107,7 +107,7 @@ static void attention(const AttentionJob& job) {
         widen(static_cast<const uint16_t*>(job.v) + offset, kPanel * keys, widened);
         v = widened;
       }
-      panel<PanelF32>(job.rows, keys, 0, keys, packed, v, partial + column, padded, false);
+      panel<PanelF32>({job.rows, keys, 0, keys, packed, v, partial + column, padded, false, nullptr, 0});
     }
     attention_merge(job.rows, padded, job.o, job.m, job.l, partial, tile_m, tile_l);
   }

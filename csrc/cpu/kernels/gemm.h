@@ -124,14 +124,27 @@ static void tile_any(int64_t rows, int64_t k, const float* a, const typename Pan
 #undef LLAMA_EXT_TILE
 }
 
+/// Asks for part `index` of `parts` of what comes next.
+static inline void prefetch_next(const PanelProduct& p, int64_t index, int64_t parts) {
+  if (p.next == nullptr) return;
+  const int64_t lines = p.next_bytes / 64;
+  const char* next = static_cast<const char*>(p.next);
+  for (int64_t line = lines * index / parts; line < lines * (index + 1) / parts; ++line) {
+    __builtin_prefetch(next + 64 * line, 0, 2);
+  }
+}
+
 template <typename Panel>
-static void panel(int64_t rows, int64_t k_padded, int64_t k0, int64_t kc, const void* a, const void* b, float* c,
-                  int64_t ldc, bool accumulate) {
-  const float* tiles = static_cast<const float*>(a);
-  for (int64_t row = 0; row < rows; row += kTileRows) {
-    const int64_t height = rows - row < kTileRows ? rows - row : kTileRows;
-    tile_any<Panel>(height, kc, tiles + row * k_padded + k0 * height,
-                    static_cast<const typename Panel::Element*>(b), c + row * ldc, ldc, accumulate);
+static void panel(const PanelProduct& p) {
+  const float* tiles = static_cast<const float*>(p.a);
+  const auto* weights = static_cast<const typename Panel::Element*>(p.b);
+  const int64_t parts = (p.rows + kTileRows - 1) / kTileRows;
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t row = part * kTileRows;
+    const int64_t height = p.rows - row < kTileRows ? p.rows - row : kTileRows;
+    prefetch_next(p, part, parts);
+    tile_any<Panel>(height, p.kc, tiles + row * p.k_padded + p.k0 * height, weights, p.c + row * p.ldc, p.ldc,
+                    p.accumulate);
   }
 }
 

@@ -8,6 +8,7 @@
 
 #include "cpu/kernel_table.h"
 #include "cpu/kernels/bf16.h"
+#include "cpu/kernels/gemm.h"
 
 namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE {
 
@@ -82,25 +83,28 @@ static void tile_amx(int64_t kc, const uint16_t* upper_a, const uint16_t* lower_
   }
 }
 
-static void panel_amx(int64_t rows, int64_t k_padded, int64_t k0, int64_t kc, const void* a, const void* b, float* c,
-                      int64_t ldc, bool accumulate) {
-  const uint16_t* tiles = static_cast<const uint16_t*>(a);
-  const uint16_t* weights = static_cast<const uint16_t*>(b);
+static void panel_amx(const PanelProduct& p) {
+  const auto* tiles = static_cast<const uint16_t*>(p.a);
+  const auto* weights = static_cast<const uint16_t*>(p.b);
+  const int64_t parts = (p.rows + kAmxRows - 1) / kAmxRows;
   int64_t configured = -1;
-  for (int64_t row = 0; row < rows; row += kAmxRows) {
-    const int64_t height = rows - row < kAmxRows ? rows - row : kAmxRows;
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t row = part * kAmxRows;
+    const int64_t height = p.rows - row < kAmxRows ? p.rows - row : kAmxRows;
     const int64_t upper = height < kAmxHalf ? height : kAmxHalf;
     const int64_t lower = height - upper;
     if (height != configured) {
       amx_configure(upper, lower);
       configured = height;
     }
-    const uint16_t* upper_a = tiles + row * k_padded + k0 * upper;
-    const uint16_t* lower_a = tiles + row * k_padded + upper * k_padded + k0 * lower;
+    prefetch_next(p, part, parts);
+    const uint16_t* upper_a = tiles + row * p.k_padded + p.k0 * upper;
+    const uint16_t* lower_a = tiles + row * p.k_padded + upper * p.k_padded + p.k0 * lower;
+    float* c = p.c + row * p.ldc;
     if (lower > 0) {
-      tile_amx<true>(kc, upper_a, lower_a, upper * kAmxK, lower * kAmxK, weights, c + row * ldc, ldc, accumulate, false);
+      tile_amx<true>(p.kc, upper_a, lower_a, upper * kAmxK, lower * kAmxK, weights, c, p.ldc, p.accumulate, false);
     } else {
-      tile_amx<false>(kc, upper_a, upper_a, upper * kAmxK, 0, weights, c + row * ldc, ldc, accumulate, rows <= kAmxHalf);
+      tile_amx<false>(p.kc, upper_a, upper_a, upper * kAmxK, 0, weights, c, p.ldc, p.accumulate, parts == 1);
     }
   }
   _tile_release();

@@ -4,6 +4,7 @@
 
 #include "cpu/kernel_table.h"
 #include "cpu/kernels/bf16.h"
+#include "cpu/kernels/gemm.h"
 
 namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE {
 
@@ -39,18 +40,20 @@ static void tile_bf16_dot(int64_t k, const uint32_t* a, const uint16_t* b, float
   }
 }
 
-static void panel_bf16_dot(int64_t rows, int64_t k_padded, int64_t k0, int64_t kc, const void* a, const void* b,
-                           float* c, int64_t ldc, bool accumulate) {
+static void panel_bf16_dot(const PanelProduct& p) {
   using Tile = void (*)(int64_t, const uint32_t*, const uint16_t*, float*, int64_t, bool);
   static constexpr Tile kTiles[kTileRows] = {
       tile_bf16_dot<1>,  tile_bf16_dot<2>,  tile_bf16_dot<3>,  tile_bf16_dot<4>, tile_bf16_dot<5>,
       tile_bf16_dot<6>,  tile_bf16_dot<7>,  tile_bf16_dot<8>,  tile_bf16_dot<9>, tile_bf16_dot<10>,
       tile_bf16_dot<11>, tile_bf16_dot<12>, tile_bf16_dot<13>, tile_bf16_dot<14>};
-  const uint32_t* tiles = static_cast<const uint32_t*>(a);  // one pair of k each
-  for (int64_t row = 0; row < rows; row += kTileRows) {
-    const int64_t height = rows - row < kTileRows ? rows - row : kTileRows;
-    kTiles[height - 1](kc, tiles + row * k_padded / 2 + k0 / 2 * height, static_cast<const uint16_t*>(b),
-                       c + row * ldc, ldc, accumulate);
+  const auto* tiles = static_cast<const uint32_t*>(p.a);  // one pair of k each
+  const int64_t parts = (p.rows + kTileRows - 1) / kTileRows;
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t row = part * kTileRows;
+    const int64_t height = p.rows - row < kTileRows ? p.rows - row : kTileRows;
+    prefetch_next(p, part, parts);
+    kTiles[height - 1](p.kc, tiles + row * p.k_padded / 2 + p.k0 / 2 * height, static_cast<const uint16_t*>(p.b),
+                       p.c + row * p.ldc, p.ldc, p.accumulate);
   }
 }
 

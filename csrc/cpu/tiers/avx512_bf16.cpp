@@ -10,7 +10,7 @@
 namespace llama_ext {
 
 namespace LLAMA_EXT_ISA_NAMESPACE {
-static constexpr GemmKernel kGemmBf16 = {kTileRows, sizeof(uint16_t), pack_bf16_pairs, panel_bf16_dot};
+static constexpr GemmKernel kGemmBf16 = {kTileRows, sizeof(uint16_t), 512, 8, pack_bf16_pairs, panel_bf16_dot};
 }
 
 extern const KernelTable kTable_avx512_bf16;

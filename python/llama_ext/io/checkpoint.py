@@ -67,7 +67,7 @@ class Checkpoint:
                 if name in self._file_of:
                     first, second = os.path.basename(self._file_of[name].path), os.path.basename(file.path)
                     raise CheckpointError(
-                        f"tensor {name} is in two files, {first} and {second}.", path=path, field=name
+                        f"tensor {name[:120]} is in two files, {first} and {second}.", path=path, field=name
                     )
                 self._file_of[name] = file
                 self.tensors[name] = info
@@ -116,7 +116,9 @@ class Checkpoint:
     def _owner(self, name: str) -> SafetensorsFile:
         file = self._file_of.get(name)
         if file is None:
-            raise FormatError(f"there is no tensor {name!r} among the {len(self.tensors)}.", path=self.path, field=name)
+            raise FormatError(
+                f"there is no tensor {name[:120]!r} among the {len(self.tensors)}.", path=self.path, field=name
+            )
         return file
 
 
@@ -158,7 +160,7 @@ def open_checkpoint(directory: str | os.PathLike[str], limits: Limits = DEFAULT_
             checkpoint.close()
             found = "no file" if owner is None else os.path.basename(owner.path)
             raise CheckpointError(
-                f"the index says that tensor {name} is in {shard}, it is in {found}. Is a shard of another checkpoint?",
+                f"the index says that tensor {name[:120]} is in {shard}, it is in {found}. Is a shard of another checkpoint?",
                 path=str(index),
                 field=name,
                 expected=shard,

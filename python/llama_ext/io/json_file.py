@@ -14,8 +14,9 @@ from llama_ext.limits import DEFAULT_LIMITS, Limits
 
 __all__ = ["open_regular", "parse_json_object", "read_json_object"]
 
-# A string that never closes is matched up to the end, so that the scan stays linear in the file's length.
-_STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[\[{]|[\]}]', re.DOTALL)
+# For a text without escapes. A string that never closes is matched up to the end, which keeps the scan linear; and no
+# group is repeated, because the regex engine keeps a record of every repetition.
+_STRING_OR_BRACKET = re.compile(r'"[^"]*(?:"|\Z)|[\[{]|[\]}]')
 
 # Python refuses to convert more digits than this (CVE-2020-10735); older 3.10 releases take quadratic time instead.
 _MAX_DIGITS = 4_300
@@ -137,7 +138,8 @@ def parse_json_object(data: bytes, *, path: str, what: str, limits: Limits = DEF
 def _check_depth(text: str, path: str, what: str, limits: Limits) -> None:
     """Measured before parsing: the parser recurses on the C stack."""
     depth = 0
-    for match in _STRING_OR_BRACKET.finditer(text):
+    plain = text.replace("\\\\", "..").replace('\\"', "..")  # as long as before, for the position
+    for match in _STRING_OR_BRACKET.finditer(plain):
         bracket = match.group()
         if bracket in ("[", "{"):
             depth += 1

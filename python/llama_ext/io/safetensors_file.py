@@ -13,7 +13,6 @@ import json
 import math
 import mmap
 import os
-import re
 import struct
 from types import TracebackType
 from typing import Any
@@ -37,9 +36,9 @@ DTYPES: dict[str, tuple[str, np.dtype[Any]]] = {
 }
 
 _LENGTH_BYTES = 8
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 # A smaller header cannot hold enough entries to matter, and is not scanned before it is parsed.
 _SCAN_ABOVE = 1 << 20
+_SCAN_DIMENSIONS = 16  # more than any tensor has on average
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +69,7 @@ class TensorInfo:
         if self.dtype not in DTYPES:
             words = ", ".join(DTYPES)
             raise UnsupportedError(
-                f"tensor {self.name} has dtype {self.dtype}, which is not supported. Supported: {words}."
+                f"tensor {self.name[:120]} has dtype {self.dtype}, which is not supported. Supported: {words}."
             )
         return DTYPES[self.dtype][0]
 
@@ -127,7 +126,7 @@ class SafetensorsFile:
         info = self._info(name)
         if info.dtype not in DTYPES:
             raise UnsupportedError(
-                f"{self.path}: tensor {name} has dtype {info.dtype}, which is not supported. "
+                f"{self.path}: tensor {name[:120]} has dtype {info.dtype}, which is not supported. "
                 f"Supported: {', '.join(DTYPES)}. Convert it, or load the original checkpoint."
             )
         if self._descriptor < 0:
@@ -147,7 +146,7 @@ class SafetensorsFile:
                 return np.empty(info.shape, dtype)
             array = np.frombuffer(self._map, dtype, info.nbytes // dtype.itemsize, info.offset).reshape(info.shape)
         except ValueError as error:  # valid, but beyond NumPy: more than 64 dimensions, or (0, 2**63)
-            raise UnsupportedError(f"{self.path}: tensor {name} of shape {info.shape}: {error}.") from error
+            raise UnsupportedError(f"{self.path}: tensor {name[:120]} of shape {info.shape}: {error}.") from error
         return array if array.flags.aligned else array.copy()
 
     def release(self, name: str) -> None:
@@ -193,7 +192,9 @@ class SafetensorsFile:
     def _info(self, name: str) -> TensorInfo:
         info = self.tensors.get(name)
         if info is None:
-            raise FormatError(f"there is no tensor {name!r} among the {len(self.tensors)}.", path=self.path, field=name)
+            raise FormatError(
+                f"there is no tensor {name[:120]!r} among the {len(self.tensors)}.", path=self.path, field=name
+            )
         return info
 
     def _parse(self, header: bytes, limits: Limits) -> None:
@@ -231,7 +232,7 @@ class SafetensorsFile:
             sound = math.prod(info.shape) * DTYPES[info.dtype][1].itemsize == info.nbytes
         if not sound:
             raise FormatError(
-                f"tensor {info.name!r} of shape {info.shape} and dtype {info.dtype} does not fit its {info.nbytes} bytes "
+                f"tensor {info.name[:120]!r} of shape {info.shape} and dtype {info.dtype} does not fit its {info.nbytes} bytes "
                 f"in a file of {self._size}. Truncated download?",
                 path=self.path,
                 offset=max(info.offset, 0),
@@ -277,16 +278,27 @@ def _header_length(first: bytes, size: int, path: str, limits: Limits) -> int:
 
 
 def _check_entries(header: bytes, path: str, limits: Limits) -> None:
-    """Counts a large header's keys before it is parsed: parsed, each costs far more than its bytes."""
+    """Counts a large header's entries before it is parsed: parsed, each costs far more than its bytes."""
     if len(header) <= _SCAN_ABOVE:
         return
-    keys = _STRING.sub(b"", header).count(b":")
-    # Four for a tensor (its own name, dtype, shape, data_offsets), one for an entry of the metadata.
-    most = 4 * limits.tensors + limits.metadata_entries + 1
-    if keys > most:
+    colons = commas = 0
+    inside = np.uint8(0)
+    plain = header.replace(b"\\\\", b"").replace(b'\\"', b"")
+    for start in range(0, len(plain), _SCAN_ABOVE):
+        part = np.frombuffer(plain, np.uint8, min(_SCAN_ABOVE, len(plain) - start), start)
+        # 1 from a string's opening quote up to its closing one
+        strings = np.bitwise_xor.accumulate(part == ord('"'), dtype=np.uint8) ^ inside
+        inside = strings[-1]
+        colons += int(np.count_nonzero((part == ord(":")) & (strings == 0)))
+        commas += int(np.count_nonzero((part == ord(",")) & (strings == 0)))
+    # Of a tensor: four colons (its name, dtype, shape, data_offsets), and five commas and one for each dimension.
+    most_colons = 4 * limits.tensors + limits.metadata_entries + 1
+    most_commas = (5 + _SCAN_DIMENSIONS) * limits.tensors + limits.metadata_entries
+    if colons > most_colons or commas > most_commas:
         raise LimitError(
-            f"{path}: the header has {keys} keys, the limit is {most} "
-            "(4 * Limits.tensors + Limits.metadata_entries). Pass a larger Limits if you trust the file."
+            f"{path}: the header has {colons} keys and {commas} commas, more than {limits.tensors} tensors "
+            f"(Limits.tensors) and {limits.metadata_entries} entries of metadata (Limits.metadata_entries) need. "
+            "Pass a larger Limits if you trust the file."
         )
 
 
@@ -305,7 +317,7 @@ def _validate(path: str, opened: os.stat_result) -> None:
             pass
         now = os.stat(path)
     except safetensors.SafetensorError as error:
-        reason = str(error).removeprefix("Error while deserializing header: ")
+        reason = str(error).removeprefix("Error while deserializing header: ")[:300]  # it may quote the file
         # Wordings of several releases: "MetadataIncompleteBuffer", "incomplete metadata, file not fully covered".
         hint = " Truncated download?" if "incomplete" in reason.lower() else ""
         raise FormatError(f"not a valid safetensors file: {reason}.{hint}", path=path) from error

@@ -267,7 +267,12 @@ def stream(
 
 
 def chat(
-    model: LlamaForCausalLM, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], *, streamed: bool
+    model: LlamaForCausalLM,
+    messages: Sequence[Mapping[str, Any]],
+    options: Mapping[str, Any],
+    *,
+    streamed: bool,
+    chat_template: str | None,
 ) -> str | Iterator[Piece]:
     """The body of `LlamaForCausalLM.chat`."""
     tokenizer = model.tokenizer
@@ -277,7 +282,8 @@ def chat(
     plan = plan_for(model, options, extra_eos)
     if plan.num_return_sequences > 1:
         raise OptionError("chat gives one answer: num_return_sequences must be 1")
-    batch = read_for(model, tokenizer.apply_chat_template(messages, add_generation_prompt=True), None)
+    ids = tokenizer.apply_chat_template(messages, chat_template=chat_template, add_generation_prompt=True)
+    batch = read_for(model, ids, None)
     if streamed:
         _refuse_beams(plan)
         return _Run(model, batch, plan, with_text=True).pieces()

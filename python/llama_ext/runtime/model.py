@@ -11,15 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from llama_ext import _core
-from llama_ext._arrays import Array, FloatArray, IntArray, allocate, check_token_range
-from llama_ext.errors import ContextLengthError, DTypeError, OptionError, ShapeError
+from llama_ext._arrays import FloatArray, IntArray
+from llama_ext.errors import OptionError
 from llama_ext.limits import DEFAULT_LIMITS, Limits
 from llama_ext.models.config import LlamaConfig
 from llama_ext.models.generation_config import GenerationDefaults
-from llama_ext.runtime import generation, loading, scoring
+from llama_ext.runtime import generation, loading, logits, scoring
 from llama_ext.runtime.generation import Piece
 from llama_ext.runtime.options import GenerateOptions
-from llama_ext.runtime.prompts import read_mask
 from llama_ext.runtime.scoring import LogLikelihood, Perplexity
 from llama_ext.runtime.session import Session, load_session, new_session
 from llama_ext.runtime.threads import checked_threads
@@ -257,29 +256,7 @@ class LlamaForCausalLM:
             NumericError: A logit is not finite.
             OutOfMemoryError: The logits do not fit into memory.
         """
-        ids = _id_block(input_ids)
-        vocabulary = self.config.vocab_size
-        if ids.size == 0:
-            return np.zeros((*ids.shape, vocabulary), dtype=np.float32)
-        ones = read_mask(attention_mask, ids.shape)
-        check_token_range("input_ids", ids, vocabulary, ones)
-        longest = int(ones.sum(axis=1).max())
-        if longest > self.config.max_position_embeddings:
-            raise ContextLengthError(
-                f"input_ids has a row of {longest} tokens, the model's context is {self.config.max_position_embeddings}"
-            )
-        rows = [np.ascontiguousarray(row[keep], dtype=np.int32) for row, keep in zip(ids, ones, strict=True)]
-        logits = self._core.logits(rows)
-        if ones.all():
-            # The core's rows are slices of one array, which without padding is the result.
-            together = logits[0].base
-            if together is not None and together.shape == (ids.size, vocabulary):
-                return together.reshape(*ids.shape, vocabulary)
-        result = allocate("the logits", (*ids.shape, vocabulary))
-        result[~ones] = 0.0
-        for index, keep in enumerate(ones):
-            result[index, keep] = logits[index]
-        return result
+        return logits.batch_logits(self, input_ids, attention_mask)
 
     # Options are described here once, for all that generate.
     def generate(
@@ -363,35 +340,51 @@ class LlamaForCausalLM:
         messages: Sequence[Mapping[str, Any]],
         *,
         stream: Literal[False] = False,
+        chat_template: str | None = None,
         **options: Unpack[GenerateOptions],
     ) -> str: ...
     @overload
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, stream: Literal[True], **options: Unpack[GenerateOptions]
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        stream: Literal[True],
+        chat_template: str | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> Iterator[Piece]: ...
     @overload
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, stream: bool, **options: Unpack[GenerateOptions]
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        stream: bool,
+        chat_template: str | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> str | Iterator[Piece]: ...
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, stream: bool = False, **options: Unpack[GenerateOptions]
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        stream: bool = False,
+        chat_template: str | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> str | Iterator[Piece]:
         """Answers a conversation, written down as the tokenizer's chat template says.
 
         Args:
             messages: {"role": "system" | "user" | "assistant", "content": text} in order.
             stream: Return an iterator of `Piece` instead of the text.
+            chat_template: A Jinja template, or the name of one of the tokenizer's; None is the tokenizer's own.
             **options: As `generate`, for one sequence.
 
         Returns:
             The assistant's answer.
 
         Raises:
-            OptionError: There is no tokenizer, more than one sequence is asked for, or as `generate`.
-            UnsupportedError: The tokenizer has no chat template.
+            OptionError: There is no tokenizer or no chat template, more than one sequence is asked for, or as `generate`.
             ContextLengthError and others: As `generate`.
         """
-        return generation.chat(self, messages, options, streamed=stream)
+        return generation.chat(self, messages, options, streamed=stream, chat_template=chat_template)
 
     def session(
         self, max_length: int | None = None, *, kv_dtype: Literal["float32", "bfloat16"] | None = None
@@ -485,23 +478,3 @@ class LlamaForCausalLM:
             f"{self.num_parameters():,} parameters, {self.dtype}, {self.nbytes / 2**20:.1f} MiB; "
             f"{self.device} {self.isa}, {self.threads} thread{'' if self.threads == 1 else 's'}>"
         )
-
-
-def _id_block(input_ids: object) -> Array:
-    """Ids as a two-dimensional array of integers.
-
-    Raises:
-        DTypeError, ShapeError: They are not.
-    """
-    if isinstance(input_ids, str):
-        raise DTypeError("input_ids must be integers, got a text: encode it first, or use generate")
-    try:
-        ids = np.asarray(input_ids)
-    except (ValueError, OverflowError) as error:
-        raise ShapeError("input_ids must be a (B, T) array of token ids; pad rows of different lengths") from error
-    if ids.ndim != 2:
-        hint = ". For one sequence: input_ids[None]" if ids.ndim == 1 else ""
-        raise ShapeError(f"input_ids must have shape (B, T), got {ids.shape}{hint}")
-    if ids.dtype.kind not in "iu" and ids.size:
-        raise DTypeError(f"input_ids must be integers, got {ids.dtype}")
-    return ids

@@ -11,8 +11,6 @@ import base64
 import binascii
 from typing import Any
 
-import numpy as np
-
 from llama_ext.errors import FormatError
 
 __all__ = ["check_charsmap", "check_charsmaps_in"]
@@ -28,6 +26,8 @@ def check_charsmap(table: bytes, path: str) -> None:
     Raises:
         FormatError: The table is malformed.
     """
+
+    import numpy as np
 
     def fail(message: str) -> FormatError:
         return FormatError(f"the normalisation table is malformed: {message}", path=path, field="precompiled_charsmap")

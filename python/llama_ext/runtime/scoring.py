@@ -26,12 +26,10 @@ class LogLikelihood(NamedTuple):
     Attributes:
         logprob: Sum of the log probabilities of its tokens, in nats.
         is_greedy: Whether each token is the most likely one, so that greedy search would have written the continuation.
-        tokens: How many tokens were scored.
     """
 
     logprob: float
     is_greedy: bool
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def loglikelihood(
             raise OptionError("loglikelihood: the context needs at least one token, for example the BOS token")
         tokens, first = np.concatenate([before, after]), before.size
     if first == tokens.size:
-        return LogLikelihood(0.0, True, 0)
+        return LogLikelihood(0.0, True)
     limit = model.config.max_position_embeddings
     if tokens.size > limit:
         raise ContextLengthError(
@@ -82,7 +80,7 @@ def loglikelihood(
             "Shorten the context: nothing is cut silently"
         )
     scores, greedy = model._core.score(tokens, first)
-    return LogLikelihood(math.fsum(scores.tolist()), bool(greedy.all()), int(greedy.size))
+    return LogLikelihood(math.fsum(scores.tolist()), bool(greedy.all()))
 
 
 def perplexity(

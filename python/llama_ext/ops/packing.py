@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from llama_ext.runtime.threads import checked_threads, get_num_threads
 
 __all__ = ["Matrix", "as_matrix", "backend_for", "check_packed", "pack", "pack_gate_up", "weight_array"]
 
+_CREATING = threading.Lock()
 _WEIGHT_DTYPES = ("float32", "bfloat16")
 
 
@@ -75,7 +77,7 @@ def pack(
     Args:
         weight: (N, K) float32 or float16; with dtype="bfloat16" also bfloat16, as ml_dtypes' or as uint16 bit patterns.
         dtype: How to keep it: "float32", or "bfloat16" (rounded to nearest, ties to even).
-        threads, isa, device: See the module.
+        threads, isa, device: See `llama_ext.ops`.
 
     Returns:
         A matrix to pass to `matmul`, `embedding` or `feed_forward`.
@@ -105,7 +107,7 @@ def pack_gate_up(
         gate: (F, C), element types as in `pack`.
         up: (F, C), likewise.
         dtype: "float32" or "bfloat16".
-        threads, isa, device: See the module.
+        threads, isa, device: See `llama_ext.ops`.
 
     Returns:
         A matrix to pass to `feed_forward`.
@@ -173,7 +175,9 @@ def backend_for(device: str, threads: int | None, isa: str | None) -> _core.Back
     """
     # A backend takes its default threads and LLAMA_EXT_ISA when it is made, so both belong to the key.
     count = checked_threads(threads) or get_num_threads()
-    return _cached_backend(device, count, isa or os.environ.get("LLAMA_EXT_ISA", ""))
+    # The lock, because two threads that come first at once would each get a backend of their own.
+    with _CREATING:
+        return _cached_backend(device, count, isa or os.environ.get("LLAMA_EXT_ISA", ""))
 
 
 @functools.lru_cache(maxsize=16)

@@ -1,0 +1,1 @@
+"""Runners of our own engine, each in a process of its own."""

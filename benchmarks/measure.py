@@ -1,0 +1,96 @@
+"""What every runner does alike, in whatever interpreter: one prompt, timed prefill and decode, one line of JSON.
+
+Only NumPy and the standard library, because peers run in environments of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+__all__ = ["RESULT", "Engine", "prompt_ids", "run"]
+
+# Marks the line of the result: libraries print what they like.
+RESULT = "RESULT "
+_WARM_UP_TOKENS = 2
+
+
+class Engine(Protocol):
+    """A loaded model and one sequence."""
+
+    def reset(self) -> None:
+        """Starts an empty sequence. Not timed."""
+
+    def prefill(self, ids: list[int]) -> None:
+        """Runs the prompt and makes the logits of its last token."""
+
+    def decode(self, tokens: int) -> int:
+        """Runs tokens one by one, each the most likely after the one before, and says how many."""
+
+    def facts(self) -> dict[str, Any]:
+        """Versions and settings; `decode_bytes` when the weights are stored in a format of the engine's own."""
+
+
+def prompt_ids(tokens: int, vocabulary: int) -> list[int]:
+    """The same ids for every engine, none of them special."""
+    first = min(3, vocabulary - 1)
+    return [int(token) for token in np.random.default_rng(0).integers(first, vocabulary, tokens)]
+
+
+def time_engine(engine: Engine, ids: list[int], tokens: int, repeats: int) -> dict[str, list[float]]:
+    """Rates in tokens per second, one of each for every repeat; one unmeasured prefill goes before them."""
+    engine.reset()
+    engine.prefill(ids)
+    engine.decode(_WARM_UP_TOKENS)
+    rates: dict[str, list[float]] = {"prefill": [], "decode": []}
+    for _ in range(repeats):
+        engine.reset()
+        start = time.perf_counter()
+        engine.prefill(ids)
+        middle = time.perf_counter()
+        done = engine.decode(tokens)
+        end = time.perf_counter()
+        rates["prefill"].append(len(ids) / (middle - start))
+        if done:
+            rates["decode"].append(done / (end - middle))
+    return rates
+
+
+def run(add_options: Callable[[argparse.ArgumentParser], None], load: Callable[[argparse.Namespace], Engine]) -> None:
+    """The body of a runner: options, loading, timing, and the line with the result or what went wrong.
+
+    Args:
+        add_options: Adds what this engine needs to the common options.
+        load: Imports the engine, so that a missing one is reported, and loads the model.
+    """
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--prompt", type=int, required=True, help="tokens")
+    parser.add_argument("--tokens", type=int, required=True, help="to decode after the prompt")
+    parser.add_argument("--repeats", type=int, required=True)
+    parser.add_argument("--vocabulary", type=int, required=True)
+    add_options(parser)
+    options = parser.parse_args()
+    result: dict[str, Any] = {}
+    try:
+        start = time.perf_counter()
+        engine = load(options)
+        result["load_seconds"] = time.perf_counter() - start
+        ids = prompt_ids(options.prompt, options.vocabulary)
+        result.update(time_engine(engine, ids, options.tokens, options.repeats))
+        result.update(engine.facts())
+        result["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    except ModuleNotFoundError as error:
+        result = {"error": f"not installed: {error.name}"}
+    except Exception as error:  # an engine's failure is a result: the others still run
+        traceback.print_exc(file=sys.stderr)
+        result = {"error": f"failed: {type(error).__name__}: {str(error)[:200]}"}
+    print(RESULT + json.dumps(result), flush=True)

@@ -1,0 +1,1 @@
+"""The command `llama-ext`: one module a subcommand, each of which imports what computes only when it is run."""

@@ -1,0 +1,376 @@
+"""What the subcommands share: options, the model, standard input and output, messages."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import select
+import sys
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from llama_ext.errors import FormatError, OptionError, UnsupportedError
+
+if TYPE_CHECKING:
+    from rich.status import Status
+
+    from llama_ext.runtime.model import LlamaForCausalLM
+    from llama_ext.runtime.options import GenerationPlan
+
+    Commands = argparse._SubParsersAction["Parser"]
+
+__all__ = [
+    "Parser",
+    "Spinner",
+    "add_length_options",
+    "add_model_options",
+    "add_sampling_options",
+    "generation_options",
+    "in_words_of_the_command",
+    "load_model",
+    "plan_options",
+    "read_stdin",
+    "read_text",
+    "report",
+    "shown_bytes",
+    "table",
+    "write",
+]
+
+DTYPES = ("auto", "float32", "bfloat16")
+
+# Options of `generate` in the library's words; on the command line they have dashes.
+_OPTIONS = (
+    "max_new_tokens",
+    "max_length",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "stop",
+    "num_beams",
+    "length_penalty",
+    "early_stopping",
+    "num_return_sequences",
+    "seed",
+)
+# A name with an underscore is an option wherever it stands; one without is an ordinary word unless a value follows.
+_OPTION_IN_TEXT = re.compile(
+    r"(?<![-\w])("
+    + "|".join(name for name in _OPTIONS if "_" in name)
+    + r"|(?:temperature|stop|seed|stride|context|threads)(?==| must)"
+    + r")\b(?!=\S+ of the checkpoint)"
+)
+
+_ESCAPES = {"\\n": "\n", "\\t": "\t", "\\r": "\r", "\\\\": "\\"}
+
+
+# -- the parser -------------------------------------------------------------------------------------------------------
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, max_help_position=32, **options)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that says what is wrong in one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        # The heading of the list of commands is made for the list.
+        message = message.replace("COMMAND [OPTIONS]", "COMMAND")
+        self.exit(2, f"llama-ext: {message}. See `{self.prog} --help`.\n")
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, several_dtypes: bool = False, required: bool = True) -> None:
+    """Adds --model, how to load it, and --debug.
+
+    Args:
+        parser: The parser.
+        several_dtypes: --dtype takes a list.
+        required: The command needs a model: it has a default.
+    """
+    group = parser.add_argument_group("model")
+    known = 'a directory, a Hub id like "organisation/name", or "demo"'
+    group.add_argument(
+        "--model",
+        metavar="MODEL",
+        default="demo" if required else None,
+        help=f"{known} (default: demo)" if required else known,
+    )
+    if required:
+        group.add_argument(
+            "--dtype",
+            choices=DTYPES,
+            nargs="+" if several_dtypes else None,
+            default=["auto"] if several_dtypes else "auto",
+            help="how weights are kept in memory (default: as in the file)" + (", one row each" * several_dtypes),
+        )
+        group.add_argument(
+            "--compute",
+            choices=("auto", "exact"),
+            default="auto",
+            help="auto is the fastest arithmetic for these weights, exact is float32 (default: auto)",
+        )
+        group.add_argument("--threads", type=int, metavar="N", help="default: the physical cores there are for us")
+        group.add_argument("--device", default="cpu", metavar="DEVICE", help="where to compute: cpu")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_length_options(parser: argparse.ArgumentParser, *, default: str) -> None:
+    """Adds --max-new-tokens."""
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help=f"tokens to generate at most (default: {default})"
+    )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what decides on the next token."""
+    group = parser.add_argument_group(
+        "sampling",
+        "What is not given is as the model's generation_config.json says. If that says\n"
+        "nothing, the most likely token is taken. Each of the first four samples.",
+    )
+    group.add_argument("--temperature", type=float, metavar="T", help="divides the logits; 0 is the same as --greedy")
+    group.add_argument("--top-k", type=int, metavar="K", help="keep the K most likely tokens; 0 keeps all")
+    group.add_argument("--top-p", type=float, metavar="P", help="keep the fewest tokens that together reach P")
+    group.add_argument(
+        "--min-p", type=float, metavar="P", help="keep tokens at least P times as likely as the likeliest"
+    )
+    group.add_argument("--greedy", action="store_true", help="take the most likely token each time")
+    group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
+    group.add_argument(
+        "--repetition-penalty", type=float, metavar="X", help="over 1: makes tokens that were there less likely"
+    )
+    group.add_argument(
+        "--presence-penalty", type=float, metavar="X", help="subtracted from the logit of each token generated before"
+    )
+    group.add_argument(
+        "--frequency-penalty", type=float, metavar="X", help="the same, times how often it was generated"
+    )
+    group.add_argument(
+        "--logit-bias",
+        type=_token_bias,
+        action="append",
+        metavar="ID=X",
+        help="add X to the logit of a token, -inf forbids it; may be repeated",
+    )
+    group.add_argument(
+        "--stop",
+        type=_unescaped,
+        action="append",
+        metavar="TEXT",
+        help=r"end at this text, which is not printed; \n and \t are understood; may be repeated",
+    )
+
+
+def _token_bias(text: str) -> tuple[int, float]:
+    token, equals, bias = text.partition("=")
+    try:
+        if equals:
+            return int(token), float(bias)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected TOKEN_ID=NUMBER, for example 29=-1.5, got {text!r}")
+
+
+def _unescaped(text: str) -> str:
+    return re.sub(r"\\[ntr\\]", lambda match: _ESCAPES[match.group()], text)
+
+
+def generation_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that were given, by the names of `LlamaForCausalLM.generate`."""
+    options = {name: getattr(args, name, None) for name in _OPTIONS}
+    given = {name: value for name, value in options.items() if value is not None}
+    if "logit_bias" in given:
+        given["logit_bias"] = dict(given["logit_bias"])
+    if args.greedy:
+        given["do_sample"] = False
+    return given
+
+
+def in_words_of_the_command(message: str) -> str:
+    """A message of the library with its options spelled as on the command line."""
+    message = message.replace("do_sample=False", "--greedy")
+    return _OPTION_IN_TEXT.sub(lambda match: "--" + match.group().replace("_", "-"), message)
+
+
+# -- the model --------------------------------------------------------------------------------------------------------
+
+
+def plan_options(args: argparse.Namespace, options: dict[str, Any]) -> GenerationPlan:
+    """Checks the options of a generation against the model's configs, before its weights take their time.
+
+    Sets `args.path` to where the model is.
+
+    Raises:
+        OptionError: An option is out of range, or contradicts another one.
+        FormatError and others: A file of the model cannot be read.
+    """
+    from llama_ext.io.hub import resolve
+    from llama_ext.models.config import LlamaConfig
+    from llama_ext.models.generation_config import GenerationDefaults
+    from llama_ext.runtime.options import plan_generation
+
+    path = resolve(args.model)
+    if path.suffix == ".gguf":
+        raise UnsupportedError(f"{path}: GGUF files are not read by this version. Use the safetensors checkpoint")
+    folder = path.parent if path.is_file() else path
+    config = LlamaConfig.from_pretrained(folder)
+    defaults = GenerationDefaults.from_pretrained(folder)
+    args.path = path
+    try:
+        plan = plan_generation(options, defaults, eos=(), vocabulary=config.vocab_size)
+    except UnsupportedError as error:
+        # Two options that do not go together: nothing is wrong with a file.
+        raise OptionError(str(error)) from error
+    if defaults.ignored:
+        names = ", ".join(f"{name}={value!r}" for name, value in defaults.ignored.items())
+        report(f"note: generation_config.json asks for {names}, which this version does not do")
+    return plan
+
+
+def load_model(args: argparse.Namespace, dtype: str | None = None) -> LlamaForCausalLM:
+    """Loads the model that the options name; `dtype` is instead of --dtype."""
+    from llama_ext.runtime.model import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(
+        getattr(args, "path", args.model),
+        dtype=args.dtype if dtype is None else dtype,
+        device=args.device,
+        compute=args.compute,
+        threads=args.threads,
+    )
+
+
+# -- text in ----------------------------------------------------------------------------------------------------------
+
+
+def read_text(path: str) -> str:
+    """A file as text, exactly as it is; "-" is standard input.
+
+    Raises:
+        FormatError: It cannot be read, or is not UTF-8.
+    """
+    if path == "-":
+        return read_stdin("the text")
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise FormatError(f"cannot be read: {error.strerror}", path=path) from error
+    return _decoded(data, path)
+
+
+def read_stdin(what: str) -> str:
+    """Standard input up to its end, as text.
+
+    Raises:
+        FormatError: It is not UTF-8.
+    """
+    if sys.stdin is None:
+        return ""
+    buffer = getattr(sys.stdin, "buffer", None)
+    if buffer is None:  # replaced by something that only gives text
+        return sys.stdin.read()
+    if sys.stdin.isatty():
+        report(f"note: type {what}, and Ctrl-D after it")
+    elif not _is_ready():
+        report(f"note: waiting for {what} on standard input")
+    return _decoded(buffer.read(), "standard input")
+
+
+def _is_ready() -> bool:
+    """Whether there is something to read, or the end of it, within a second."""
+    try:
+        return bool(select.select([sys.stdin], [], [], 1.0)[0])
+    except (OSError, ValueError):  # not something that can be waited for
+        return True
+
+
+def _decoded(data: bytes, path: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"this is not UTF-8 text: {error.reason}", path=path, offset=error.start) from error
+
+
+# -- text out ---------------------------------------------------------------------------------------------------------
+
+
+def write(text: str) -> None:
+    """Writes to standard output at once."""
+    if sys.stdout is not None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def report(message: str) -> None:
+    """Says one line on standard error."""
+    if sys.stderr is not None:
+        print("llama-ext: " + " ".join(message.split("\n")), file=sys.stderr, flush=True)
+
+
+def table(rows: list[list[str]]) -> str:
+    """Rows in columns, the first to the left and the others to the right; the first row is the heading."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def shown_bytes(count: float) -> str:
+    """A number of bytes for people: `1.5 MiB`."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+class Spinner:
+    """Shows on a terminal's stderr that something is going on, once it takes longer than a second."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._lock = threading.Lock()
+        self._ended = False
+        self._status: Status | None = None
+        self._timer: threading.Timer | None = None
+        if sys.stderr is not None and sys.stderr.isatty():
+            self._timer = threading.Timer(1.0, self._show)
+            self._timer.daemon = True
+
+    def _show(self) -> None:
+        from rich.console import Console
+
+        with self._lock:
+            if not self._ended:
+                self._status = Console(stderr=True).status(self._label)
+                self._status.start()
+
+    def __enter__(self) -> Spinner:
+        if self._timer is not None:
+            self._timer.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._timer is None:
+            return
+        self._timer.cancel()
+        with self._lock:
+            self._ended = True
+            if self._status is not None:
+                self._status.stop()

@@ -1,0 +1,188 @@
+"""Products with weight matrices, and the normalisation in front of them."""
+
+from __future__ import annotations
+
+from llama_ext._arrays import (
+    Array,
+    FloatArray,
+    destination,
+    finish,
+    flat,
+    float32_array,
+    last,
+    require_last,
+    require_shape,
+    vector,
+)
+from llama_ext.errors import OptionError, ShapeError
+from llama_ext.ops.packing import Matrix, as_matrix, backend_for, check_packed, pack_gate_up, weight_array
+
+__all__ = ["feed_forward", "matmul", "rms_norm"]
+
+
+def matmul(
+    x: FloatArray,
+    weight: Array | Matrix,
+    bias: FloatArray | None = None,
+    *,
+    residual: FloatArray | None = None,
+    out: FloatArray | None = None,
+    dtype: str | None = None,
+    compute: str = "auto",
+    threads: int | None = None,
+    isa: str | None = None,
+    device: str = "cpu",
+) -> FloatArray:
+    """y = x W^T + bias, plus `residual` when there is one.
+
+    Args:
+        x: (..., K) float32.
+        weight: (N, K): an array, packed for this call, or the result of `pack`.
+        bias: (N) float32, or None.
+        residual: (..., N) float32, added to the product; may be `out`.
+        dtype: How an array `weight` is kept for this call: "float32" (None) or "bfloat16". A `Matrix` has its own.
+        compute: "auto": the fastest arithmetic, which may round `x` to bfloat16 when the weights are bfloat16. "exact":
+            float32 products of the stored weights.
+        out, threads, isa, device: See `llama_ext.ops`; a `Matrix` brings the last three with it.
+
+    Returns:
+        (..., N) float32. Every sum runs in float32 in one fixed order.
+
+    Raises:
+        ShapeError: The shapes do not fit together.
+        DTypeError: An array is not float32.
+        OptionError: `dtype`, `threads`, `isa` or `device` contradict a `Matrix`; unknown `compute`.
+    """
+    matrix = as_matrix("matmul", weight, dtype, threads, isa, device)
+    rows, columns = matrix.shape
+    x = float32_array("matmul", "x", x)
+    require_last("matmul", "x", x, columns)
+    shape = (*x.shape[:-1], rows)
+    if bias is not None:
+        bias = vector("matmul", "bias", bias, rows)
+    target = destination("matmul", out, shape, (x, bias) if residual is None else (x, bias, residual))
+    if residual is not None:
+        residual = float32_array("matmul", "residual", residual)
+        require_shape("matmul", "residual", residual, shape)
+        target[...] = residual
+    matrix.backend.matmul(flat(x, columns), matrix.handle, bias, flat(target, rows), residual is not None, compute)
+    return finish(out, target)
+
+
+def rms_norm(
+    x: FloatArray,
+    weight: FloatArray,
+    eps: float = 1e-6,
+    *,
+    out: FloatArray | None = None,
+    threads: int | None = None,
+    isa: str | None = None,
+    device: str = "cpu",
+) -> FloatArray:
+    """y = x * rsqrt(mean(x^2, last axis) + eps) * weight
+
+    Args:
+        x: (..., C) float32.
+        weight: (C) float32.
+        eps: > 0.
+        out, threads, isa, device: See `llama_ext.ops`.
+
+    Returns:
+        (..., C) float32. The mean accumulates in float32.
+
+    Raises:
+        ShapeError: `weight` is not (C,).
+        DTypeError: An array is not float32.
+        OptionError: `eps` is not positive.
+
+    Source: Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019.
+    """
+    x = float32_array("rms_norm", "x", x)
+    width = last("rms_norm", "x", x)
+    weight = vector("rms_norm", "weight", weight, width)
+    target = destination("rms_norm", out, x.shape, (x, weight))
+    backend_for(device, threads, isa).rms_norm(flat(x, width), weight, eps, flat(target, width))
+    return finish(out, target)
+
+
+def feed_forward(
+    x: FloatArray,
+    gate_up: Matrix | tuple[Array, Array],
+    down: Matrix | Array,
+    *,
+    gate_bias: FloatArray | None = None,
+    up_bias: FloatArray | None = None,
+    down_bias: FloatArray | None = None,
+    residual: FloatArray | None = None,
+    out: FloatArray | None = None,
+    dtype: str | None = None,
+    compute: str = "auto",
+    threads: int | None = None,
+    isa: str | None = None,
+    device: str = "cpu",
+) -> FloatArray:
+    """SwiGLU: y = (silu(x G^T + b_g) * (x U^T + b_u)) D^T + b_d, plus `residual` when there is one.
+
+    Args:
+        x: (..., C) float32.
+        gate_up: The result of `pack_gate_up`, or the arrays (gate, up), (F, C) each, packed for this call.
+        down: (C, F): the result of `pack`, or an array, packed for this call.
+        gate_bias: (F) float32, or None; with `up_bias` or not at all.
+        up_bias: (F) float32, or None.
+        down_bias: (C) float32, or None.
+        residual: (..., C) float32, added to the result; may be `x` or `out`.
+        dtype, compute: As in `matmul`.
+        out, threads, isa, device: See `llama_ext.ops`; a `Matrix` brings the last three with it.
+
+    Returns:
+        (..., C) float32.
+
+    Raises:
+        ShapeError: The shapes do not fit together.
+        DTypeError: An array is not float32.
+        OptionError: As `matmul`; one of the two matrices was packed for another backend.
+
+    Source: Shazeer, "GLU Variants Improve Transformer", 2020.
+    """
+    op = "feed_forward"
+    if isinstance(gate_up, Matrix):
+        pair = check_packed(op, gate_up, dtype, threads, isa, device)
+        if not pair.gate_up:
+            raise OptionError(f"{op}: gate_up must come from pack_gate_up, got {pair!r}")
+    else:
+        gate, up = gate_up
+        pair = pack_gate_up(gate, up, dtype or "float32", threads=threads, isa=isa, device=device)
+    if isinstance(down, Matrix) or not isinstance(gate_up, Matrix):
+        down_matrix = as_matrix(op, down, dtype, threads, isa, device)
+    else:
+        # An array beside a packed pair goes where the pair is.
+        source = weight_array(op, "down", down, pair.dtype)
+        handle = pair.backend.matrix(source, pair.dtype)
+        down_matrix = Matrix(pair.backend, handle, (source.shape[0], source.shape[1]), gate_up=False)
+    if pair.backend is not down_matrix.backend:
+        raise OptionError(f"{op}: {pair!r} and {down_matrix!r} were packed for different backends; pack both alike")
+    inner, width = pair.shape
+    if down_matrix.shape != (width, inner):
+        raise ShapeError(f"{op}: down must have shape {(width, inner)}, got {down_matrix.shape}")
+    x = float32_array(op, "x", x)
+    require_last(op, "x", x, width)
+    gate_bias = None if gate_bias is None else vector(op, "gate_bias", gate_bias, inner)
+    up_bias = None if up_bias is None else vector(op, "up_bias", up_bias, inner)
+    down_bias = None if down_bias is None else vector(op, "down_bias", down_bias, width)
+    target = destination(op, out, x.shape, (x, gate_bias, up_bias, down_bias, residual))
+    if residual is not None:
+        residual = float32_array(op, "residual", residual)
+        require_shape(op, "residual", residual, x.shape)
+        target[...] = residual
+    pair.backend.feed_forward(
+        flat(x, width),
+        pair.handle,
+        gate_bias,
+        up_bias,
+        down_matrix.handle,
+        down_bias,
+        flat(target, width),
+        residual is not None,
+        compute,
+    )
+    return finish(out, target)

@@ -1,0 +1,183 @@
+"""What looks along a sequence: rotary positions and attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llama_ext import _core
+from llama_ext._arrays import FloatArray, destination, finish, float32_array, integers, require_shape
+from llama_ext.errors import DTypeError, ShapeError
+from llama_ext.models.config import LlamaConfig, RopeParameters
+from llama_ext.models.llama import core_config
+from llama_ext.ops.packing import backend_for
+
+__all__ = ["attention", "rope", "rope_angles"]
+
+
+def rope_angles(
+    positions: npt.NDArray[np.integer[Any]] | Sequence[int],
+    head_dim: int,
+    *,
+    theta: float = 10000.0,
+    parameters: RopeParameters | Mapping[str, Any] | None = None,
+) -> tuple[FloatArray, FloatArray]:
+    """The cosines and sines that `rope` rotates by.
+
+    Args:
+        positions: (T) integers.
+        head_dim: D, even.
+        theta: The base of the frequencies; `parameters` bring their own.
+        parameters: For scaled frequencies: a `RopeParameters` or transformers' dictionary, {"rope_type": "linear" | "llama3"
+            | "yarn", "rope_theta": ..., "factor": ..., ...}.
+
+    Returns:
+        cos, sin: (T, D / 2) float32 each, computed in float64 and rounded once.
+
+    Raises:
+        DTypeError: `positions` are not integers.
+        ShapeError: `positions` does not have one dimension.
+        OptionError: A number is out of range.
+
+    Source: Su et al., "RoFormer", 2021; for scaled frequencies see csrc/ops/rope.h.
+    """
+    array = np.asarray(positions)
+    if array.dtype.kind not in "iu":
+        raise DTypeError(f"rope_angles: positions must be integers, got {array.dtype}")
+    if array.ndim != 1:
+        raise ShapeError(f"rope_angles: positions must have shape (T,), got {array.shape}")
+    # A config of one head fills in the defaults as a model's would.
+    config = LlamaConfig(
+        num_attention_heads=1,
+        head_dim=head_dim,
+        rope_parameters={"rope_theta": theta} if parameters is None else parameters,
+    )
+    return _core.rope_angles(core_config(config)["rope"], np.ascontiguousarray(array, dtype=np.int64))
+
+
+def rope(
+    x: FloatArray,
+    cos: FloatArray,
+    sin: FloatArray,
+    *,
+    out: FloatArray | None = None,
+    threads: int | None = None,
+    isa: str | None = None,
+    device: str = "cpu",
+) -> FloatArray:
+    """Rotates each pair (x[i], x[i + D/2]) of every head by the angle of its token.
+
+    This is the "half-split" layout of Hugging Face checkpoints.
+
+    Args:
+        x: (..., T, heads, D) float32, D even.
+        cos: (T, D / 2) float32, from `rope_angles`; the same for all leading dimensions.
+        sin: Likewise.
+        out, threads, isa, device: See `llama_ext.ops`; `out=x` rotates in place.
+
+    Returns:
+        The shape of `x`, float32.
+
+    Raises:
+        ShapeError: The shapes do not fit together.
+        DTypeError: An array is not float32.
+
+    Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
+    """
+    x = float32_array("rope", "x", x)
+    if x.ndim < 3:
+        raise ShapeError(f"rope: x must have shape (..., T, heads, D), got {x.shape}")
+    tokens, heads, head_dim = x.shape[-3:]
+    half = (tokens, head_dim // 2)
+    cos = float32_array("rope", "cos", cos)
+    sin = float32_array("rope", "sin", sin)
+    if head_dim % 2:
+        raise ShapeError(f"rope: the head dimension must be even, got x of shape {x.shape}")
+    require_shape("rope", "cos", cos, half)
+    require_shape("rope", "sin", sin, half)
+    batch = x.size // max(tokens * heads * head_dim, 1)
+    if batch > 1:
+        cos, sin = np.tile(cos, (batch, 1)), np.tile(sin, (batch, 1))
+    # The core rotates in place; writing x to the target first makes every aliasing of the two right.
+    in_place = out is x and x.flags.writeable
+    target = x if in_place else destination("rope", out, x.shape, (cos, sin))
+    if not in_place:
+        target[...] = x
+    if x.size:
+        backend_for(device, threads, isa).rope(target.reshape(-1, heads, head_dim), cos, sin)
+    return finish(out, target)
+
+
+def attention(
+    q: FloatArray,
+    k: FloatArray,
+    v: FloatArray,
+    *,
+    scale: float | None = None,
+    starts: npt.NDArray[np.integer[Any]] | None = None,
+    lengths: npt.NDArray[np.integer[Any]] | None = None,
+    kv_dtype: str = "float32",
+    out: FloatArray | None = None,
+    threads: int | None = None,
+    isa: str | None = None,
+    device: str = "cpu",
+) -> FloatArray:
+    """Causal grouped-query attention: y[h] = softmax_j(scale * q[h] . k[j]) v[j].
+
+    Query head h reads key/value head h // (H / K).
+
+    Args:
+        q: (T, H, D) or (B, T, H, D) float32: the last T positions of a sequence of S.
+        k: (S, K, D) or (B, S, K, D) float32, S >= T, H a multiple of K. Query t sees keys 0 .. S - T + t.
+        v: The shape of `k`.
+        scale: None is 1 / sqrt(D).
+        starts: (B) integers, of padded rows: where the keys of a row begin; None is 0.
+        lengths: (B) integers: how many keys a row has from there on; None is all. A query outside its row's keys is
+            padding and gives zeros.
+        kv_dtype: What keys and values are rounded to, as in a KV cache: "float32" or "bfloat16".
+        out, threads, isa, device: See `llama_ext.ops`.
+
+    Returns:
+        The shape of `q`, float32.
+
+    Raises:
+        ShapeError: The shapes do not fit together.
+        DTypeError: An array is not float32, or an unknown `kv_dtype`.
+
+    Source: Vaswani et al., 2017; Ainslie et al., "GQA", 2023.
+    """
+    q = float32_array("attention", "q", q)
+    k = float32_array("attention", "k", k)
+    v = float32_array("attention", "v", v)
+    if q.ndim not in (3, 4):
+        raise ShapeError(f"attention: q must have shape (T, H, D) or (B, T, H, D), got {q.shape}")
+    batch = q.shape[0] if q.ndim == 4 else 1
+    tokens, heads, head_dim = q.shape[-3:]
+    if k.ndim != q.ndim or k.shape[:-3] != q.shape[:-3] or k.shape[-1] != head_dim:
+        raise ShapeError(
+            f"attention: k must have shape (S, K, {head_dim}) after the batch of q {q.shape}, got {k.shape}"
+        )
+    require_shape("attention", "v", v, k.shape)
+    keys, kv_heads = k.shape[-3:-1]
+    if kv_heads < 1 or heads % kv_heads:
+        raise ShapeError(f"attention: {heads} query heads are not a multiple of {kv_heads} key/value heads")
+    if keys < tokens:
+        raise ShapeError(f"attention: {tokens} queries need at least as many keys, got {keys}")
+    target = destination("attention", out, q.shape, (q, k, v))
+    if q.size:
+        first = np.zeros(batch, dtype=np.int32) if starts is None else integers("attention", "starts", starts, keys + 1)
+        count = keys - first if lengths is None else integers("attention", "lengths", lengths, keys + 1)
+        backend_for(device, threads, isa).attention(
+            q.reshape(batch, tokens, heads, head_dim),
+            k.reshape(batch, keys, kv_heads, head_dim),
+            v.reshape(batch, keys, kv_heads, head_dim),
+            first,
+            count,
+            head_dim**-0.5 if scale is None else scale,
+            kv_dtype,
+            target.reshape(batch, tokens, heads, head_dim),
+        )
+    return finish(out, target)

@@ -1,0 +1,174 @@
+"""Between tokens and vectors: embedding, probabilities, losses and the choice of the next token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llama_ext._arrays import Array, FloatArray, destination, finish, flat, float32_array, integers, last, require_shape
+from llama_ext.errors import ShapeError
+from llama_ext.ops.packing import Matrix, as_matrix, backend_for
+
+__all__ = ["cross_entropy", "embedding", "sample", "softmax"]
+
+
+def embedding(
+    ids: npt.NDArray[np.integer[Any]],
+    table: Array | Matrix,
+    *,
+    out: FloatArray | None = None,
+    dtype: str | None = None,
+    threads: int | None = None,
+    isa: str | None = None,
+    device: str = "cpu",
+) -> FloatArray:
+    """y[t] = table[ids[t]]
+
+    Args:
+        ids: (...) integers, each in [0, V).
+        table: (V, C): an array, packed for this call, or the result of `pack`.
+        dtype, out, threads, isa, device: As in `matmul`.
+
+    Returns:
+        (..., C) float32.
+
+    Raises:
+        ShapeError: `table` does not have two dimensions.
+        DTypeError: `ids` are not integers.
+        TokenIdError: An id outside [0, V).
+        OptionError: As `matmul`.
+    """
+    matrix = as_matrix("embedding", table, dtype, threads, isa, device)
+    rows, columns = matrix.shape
+    array = integers("embedding", "ids", ids, rows)
+    target = destination("embedding", out, (*array.shape, columns), ())
+    matrix.backend.embedding(array.reshape(-1), matrix.handle, flat(target, columns))
+    return finish(out, target)
+
+
+def softmax(
+    x: FloatArray,
+    *,
+    out: FloatArray | None = None,
+    threads: int | None = None,
+    isa: str | None = None,
+    device: str = "cpu",
+) -> FloatArray:
+    """y = exp(x - max(x)) / sum(exp(x - max(x))) over the last axis.
+
+    Args:
+        x: (..., N) float32. An entry of -inf gets probability 0; a row with a NaN or a +inf, or of nothing but -inf,
+            gives NaN.
+        out, threads, isa, device: See `llama_ext.ops`.
+
+    Returns:
+        The shape of `x`, float32.
+
+    Raises:
+        ShapeError: `x` has no dimension.
+        DTypeError: `x` is not float32.
+    """
+    x = float32_array("softmax", "x", x)
+    width = last("softmax", "x", x)
+    target = destination("softmax", out, x.shape, (x,))
+    backend_for(device, threads, isa).softmax(flat(x, width), flat(target, width))
+    return finish(out, target)
+
+
+def cross_entropy(
+    logits: FloatArray,
+    labels: npt.NDArray[np.integer[Any]],
+    *,
+    out: FloatArray | None = None,
+    threads: int | None = None,
+    isa: str | None = None,
+    device: str = "cpu",
+) -> FloatArray:
+    """The loss of each token: log(sum_v exp(logits[v])) - logits[label], or 0 where the label is -100.
+
+    Nothing is shifted and nothing averaged: the mean over counted labels is `losses.sum() / (labels != -100).sum()`.
+
+    Args:
+        logits: (..., V) float32.
+        labels: (...) integers, each in [0, V) or -100 (ignored).
+        out, threads, isa, device: See `llama_ext.ops`.
+
+    Returns:
+        (...) float32, in nats.
+
+    Raises:
+        ShapeError: `labels` does not have the shape of `logits` less the last axis.
+        DTypeError: `logits` is not float32 or `labels` are not integers.
+        TokenIdError: A label outside [0, V) that is not -100.
+    """
+    logits = float32_array("cross_entropy", "logits", logits)
+    width = last("cross_entropy", "logits", logits)
+    ids = integers("cross_entropy", "labels", labels, width, ignored=-100)
+    require_shape("cross_entropy", "labels", ids, logits.shape[:-1])
+    target = destination("cross_entropy", out, ids.shape, (logits,))
+    backend_for(device, threads, isa).cross_entropy(flat(logits, width), ids.reshape(-1), target.reshape(-1))
+    return finish(out, target)
+
+
+def sample(
+    logits: FloatArray,
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    logit_bias: Mapping[int, float] | None = None,
+    prompt: Sequence[int] = (),
+    output: Sequence[int] = (),
+    seed: int = 0,
+    stream: int = 0,
+    counter: int = 0,
+    threads: int | None = None,
+    isa: str | None = None,
+    device: str = "cpu",
+) -> tuple[int, float]:
+    """Chooses the next token. The steps run in this order: bias, penalties, temperature, top_k, top_p, min_p, draw.
+
+    Args:
+        logits: (V) float32, unchanged.
+        temperature: >= 0; 0 takes the largest logit, the lowest id among equals.
+        top_k: Keep the k largest; 0 keeps all.
+        top_p: Probability, 0 < p <= 1: keep the smallest set of the most likely whose probability reaches it.
+        min_p: Share, 0 <= p < 1: keep what is at least this share as likely as the most likely.
+        repetition_penalty: > 0, on prompt and output: a positive logit is divided by it, a negative one multiplied.
+        presence_penalty: Subtracted once from every token of `output`.
+        frequency_penalty: Subtracted per occurrence in `output`.
+        logit_bias: Added to a token's logit; -inf forbids it.
+        prompt: Ids before the output, for the repetition penalty.
+        output: Ids generated so far, for the penalties.
+        seed, stream, counter: Whole numbers in [0, 2^64): together they decide the draw, whatever was drawn before.
+        threads, isa, device: See `llama_ext.ops`.
+
+    Returns:
+        The token, and its log probability under softmax(logits) before any processing.
+
+    Raises:
+        ShapeError: `logits` does not have one dimension.
+        OptionError: An option is out of range.
+        NumericError: A logit is NaN or +inf, or all are -inf.
+    """
+    logits = float32_array("sample", "logits", logits)
+    if logits.ndim != 1:
+        raise ShapeError(f"sample: logits must have shape (V,), got {logits.shape}")
+    options = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "logit_bias": dict(logit_bias or {}),
+    }
+    return backend_for(device, threads, isa).sample(logits, options, list(prompt), list(output), seed, stream, counter)
