@@ -80,9 +80,7 @@ class ModelShape:
         return round((self.block_parameters + self.head_parameters) * bytes_per_weight)
 
 
-TINYLLAMA_1_1B = ModelShape(
-    vocabulary=32000, width=2048, ffn_width=5632, layers=22, heads=32, kv_heads=4, head_dim=64
-)
+TINYLLAMA_1_1B = ModelShape(vocabulary=32000, width=2048, ffn_width=5632, layers=22, heads=32, kv_heads=4, head_dim=64)
 
 
 # ---------------------------------------------------------------------------------------------------------- GGUF

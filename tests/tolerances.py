@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 U32 = 2.0**-24
-U_BF16 = 2.0**-9
+U_BF16 = 2.0**-8
 
 # Below this, float32 numbers are denormal: bfloat16 instructions and our exponential flush them to zero.
 TINY = 2.0**-126

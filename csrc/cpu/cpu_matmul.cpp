@@ -85,18 +85,17 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
         const bool is_last = panel + 1 == last;
         const bool has_next = tiles > 1 && (!is_last || k0 + kc < k_padded);
         const void* next = is_last ? weight.panel_at(first, k0 + kc) : weight.panel_at(panel + 1, k0);
-        kernel.panel({rows, k_padded, k0, kc, a, weight.panel_at(panel, k0), c + (panel - first) * sums, kPanel, k0 > 0,
+        float* panel_sums = c + (panel - first) * sums;
+        kernel.panel({rows, k_padded, k0, kc, a, weight.panel_at(panel, k0), panel_sums, kPanel, k0 > 0,
                       has_next ? next : nullptr, kc * kPanel * element});
+        if (k0 + kc < k_padded) continue;
+        kernels_.epilogue({product.epilogue, product.bias == nullptr ? nullptr : product.bias + panel * kPanel,
+                           product.y.row<float>(begin + row) + panel * width, product.y.row_stride(),
+                           std::min(width, y_columns - panel * width)},
+                          rows, panel_sums, kPanel);
       }
       k0 += k_block;
     } while (k0 < k_padded);
-    for (int64_t panel = first; panel < last; ++panel) {
-      const Epilogue epilogue = {product.epilogue,
-                                 product.bias == nullptr ? nullptr : product.bias + panel * kPanel,
-                                 product.y.row<float>(begin + row) + panel * width, product.y.row_stride(),
-                                 std::min(width, y_columns - panel * width)};
-      kernels_.epilogue(epilogue, rows, c + (panel - first) * sums, kPanel);
-    }
   });
 }
 

@@ -61,8 +61,13 @@ void pack_rows(const PanelMatrix& matrix, const RowMap& map, const TensorView& s
       const Element* from = source.row<const Element>(i);
       const int64_t row = map(i);
       if (matrix.dtype() == DType::kBF16) {
-        uint16_t* panel = matrix.panel<uint16_t>(row / kPanel);
-        for (int64_t k = k0; k < k_end; ++k) panel[matrix.offset_in_panel(row, k)] = Source<kFrom>::to_bf16(from[k]);
+        uint16_t* to = matrix.panel<uint16_t>(row / kPanel) + row % kPanel * 2 + k0 * kPanel;
+        int64_t k = k0;
+        for (; k + 2 <= k_end; k += 2, to += 2 * kPanel) {
+          to[0] = Source<kFrom>::to_bf16(from[k]);
+          to[1] = Source<kFrom>::to_bf16(from[k + 1]);
+        }
+        if (k < k_end) to[0] = Source<kFrom>::to_bf16(from[k]);
       } else {
         float* to = matrix.panel<float>(row / kPanel) + row % kPanel;
         for (int64_t k = k0; k < k_end; ++k) to[k * kPanel] = Source<kFrom>::widen(from[k]);

@@ -7,4 +7,8 @@ import sys
 from llama_ext.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    # CPython notes an interrupt that leaves code made of a string, as a dataclass is, and `python -m` would die of it at
+    # its end although it was caught. Running such code again clears the note.
+    exec("")  # noqa: S102
+    sys.exit(code)

@@ -23,7 +23,7 @@ SHAPES += [(0, 5), (700, 33), (301, 257)]
 SHAPE_IDS = [f"{rows}x{width}" for rows, width in SHAPES]
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
 def make_problem(rows: int, width: int) -> tuple[Array, Array]:
     rng = np.random.default_rng([rows, width])
     logits = rng.standard_normal((rows, width)) * rng.choice([0.1, 3.0, 30.0], (rows, 1))
@@ -34,7 +34,7 @@ def make_problem(rows: int, width: int) -> tuple[Array, Array]:
     return logits.astype(np.float32), labels.astype(np.int32)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
 def expected_reference(rows: int, width: int) -> Array:
     logits, labels = make_problem(rows, width)
     out = np.full(rows, np.nan, np.float32)

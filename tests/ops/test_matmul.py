@@ -63,7 +63,7 @@ class Problem:
     y: Array | None  # what the result is added to
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache
 def make_problem(case: Case) -> Problem:
     rng = np.random.default_rng([case.m, case.n, case.k])
 
@@ -78,7 +78,7 @@ def make_problem(case: Case) -> Problem:
     )
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache
 def expected_numpy(case: Case, dtype: str, rounded: bool) -> tuple[Array, Array]:
     """The result and the sums of magnitudes; `rounded`: of activations that were rounded to bfloat16 first."""
     problem = make_problem(case)
@@ -87,7 +87,7 @@ def expected_numpy(case: Case, dtype: str, rounded: bool) -> tuple[Array, Array]
     return numpy_ops.matmul(x, weight, problem.bias, problem.y)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache
 def expected_reference(case: Case, dtype: str, rounded: bool) -> Array:
     problem = make_problem(case)
     x = numpy_ops.as_kept(problem.x, "bfloat16" if rounded else "float32").astype(np.float32)

@@ -24,7 +24,7 @@ SHAPE_IDS = [f"{rows}x{width}" for rows, width in SHAPES]
 EPS = (1e-5, 1e-6, 0.5)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
 def make_problem(rows: int, width: int) -> tuple[Array, Array, float]:
     rng = np.random.default_rng([rows, width])
     # Rows of very different size, as hidden states have.
@@ -33,7 +33,7 @@ def make_problem(rows: int, width: int) -> tuple[Array, Array, float]:
     return x, rng.standard_normal(width).astype(np.float32), EPS[width % 3]
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
 def expected_reference(rows: int, width: int) -> Array:
     x, weight, eps = make_problem(rows, width)
     out = np.full_like(x, np.nan)

@@ -24,7 +24,7 @@ SHAPES += [(0, 2, 8), (5, 0, 8), (300, 9, 34), (129, 32, 128), (1, 64, 128)]
 SHAPE_IDS = ["T{}-H{}-D{}".format(*shape) for shape in SHAPES]
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
 def make_problem(tokens: int, heads: int, dim: int) -> tuple[Array, Array, Array]:
     rng = np.random.default_rng([tokens, heads, dim])
     angle = rng.uniform(-np.pi, np.pi, (tokens, dim // 2))
@@ -32,7 +32,7 @@ def make_problem(tokens: int, heads: int, dim: int) -> tuple[Array, Array, Array
     return x, np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
 def expected_reference(tokens: int, heads: int, dim: int) -> Array:
     x, cos, sin = make_problem(tokens, heads, dim)
     result = x.copy()

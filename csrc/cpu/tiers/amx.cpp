@@ -10,7 +10,7 @@
 namespace llama_ext {
 
 namespace LLAMA_EXT_ISA_NAMESPACE {
-static constexpr GemmKernel kGemmBf16 = {kAmxRows, sizeof(uint16_t), 512, 16, pack_amx, panel_amx};
+static constexpr GemmKernel kGemmBf16 = {kAmxRows, sizeof(uint16_t), 256, 8, pack_amx, panel_amx};
 }
 
 extern const KernelTable kTable_amx;

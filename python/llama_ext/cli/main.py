@@ -1,16 +1,17 @@
-"""`llama-ext`: finds the subcommand, runs it, and turns what goes wrong into one line and an exit code."""
+"""`llama-ext`: finds the subcommand, runs it, and turns what goes wrong into one line and an exit code.
+
+The subcommands are imported where Ctrl-C is already taken care of: an import is the slowest part of a short command.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
-import traceback
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from llama_ext._version import __version__
-from llama_ext.cli import bench, chat, generate, info, perplexity
-from llama_ext.cli.common import Parser, in_words_of_the_command, report
 from llama_ext.errors import (
     ContextLengthError,
     FormatError,
@@ -20,6 +21,9 @@ from llama_ext.errors import (
     TokenIdError,
     UnsupportedError,
 )
+
+if TYPE_CHECKING:
+    from llama_ext.cli.common import Parser
 
 __all__ = ["EXIT_INTERRUPTED", "build_parser", "exit_code", "main"]
 
@@ -42,8 +46,6 @@ _EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
     (MemoryError, EXIT_LIMIT),
 )
 
-_COMMANDS = (info, generate, chat, bench, perplexity)
-
 _DESCRIPTION = """\
 Run Llama models on this machine's CPU. Without --model it is the small
 demonstration model that comes with the package."""
@@ -64,12 +66,15 @@ exit codes:
 
 def build_parser() -> Parser:
     """The parser of the whole command."""
+    from llama_ext.cli import bench, chat, generate, info, perplexity
+    from llama_ext.cli.common import Parser
+
     parser = Parser(prog="llama-ext", usage="llama-ext COMMAND [OPTIONS]", description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("--version", action="version", version=f"llama-ext {__version__}")
     commands = parser.add_subparsers(
         prog="llama-ext", title="commands", metavar="COMMAND [OPTIONS]", dest="command", required=True
     )
-    for module in _COMMANDS:
+    for module in (info, generate, chat, bench, perplexity):
         module.add_to(commands)
     return parser
 
@@ -113,10 +118,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _was_interrupted(error):
             error = KeyboardInterrupt()
         elif "--debug" in arguments:
+            import traceback
+
             traceback.print_exc()
         if not isinstance(error, (Exception, KeyboardInterrupt)):
             raise
         if isinstance(error, Exception):
+            from llama_ext.cli.common import report
+
             report(_describe(error))
         return exit_code(error)
 
@@ -124,6 +133,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _describe(error: Exception) -> str:
     text = str(error)
     if isinstance(error, LlamaExtError):
+        from llama_ext.cli.common import in_words_of_the_command
+
         return in_words_of_the_command(text)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
