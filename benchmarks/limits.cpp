@@ -18,6 +18,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <iterator>
 #include <string>
 #include <thread>
 #include <vector>
@@ -187,32 +188,48 @@ std::vector<Peak> peaks(const Features& f) {
 
 // -------------------------------------------------------------------------------------------------------- memory
 //
-// Each thread reads a contiguous part with the widest loads there are. Whether software prefetching helps differs from
-// machine to machine, so each round also tries it; the best counts.
+// Each thread reads its own part with the widest loads there are, from front to back. How many streams at once and
+// whether software prefetching help differs from machine to machine, so several ways are tried; the best counts.
 
-#define LLAMA_EXT_READER(name, isa, Vector, load, combine)                                                             \
-  __attribute__((target(isa))) void name(const char* begin, int64_t bytes, int64_t ahead) {                            \
-    Vector sums[4] = {};                                                                                               \
-    for (int64_t i = 0; i < bytes; i += 4 * 64) {                                                                      \
-      if (ahead > 0) {                                                                                                 \
-        _Pragma("GCC unroll 4") for (int k = 0; k < 4; ++k) { _mm_prefetch(begin + i + ahead + 64 * k, _MM_HINT_T0); } \
-      }                                                                                                                \
-      constexpr int kLoads = static_cast<int>(4 * 64 / sizeof(Vector));                                                \
-      _Pragma("GCC unroll 16") for (int k = 0; k < kLoads; ++k) {                                                      \
-        const char* from = begin + i + k * static_cast<int64_t>(sizeof(Vector));                                       \
-        sums[k % 4] = combine(sums[k % 4], load(reinterpret_cast<const Vector*>(from)));                               \
-      }                                                                                                                \
-    }                                                                                                                  \
-    uint64_t words[4 * sizeof(Vector) / 8];                                                                            \
-    std::memcpy(words, sums, sizeof sums);                                                                             \
-    for (uint64_t word : words) g_sink = word;                                                                         \
+struct Way {
+  int64_t streams;  // places of its part that a thread reads by turns
+  int64_t ahead;    // bytes to prefetch ahead; 0: leave it to the hardware
+};
+
+constexpr Way kWays[] = {{1, 0}, {1, 4096}, {4, 0}, {4, 1024}};
+constexpr int64_t kBlock = 4 * 64;
+
+// clang-format off
+#define LLAMA_EXT_READER(name, isa, Vector, load, combine)                                           \
+  __attribute__((target(isa))) void name(const char* begin, int64_t bytes, Way way) {                \
+    constexpr int kLoads = static_cast<int>(kBlock / sizeof(Vector));                                \
+    const int64_t stride = bytes / way.streams;                                                      \
+    Vector sums[4] = {};                                                                             \
+    for (int64_t i = 0; i < stride; i += kBlock) {                                                   \
+      for (int64_t stream = 0; stream < way.streams; ++stream) {                                     \
+        const char* block = begin + stream * stride + i;                                             \
+        if (way.ahead > 0) {                                                                         \
+          _Pragma("GCC unroll 4") for (int k = 0; k < 4; ++k) {                                      \
+            _mm_prefetch(block + way.ahead + 64 * k, _MM_HINT_T0);                                   \
+          }                                                                                          \
+        }                                                                                            \
+        _Pragma("GCC unroll 16") for (int k = 0; k < kLoads; ++k) {                                  \
+          const char* from = block + k * static_cast<int64_t>(sizeof(Vector));                       \
+          sums[k % 4] = combine(sums[k % 4], load(reinterpret_cast<const Vector*>(from)));           \
+        }                                                                                            \
+      }                                                                                              \
+    }                                                                                                \
+    uint64_t words[4 * sizeof(Vector) / 8];                                                          \
+    std::memcpy(words, sums, sizeof sums);                                                           \
+    for (uint64_t word : words) g_sink = word;                                                       \
   }
+// clang-format on
 
 LLAMA_EXT_READER(read_128, "sse2", __m128i, _mm_load_si128, _mm_xor_si128)
 LLAMA_EXT_READER(read_256, "avx2", __m256i, _mm256_load_si256, _mm256_xor_si256)
 LLAMA_EXT_READER(read_512, "avx512f", __m512i, _mm512_load_si512, _mm512_xor_si512)
 
-using Reader = void (*)(const char* begin, int64_t bytes, int64_t ahead);
+using Reader = void (*)(const char* begin, int64_t bytes, Way way);
 
 class Buffer {
  public:
@@ -235,7 +252,7 @@ class Buffer {
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
 
-  int64_t part_bytes(int threads) const { return bytes_ / threads / 4096 * 4096; }
+  int64_t part_bytes(int threads) const { return bytes_ / threads / 16384 * 16384; }
   char* part(int index, int threads) const { return data_ + index * part_bytes(threads); }
   bool huge_pages() const { return huge_pages_; }
 
@@ -295,9 +312,9 @@ double peak_rate(const Peak& peak, int threads, double budget) {
 double read_rate(const Buffer& buffer, Reader reader, int threads, double budget) {
   const int64_t bytes = buffer.part_bytes(threads);
   double best = 0;
-  for (int64_t ahead : {int64_t{0}, int64_t{1024}, int64_t{4096}}) {
+  for (const Way& way : kWays) {
     const double seconds =
-        best_seconds(threads, budget / 3, [&](int t) { reader(buffer.part(t, threads), bytes, ahead); });
+        best_seconds(threads, budget / std::size(kWays), [&](int t) { reader(buffer.part(t, threads), bytes, way); });
     best = std::max(best, static_cast<double>(bytes) * threads / seconds / 1e9);
   }
   return best;

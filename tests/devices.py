@@ -47,15 +47,15 @@ CPU = [Device(isa, threads) for isa in ISAS for threads in (1, 2, 3)]
 _missing = [isa for isa in _core.compiled_isas() if isa not in ISAS]
 
 
+def _skipped(value: object, isa: str) -> object:
+    return pytest.param(value, id=isa, marks=pytest.mark.skip(reason=f"this machine does not have {isa}"))
+
+
 def _params(devices: list[Device]) -> list[object]:
-    skipped = [
-        pytest.param(Device(isa, 1), id=isa, marks=pytest.mark.skip(reason=f"this machine does not have {isa}"))
-        for isa in _missing
-    ]
-    return [pytest.param(device, id=str(device)) for device in devices] + skipped
+    found = [pytest.param(device, id=str(device)) for device in devices]
+    return found + [_skipped(Device(isa, 1), isa) for isa in _missing]
 
 
-# Two decorators: `device` over the kernels only, or over these and the reference, which NumPy checks.
-cpu_devices = pytest.mark.parametrize("device", _params(CPU))
+# The kernels and the reference, which NumPy checks; each set of kernels once.
 all_devices = pytest.mark.parametrize("device", _params([REFERENCE, *CPU]))
-each_isa = pytest.mark.parametrize("isa", ISAS)
+each_isa = pytest.mark.parametrize("isa", [*ISAS, *[_skipped(isa, isa) for isa in _missing]])

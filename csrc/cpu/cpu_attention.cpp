@@ -156,16 +156,15 @@ void CpuBackend::attention(const AttentionArgs& args) {
   const int64_t limit_floats = round_up(2 * unit_rows, 16);
   const int64_t worker_floats = 2 * row_floats + limit_floats + round_up(attention_scratch(unit_rows, dim), 16);
   const int64_t total = static_cast<int64_t>(units.size()) * parts * result_floats + threads * worker_floats;
-  auto* memory = static_cast<float*>(
-      thread_scratch(Scratch::kAttention, static_cast<size_t>(total) * sizeof(float)));
+  auto* memory = static_cast<float*>(thread_scratch(Scratch::kAttention, static_cast<size_t>(total) * sizeof(float)));
   float* workers = memory + static_cast<int64_t>(units.size()) * parts * result_floats;
 
   const auto result = [&](int64_t unit, int64_t part) { return memory + (unit * parts + part) * result_floats; };
   // Normalises a unit's finished sums and writes them out.
   const auto write = [&](const Unit& unit, const float* o, const float* l) {
     for (int64_t row = 0; row < unit.tokens * group; ++row) {
-      float* y = args.y.row<float>(unit.segment->row + unit.token + row / group) +
-                 (unit.kv_head * group + row % group) * dim;
+      float* y =
+          args.y.row<float>(unit.segment->row + unit.token + row / group) + (unit.kv_head * group + row % group) * dim;
       const float* sums = o + row * padded;
       for (int64_t d = 0; d < dim; ++d) y[d] = sums[d] / l[row];
     }
@@ -184,8 +183,8 @@ void CpuBackend::attention(const AttentionArgs& args) {
     auto* limits = reinterpret_cast<int64_t*>(packed + row_floats);
     float* scratch = packed + row_floats + limit_floats;
     for (int64_t row = 0; row < rows; ++row) {
-      const float* q = args.q.row<float>(unit.segment->row + unit.token + row / group) +
-                       (unit.kv_head * group + row % group) * dim;
+      const float* q =
+          args.q.row<float>(unit.segment->row + unit.token + row / group) + (unit.kv_head * group + row % group) * dim;
       for (int64_t d = 0; d < dim; ++d) scaled[row * dim + d] = q[d] * static_cast<float>(args.scale);
       limits[row] = first_position + row / group + 1;
     }

@@ -103,9 +103,8 @@ void CpuBackend::rope(const RopeArgs& args) {
 
 void CpuBackend::softmax(const SoftmaxArgs& args) {
   check(args);
-  for_each_row(args.x.rows(), threads_for(2.0 * row_microseconds(args.x)), [&](int64_t row) {
-    kernels_.softmax(args.x.row<float>(row), args.x.dim(1), args.y.row<float>(row));
-  });
+  for_each_row(args.x.rows(), threads_for(2.0 * row_microseconds(args.x)),
+               [&](int64_t row) { kernels_.softmax(args.x.row<float>(row), args.x.dim(1), args.y.row<float>(row)); });
 }
 
 void CpuBackend::cross_entropy(const CrossEntropyArgs& args) {

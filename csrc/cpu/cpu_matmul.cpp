@@ -29,9 +29,9 @@ void CpuBackend::multiply(const Product& product) {
 void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t count) {
   const PanelMatrix& weight = *product.weight;
   const bool is_f32 = weight.dtype() == DType::kF32;
-  const GemmKernel& kernel = is_f32                                 ? kernels_.f32
+  const GemmKernel& kernel = is_f32                               ? kernels_.f32
                              : product.compute == Compute::kExact ? kernels_.bf16_exact
-                                                                    : kernels_.bf16;
+                                                                  : kernels_.bf16;
   const int64_t k = weight.cols();
   const int64_t k_padded = weight.k_padded();
   const int64_t element = static_cast<int64_t>(size_of(weight.dtype()));
@@ -50,7 +50,8 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
   const int64_t rounds = std::max<int64_t>(1, ceil_div(panels, threads * largest_group));
   const int64_t group_panels = std::max<int64_t>(1, ceil_div(panels, threads * rounds));
   const int64_t groups = ceil_div(panels, group_panels);
-  const int64_t wanted_blocks = groups >= threads ? 1 : ceil_div(threads * kTasksPerThread, std::max<int64_t>(groups, 1));
+  const int64_t wanted_blocks =
+      groups >= threads ? 1 : ceil_div(threads * kTasksPerThread, std::max<int64_t>(groups, 1));
   const int64_t block_tiles = std::max<int64_t>(1, ceil_div(tiles, wanted_blocks));
   const int64_t block_rows = block_tiles * kernel.tile_rows;
   const int64_t row_blocks = ceil_div(tiles, block_tiles);

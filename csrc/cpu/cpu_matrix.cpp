@@ -81,8 +81,8 @@ void check_rows(const Matrix& matrix, const RowMap& map, const TensorView& rows,
   require(rows.is_contiguous(), ErrorKind::kShape, "matrix: ", what, " must be contiguous");
   if (rows.rows() == 0) return;
   const int64_t last = map(rows.rows() - 1);
-  require(map.begin >= 0 && last >= 0 && last < matrix.rows(), ErrorKind::kShape, "matrix: ", what, " has ", rows.rows(),
-          " rows, the last of which would be row ", last, " of ", matrix.rows());
+  require(map.begin >= 0 && last >= 0 && last < matrix.rows(), ErrorKind::kShape, "matrix: ", what, " has ",
+          rows.rows(), " rows, the last of which would be row ", last, " of ", matrix.rows());
 }
 
 double copy_microseconds(const TensorView& view) { return static_cast<double>(view.size()) / 500.0; }

@@ -125,7 +125,8 @@ std::string best_isa() {
   for (const Tier& tier : tiers()) {
     if (tier.by_default) best = tier.table->name;
   }
-  require(!best.empty(), ErrorKind::kDevice, "this CPU lacks SSE4.2 and POPCNT (x86-64-v2), the least that llama_ext needs");
+  require(!best.empty(), ErrorKind::kDevice,
+          "this CPU lacks SSE4.2 and POPCNT (x86-64-v2), the least that llama_ext needs");
   return best;
 }
 

@@ -55,8 +55,8 @@ struct Epilogue {
 
 /// Rows of queries of one key/value head against a range of key tiles.
 struct AttentionJob {
-  const void* k;  // this head's keys: [tile of 32][D][32]
-  const void* v;  // this head's values: [panel of 32 of D][capacity][32]
+  const void* k;           // this head's keys: [tile of 32][D][32]
+  const void* v;           // this head's values: [panel of 32 of D][capacity][32]
   int64_t v_panel_stride;  // elements
   bool is_bf16;
   int64_t head_dim;
@@ -65,9 +65,9 @@ struct AttentionJob {
   const int64_t* limits;  // per row: how many keys it sees
   int64_t tile_begin;     // in units of kKeyTile
   int64_t tile_end;
-  float* o;  // [rows][round_up(D, 32)]: the running weighted sum of values
-  float* m;  // [rows]: the running maximum
-  float* l;  // [rows]: the running sum of exponentials
+  float* o;        // [rows][round_up(D, 32)]: the running weighted sum of values
+  float* m;        // [rows]: the running maximum
+  float* l;        // [rows]: the running sum of exponentials
   float* scratch;  // attention_scratch(rows, D) floats
 };
 

@@ -30,8 +30,7 @@ int physical_cores() {
   std::set<std::string> cores;
   for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
     if (!CPU_ISSET(cpu, &allowed)) continue;
-    const std::string siblings =
-        read_line(cat("/sys/devices/system/cpu/cpu", cpu, "/topology/thread_siblings_list"));
+    const std::string siblings = read_line(cat("/sys/devices/system/cpu/cpu", cpu, "/topology/thread_siblings_list"));
     cores.insert(siblings.empty() ? cat("cpu", cpu) : siblings);
   }
   return cores.empty() ? 1 : static_cast<int>(cores.size());
@@ -69,8 +68,8 @@ double cgroup_quota() {
         tightest = std::fmin(tightest, quota_of(quota, period));
       } else {
         const std::string folder = "/sys/fs/cgroup/cpu" + path;
-        tightest = std::fmin(tightest, quota_of(read_line(folder + "/cpu.cfs_quota_us"),
-                                                read_line(folder + "/cpu.cfs_period_us")));
+        tightest = std::fmin(
+            tightest, quota_of(read_line(folder + "/cpu.cfs_quota_us"), read_line(folder + "/cpu.cfs_period_us")));
       }
       if (path.empty() || path == "/") break;
       path.resize(path.rfind('/'));
@@ -93,8 +92,8 @@ ThreadDefault default_threads() {
 }
 
 void set_default_threads(int threads) {
-  require(threads >= 0 && threads <= kMaxThreads, ErrorKind::kOption, "set_num_threads: threads must be in [1, ", kMaxThreads,
-          "], or 0 for the machine's default, got ", threads);
+  require(threads >= 0 && threads <= kMaxThreads, ErrorKind::kOption, "set_num_threads: threads must be in [1, ",
+          kMaxThreads, "], or 0 for the machine's default, got ", threads);
   chosen.store(threads);
 }
 

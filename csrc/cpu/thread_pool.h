@@ -33,8 +33,7 @@ template <typename Function>
 void parallel_for(int threads, int64_t tasks, Function&& function) {
   using Callable = std::remove_reference_t<Function>;
   parallel_run(
-      threads, tasks,
-      [](void* context, int64_t task, int worker) { (*static_cast<Callable*>(context))(task, worker); },
+      threads, tasks, [](void* context, int64_t task, int worker) { (*static_cast<Callable*>(context))(task, worker); },
       const_cast<std::remove_const_t<Callable>*>(&function));
 }
 

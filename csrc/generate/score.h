@@ -9,7 +9,7 @@
 namespace llama_ext {
 
 struct Score {
-  float logprob = 0;    // log p(token | everything before it)
+  float logprob = 0;       // log p(token | everything before it)
   bool is_greedy = false;  // the token is the most likely one (the lowest id among equals)
 };
 

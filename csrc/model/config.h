@@ -8,16 +8,16 @@
 namespace llama_ext {
 
 struct ModelConfig {
-  int64_t vocabulary = 0;    // V
-  int64_t width = 0;         // C
-  int64_t ffn_width = 0;     // F
+  int64_t vocabulary = 0;  // V
+  int64_t width = 0;       // C
+  int64_t ffn_width = 0;   // F
   int64_t layers = 0;
-  int64_t heads = 0;         // H
-  int64_t kv_heads = 0;      // K, divides H
-  int64_t head_dim = 0;      // D, even
-  int64_t context = 0;       // positions the model was made for
+  int64_t heads = 0;     // H
+  int64_t kv_heads = 0;  // K, divides H
+  int64_t head_dim = 0;  // D, even
+  int64_t context = 0;   // positions the model was made for
   double norm_eps = 1e-6;
-  bool tied_head = false;    // the embedding table is also the output head
+  bool tied_head = false;  // the embedding table is also the output head
   bool attention_bias = false;
   bool ffn_bias = false;
   RopeConfig rope;

@@ -10,9 +10,9 @@ namespace llama_ext {
 
 struct KvCacheShape {
   int64_t layers = 0;
-  int64_t kv_heads = 0;  // K
-  int64_t head_dim = 0;  // D
-  int64_t capacity = 0;  // positions
+  int64_t kv_heads = 0;       // K
+  int64_t head_dim = 0;       // D
+  int64_t capacity = 0;       // positions
   DType dtype = DType::kF32;  // f32 | bf16
 };
 

@@ -35,7 +35,9 @@ struct RowMap {
   int64_t group = INT64_MAX;
   int64_t stride = 0;
 
-  int64_t operator()(int64_t i) const { return group == INT64_MAX ? begin + i : begin + (i / group) * stride + i % group; }
+  int64_t operator()(int64_t i) const {
+    return group == INT64_MAX ? begin + i : begin + (i / group) * stride + i % group;
+  }
 };
 
 /// The arithmetic of a product with reduced-precision weights. kAuto: the fastest of the ISA, which may round the

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
 import threading
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from devices import each_isa
-from random_models import build, cached, tokens
-from tolerances import assert_same_bits
 
+from devices import each_isa
 from llama_ext import _core
+from random_models import build, cached, tokens
+from subprocesses import run_script
+from tolerances import assert_same_bits
 
 LENGTH = 397  # keys in four tiles of 128
 MODES = [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "exact")]
@@ -201,14 +198,4 @@ print("same")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @each_isa
 def test_logits_have_the_same_bits_in_a_forked_child(isa: str, dtype: str) -> None:
-    script = textwrap.dedent(FORK)
-    paths = [str(Path(__file__).parents[1]), str(Path(_core.__file__).parents[1])]
-    done = subprocess.run(
-        [sys.executable, "-c", script, isa, dtype],
-        env={"PYTHONPATH": ":".join(paths), "OPENBLAS_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.stdout == "same\n", done.stderr
+    assert run_script(FORK, isa, dtype) == "same\n"

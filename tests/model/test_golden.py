@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from devices import ISAS, each_isa
 from safetensors.numpy import load_file
-from shared_data import SHARED, requires_shared
-from tolerances import assert_same_bits, relative_rms, units
 
 import llama_ext
+from devices import ISAS, each_isa
+from shared_data import SHARED, requires_shared
+from tolerances import assert_same_bits, relative_rms, units
 
 pytestmark = requires_shared
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy_ops
 import numpy.typing as npt
 import pytest
+
+import numpy_ops
 from devices import REFERENCE, Device, all_devices, each_isa
 from guarded import guarded, guarded_empty
-from tolerances import TINY, U32, assert_same_bits, assert_within, units
-
 from llama_ext import DTypeError, ShapeError
+from tolerances import TINY, U32, assert_same_bits, assert_within, units
 
 Array = npt.NDArray[Any]
 

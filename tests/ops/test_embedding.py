@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy_ops
 import pytest
+
+import numpy_ops
 from devices import REFERENCE, Device, all_devices
 from guarded import guarded, guarded_empty
-
 from llama_ext import DTypeError, ShapeError, TokenIdError
 
 # T, V, C
-SHAPES = [(0, 5, 3), (1, 1, 1), (3, 5, 0), (2, 31, 7), (5, 32, 8), (7, 33, 31), (33, 64, 32), (4, 65, 33), (100, 129, 65)]
+SHAPES = [
+    (0, 5, 3),
+    (1, 1, 1),
+    (3, 5, 0),
+    (2, 31, 7),
+    (5, 32, 8),
+    (7, 33, 31),
+    (33, 64, 32),
+    (4, 65, 33),
+    (100, 129, 65),
+]
 SHAPES += [(1, 2, 14336), (300, 257, 101), (17, 1000, 16), (64, 32003, 5)]
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy_ops
 import numpy.typing as npt
 import pytest
+
+import numpy_ops
 from devices import REFERENCE, Device, all_devices
 from guarded import guarded
-
 from llama_ext import DTypeError, ShapeError
 
 SHAPES = [(0, 0), (1, 1), (1, 33), (2, 0), (31, 32), (32, 31), (33, 33), (64, 65), (97, 7), (3, 1025)]

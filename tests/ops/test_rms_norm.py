@@ -6,18 +6,46 @@ import functools
 from typing import Any
 
 import numpy as np
-import numpy_ops
 import numpy.typing as npt
 import pytest
+
+import numpy_ops
 from devices import REFERENCE, Device, all_devices, each_isa
 from guarded import guarded, guarded_empty, guarded_rows, guarded_rows_empty
-from tolerances import TINY, assert_same_bits, assert_within, sum_in_lanes, units
-
 from llama_ext import DTypeError, OptionError, ShapeError
+from tolerances import TINY, assert_same_bits, assert_within, sum_in_lanes, units
 
 Array = npt.NDArray[Any]
 
-WIDTHS = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 23, 31, 32, 33, 47, 63, 64, 65, 127, 129, 255, 257, 1023, 4096, 4099, 14336]
+WIDTHS = [
+    1,
+    2,
+    3,
+    4,
+    5,
+    7,
+    8,
+    9,
+    15,
+    16,
+    17,
+    23,
+    31,
+    32,
+    33,
+    47,
+    63,
+    64,
+    65,
+    127,
+    129,
+    255,
+    257,
+    1023,
+    4096,
+    4099,
+    14336,
+]
 SHAPES = [(rows, width) for rows, width in zip([1, 2, 3, 17, 5] * 6, WIDTHS, strict=False)]
 SHAPES += [(0, 5), (1000, 65), (301, 257), (16, 2048), (33, 4097)]
 SHAPE_IDS = [f"{rows}x{width}" for rows, width in SHAPES]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy_ops
 import pytest
+
+import numpy_ops
 from devices import REFERENCE, Device, each_isa
 from guarded import guarded
-from tolerances import U32
-
 from llama_ext import NumericError, OptionError, ShapeError, TokenIdError, _core
+from tolerances import U32
 
 # Every filter and penalty alone, then together.
 OPTIONS: dict[str, dict[str, Any]] = {

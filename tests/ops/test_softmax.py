@@ -6,14 +6,14 @@ import functools
 from typing import Any
 
 import numpy as np
-import numpy_ops
 import numpy.typing as npt
 import pytest
+
+import numpy_ops
 from devices import REFERENCE, Device, all_devices, each_isa
 from guarded import guarded, guarded_empty, guarded_rows, guarded_rows_empty
-from tolerances import TINY, assert_same_bits, assert_within, sum_in_lanes, units
-
 from llama_ext import ShapeError
+from tolerances import TINY, assert_same_bits, assert_within, sum_in_lanes, units
 
 Array = npt.NDArray[Any]
 
@@ -102,6 +102,6 @@ def test_softmax_of_a_row_has_the_same_bits_with_any_threads(isa: str) -> None:
 def test_softmax_refuses_another_shape() -> None:
     with pytest.raises(ShapeError):
         REFERENCE.backend.softmax(np.ones((2, 3), np.float32), np.ones((3, 2), np.float32))
+    whole = np.ones((3, 3), np.float32)
     with pytest.raises(ShapeError, match="overlap"):
-        whole = np.ones((3, 3), np.float32)
         REFERENCE.backend.softmax(whole[:2], whole[1:])

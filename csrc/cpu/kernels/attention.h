@@ -45,12 +45,12 @@ static inline void widen(const uint16_t* from, int64_t count, float* to) {
 
 static void attention(const AttentionJob& job) {
   const int64_t padded = (job.head_dim + kPanel - 1) / kPanel * kPanel;
-  float* scores = job.scratch;                         // [rows][128]
-  float* packed = scores + job.rows * kKeyTile;        // the same, packed for the second product
-  float* partial = packed + job.rows * kKeyTile;       // [rows][padded]
-  float* tile_m = partial + job.rows * padded;         // [rows]
-  float* tile_l = tile_m + job.rows;                   // [rows]
-  float* widened = tile_l + job.rows;                  // a panel of bf16 keys or values as float32
+  float* scores = job.scratch;                    // [rows][128]
+  float* packed = scores + job.rows * kKeyTile;   // the same, packed for the second product
+  float* partial = packed + job.rows * kKeyTile;  // [rows][padded]
+  float* tile_m = partial + job.rows * padded;    // [rows]
+  float* tile_l = tile_m + job.rows;              // [rows]
+  float* widened = tile_l + job.rows;             // a panel of bf16 keys or values as float32
   for (int64_t tile = job.tile_begin; tile < job.tile_end; ++tile) {
     const int64_t first = tile * kKeyTile;
     int64_t keys = 0;  // seen by any row

@@ -18,7 +18,7 @@ constexpr int64_t kPrefetchBytes = 4096;
 
 struct PanelF32 {
   using Element = float;
-  static constexpr int kStep = 1;  // k per iteration
+  static constexpr int kStep = 1;   // k per iteration
   static constexpr int kLines = 2;  // cache lines per iteration
 };
 
@@ -97,11 +97,11 @@ static void tile_rows(int64_t k, const float* a, const typename Panel::Element* 
 template <typename Panel>
 static void tile_any(int64_t rows, int64_t k, const float* a, const typename Panel::Element* b, float* c, int64_t ldc,
                      bool accumulate) {
-#define LLAMA_EXT_TILE(R)                                       \
-  case R:                                                       \
-    if constexpr (R <= kTileRows) {                             \
-      tile_rows<Panel, R>(k, a, b, c, ldc, accumulate);         \
-    }                                                           \
+#define LLAMA_EXT_TILE(R)                               \
+  case R:                                               \
+    if constexpr (R <= kTileRows) {                     \
+      tile_rows<Panel, R>(k, a, b, c, ldc, accumulate); \
+    }                                                   \
     break;
   switch (rows) {
     LLAMA_EXT_TILE(1)

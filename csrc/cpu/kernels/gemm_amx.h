@@ -122,8 +122,8 @@ static void pack_amx(const float* x, int64_t stride, int64_t rows, int64_t k, in
         if (k - k0 >= kAmxK) {
           const __m512i high = _mm512_loadu_si512(from + k0 + 16);
           const __m512i low = _mm512_loadu_si512(from + k0);
-          _mm512_storeu_si512(row, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(
-                                       _mm512_castsi512_ps(high), _mm512_castsi512_ps(low))));
+          _mm512_storeu_si512(
+              row, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_castsi512_ps(high), _mm512_castsi512_ps(low))));
           continue;
         }
         for (int64_t i = 0; i < kAmxK; ++i) row[i] = k0 + i < k ? round_to_bf16(from[k0 + i]) : uint16_t{0};

@@ -42,10 +42,10 @@ static void tile_bf16_dot(int64_t k, const uint32_t* a, const uint16_t* b, float
 
 static void panel_bf16_dot(const PanelProduct& p) {
   using Tile = void (*)(int64_t, const uint32_t*, const uint16_t*, float*, int64_t, bool);
-  static constexpr Tile kTiles[kTileRows] = {
-      tile_bf16_dot<1>,  tile_bf16_dot<2>,  tile_bf16_dot<3>,  tile_bf16_dot<4>, tile_bf16_dot<5>,
-      tile_bf16_dot<6>,  tile_bf16_dot<7>,  tile_bf16_dot<8>,  tile_bf16_dot<9>, tile_bf16_dot<10>,
-      tile_bf16_dot<11>, tile_bf16_dot<12>, tile_bf16_dot<13>, tile_bf16_dot<14>};
+  static constexpr Tile kTiles[kTileRows] = {tile_bf16_dot<1>,  tile_bf16_dot<2>,  tile_bf16_dot<3>,  tile_bf16_dot<4>,
+                                             tile_bf16_dot<5>,  tile_bf16_dot<6>,  tile_bf16_dot<7>,  tile_bf16_dot<8>,
+                                             tile_bf16_dot<9>,  tile_bf16_dot<10>, tile_bf16_dot<11>, tile_bf16_dot<12>,
+                                             tile_bf16_dot<13>, tile_bf16_dot<14>};
   const auto* tiles = static_cast<const uint32_t*>(p.a);  // one pair of k each
   const int64_t parts = (p.rows + kTileRows - 1) / kTileRows;
   for (int64_t part = 0; part < parts; ++part) {

@@ -12,7 +12,7 @@ static constexpr GemmKernel kGemmF32 = {kTileRows, sizeof(float), 256, 8, pack_f
 static constexpr GemmKernel kGemmBf16Exact = {kTileRows, sizeof(float), 256, 8, pack_f32, panel<PanelBf16>};
 
 static constexpr KernelTable make_table(const char* name, const GemmKernel& bf16, const char* bf16_note) {
-  return {name,    kGemmF32,        kGemmBf16Exact, bf16, bf16_note, epilogue,
+  return {name,      kGemmF32,        kGemmBf16Exact, bf16, bf16_note, epilogue,
           attention, attention_merge, rms_norm,       rope, softmax,   log_sum_exp};
 }
 

@@ -177,11 +177,12 @@ def backend_for(device: str, threads: int | None, isa: str | None) -> _core.Back
     count = checked_threads(threads) or get_num_threads()
     # The lock, because two threads that come first at once would each get a backend of their own.
     with _CREATING:
-        return _cached_backend(device, count, isa or os.environ.get("LLAMA_EXT_ISA", ""))
+        return _cached_backend(device, count, isa or "", "" if isa else os.environ.get("LLAMA_EXT_ISA", ""))
 
 
 @functools.lru_cache(maxsize=16)
-def _cached_backend(device: str, threads: int, isa: str) -> _core.Backend:
+def _cached_backend(device: str, threads: int, isa: str, forced: str) -> _core.Backend:
+    """`forced` only tells backends apart: the core reads the environment itself, and names it in its errors."""
     if device == "reference":
         return _core.Backend(device)
     return _core.Backend(device, threads, isa)

@@ -1,0 +1,166 @@
+"""Dependencies point downward: in C++ by what a file includes, in Python by what it imports."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from subprocesses import run_script
+
+ROOT = Path(__file__).parents[1]
+CSRC = ROOT / "csrc"
+PACKAGE = ROOT / "python" / "llama_ext"
+
+SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh"})
+MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
+
+# What each folder of csrc may include besides itself.
+BACKENDS = {"cpu", "reference", "cuda"}
+BELOW_BACKEND = {"core", "ops"}
+MAY_INCLUDE: dict[str, set[str]] = {
+    "core": set(),
+    "ops": {"core"},
+    "backend": BELOW_BACKEND,
+    **{name: {"backend", *BELOW_BACKEND} for name in BACKENDS},
+    "model": {"backend", *BELOW_BACKEND},
+    "generate": {"model", "backend", *BELOW_BACKEND},
+    "train": {"generate", "model", "backend", *BELOW_BACKEND},
+    "bindings": {"train", "generate", "model", "backend", *BELOW_BACKEND},
+}
+# Exceptions, by file: making backends, and asking the machine what it has.
+ALSO: dict[str, set[str]] = {
+    "bindings/backends.cpp": {f"{name}/{name}_backend.h" for name in BACKENDS},
+    "bindings/module.cpp": {"cpu/isa.h", "cpu/thread_pool.h"},
+}
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(CSRC).as_posix()
+
+
+def includes(path: Path) -> tuple[list[str], list[str]]:
+    """What a file includes with quotes, and with angle brackets."""
+    text = path.read_text(encoding="utf-8")
+    return (
+        re.findall(r'^\s*#\s*include\s*"([^"]+)"', text, re.MULTILINE),
+        re.findall(r"^\s*#\s*include\s*<([^>]+)>", text, re.MULTILINE),
+    )
+
+
+def test_the_sources_are_found() -> None:
+    assert len(SOURCES) > 50
+    assert len(MODULES) > 20
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_includes_point_downward(path: Path) -> None:
+    name = name_of(path)
+    folder = name.split("/")[0]
+    for included in includes(path)[0]:
+        assert (CSRC / included).is_file(), f"{included} is not a path from csrc/"
+        target = included.split("/")[0]
+        allowed = target == folder or target in MAY_INCLUDE[folder] or included in ALSO.get(name, set())
+        assert allowed, f"{name} must not include {included}: {folder} may use {sorted(MAY_INCLUDE[folder])}"
+
+
+def test_only_one_file_names_all_backends() -> None:
+    naming = {
+        name_of(path)
+        for path in SOURCES
+        for included in includes(path)[0]
+        if re.fullmatch(r"(\w+)/\1_backend\.h", included) and included.split("/")[0] != name_of(path).split("/")[0]
+    }
+    assert naming == {"bindings/backends.cpp"}
+
+
+def test_only_bindings_know_python() -> None:
+    for path in SOURCES:
+        system = includes(path)[1]
+        if not name_of(path).startswith("bindings/"):
+            assert not [each for each in system if each.startswith("pybind11") or each == "Python.h"], name_of(path)
+
+
+# Each tier is compiled with its own instructions: an inline function of the standard library, instantiated there, could be the
+# copy that the linker keeps for everyone, and stop older CPUs with an illegal instruction.
+KERNELS = [path for path in SOURCES if name_of(path).startswith(("cpu/kernels/", "cpu/simd/", "cpu/tiers/"))]
+ALLOWED_IN_KERNELS = {"cstdint", "cstddef", "immintrin.h", "arm_neon.h"}
+
+
+@pytest.mark.parametrize("path", [*KERNELS, CSRC / "cpu" / "kernel_table.h"], ids=name_of)
+def test_kernels_include_nothing_of_the_standard_library(path: Path) -> None:
+    quoted, system = includes(path)
+    assert set(system) <= ALLOWED_IN_KERNELS
+    for included in quoted:
+        assert included == "cpu/kernel_table.h" or included.startswith(("cpu/kernels/", "cpu/simd/"))
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"\bstd::", re.sub(r"//.*", "", text))
+    assert not re.search(r"\b(throw|new|malloc|printf|abort)\b", re.sub(r"//.*|\"[^\"\n]*\"", "", text))
+
+
+def test_nothing_in_the_library_prints_or_ends_the_process() -> None:
+    pattern = r"\b(std::cout|std::cerr|printf|fprintf|puts|std::abort|std::exit|std::terminate|assert)\b\s*[(<;]"
+    for path in SOURCES:
+        text = re.sub(r"//.*|\"[^\"\n]*\"|static_assert", "", path.read_text(encoding="utf-8"))
+        assert not re.search(pattern, text), name_of(path)
+
+
+# Python.
+
+FOREIGN = {"torch", "transformers", "tensorflow", "jax", "llama_cpp", "onnxruntime"}
+
+
+def imports(path: Path) -> set[str]:
+    """Every module a file names in an import, in functions too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: a relative import"
+            module = node.module or ""
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def module_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").as_posix()
+
+
+def reaches(path: Path, package: str) -> list[str]:
+    prefix = f"llama_ext.{package}"
+    return sorted(name for name in imports(path) if name == prefix or name.startswith(prefix + "."))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_of)
+def test_imports_point_downward(path: Path) -> None:
+    name = module_of(path)
+    top = name.split("/")[0]
+    if top not in {"cli", "__main__"}:
+        assert not reaches(path, "cli"), "only the command line may use itself"
+    if top in {"models", "io"}:
+        assert not reaches(path, "runtime")
+        assert not reaches(path, "ops")
+    if top in {"errors", "limits", "_version"}:
+        assert not [each for each in imports(path) if each.startswith("llama_ext") and "errors" not in each]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_of)
+def test_no_other_framework_is_imported(path: Path) -> None:
+    assert not {name.split(".")[0] for name in imports(path)} & FOREIGN
+
+
+def test_a_model_runs_without_any_other_framework() -> None:
+    script = """
+        import sys
+        import llama_ext
+        config = llama_ext.LlamaConfig(
+            vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=16,
+        )
+        llama_ext.LlamaForCausalLM(config).generate([1, 2], max_new_tokens=2)
+        print(sorted({name.split(".")[0] for name in sys.modules}))
+    """
+    assert not set(ast.literal_eval(run_script(script))) & FOREIGN

@@ -1,0 +1,48 @@
+"""The README's examples do what they show."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    """The lines of the section on the command, less `chat`, which wants a terminal and a chat model."""
+    lines = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("llama-ext ") and "chat" not in line]
+
+
+def test_python_examples_run_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        for number, block in enumerate(blocks("python"), start=1):
+            exec(compile(block, f"README example {number}", "exec"), names)
+    assert "ROMEO:" in printed.getvalue()
+    assert (tmp_path / "random-llama" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_run_as_printed(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from llama_ext.cli.main import main
+
+    monkeypatch.chdir(README.parent)
+    assert main(shlex.split(command)[1:]) == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_readme_has_examples() -> None:
+    assert len(blocks("python")) >= 7
+    assert len(commands()) >= 4
