@@ -1,4 +1,4 @@
-"""How much work a Llama is: operations of a prefill, bytes of a decoded token. Shapes only; nothing is measured here."""
+"""How much work a Llama is: operations of a prefill, bytes of a decoded token. Nothing is measured here."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ class ModelShape:
         return self.vocabulary * self.width
 
     def attention_flop(self, tokens: int, before: int = 0) -> int:
-        """Of all blocks: 2 D for the score of a query and a key, 2 D for adding up its value, over the keys a query sees."""
+        """Of all blocks: 2 D for the score of a query and a key and 2 D to add its value, over all keys it sees."""
         pairs = sum(before + token + 1 for token in range(tokens))
         return 4 * self.layers * self.heads * self.head_dim * pairs
 
     def prefill_flop(self, tokens: int) -> int:
-        """2 per weight and token, plus attention. The head runs for the last token only, which is all that is needed."""
+        """2 per weight and token, plus attention. The head runs for the last token only: no more is needed."""
         return 2 * self.block_parameters * tokens + 2 * self.head_parameters + self.attention_flop(tokens)
 
     def decode_bytes(self, bytes_per_weight: float) -> int:

@@ -127,7 +127,7 @@ def _rates(what: str, values: object) -> dict[int, float]:
 
 
 def best_of(probes: Sequence[Limits]) -> Limits:
-    """The largest rate of each kind: what the machine can do when nobody disturbs it. Every probe has what the last has."""
+    """The largest rate of each kind, undisturbed by neighbours. Every probe has what the last has."""
     last = probes[-1]
     return Limits(
         read={threads: max(probe.read[threads] for probe in probes) for threads in last.read},

@@ -273,8 +273,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         table.rows.append(cells)
         records.append(record)
     tables = [report.limits_table(probes[0], probes), table]
+    weights = shape.block_parameters + shape.head_parameters
     notes = [
-        f"A Llama of {(shape.block_parameters + shape.head_parameters) / 1e6:,.0f} million weights in products: {shape}.",
+        f"A Llama of {weights / 1e6:,.0f} million weights in products: {shape}.",
         f"Prefill is {shape.prefill_flop(options.prompt) / 1e9:,.0f} GFLOP.",
         f"{options.rounds} interleaved rounds of {options.repeats} repeats. Columns: benchmarks/README.md.",
         *_versions(records),

@@ -47,8 +47,8 @@ def matrix_cases(
 ) -> Iterator[Case]:
     """matmul in the shapes of a block and of the head.
 
-    Weights are there in as many copies as fill `rotate_bytes`, used in turn: in a model no matrix is in a cache when its
-    turn comes. The copies of one case go before those of the next come.
+    Weights are there in as many copies as fill `rotate_bytes`, used in turn: in a model no matrix is in a cache when
+    its turn comes. The copies of one case go before those of the next come.
     """
     generator = np.random.default_rng(0)
     matrices = {**shape.layer_matrices, "head": (shape.vocabulary, shape.width)}
@@ -113,8 +113,8 @@ def attention_cases(
 ) -> Iterator[Case]:
     """attention of one block: all of a prompt (prefill), and one token after it (decode).
 
-    As an operation on arrays it also writes keys and values to a new cache, which is in the bytes: they are read, written
-    and read again. In a model that happens once per token, so decode is cheaper there.
+    As an operation on arrays it also writes keys and values to a new cache, which is in the bytes: they are read,
+    written and read again. In a model that happens once per token, so decode is cheaper there.
     """
     generator = np.random.default_rng(0)
     one = dataclasses.replace(shape, layers=1)
