@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "core/float_environment.h"
 #include "core/interrupt.h"
 #include "generate/generation.h"
 #include "model/session.h"
@@ -114,6 +115,7 @@ auto without_gil(Work&& work) {
   PythonInterrupts interrupts;
   try {
     const py::gil_scoped_release release;
+    const DefaultFloatEnvironment environment;
     const InterruptScope scope(interrupts.handler());
     return work();
   } catch (const Interrupted&) {

@@ -13,6 +13,7 @@
 #include <thread>
 
 #include "core/errors.h"
+#include "core/float_environment.h"
 #include "core/interrupt.h"
 
 namespace llama_ext {
@@ -21,25 +22,6 @@ namespace {
 constexpr auto kPollInterval = std::chrono::milliseconds(5);
 // About 50 us of PAUSE: a decode step's next operation comes sooner, an idle model's does not.
 constexpr int kSpins = 1000;
-
-/// Kernels run with the default rounding and denormals, whatever the caller's process has set, so that caller and workers
-/// compute the same bits; the caller's setting is put back.
-class DefaultFloatEnvironment {
- public:
-  DefaultFloatEnvironment() : saved_(_mm_getcsr()) {
-    if ((saved_ & ~kFlags) != kDefault) _mm_setcsr(kDefault);
-  }
-  ~DefaultFloatEnvironment() {
-    if ((saved_ & ~kFlags) != kDefault) _mm_setcsr(saved_);
-  }
-  DefaultFloatEnvironment(const DefaultFloatEnvironment&) = delete;
-  DefaultFloatEnvironment& operator=(const DefaultFloatEnvironment&) = delete;
-
- private:
-  static constexpr unsigned kDefault = 0x1f80;
-  static constexpr unsigned kFlags = 0x3f;  // sticky exception flags, not settings
-  unsigned saved_;
-};
 
 struct Job {
   TaskFunction function = nullptr;

@@ -279,10 +279,10 @@ def test_ctrl_c_ends_it_at_once(arguments: list[str], delay: float, slow_model: 
 
 
 def _wait_until_it_computes(pid: int) -> None:
-    """Until the weights are mapped: from then on there is nothing but computing to do."""
+    """Until the compiled core is there."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        if "_core" in Path(f"/proc/{pid}/maps").read_text():
+        if "/_core." in Path(f"/proc/{pid}/maps").read_text():
             return
         time.sleep(0.005)
     pytest.fail("the process did not get going")

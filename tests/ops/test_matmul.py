@@ -120,15 +120,20 @@ def test_matmul_matches_float64(device: Device, dtype: str, compute: str, case: 
         assert_within(result, reference, bound + U32 * np.abs(reference), "against the reference")
 
 
+@functools.cache
+def positive_problem(k: int, dtype: str, rounded: bool) -> tuple[Problem, Array, Array]:
+    rng = np.random.default_rng(k)
+    x, weight = rng.random((3, k), np.float32), rng.random((33, k), np.float32)
+    kept = numpy_ops.as_kept(x, "bfloat16" if rounded else "float32")
+    return Problem(x, weight, None, None), *numpy_ops.matmul(kept, numpy_ops.as_kept(weight, dtype), None, None)
+
+
 @pytest.mark.parametrize("k", [1, 31, 512, 513, 1025, 14336])
 @pytest.mark.parametrize(("dtype", "compute"), MODES, ids=MODE_IDS)
 @all_devices
 def test_matmul_of_positive_numbers_stays_accurate(device: Device, dtype: str, compute: str, k: int) -> None:
-    rng = np.random.default_rng(k)
-    x, weight = rng.random((3, k), np.float32), rng.random((33, k), np.float32)
-    kept = numpy_ops.as_kept(x, "bfloat16" if device.rounds_activations(dtype, compute) else "float32")
-    expected, scale = numpy_ops.matmul(kept, numpy_ops.as_kept(weight, dtype), None, None)
-    result = multiply(device, Problem(x, weight, None, None), dtype, compute)
+    problem, expected, scale = positive_problem(k, dtype, device.rounds_activations(dtype, compute))
+    result = multiply(device, problem, dtype, compute)
     assert_within(result, expected, units("matmul-positive") * (4 + k**0.5) * scale)
 
 

@@ -37,6 +37,29 @@ static void attention_merge(int64_t rows, int64_t padded_dim, float* o, float* m
   }
 }
 
+/// How many of `keys` keys from `first` on a row sees.
+static inline int64_t keys_seen(int64_t limit, int64_t first, int64_t keys) {
+  const int64_t seen = limit - first;
+  return seen < 0 ? 0 : seen < keys ? seen : keys;
+}
+
+static inline bool is_finite(const float* x) {
+  vf sum = vzero();
+  for (int64_t i = 0; i < kPanel; i += kWidth) sum = vadd(sum, vmul(vload(x + i), vzero()));
+  return reduce_add(sum) == 0.0f;
+}
+
+/// A row that does not see all keys of the tile gave the others weight 0, but 0 x inf is NaN: what it must not see has poisoned
+/// it. Its own keys alone, summed in the same order, give what a finite value would have left in place.
+static void redo_poisoned(const AttentionJob& job, int64_t first, int64_t keys, const float* scores, const float* v,
+                          float* partial, int64_t padded) {
+  for (int64_t r = 0; r < job.rows; ++r) {
+    const int64_t seen = keys_seen(job.limits[r], first, keys);
+    if (seen == 0 || seen == keys || is_finite(partial + r * padded)) continue;
+    panel<PanelF32>({1, seen, 0, seen, scores + r * kKeyTile, v, partial + r * padded, padded, false, nullptr, 0});
+  }
+}
+
 static inline void widen(const uint16_t* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; i += kPanel) {
     for (int64_t j = 0; j < kPanel; j += kWidth) vstore(to + i + j, vload_bf16(from + i + j));
@@ -73,8 +96,7 @@ static void attention(const AttentionJob& job) {
       float* to = packed + row * keys;
       for (int64_t r = 0; r < height; ++r) {
         float* s = scores + (row + r) * kKeyTile;
-        int64_t seen = job.limits[row + r] - first;
-        seen = seen < 0 ? 0 : seen < keys ? seen : keys;
+        const int64_t seen = keys_seen(job.limits[row + r], first, keys);
         vf sum = vzero();
         if (seen > 0) {
           const float top = row_max(s, seen);
@@ -108,6 +130,7 @@ static void attention(const AttentionJob& job) {
         v = widened;
       }
       panel<PanelF32>({job.rows, keys, 0, keys, packed, v, partial + column, padded, false, nullptr, 0});
+      redo_poisoned(job, first, keys, scores, v, partial + column, padded);
     }
     attention_merge(job.rows, padded, job.o, job.m, job.l, partial, tile_m, tile_l);
   }

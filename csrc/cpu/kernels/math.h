@@ -22,11 +22,11 @@ static inline float reduce_max(vf x) {
   return best;
 }
 
-/// e^x to about 1 ulp for x <= 88; 0 below -87.3 (so also for -inf); NaN stays NaN.
+/// e^x to about 1 ulp; 0 below -87.3 (so also for -inf), inf above 88.3; NaN stays NaN.
 /// Source: the polynomial of Moshier's Cephes expf.
 static inline vf vexp(vf x) {
   const vf bound = vset1(-87.33654f);
-  const vf clamped = vmax(bound, vmin(vset1(88.0f), x));  // operand order keeps NaN
+  const vf clamped = vmax(bound, vmin(vset1(89.0f), x));  // operand order keeps NaN
   const vf n = vround(vmul(clamped, vset1(1.44269504088896341f)));
   vf r = vfma(n, vset1(-0.693359375f), clamped);
   r = vfma(n, vset1(2.12194440e-4f), r);

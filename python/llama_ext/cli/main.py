@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llama_ext._version import __version__
+from llama_ext.cli.imports import import_runtime
 from llama_ext.errors import (
     ContextLengthError,
     FormatError,
@@ -104,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if unknown:
             parser.prog = f"llama-ext {args.command}"  # whose help has the options there are
             parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        import_runtime()
         code: int = args.run(args)
         if sys.stdout is not None:
             sys.stdout.flush()
