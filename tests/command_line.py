@@ -48,11 +48,16 @@ os.execv(sys.executable, [sys.executable, "-m", "llama_ext", *sys.argv[1:]])
 
 
 class Terminal:
-    """The command on a pseudo-terminal of its own; a context manager."""
+    """The command on a pseudo-terminal of its own; a context manager.
 
-    def __init__(self, *arguments: object) -> None:
+    Args:
+        arguments: Of the command.
+        kind: What TERM says; nothing is animated on a "dumb" one.
+    """
+
+    def __init__(self, *arguments: object, kind: str = "dumb") -> None:
         self._master, slave = os.openpty()
-        environment = {**os.environ, "TERM": "dumb", "COLUMNS": "200"}
+        environment = {**os.environ, "TERM": kind, "COLUMNS": "200"}
         self.process = subprocess.Popen(
             [sys.executable, "-c", _LAUNCHER, *map(str, arguments)],
             stdin=slave,

@@ -324,7 +324,7 @@ def test_it_works_with_nothing_open() -> None:
     assert subprocess.run(["sh", "-c", script, "-", *command("generate", "x")], timeout=60, check=False).returncode == 0
 
 
-def test_a_terminal_without_the_characters_gets_others(chat_model: Path) -> None:
+def test_a_terminal_without_the_characters_gets_others() -> None:
     done = subprocess.run(
         command("generate", "ROMEO\N{SNOWMAN}", "--max-new-tokens", "3", "--greedy"),
         env={**os.environ, "PYTHONIOENCODING": "ascii"},

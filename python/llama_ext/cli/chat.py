@@ -189,7 +189,10 @@ class _Chat:
             if not self.is_interactive:
                 raise
             write("\n")
-            report("interrupted; /regen answers again")
+            if self._conversation.last.is_kept:
+                report("interrupted; /regen answers again")
+            else:
+                report("interrupted before the first word: nothing was said")
             return
         write("\n")
         last = self._conversation.last

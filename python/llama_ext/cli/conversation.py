@@ -40,6 +40,7 @@ class Answer:
         prefill_seconds: Up to the first new token.
         decode_seconds: From there on.
         finish_reason: "stop", "length", or None when it was interrupted.
+        is_kept: It is part of the conversation now.
         is_full: The context has no room for more.
     """
 
@@ -49,6 +50,7 @@ class Answer:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     finish_reason: str | None = None
+    is_kept: bool = False
     is_full: bool = False
 
 
@@ -205,7 +207,8 @@ class Conversation:
         finally:
             # Also when it is closed before its end, and when Ctrl-C comes in the middle of it.
             text = "".join(parts)
-            if text or complete:
+            self.last.is_kept = complete or bool(text)
+            if self.last.is_kept:
                 self.messages = [*self.messages, {"role": "assistant", "content": text}]
                 self._answers += 1
             else:
