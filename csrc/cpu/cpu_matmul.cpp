@@ -63,10 +63,18 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
       static_cast<size_t>(packed_bytes + threads * group_panels * sums * static_cast<int64_t>(sizeof(float)))));
   auto* all_sums = reinterpret_cast<float*>(packed + packed_bytes);
 
+  // Block after block of k, and in each the tiles of all rows.
+  const auto packed_at = [&](int64_t row, int64_t k0) {
+    const int64_t depth = std::min(k_block, k_padded - k0);
+    return packed + (count * k0 + row * depth) * kernel.element_size;
+  };
   parallel_for(tiles > 1 ? threads : 1, tiles, [&](int64_t tile, int) {
     const int64_t row = tile * kernel.tile_rows;
-    kernel.pack(product.x.row<float>(begin + row), product.x.row_stride(), std::min(kernel.tile_rows, count - row), k,
-                k_padded, packed + row * k_padded * kernel.element_size);
+    for (int64_t k0 = 0; k0 < k_padded; k0 += k_block) {
+      kernel.pack(product.x.row<float>(begin + row) + k0, product.x.row_stride(),
+                  std::min(kernel.tile_rows, count - row), std::min(k_block, k - k0), std::min(k_block, k_padded - k0),
+                  packed_at(row, k0));
+    }
   });
 
   const int64_t width = product.epilogue == EpilogueKind::kSwiGlu ? kPanel / 2 : kPanel;
@@ -76,20 +84,19 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
     const int64_t rows = std::min(block_rows, count - row);
     const int64_t first = task / row_blocks * group_panels;
     const int64_t last = std::min(panels, first + group_panels);
-    const char* a = packed + row * k_padded * kernel.element_size;
     float* c = all_sums + worker * group_panels * sums;
     int64_t k0 = 0;
     do {  // once even for k = 0, which zeroes the sums
-      const int64_t kc = std::min(k_block, k_padded - k0);
+      const int64_t depth = std::min(k_block, k_padded - k0);
       for (int64_t panel = first; panel < last; ++panel) {
         // What is read next: the same k of the next panel, or the next k of the first one.
         const bool is_last = panel + 1 == last;
-        const bool has_next = tiles > 1 && (!is_last || k0 + kc < k_padded);
-        const void* next = is_last ? weight.panel_at(first, k0 + kc) : weight.panel_at(panel + 1, k0);
+        const bool has_next = tiles > 1 && (!is_last || k0 + depth < k_padded);
+        const void* next = is_last ? weight.panel_at(first, k0 + depth) : weight.panel_at(panel + 1, k0);
         float* panel_sums = c + (panel - first) * sums;
-        kernel.panel({rows, k_padded, k0, kc, a, weight.panel_at(panel, k0), panel_sums, kPanel, k0 > 0,
-                      has_next ? next : nullptr, kc * kPanel * element});
-        if (k0 + kc < k_padded) continue;
+        kernel.panel({rows, depth, packed_at(row, k0), weight.panel_at(panel, k0), panel_sums, kPanel, k0 > 0,
+                      has_next ? next : nullptr, depth * kPanel * element});
+        if (k0 + depth < k_padded) continue;
         kernels_.epilogue({product.epilogue, product.bias == nullptr ? nullptr : product.bias + panel * kPanel,
                            product.y.row<float>(begin + row) + panel * width, product.y.row_stride(),
                            std::min(width, y_columns - panel * width)},

@@ -12,15 +12,13 @@ inline constexpr int64_t kPanel = 32;
 /// Keys of an attention tile; tiles start at absolute multiples.
 inline constexpr int64_t kKeyTile = 128;
 
-/// Some rows of packed activations against a block of k of one panel:
-/// c[r][0..32) (+)= sum over k in [k0, k0 + kc) of x[r][k] * panel[k][0..32)
+/// Some rows of packed activations against a block of one panel:
+/// c[r][0..32) (+)= sum over k in [0, depth) of x[r][k] * panel[k][0..32)
 struct PanelProduct {
   int64_t rows;
-  int64_t k_padded;
-  int64_t k0;  // k0 and kc are multiples of 32, unless they reach the end
-  int64_t kc;
-  const void* a;  // the tiles (GemmKernel::pack)
-  const void* b;  // row k0 of the panel
+  int64_t depth;  // even for bf16, a multiple of 32 for AMX
+  const void* a;  // the block's tiles, one after another (GemmKernel::pack)
+  const void* b;  // the block's first row of the panel
   float* c;
   int64_t ldc;
   bool accumulate;
@@ -28,8 +26,8 @@ struct PanelProduct {
   int64_t next_bytes;
 };
 
-/// One way to multiply activations by panels of weights. Activations are packed by `pack` into tiles of `tile_rows` rows (the
-/// last may be smaller); tile t of a matrix of k_padded columns starts at element t * tile_rows * k_padded.
+/// One way to multiply activations by panels of weights. For each block of k, activations are packed by `pack` into tiles of
+/// `tile_rows` rows (the last may be smaller) that follow each other, so that a pass over the rows is one stream.
 struct GemmKernel {
   int64_t tile_rows;
   int64_t element_size;  // of packed activations, bytes
@@ -37,8 +35,8 @@ struct GemmKernel {
   int64_t k_block;
   int64_t group_panels;
 
-  /// rows <= tile_rows rows of x, each `stride` floats apart, k columns, zeros up to k_padded, into one tile.
-  void (*pack)(const float* x, int64_t stride, int64_t rows, int64_t k, int64_t k_padded, void* tile);
+  /// rows <= tile_rows rows of x, each `stride` floats apart, k columns, zeros up to `depth`, into one tile.
+  void (*pack)(const float* x, int64_t stride, int64_t rows, int64_t k, int64_t depth, void* tile);
   void (*panel)(const PanelProduct& product);
 };
 

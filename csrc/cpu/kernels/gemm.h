@@ -143,13 +143,12 @@ static void panel(const PanelProduct& p) {
     const int64_t row = part * kTileRows;
     const int64_t height = p.rows - row < kTileRows ? p.rows - row : kTileRows;
     prefetch_next(p, part, parts);
-    tile_any<Panel>(height, p.kc, tiles + row * p.k_padded + p.k0 * height, weights, p.c + row * p.ldc, p.ldc,
-                    p.accumulate);
+    tile_any<Panel>(height, p.depth, tiles + row * p.depth, weights, p.c + row * p.ldc, p.ldc, p.accumulate);
   }
 }
 
 /// Activations as [k][rows of the tile], so that a tile reads them in one stream.
-static void pack_f32(const float* x, int64_t stride, int64_t rows, int64_t k, int64_t k_padded, void* out) {
+static void pack_f32(const float* x, int64_t stride, int64_t rows, int64_t k, int64_t depth, void* out) {
   float* to = static_cast<float*>(out);
   // Blocks of 64 k keep the strided side of the transposition in the L1 cache.
   for (int64_t k0 = 0; k0 < k; k0 += 64) {
@@ -159,7 +158,7 @@ static void pack_f32(const float* x, int64_t stride, int64_t rows, int64_t k, in
       for (int64_t i = k0; i < end; ++i) to[i * rows + r] = from[i];
     }
   }
-  for (int64_t i = k * rows; i < k_padded * rows; ++i) to[i] = 0.0f;
+  for (int64_t i = k * rows; i < depth * rows; ++i) to[i] = 0.0f;
 }
 
 }  // namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE

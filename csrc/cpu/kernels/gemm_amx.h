@@ -99,27 +99,27 @@ static void panel_amx(const PanelProduct& p) {
       configured = height;
     }
     prefetch_next(p, part, parts);
-    const uint16_t* upper_a = tiles + row * p.k_padded + p.k0 * upper;
-    const uint16_t* lower_a = tiles + row * p.k_padded + upper * p.k_padded + p.k0 * lower;
+    const uint16_t* upper_a = tiles + row * p.depth;
+    const uint16_t* lower_a = upper_a + upper * p.depth;
     float* c = p.c + row * p.ldc;
     if (lower > 0) {
-      tile_amx<true>(p.kc, upper_a, lower_a, upper * kAmxK, lower * kAmxK, weights, c, p.ldc, p.accumulate, false);
+      tile_amx<true>(p.depth, upper_a, lower_a, upper * kAmxK, lower * kAmxK, weights, c, p.ldc, p.accumulate, false);
     } else {
-      tile_amx<false>(p.kc, upper_a, upper_a, upper * kAmxK, 0, weights, c, p.ldc, p.accumulate, parts == 1);
+      tile_amx<false>(p.depth, upper_a, upper_a, upper * kAmxK, 0, weights, c, p.ldc, p.accumulate, parts == 1);
     }
   }
   _tile_release();
 }
 
-/// Activations as two halves of up to 16 rows, each [k / 32][rows][32]. k_padded is a multiple of 32.
-static void pack_amx(const float* x, int64_t stride, int64_t rows, int64_t k, int64_t k_padded, void* out) {
+/// Activations as two halves of up to 16 rows, each [k / 32][rows][32]. depth is a multiple of 32.
+static void pack_amx(const float* x, int64_t stride, int64_t rows, int64_t k, int64_t depth, void* out) {
   uint16_t* to = static_cast<uint16_t*>(out);
   for (int64_t half = 0; half < rows; half += kAmxHalf) {
     const int64_t height = rows - half < kAmxHalf ? rows - half : kAmxHalf;
     for (int64_t r = 0; r < height; ++r) {
       const float* from = x + (half + r) * stride;
-      uint16_t* row = to + half * k_padded + r * kAmxK;
-      for (int64_t k0 = 0; k0 < k_padded; k0 += kAmxK, row += height * kAmxK) {
+      uint16_t* row = to + half * depth + r * kAmxK;
+      for (int64_t k0 = 0; k0 < depth; k0 += kAmxK, row += height * kAmxK) {
         if (k - k0 >= kAmxK) {
           const __m512i high = _mm512_loadu_si512(from + k0 + 16);
           const __m512i low = _mm512_loadu_si512(from + k0);

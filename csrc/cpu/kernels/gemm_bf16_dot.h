@@ -52,13 +52,13 @@ static void panel_bf16_dot(const PanelProduct& p) {
     const int64_t row = part * kTileRows;
     const int64_t height = p.rows - row < kTileRows ? p.rows - row : kTileRows;
     prefetch_next(p, part, parts);
-    kTiles[height - 1](p.kc, tiles + row * p.k_padded / 2 + p.k0 / 2 * height, static_cast<const uint16_t*>(p.b),
-                       p.c + row * p.ldc, p.ldc, p.accumulate);
+    kTiles[height - 1](p.depth, tiles + row * p.depth / 2, static_cast<const uint16_t*>(p.b), p.c + row * p.ldc, p.ldc,
+                       p.accumulate);
   }
 }
 
 /// Activations as [k / 2][rows of the tile][2].
-static void pack_bf16_pairs(const float* x, int64_t stride, int64_t rows, int64_t k, int64_t k_padded, void* out) {
+static void pack_bf16_pairs(const float* x, int64_t stride, int64_t rows, int64_t k, int64_t depth, void* out) {
   uint16_t* to = static_cast<uint16_t*>(out);
   for (int64_t k0 = 0; k0 < k; k0 += 64) {
     const int64_t end = k - k0 < 64 ? k : k0 + 64;
@@ -67,7 +67,7 @@ static void pack_bf16_pairs(const float* x, int64_t stride, int64_t rows, int64_
       for (int64_t i = k0; i < end; ++i) to[(i / 2 * rows + r) * 2 + i % 2] = round_to_bf16(from[i]);
     }
   }
-  for (int64_t i = k; i < k_padded; ++i) {
+  for (int64_t i = k; i < depth; ++i) {
     for (int64_t r = 0; r < rows; ++r) to[(i / 2 * rows + r) * 2 + i % 2] = 0;
   }
 }
