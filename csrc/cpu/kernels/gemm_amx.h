@@ -15,6 +15,8 @@ namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE {
 constexpr int64_t kAmxRows = 32;
 constexpr int64_t kAmxHalf = 16;
 constexpr int64_t kAmxK = 32;
+// Four steps of k: a step is 2 KB and takes as long to arrive as several to compute.
+constexpr int64_t kAmxPrefetchBytes = 8192;
 
 struct alignas(64) AmxConfig {
   uint8_t palette = 1;
@@ -58,7 +60,7 @@ static void tile_amx(int64_t kc, const uint16_t* upper_a, const uint16_t* lower_
   }
   for (int64_t k = 0; k < kc; k += kAmxK) {
     if (prefetch) {
-      const char* ahead = reinterpret_cast<const char*>(b) + kPrefetchBytes;
+      const char* ahead = reinterpret_cast<const char*>(b) + kAmxPrefetchBytes;
 #pragma GCC unroll 32
       for (int line = 0; line < 32; ++line) __builtin_prefetch(ahead + 64 * line);
     }

@@ -8,7 +8,7 @@
 
 namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE {
 
-static constexpr GemmKernel kGemmF32 = {kTileRows, sizeof(float), 256, 4, pack_f32, panel<PanelF32>};
+static constexpr GemmKernel kGemmF32 = {kTileRows, sizeof(float), 192, 4, pack_f32, panel<PanelF32>};
 static constexpr GemmKernel kGemmBf16Exact = {kTileRows, sizeof(float), 256, 8, pack_f32, panel<PanelBf16>};
 
 static constexpr KernelTable make_table(const char* name, const GemmKernel& bf16, const char* bf16_note) {
