@@ -42,7 +42,7 @@ def spilling_loops(objdump: str, path: Path) -> list[str]:
         if header is None:
             body.append(line)
             continue
-        if "tile" in name:
+        if re.search(r"\b(tile|panel)", name):
             bad += [f"{name} at {place}" for place in _loops_on_stack(body)]
         name, body = header[1], []
     return bad

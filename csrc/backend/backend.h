@@ -50,6 +50,9 @@ class Backend {
   // Memory.
   /// Zero-filled, aligned for any vector. Throws OutOfMemoryError.
   virtual std::unique_ptr<Buffer> allocate(size_t nbytes) = 0;
+  /// Throws OutOfMemoryError, with both numbers, when there is not that much memory to give: asked with the sum before many
+  /// allocations, as each of them alone might still seem to fit. `what` names the purpose.
+  virtual void require_memory(int64_t nbytes, const std::string& what) = 0;
   virtual void copy_to_device(void* device, const void* host, size_t nbytes) = 0;
   virtual void copy_to_host(void* host, const void* device, size_t nbytes) = 0;
   virtual void synchronize() = 0;
@@ -66,6 +69,8 @@ class Backend {
   // The KV cache of one sequence.
   /// Memory is only touched as positions are stored. Throws DTypeError, OutOfMemoryError.
   virtual std::unique_ptr<KvCache> create_kv_cache(const KvCacheShape& shape) = 0;
+  /// Bytes such a cache takes when it is full. Throws LimitError when that is out of range.
+  virtual int64_t kv_cache_nbytes(const KvCacheShape& shape) const = 0;
   /// Copies positions [0, length) of all layers; shapes may differ in capacity only.
   virtual void copy_kv_cache(KvCache& target, const KvCache& source, int64_t length) = 0;
 

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "bindings/bindings.h"
+#include "ops/argument_checks.h"
 
 namespace llama_ext {
 namespace {
@@ -128,6 +129,11 @@ void attention(const BackendPtr& backend, const py::object& q, const py::object&
   require(kv_heads >= 1 && heads % kv_heads == 0, ErrorKind::kShape, "attention: the heads of q (", heads,
           ") must be a multiple of the heads of k (", kv_heads, ")");
 
+  for (const auto& [view, name] :
+       {std::pair{q_view, "q"}, {k_view, "k"}, {v_view, "v"}, {starts_view, "starts"}, {lengths_view, "lengths"}}) {
+    require_disjoint(y_view, view, "attention", "out", name);
+  }
+
   run_op(backend, [&] {
     std::fill_n(y_view.f32(), y_view.size(), 0.0f);
     AttentionArgs args;
@@ -235,8 +241,10 @@ py::tuple angles(const py::dict& rope_dict, const py::object& positions) {
   const int64_t count = array.shape(0);
   py::array cos = new_array(DType::kF32, {count, config.head_dim / 2}, "rope_angles");
   py::array sin = new_array(DType::kF32, {count, config.head_dim / 2}, "rope_angles");
-  rope_angles(config, inverse_frequencies, static_cast<const int64_t*>(array.data()), count, float_data(cos),
-              float_data(sin));
+  const auto* from = static_cast<const int64_t*>(array.data());
+  float* cos_data = float_data(cos);
+  float* sin_data = float_data(sin);
+  without_gil([&] { rope_angles(config, inverse_frequencies, from, count, cos_data, sin_data); });
   return py::make_tuple(cos, sin);
 }
 

@@ -71,12 +71,7 @@ py::array read(const Model& model, const std::string& name) {
 }
 
 int64_t kv_nbytes(const Model& model, int64_t capacity, const std::string& dtype) {
-  const KvCacheShape shape = model.kv_shape(capacity, kv_dtype_from_name(dtype));
-  int64_t nbytes = 2 * static_cast<int64_t>(size_of(shape.dtype));
-  for (int64_t factor : {shape.layers, shape.kv_heads, shape.head_dim, shape.capacity}) {
-    nbytes = checked_mul(nbytes, factor, "kv_nbytes");
-  }
-  return nbytes;
+  return model.backend().kv_cache_nbytes(model.kv_shape(capacity, kv_dtype_from_name(dtype)));
 }
 
 py::list logits(const Model& model, const py::object& sequences) {

@@ -100,6 +100,7 @@ class PythonInterrupts : public InterruptHandler {
   bool requested() override;
   /// What to install for the calling thread: none when it is not the main thread.
   InterruptHandler* handler() { return is_main_thread_ ? this : nullptr; }
+  bool has_raised() const { return raised_.has_value(); }
   /// With the GIL: throws the exception that the signal's handler raised.
   [[noreturn]] void rethrow();
 
@@ -120,6 +121,10 @@ auto without_gil(Work&& work) {
     return work();
   } catch (const Interrupted&) {
     interrupts.rethrow();
+  } catch (...) {
+    // An error that coincides with a Ctrl-C must not swallow it.
+    if (interrupts.has_raised()) interrupts.rethrow();
+    throw;
   }
 }
 

@@ -10,6 +10,9 @@
 #ifndef LLAMA_EXT_VERSION
 #define LLAMA_EXT_VERSION "0.0.0"
 #endif
+#ifndef LLAMA_EXT_SANITIZE
+#define LLAMA_EXT_SANITIZE "OFF"
+#endif
 #ifndef LLAMA_EXT_BUILD_TYPE
 #define LLAMA_EXT_BUILD_TYPE "unknown"
 #endif
@@ -27,22 +30,11 @@ std::string compiler() {
 #endif
 }
 
-std::string sanitizers() {
-  std::string names;
-#ifdef __SANITIZE_ADDRESS__
-  names += "address ";
-#endif
-#ifdef __SANITIZE_THREAD__
-  names += "thread ";
-#endif
-  return names.empty() ? "none" : names.substr(0, names.size() - 1);
-}
-
 std::map<std::string, std::string> build_info() {
   std::string isas;
   for (const std::string& isa : compiled_isas()) isas += (isas.empty() ? "" : ", ") + isa;
-  return {{"version", LLAMA_EXT_VERSION}, {"compiler", compiler()}, {"build_type", LLAMA_EXT_BUILD_TYPE},
-          {"sanitizers", sanitizers()},   {"isas", isas},           {"cuda", "not built"}};
+  return {{"version", LLAMA_EXT_VERSION},     {"compiler", compiler()}, {"build_type", LLAMA_EXT_BUILD_TYPE},
+          {"sanitizers", LLAMA_EXT_SANITIZE}, {"isas", isas},           {"cuda", "not built"}};
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <bit>
+#include <cmath>
 #include <cstdint>
 
 namespace llama_ext {
@@ -13,6 +14,17 @@ static inline uint16_t f32_to_bf16(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+/// Rounds once, to nearest, ties to even. Through float32 rounded to odd: its last bit records that something was cut off, so the second rounding sees on
+/// which side of a tie the value lies. Rounding to nearest twice would not. Source: Boldo & Melquiond, "Emulation of
+/// FMA and Correctly Rounded Sums: Proved Algorithms Using Rounding to Odd", 2008.
+static inline uint16_t f64_to_bf16(double value) {
+  const float nearest = static_cast<float>(value);
+  if (std::isnan(value) || static_cast<double>(nearest) == value) return f32_to_bf16(nearest);
+  uint32_t bits = std::bit_cast<uint32_t>(nearest);
+  if (std::fabs(static_cast<double>(nearest)) > std::fabs(value)) --bits;  // now rounded towards zero
+  return f32_to_bf16(std::bit_cast<float>(bits | 1u));
 }
 
 /// Exact: every float16 value, denormals included, is a float32 value.

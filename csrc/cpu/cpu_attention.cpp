@@ -123,13 +123,15 @@ void CpuBackend::kv_load(const KvLoadArgs& args) {
 
 void CpuBackend::attention(const AttentionArgs& args) {
   check(args);
-  if (args.segments.empty()) return;
+  if (args.segments.empty() || args.q.size() == 0) return;
   const KvCacheShape& shape = args.segments.front().cache->shape();
   const int64_t dim = shape.head_dim;
   const int64_t padded = round_up(dim, kPanel);
   const int64_t group = args.q.dim(1) / shape.kv_heads;
-  // Four tiles of rows share each read of keys and values.
-  const int64_t unit_tokens = std::max<int64_t>(1, 4 * kernels_.f32.tile_rows / group);
+  // Four tiles of rows share each read of keys and values, when there are so many.
+  int64_t most_tokens = 1;
+  for (const AttentionSegment& segment : args.segments) most_tokens = std::max(most_tokens, segment.tokens);
+  const int64_t unit_tokens = std::clamp<int64_t>(4 * kernels_.f32.tile_rows / group, 1, most_tokens);
   const int64_t unit_rows = unit_tokens * group;
 
   std::vector<Unit> units;

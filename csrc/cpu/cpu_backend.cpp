@@ -49,6 +49,10 @@ const PanelKvCache& panel_cache(const KvCache& cache) {
 
 std::unique_ptr<Buffer> CpuBackend::allocate(size_t nbytes) { return std::make_unique<HostBuffer>(nbytes, "a buffer"); }
 
+void CpuBackend::require_memory(int64_t nbytes, const std::string& what) {
+  require_available_memory(static_cast<size_t>(nbytes), what.c_str());
+}
+
 void CpuBackend::copy_to_device(void* device, const void* host, size_t nbytes) {
   if (nbytes > 0) std::memcpy(device, host, nbytes);
 }

@@ -16,6 +16,7 @@ class CpuBackend final : public Backend {
   int threads() const override { return threads_; }
 
   std::unique_ptr<Buffer> allocate(size_t nbytes) override;
+  void require_memory(int64_t nbytes, const std::string& what) override;
   void copy_to_device(void* device, const void* host, size_t nbytes) override;
   void copy_to_host(void* host, const void* device, size_t nbytes) override;
   void synchronize() override {}
@@ -25,6 +26,7 @@ class CpuBackend final : public Backend {
   void read_rows(const Matrix& matrix, const RowMap& map, const TensorView& target) override;
 
   std::unique_ptr<KvCache> create_kv_cache(const KvCacheShape& shape) override;
+  int64_t kv_cache_nbytes(const KvCacheShape& shape) const override { return PanelKvCache::nbytes_for(shape); }
   void copy_kv_cache(KvCache& target, const KvCache& source, int64_t length) override;
 
   void embedding(const EmbeddingArgs& args) override;

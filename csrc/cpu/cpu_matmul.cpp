@@ -12,7 +12,7 @@
 namespace llama_ext {
 namespace {
 
-constexpr int64_t kPassRows = 512;  // packed at a time
+constexpr int64_t kPackedRows = 512;  // packed at a time
 // Panels of a task with few rows: about a megabyte, so that a thread which is held up leaves the rest to the others.
 constexpr int64_t kDecodePanels = 4;
 // When there are fewer groups of panels than threads, rows are split, too, into this many tasks for each thread.
@@ -21,8 +21,8 @@ constexpr int64_t kTasksPerThread = 2;
 }  // namespace
 
 void CpuBackend::multiply(const Product& product) {
-  for (int64_t row = 0; row < product.x.rows(); row += kPassRows) {
-    multiply_rows(product, row, std::min(kPassRows, product.x.rows() - row));
+  for (int64_t row = 0; row < product.x.rows(); row += kPackedRows) {
+    multiply_rows(product, row, std::min(kPackedRows, product.x.rows() - row));
   }
 }
 
@@ -118,8 +118,8 @@ void CpuBackend::feed_forward(const FeedForwardArgs& args) {
   const PanelMatrix& gate_up = panel_matrix(*args.gate_up);
   const PanelMatrix& down = panel_matrix(*args.down);
   const int64_t width = down.cols();
-  for (int64_t row = 0; row < args.x.rows(); row += kPassRows) {
-    const int64_t rows = std::min(kPassRows, args.x.rows() - row);
+  for (int64_t row = 0; row < args.x.rows(); row += kPackedRows) {
+    const int64_t rows = std::min(kPackedRows, args.x.rows() - row);
     void* memory = thread_scratch(Scratch::kActivation, static_cast<size_t>(rows * width) * sizeof(float));
     const TensorView activation(memory, DType::kF32, {rows, width});
     multiply({args.x.slice_rows(row, rows), &gate_up, args.gate_up_bias ? args.gate_up_bias.f32() : nullptr,

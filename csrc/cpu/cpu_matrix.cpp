@@ -1,6 +1,4 @@
 // Weights in and out of their panels.
-#include <bit>
-
 #include "core/half.h"
 #include "cpu/cpu_backend_internal.h"
 #include "cpu/thread_pool.h"
@@ -12,17 +10,6 @@ namespace {
 constexpr int64_t kRowsPerTask = kPanel;
 // k handled at a time: keeps the strided side of the transposition in the L1 cache.
 constexpr int64_t kBlock = 128;
-
-/// float64 to bf16 with one rounding: the float32 on the way is rounded to odd, which loses nothing that decides a tie.
-uint16_t f64_to_bf16(double value) {
-  const float nearest = static_cast<float>(value);
-  const double back = static_cast<double>(nearest);
-  if (back == value || nearest != nearest || back - back != 0.0) return f32_to_bf16(nearest);
-  uint32_t bits = std::bit_cast<uint32_t>(nearest);
-  // The truncated neighbour, with its last bit set.
-  if ((back > value) == (value > 0)) --bits;
-  return f32_to_bf16(std::bit_cast<float>(bits | 1u));
-}
 
 template <DType kFrom>
 struct Source;

@@ -22,8 +22,9 @@ namespace {
 
 struct Features {
   bool sse42 = false, popcnt = false;
-  bool avx2 = false, fma = false, f16c = false, bmi2 = false;
-  bool avx512 = false;  // F, BW, CD, DQ, VL: x86-64-v4
+  bool avx2 = false, fma = false, f16c = false;
+  bool v3_rest = false;  // AVX, MOVBE, BMI1, BMI2, LZCNT: what else x86-64-v3 allows a compiler
+  bool avx512 = false;   // F, BW, CD, DQ, VL: x86-64-v4
   bool avx512_vbmi2 = false, avx512_vnni = false, avx512_bf16 = false;
   bool amx_bf16 = false;
 };
@@ -59,10 +60,11 @@ Features detect() {
   const bool saves_tiles = (saved & 0x60000) == 0x60000;
   f.fma = saves_ymm && (c & bit_FMA) != 0;
   f.f16c = saves_ymm && (c & bit_F16C) != 0;
+  const bool has_avx = saves_ymm && (c & bit_AVX) != 0 && (c & bit_MOVBE) != 0;
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return f;
   const uint32_t subleaves = a;
   f.avx2 = saves_ymm && (b & bit_AVX2) != 0;
-  f.bmi2 = (b & bit_BMI2) != 0;
+  const bool has_bmi = (b & bit_BMI) != 0 && (b & bit_BMI2) != 0;
   constexpr uint32_t kV4 = bit_AVX512F | bit_AVX512BW | bit_AVX512CD | bit_AVX512DQ | bit_AVX512VL;
   f.avx512 = saves_zmm && (b & kV4) == kV4;
   f.avx512_vbmi2 = f.avx512 && (c & bit_AVX512VBMI2) != 0;
@@ -74,6 +76,8 @@ Features detect() {
     f.avx512_bf16 = f.avx512 && (a & bit_AVX512BF16) != 0;
   }
   f.amx_bf16 = has_amx && f.avx512_bf16 && request_amx();
+  const bool has_lzcnt = __get_cpuid(0x80000001u, &a, &b, &c, &d) != 0 && (c & bit_LZCNT) != 0;
+  f.v3_rest = has_avx && has_bmi && has_lzcnt;
   return f;
 }
 
@@ -92,7 +96,7 @@ struct Tier {
 std::array<Tier, 5> tiers() {
   const Features& f = features();
   const bool v2 = f.sse42 && f.popcnt;
-  const bool v3 = v2 && f.avx2 && f.fma && f.f16c && f.bmi2;
+  const bool v3 = v2 && f.avx2 && f.fma && f.f16c && f.v3_rest;
   const bool v4 = v3 && f.avx512;
   const bool bf16 = v4 && f.avx512_bf16 && f.avx512_vnni;
   // VBMI2 came with Ice Lake and Zen 4.

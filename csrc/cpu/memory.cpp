@@ -2,48 +2,70 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <cstring>
 #include <fstream>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "core/errors.h"
+#include "cpu/cgroup.h"
 
 namespace llama_ext {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
+// Asking costs tens of microseconds, more than a small buffer itself.
+constexpr size_t kWorthAsking = size_t{64} << 20;
 
 void* map_pages(size_t nbytes, const char* what) {
   if (nbytes == 0) return nullptr;
   // Asked first: the system itself promises more than it has, and ends the process when it cannot keep its word.
-  if (nbytes >= kHugePage) {
-    const size_t available = available_memory();
-    require(nbytes <= available, ErrorKind::kOutOfMemory, what, " needs ", nbytes, " bytes, ", available,
-            " are available");
-  }
+  if (nbytes >= kWorthAsking) require_available_memory(nbytes, what);
   void* data = mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   require(data != MAP_FAILED, ErrorKind::kOutOfMemory, what, " needs ", nbytes, " bytes: ", std::strerror(errno));
   return data;
 }
 
-}  // namespace
+constexpr size_t kUnlimited = std::numeric_limits<size_t>::max();
 
-size_t available_memory() {
+size_t system_memory() {
   std::ifstream file("/proc/meminfo");
   std::string key;
   while (file >> key) {
     if (key == "MemAvailable:") {
       size_t kib = 0;
-      if (file >> kib) return kib * 1024;
-      break;
+      return file >> kib ? kib * 1024 : kUnlimited;
     }
     file.ignore(std::numeric_limits<std::streamsize>::max(), '\n');
   }
-  return std::numeric_limits<size_t>::max();
+  return kUnlimited;
+}
+
+/// What the tightest control group of this process has left, page cache it could drop not counted.
+size_t cgroup_memory() {
+  size_t left = kUnlimited;
+  for (const std::string& folder : cgroup_folders("memory")) {
+    // Version 2, then 1; "max" and a missing file do not parse, which means no limit.
+    const std::optional<size_t> limit = first_number({folder + "/memory.max", folder + "/memory.limit_in_bytes"});
+    const std::optional<size_t> used = first_number({folder + "/memory.current", folder + "/memory.usage_in_bytes"});
+    if (limit && used) left = std::min(left, *limit > *used ? *limit - *used : 0);
+  }
+  return left;
+}
+
+}  // namespace
+
+size_t available_memory() { return std::min(system_memory(), cgroup_memory()); }
+
+void require_available_memory(size_t nbytes, const char* what) {
+  const size_t available = available_memory();
+  require(nbytes <= available, ErrorKind::kOutOfMemory, what, " needs ", nbytes, " bytes, ", available,
+          " are available");
 }
 
 HostBuffer::HostBuffer(size_t nbytes, const char* what) : Buffer(map_pages(nbytes, what), nbytes) {

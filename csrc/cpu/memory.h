@@ -18,8 +18,11 @@ class HostBuffer final : public Buffer {
   HostBuffer& operator=(const HostBuffer&) = delete;
 };
 
-/// Bytes the system could give without swapping; the largest number when it does not say.
+/// Bytes the system and this process's control group could give without swapping; the largest number when neither says.
 size_t available_memory();
+
+/// Throws OutOfMemoryError, with both numbers, when that is less than `nbytes`.
+void require_available_memory(size_t nbytes, const char* what);
 
 /// What an operation needs scratch for: each purpose has memory of its own, so that operations may nest.
 enum class Scratch : uint8_t { kProduct, kActivation, kAttention };

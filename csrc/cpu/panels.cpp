@@ -13,12 +13,6 @@ int64_t head_elements(const KvCacheShape& shape) {
   return checked_mul(round_up(shape.capacity, kPanel), per_position, "KV cache");
 }
 
-size_t cache_bytes(const KvCacheShape& shape) {
-  const int64_t heads = checked_mul(shape.layers, shape.kv_heads, "KV cache");
-  const int64_t elements = checked_mul(heads, head_elements(shape), "KV cache");
-  return static_cast<size_t>(checked_mul(elements, static_cast<int64_t>(size_of(shape.dtype)), "KV cache"));
-}
-
 }  // namespace
 
 PanelMatrix::PanelMatrix(int64_t rows, int64_t cols, DType dtype)
@@ -30,6 +24,12 @@ PanelKvCache::PanelKvCache(const KvCacheShape& shape)
     : KvCache(shape),
       positions_(round_up(shape.capacity, kPanel)),
       head_size_(head_elements(shape)),
-      buffer_(cache_bytes(shape), "the KV cache") {}
+      buffer_(static_cast<size_t>(nbytes_for(shape)), "the KV cache") {}
+
+int64_t PanelKvCache::nbytes_for(const KvCacheShape& shape) {
+  const int64_t heads = checked_mul(shape.layers, shape.kv_heads, "KV cache");
+  const int64_t elements = checked_mul(heads, head_elements(shape), "KV cache");
+  return checked_mul(elements, static_cast<int64_t>(size_of(shape.dtype)), "KV cache");
+}
 
 }  // namespace llama_ext

@@ -50,6 +50,8 @@ class PanelKvCache final : public KvCache {
   explicit PanelKvCache(const KvCacheShape& shape);
 
   int64_t nbytes() const override { return static_cast<int64_t>(buffer_.nbytes()); }
+  /// Throws LimitError when it is out of range.
+  static int64_t nbytes_for(const KvCacheShape& shape);
   int64_t positions() const { return positions_; }
   int64_t v_panels() const { return ceil_div(shape().head_dim, kPanel); }
   int64_t v_panel_stride() const { return positions_ * kPanel; }

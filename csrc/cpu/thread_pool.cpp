@@ -173,7 +173,8 @@ void parallel_run(int threads, int64_t tasks, TaskFunction function, void* conte
   job.function = function;
   job.context = context;
   job.tasks = tasks;
-  const int useful = static_cast<int>(tasks < threads ? tasks : threads);
+  const int allowed = threads < kMaxThreads ? threads : kMaxThreads;
+  const int useful = static_cast<int>(tasks < allowed ? tasks : allowed);
   bool interrupted = false;
   if (useful <= 1 || !pool().try_run(job, useful, &interrupted)) interrupted = work(job, 0, true);
   if (job.error) std::rethrow_exception(job.error);

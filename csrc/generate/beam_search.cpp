@@ -47,6 +47,10 @@ class BeamSearch {
   }
 
   std::vector<BeamHypothesis> run() {
+    // While beams grow, the old ones and the new ones are there together.
+    model_.backend().require_memory(
+        checked_mul(2 * options_.beams, model_.backend().kv_cache_nbytes(cache_shape_), "KV cache"),
+        cat("beam search: the KV caches of ", options_.beams, " beams"));
     std::vector<Beam> beams(1);
     beams[0].cache = model_.backend().create_kv_cache(cache_shape_);
     forward_prompt(beams[0]);

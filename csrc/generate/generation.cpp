@@ -94,6 +94,16 @@ void Generation::State::make_rows() {
             ". Shorten the prompt or ask for fewer tokens");
   }
   // All checks first: a batch that is refused must not have allocated caches.
+  if (continued == nullptr) {
+    int64_t needed = 0;
+    for (const Row& row : rows) {
+      const int64_t capacity = static_cast<int64_t>(prompts[row.prompt].size()) + row.max_new_tokens;
+      if (row.max_new_tokens == 0) continue;
+      const int64_t cache = model->backend().kv_cache_nbytes(model->kv_shape(capacity, options.kv_dtype));
+      needed = checked_add(needed, cache, "KV cache");
+    }
+    model->backend().require_memory(needed, cat("generate: the KV caches of ", rows.size(), " sequences"));
+  }
   for (Row& row : rows) {
     if (row.max_new_tokens == 0) continue;
     row.output.reserve(static_cast<size_t>(row.max_new_tokens));  // so that commit() cannot fail

@@ -12,6 +12,16 @@ std::string shape_text_of(const std::vector<int64_t>& shape) {
   return shape.size() == 1 ? shape_text({shape[0]}) : shape_text({shape[0], shape[1]});
 }
 
+/// Bytes of all matrices; norms and biases do not count.
+int64_t matrix_nbytes(const ModelConfig& config, DType dtype) {
+  const int64_t attention = checked_add(config.qkv_size(), config.q_size(), "weights");
+  const int64_t ffn = checked_add(gate_up_size(config.ffn_width), config.ffn_width, "weights");
+  const int64_t rows_of_block = checked_mul(checked_add(attention, ffn, "weights"), config.layers, "weights");
+  const int64_t tables = config.tied_head ? config.vocabulary : 2 * config.vocabulary;
+  const int64_t elements = checked_mul(checked_add(rows_of_block, tables, "weights"), config.width, "weights");
+  return checked_mul(elements, static_cast<int64_t>(size_of(dtype)), "weights");
+}
+
 std::unique_ptr<Buffer> allocate_floats(Backend& backend, int64_t count) {
   return backend.allocate(static_cast<size_t>(checked_mul(count, sizeof(float), "weights")));
 }
@@ -72,6 +82,7 @@ void check_source(const Weights::Slot& slot, const TensorView& tensor) {
 }  // namespace
 
 Weights::Weights(Backend& backend, const ModelConfig& config, DType dtype) : backend_(backend), dtype_(dtype) {
+  backend.require_memory(matrix_nbytes(config, dtype), "the weights");
   const int64_t width = config.width;
   embedding_ = backend.create_matrix(config.vocabulary, width, dtype);
   add_matrix("embedding", embedding_.get(), {}, config.vocabulary, width);

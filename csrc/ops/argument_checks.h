@@ -1,4 +1,4 @@
-// What the argument checks of several operations share. Included by csrc/ops/*.cpp only. A check runs on every call, so
+// What the argument checks of several operations share. For csrc/ops/*.cpp, and for a binding that puts an operation together. A check runs on every call, so
 // messages are put together on failure alone.
 #pragma once
 

@@ -21,6 +21,10 @@ void check_segment(const AttentionArgs& args, size_t index) {
           " heads of q are not a multiple of the ", shape.kv_heads, " key/value heads in the cache of segment ", index);
   require(args.layer >= 0 && args.layer < shape.layers, ErrorKind::kShape, "attention: layer ", args.layer,
           " does not exist, the cache of segment ", index, " has ", shape.layers, " layers");
+  const KvCacheShape& first = args.segments.front().cache->shape();
+  require(shape.kv_heads == first.kv_heads && shape.dtype == first.dtype, ErrorKind::kShape,
+          "attention: the caches of one call must have the same key/value heads and dtype; that of segment ", index,
+          " differs");
   const int64_t rows = args.q.rows();
   require(segment.row >= 0 && segment.tokens >= 0 && segment.tokens <= rows && segment.row <= rows - segment.tokens,
           ErrorKind::kShape, "attention: segment ", index, " covers rows [", segment.row, ", ", segment.row, " + ",

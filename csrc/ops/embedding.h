@@ -6,7 +6,8 @@
 namespace llama_ext {
 
 /// y[t] = table[ids[t]]
-/// ids: (T) i32 in host memory, each in [0, V). table: Matrix (V, C), any dtype. y: (T, C) f32, contiguous.
+/// ids: (T) i32 in host memory, each in [0, V). table: Matrix (V, C), any dtype. y: (T, C) f32, contiguous, must not
+/// overlap ids.
 /// Backward adds d_y[t] to d_table[ids[t]]; nothing is saved. Throws ShapeError, DTypeError, TokenIdError.
 struct EmbeddingArgs {
   TensorView ids;

@@ -10,6 +10,7 @@ void check(const MatmulArgs& args) {
   require_optional_vector(args.bias, weight.rows(), "matmul", "bias");
   require_tensor(args.y, DType::kF32, {args.x.rows(), weight.rows()}, Rows::kStrided, "matmul", "y");
   require_disjoint(args.y, args.x, "matmul", "y", "x");
+  if (args.bias) require_disjoint(args.y, args.bias, "matmul", "y", "bias");
 }
 
 }  // namespace llama_ext

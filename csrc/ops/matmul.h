@@ -7,7 +7,7 @@ namespace llama_ext {
 
 /// y = x W^T + bias, or y += x W^T + bias with `accumulate` (a residual connection)
 /// x: (M, K) f32, rows may be strided. weight: Matrix (N, K), f32 | bf16. bias: (N) f32 or none. y: (M, N) f32, rows
-/// may be strided, must not overlap x. Every sum runs in f32 over k in one fixed order that depends on nothing but the
+/// may be strided, must not overlap x or bias. Every sum runs in f32 over k in one fixed order that depends on nothing but the
 /// ISA, the weights' dtype and `compute`: not on M, N or threads. K = 0 gives the bias alone.
 /// Saves nothing. Backward: d_x = d_y W; d_weight += d_y^T x; d_bias += column sums of d_y.
 /// Throws ShapeError, DTypeError.

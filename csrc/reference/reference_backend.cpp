@@ -38,6 +38,12 @@ void check_rows(const Matrix& matrix, const RowMap& map, const TensorView& rows,
 
 std::unique_ptr<Buffer> ReferenceBackend::allocate(size_t nbytes) { return std::make_unique<ReferenceBuffer>(nbytes); }
 
+int64_t ReferenceBackend::kv_cache_nbytes(const KvCacheShape& shape) const {
+  return ReferenceKvCache::nbytes_for(shape);
+}
+
+void ReferenceBackend::require_memory(int64_t /*nbytes*/, const std::string& /*what*/) {}
+
 void ReferenceBackend::copy_to_device(void* device, const void* host, size_t nbytes) {
   copy_bytes(device, host, nbytes);
 }

@@ -17,6 +17,8 @@ class ReferenceBackend final : public Backend {
   int threads() const override { return 1; }
 
   std::unique_ptr<Buffer> allocate(size_t nbytes) override;
+  /// The oracle runs tiny models: whatever the system allows.
+  void require_memory(int64_t nbytes, const std::string& what) override;
   void copy_to_device(void* device, const void* host, size_t nbytes) override;
   void copy_to_host(void* host, const void* device, size_t nbytes) override;
   void synchronize() override {}
@@ -26,6 +28,7 @@ class ReferenceBackend final : public Backend {
   void read_rows(const Matrix& matrix, const RowMap& map, const TensorView& target) override;
 
   std::unique_ptr<KvCache> create_kv_cache(const KvCacheShape& shape) override;
+  int64_t kv_cache_nbytes(const KvCacheShape& shape) const override;
   void copy_kv_cache(KvCache& target, const KvCache& source, int64_t length) override;
 
   void embedding(const EmbeddingArgs& args) override;

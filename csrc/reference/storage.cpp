@@ -33,17 +33,6 @@ int64_t kv_nbytes(const KvCacheShape& shape) {
   return nbytes;
 }
 
-/// Through float32 rounded to odd: its last bit records that something was cut off, so the second rounding sees on
-/// which side of a tie the value lies. Rounding to nearest twice would not. Source: Boldo & Melquiond, "Emulation of
-/// FMA and Correctly Rounded Sums: Proved Algorithms Using Rounding to Odd", 2008.
-uint16_t f64_to_bf16(double value) {
-  const float nearest = static_cast<float>(value);
-  if (std::isnan(value) || static_cast<double>(nearest) == value) return f32_to_bf16(nearest);
-  uint32_t bits = std::bit_cast<uint32_t>(nearest);
-  if (std::fabs(static_cast<double>(nearest)) > std::fabs(value)) --bits;  // now rounded towards zero
-  return f32_to_bf16(std::bit_cast<float>(bits | 1u));
-}
-
 }  // namespace
 
 HostMemory::HostMemory(size_t nbytes) : aligned_(nullptr) {
@@ -61,6 +50,8 @@ ReferenceMatrix::ReferenceMatrix(int64_t rows, int64_t cols, DType dtype)
 void ReferenceMatrix::load_row(int64_t index, double* out) const {
   for (int64_t k = 0; k < cols(); ++k) out[k] = load_element(data(), dtype(), index * cols() + k);
 }
+
+int64_t ReferenceKvCache::nbytes_for(const KvCacheShape& shape) { return 2 * kv_nbytes(shape); }
 
 ReferenceKvCache::ReferenceKvCache(const KvCacheShape& shape)
     : KvCache(shape),

@@ -47,6 +47,7 @@ class ReferenceKvCache final : public KvCache {
  public:
   explicit ReferenceKvCache(const KvCacheShape& shape);
   int64_t nbytes() const override { return 2 * half_nbytes_; }
+  static int64_t nbytes_for(const KvCacheShape& shape);
   void* keys() const { return keys_.data(); }
   void* values() const { return values_.data(); }
   /// Index of the first element of (layer, position) in keys() and values(), which are (layers, capacity, K, D).

@@ -18,15 +18,13 @@ constexpr int64_t kPrefetchBytes = 4096;
 
 struct PanelF32 {
   using Element = float;
-  static constexpr int kStep = 1;   // k per iteration
-  static constexpr int kLines = 2;  // cache lines per iteration
+  static constexpr int kStep = 1;  // k per iteration
 };
 
 /// Pairs of k next to each other: [k / 2][32][2].
 struct PanelBf16 {
   using Element = uint16_t;
   static constexpr int kStep = 2;
-  static constexpr int kLines = 2;
 };
 
 template <typename Panel, int R, int NV>

@@ -14,7 +14,7 @@ static constexpr GemmKernel kGemmBf16 = {kAmxRows, sizeof(uint16_t), 256, 8, pac
 }
 
 extern const KernelTable kTable_amx;
-const KernelTable kTable_amx = LLAMA_EXT_ISA_NAMESPACE::make_table("amx", LLAMA_EXT_ISA_NAMESPACE::kGemmBf16,
-                                                                   "AMX tiles, activations rounded to bfloat16");
+constinit const KernelTable kTable_amx = LLAMA_EXT_ISA_NAMESPACE::make_table(
+    "amx", LLAMA_EXT_ISA_NAMESPACE::kGemmBf16, "AMX tiles, activations rounded to bfloat16");
 
 }  // namespace llama_ext

@@ -14,7 +14,7 @@ static constexpr GemmKernel kGemmBf16 = {kTileRows, sizeof(uint16_t), 512, 8, pa
 }
 
 extern const KernelTable kTable_avx512_bf16;
-const KernelTable kTable_avx512_bf16 = LLAMA_EXT_ISA_NAMESPACE::make_table(
+constinit const KernelTable kTable_avx512_bf16 = LLAMA_EXT_ISA_NAMESPACE::make_table(
     "avx512-bf16", LLAMA_EXT_ISA_NAMESPACE::kGemmBf16, "VDPBF16PS, activations rounded to bfloat16");
 
 }  // namespace llama_ext

@@ -44,7 +44,7 @@ def embedding(
     matrix = as_matrix("embedding", table, dtype, threads, isa, device)
     rows, columns = matrix.shape
     array = integers("embedding", "ids", ids, rows)
-    target = destination("embedding", out, (*array.shape, columns), ())
+    target = destination("embedding", out, (*array.shape, columns), (array,))
     matrix.backend.embedding(array.reshape(-1), matrix.handle, flat(target, columns))
     return finish(out, target)
 
@@ -108,7 +108,7 @@ def cross_entropy(
     width = last("cross_entropy", "logits", logits)
     ids = integers("cross_entropy", "labels", labels, width, ignored=-100)
     require_shape("cross_entropy", "labels", ids, logits.shape[:-1])
-    target = destination("cross_entropy", out, ids.shape, (logits,))
+    target = destination("cross_entropy", out, ids.shape, (logits, ids))
     backend_for(device, threads, isa).cross_entropy(flat(logits, width), ids.reshape(-1), target.reshape(-1))
     return finish(out, target)
 
