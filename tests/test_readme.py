@@ -35,7 +35,9 @@ def test_python_examples_run_as_printed(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("command", commands())
-def test_commands_run_as_printed(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_run_as_printed(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from llama_ext.cli.main import main
 
     monkeypatch.chdir(README.parent)
@@ -46,3 +48,8 @@ def test_commands_run_as_printed(command: str, monkeypatch: pytest.MonkeyPatch, 
 def test_readme_has_examples() -> None:
     assert len(blocks("python")) >= 7
     assert len(commands()) >= 4
+
+
+def test_readme_has_no_placeholder_left() -> None:
+    text = re.sub(r"^```.*?^```$", "", README.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    assert re.findall(r"^[A-Z_]{6,}$", text, re.MULTILINE) == []

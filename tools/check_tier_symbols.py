@@ -34,7 +34,9 @@ def mergeable_symbols(nm: str, path: Path) -> list[str]:
 
 def spilling_loops(objdump: str, path: Path) -> list[str]:
     """Innermost loops of tile functions that multiply and touch the stack."""
-    listing = subprocess.run([objdump, "-d", "-C", "--no-show-raw-insn", str(path)], check=True, capture_output=True, text=True)
+    listing = subprocess.run(
+        [objdump, "-d", "-C", "--no-show-raw-insn", str(path)], check=True, capture_output=True, text=True
+    )
     bad = []
     name, body = "", []
     for line in [*listing.stdout.splitlines(), "0 <end>:"]:
@@ -80,7 +82,9 @@ def main() -> int:
     for path in arguments.objects:
         problems += [f"{path.name}: mergeable symbol {symbol}" for symbol in mergeable_symbols(arguments.nm, path)]
         if "avx512" in path.name or "amx" in path.name:
-            problems += [f"{path.name}: sums on the stack in {loop}" for loop in spilling_loops(arguments.objdump, path)]
+            problems += [
+                f"{path.name}: sums on the stack in {loop}" for loop in spilling_loops(arguments.objdump, path)
+            ]
     for problem in problems:
         print(problem, file=sys.stderr)
     return 1 if problems else 0

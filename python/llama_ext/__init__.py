@@ -1,4 +1,4 @@
-"""Load, run, train, explain and export Llama models on a CPU or an NVIDIA GPU, without torch.
+"""Load and run Llama models on a CPU, fast, without torch.
 
 Everything but the errors is imported when it is first used (PEP 562), so that `import llama_ext` costs next to nothing
 and a command that only parses its arguments never loads NumPy or the compiled core.

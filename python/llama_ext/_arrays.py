@@ -16,6 +16,7 @@ __all__ = [
     "FloatArray",
     "IntArray",
     "allocate",
+    "as_whole",
     "check_token_range",
     "destination",
     "finish",
@@ -55,9 +56,23 @@ def float32_array(op: str, what: str, value: object) -> FloatArray:
     return np.asarray(value, order="C")
 
 
+def as_whole(value: object) -> int | None:
+    """The Python integer that any integer stands for: one of Python, of NumPy, or of a type with __index__.
+
+    Returns:
+        The number; None for everything else, True and False among it.
+    """
+    if isinstance(value, (bool, np.bool_)):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
 def is_whole(value: object) -> bool:
-    """Whether it is a Python integer; True and False are not."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether it is an integer, of Python, NumPy or any other type with __index__; True and False are not."""
+    return as_whole(value) is not None
 
 
 def is_bfloat16(dtype: np.dtype[Any]) -> bool:

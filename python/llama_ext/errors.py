@@ -59,7 +59,10 @@ class FormatError(LlamaExtError, ValueError):
         self.got = got
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild_format_error, (type(self), self.message, self.path, self.offset, self.field, self.expected, self.got))
+        return (
+            _rebuild_format_error,
+            (type(self), self.message, self.path, self.offset, self.field, self.expected, self.got),
+        )
 
 
 def _rebuild_format_error(

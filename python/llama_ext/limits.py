@@ -8,7 +8,6 @@ from llama_ext.errors import OptionError
 
 __all__ = ["DEFAULT_LIMITS", "Limits"]
 
-_KIB = 1 << 10
 _MIB = 1 << 20
 
 
@@ -24,9 +23,6 @@ class Limits:
         tensors: Tensors of one checkpoint.
         metadata_entries: Entries of a file's metadata.
         string_bytes: One string of a file's metadata.
-        array_elements: One array of a file's metadata.
-        dimensions: Dimensions of a tensor (GGUF).
-        alignment_bytes: Alignment that a file may ask for (GGUF).
         shards: Files of one checkpoint.
         json_depth: Nesting of objects and arrays in a JSON file.
         config_json_bytes: config.json, generation_config.json and other small JSON files.
@@ -45,9 +41,6 @@ class Limits:
     tensors: int = 65_536
     metadata_entries: int = 65_536
     string_bytes: int = 16 * _MIB
-    array_elements: int = 4 * _MIB
-    dimensions: int = 4
-    alignment_bytes: int = 64 * _KIB
     shards: int = 4_096
     json_depth: int = 64
     config_json_bytes: int = 1 * _MIB

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,10 @@ from llama_ext.models.llama import tensor_specs
 from shared_data import SHARED, requires_shared
 
 GOLDEN = ["mha-untied", "gqa-tied-llama3rope", "wide-head-dim", "linear-rope", "biases"]
+SAVED = [
+    "demo",
+    *(pytest.param(name, marks=requires_shared) for name in (*(f"golden/{name}" for name in GOLDEN), "stories260K")),
+]
 
 Model = llama_ext.LlamaForCausalLM
 
@@ -55,9 +58,9 @@ def test_bfloat16_weights_stay_close_to_float32(name: str, compute: str) -> None
     assert relative_rms(model(case["input_ids"]), case["logits"]) < 2e-2
 
 
-@requires_shared
-def test_auto_keeps_a_bfloat16_checkpoint_as_it_is_and_makes_the_rest_float32(tmp_path: Path) -> None:
-    source = SHARED / "golden" / "mha-untied"
+def test_auto_keeps_a_bfloat16_checkpoint_as_it_is_and_makes_the_rest_float32(tiny: Model, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    tiny.save_pretrained(source)
     assert Model.from_pretrained(source).dtype == "float32"
     for dtype in ("float32", "bfloat16"):
         Model.from_pretrained(source, dtype=dtype).save_pretrained(tmp_path / dtype)
@@ -69,14 +72,12 @@ def test_auto_keeps_a_bfloat16_checkpoint_as_it_is_and_makes_the_rest_float32(tm
     assert Model.from_pretrained(tmp_path / "float32").dtype == "float32"
 
 
-@requires_shared
 @pytest.mark.parametrize("dtype", ["float16", "int8", "int4"])
 def test_a_dtype_of_another_version_says_which_there_are(dtype: str) -> None:
     with pytest.raises(llama_ext.UnsupportedError, match="float32 and bfloat16"):
-        Model.from_pretrained(SHARED / "stories260K", dtype=dtype)
+        Model.from_pretrained("demo", dtype=dtype)
 
 
-@requires_shared
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -90,7 +91,7 @@ def test_a_dtype_of_another_version_says_which_there_are(dtype: str) -> None:
 )
 def test_a_wrong_option_is_an_error(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        Model.from_pretrained(SHARED / "stories260K", **options)
+        Model.from_pretrained("demo", **options)
 
 
 def test_a_path_that_is_not_there_is_a_format_error(tmp_path: Path) -> None:
@@ -98,31 +99,27 @@ def test_a_path_that_is_not_there_is_a_format_error(tmp_path: Path) -> None:
         Model.from_pretrained(tmp_path / "nothing")
 
 
-@requires_shared
 def test_a_tied_head_that_differs_is_a_checkpoint_error(tmp_path: Path) -> None:
-    source = SHARED / "golden" / "gqa-tied-llama3rope"
-    shutil.copytree(source, tmp_path / "copy")
-    weights = load_file(source / "model.safetensors")
+    Model.from_pretrained("demo", dtype="float32").save_pretrained(tmp_path / "copy")
+    weights = load_file(tmp_path / "copy" / "model.safetensors")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
     save_file(weights, tmp_path / "copy" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(llama_ext.CheckpointError, match="lm_head"):
         Model.from_pretrained(tmp_path / "copy")
 
 
-@requires_shared
 def test_nothing_is_printed_while_loading(capfd: pytest.CaptureFixture[str]) -> None:
-    Model.from_pretrained(SHARED / "stories260K")
+    Model.from_pretrained("demo")
     assert capfd.readouterr() == ("", "")
 
 
 # Saving.
 
 
-@requires_shared
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", [*(f"golden/{name}" for name in GOLDEN), "stories260K"])
+@pytest.mark.parametrize("name", SAVED)
 def test_a_saved_model_is_the_same_model(name: str, dtype: str, tmp_path: Path) -> None:
-    model = Model.from_pretrained(SHARED / name, dtype=dtype)
+    model = Model.from_pretrained(name if name == "demo" else SHARED / name, dtype=dtype)
     model.save_pretrained(tmp_path / "new")
     again = Model.from_pretrained(tmp_path / "new")
     assert again.dtype == dtype
@@ -131,7 +128,8 @@ def test_a_saved_model_is_the_same_model(name: str, dtype: str, tmp_path: Path) 
     ids = np.arange(1, 60)[None] % model.config.vocab_size
     np.testing.assert_array_equal(again(ids), model(ids))
     if model.tokenizer is not None:
-        assert again.generate("Once", max_new_tokens=20) == model.generate("Once", max_new_tokens=20)
+        options: dict[str, Any] = {"max_new_tokens": 20, "temperature": 0}
+        assert again.generate("Once", **options) == model.generate("Once", **options)
 
 
 @requires_shared
@@ -144,9 +142,8 @@ def test_float32_weights_survive_bit_for_bit_under_the_names_of_transformers(tmp
         np.testing.assert_array_equal(after[name], value)
 
 
-@requires_shared
-def test_saving_over_the_checkpoint_that_was_loaded_keeps_both_right(tmp_path: Path) -> None:
-    shutil.copytree(SHARED / "stories260K", tmp_path / "copy")
+def test_saving_over_the_checkpoint_that_was_loaded_keeps_both_right(stories: Model, tmp_path: Path) -> None:
+    stories.save_pretrained(tmp_path / "copy")
     model = Model.from_pretrained(tmp_path / "copy")
     before = model.generate("Once upon", max_new_tokens=30)
     model.save_pretrained(tmp_path / "copy")
@@ -154,9 +151,8 @@ def test_saving_over_the_checkpoint_that_was_loaded_keeps_both_right(tmp_path: P
     assert Model.from_pretrained(tmp_path / "copy").generate("Once upon", max_new_tokens=30) == before
 
 
-@requires_shared
-def test_the_generation_config_is_saved_too(tmp_path: Path) -> None:
-    shutil.copytree(SHARED / "stories260K", tmp_path / "copy")
+def test_the_generation_config_is_saved_too(stories: Model, tmp_path: Path) -> None:
+    stories.save_pretrained(tmp_path / "copy")
     said = {"do_sample": True, "temperature": 0.5, "max_new_tokens": 9, "eos_token_id": [2, 5]}
     (tmp_path / "copy" / "generation_config.json").write_text(json.dumps(said))
     model = Model.from_pretrained(tmp_path / "copy")
@@ -214,6 +210,61 @@ def test_biases_begin_at_zero() -> None:
 def test_a_wrong_seed_is_an_error(seed: Any, tiny: Model) -> None:
     with pytest.raises(llama_ext.OptionError, match="seed"):
         Model(tiny.config, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("config", "advice"),
+    [({"vocab_size": 5}, r"LlamaConfig\.from_dict"), (None, r"LlamaConfig\.from_dict"), ("demo", "from_pretrained")],
+)
+def test_what_is_no_config_is_an_error(config: Any, advice: str) -> None:
+    with pytest.raises(llama_ext.OptionError, match=f"config must be a LlamaConfig, .*{advice}"):
+        Model(config)
+
+
+def test_what_is_no_tokenizer_is_an_error(tiny: Model) -> None:
+    wrong: Any = "demo"
+    with pytest.raises(llama_ext.OptionError, match="tokenizer must be a Tokenizer or None, got str"):
+        Model(tiny.config, wrong)
+
+
+@pytest.mark.parametrize("path", [5, None, b"demo", {"vocab_size": 5}])
+def test_what_is_no_path_is_an_error(path: Any) -> None:
+    with pytest.raises(llama_ext.OptionError, match="a path or a Hub id"):
+        Model.from_pretrained(path)
+
+
+def test_integers_of_numpy_are_whole_numbers(tiny: Model) -> None:
+    model = Model(tiny.config, seed=np.int64(3), threads=np.int64(2))
+    assert model.threads == 2
+    assert np.array_equal(model([[1, 2, 3]]), tiny([[1, 2, 3]]))
+    session = model.session(np.int64(10))
+    assert session.max_length == 10
+    session.append([1, 2, 3])
+    session.rewind(np.uint8(2))
+    assert session.length == 2
+    for wrong in (np.bool_(True), np.float64(2), 2.0, True, "2"):
+        with pytest.raises(llama_ext.OptionError, match="threads"):
+            Model(tiny.config, threads=wrong)
+        with pytest.raises(llama_ext.OptionError, match="rewind"):
+            session.rewind(wrong)
+
+
+def test_a_character_is_neither_bos_nor_eos_because_the_config_says_nothing() -> None:
+    config = llama_ext.LlamaConfig(
+        vocab_size=4, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    letters = llama_ext.Tokenizer.characters("abcd")
+    model = Model(config, letters)
+    assert (config.bos_token_id, config.eos_token_id) == (1, 2)
+    assert model.bos_token_id is None
+    assert model.eos_token_ids == ()
+    with pytest.raises(llama_ext.OptionError, match="no BOS token"):
+        model.generate("", max_new_tokens=1)
+    ended = model.generate("a", max_new_tokens=40, eos_token_id=[0, 1, 2, 3], return_details=True)
+    assert ended.finish_reason == "stop"
+    assert model.generate("a", max_new_tokens=40, return_details=True).finish_reason == "length"
+    without = Model(config)
+    assert (without.bos_token_id, without.eos_token_ids) == (1, (2,))
 
 
 # Facts about a model.

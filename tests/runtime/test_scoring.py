@@ -42,7 +42,6 @@ def test_windows_score_each_token_but_the_first_once(tokens: int, context: int, 
 # Log-likelihood.
 
 
-@requires_shared
 def test_the_likelihood_is_the_sum_of_the_tokens_log_probabilities(stories: Model) -> None:
     ids = stories.tokenizer.encode(STORY)
     expected = logprobs(stories, ids)
@@ -51,7 +50,6 @@ def test_the_likelihood_is_the_sum_of_the_tokens_log_probabilities(stories: Mode
         assert found.logprob == pytest.approx(expected[cut - 1 :].sum(), abs=1e-4)
 
 
-@requires_shared
 def test_text_is_encoded_as_one_whatever_side_the_space_is_on(stories: Model) -> None:
     ids = stories.tokenizer.encode("Once upon a time")
     before = stories.tokenizer.encode("Once upon")
@@ -77,7 +75,6 @@ def test_an_empty_context_is_the_bos_token(stories: Model) -> None:
     assert stories.loglikelihood("Once", "") == (0.0, True)
 
 
-@requires_shared
 def test_is_greedy_means_that_greedy_search_writes_it(stories: Model) -> None:
     written = stories.generate("Once upon", max_new_tokens=10)[len("Once upon") :]
     assert stories.loglikelihood("Once upon", written).is_greedy
@@ -114,7 +111,6 @@ def test_perplexity_of_a_text_in_one_window_is_the_mean_of_its_tokens(stories: M
     assert f"{found.perplexity:.4f}" in str(found)
 
 
-@requires_shared
 def test_windows_of_a_text_are_scored_as_if_each_were_alone(stories: Model) -> None:
     ids = stories.tokenizer.encode(STORY * 3)
     for context, stride in ((16, None), (16, 4), (33, 32), (2, 1)):
@@ -126,20 +122,18 @@ def test_windows_of_a_text_are_scored_as_if_each_were_alone(stories: Model) -> N
         assert found.loss == pytest.approx(nats / (len(ids) - 1), abs=1e-5)
 
 
-@requires_shared
 def test_more_to_look_back_at_makes_a_text_likelier(stories: Model) -> None:
-    text = stories.generate("", max_new_tokens=300)
+    text = stories.generate("O", max_new_tokens=300)
     losses = [stories.perplexity(text, context=64, stride=stride).loss for stride in (None, 32, 8)]
     assert losses == sorted(losses, reverse=True)
 
 
-@requires_shared
 def test_several_texts_count_by_their_tokens(stories: Model) -> None:
     texts = [STORY, "The dog.", "Lily was happy because she had a new friend."]
     each = [stories.perplexity(text) for text in texts]
     together = stories.perplexity(texts)
     assert together.tokens == sum(one.tokens for one in each)
-    assert together.bytes == sum(len(text) for text in texts)
+    assert together.bytes == sum(one.bytes for one in each)
     assert together.loss == pytest.approx(sum(one.loss * one.tokens for one in each) / together.tokens, rel=1e-6)
 
 
@@ -160,6 +154,33 @@ def test_without_bos_the_first_character_does_not_count() -> None:
     found = model.perplexity("äabc")
     assert (found.tokens, found.bytes) == (3, 3)
     assert found.bits_per_byte == pytest.approx(found.loss / math.log(2))
+
+
+@pytest.fixture(scope="module")
+def letters() -> Model:
+    """A model of characters, whose tokenizer has no BOS token."""
+    config = llama_ext.LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    return Model(config, llama_ext.Tokenizer.characters(" abcde"))
+
+
+def test_a_message_names_the_text_that_is_empty(letters: Model) -> None:
+    with pytest.raises(llama_ext.OptionError, match=r"texts\[1\] is empty"):
+        letters.perplexity(["abc", ""])
+    with pytest.raises(llama_ext.OptionError, match="perplexity: the text is empty"):
+        letters.perplexity("")
+    with pytest.raises(llama_ext.OptionError, match="the context is empty"):
+        letters.loglikelihood("", "be")
+
+
+def test_a_context_of_spaces_stays_a_context(letters: Model) -> None:
+    ids = letters.tokenizer.encode(" be")
+    assert letters.loglikelihood(" ", "be") == letters.loglikelihood(ids[:1], ids[1:])
+
+
+def test_numbers_of_numpy_are_whole_numbers(letters: Model) -> None:
+    assert letters.perplexity("abc" * 5, np.int64(3), np.uint8(6)) == letters.perplexity("abc" * 5, 3, 6)
 
 
 @pytest.mark.parametrize(

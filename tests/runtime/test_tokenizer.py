@@ -341,7 +341,7 @@ def test_gguf_and_tiktoken_files_are_named_as_such(tmp_path: Path) -> None:
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(b"GGUF\x03\x00\x00\x00")
     for path in (gguf, tmp_path):
-        with pytest.raises(UnsupportedError, match="GGUF is not readable in this version"):
+        with pytest.raises(UnsupportedError, match="GGUF is not read by this version"):
             Tokenizer.from_pretrained(path)
     tiktoken = tmp_path / "tokenizer.model"
     tiktoken.write_bytes(b"IQ== 0\nIg== 1\n")
@@ -480,9 +480,11 @@ def test_an_atomic_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_pat
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_an_atomic_write_follows_a_link(tmp_path: Path) -> None:
+def test_an_atomic_write_replaces_a_link_and_not_what_it_names(tmp_path: Path) -> None:
+    (tmp_path / "target").write_bytes(b"shared")
     (tmp_path / "link").symlink_to(tmp_path / "target")
     with atomic_write(tmp_path / "link") as file:
         file.write(b"x")
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "target").read_bytes() == b"x"
+    assert not (tmp_path / "link").is_symlink()
+    assert (tmp_path / "link").read_bytes() == b"x"
+    assert (tmp_path / "target").read_bytes() == b"shared"

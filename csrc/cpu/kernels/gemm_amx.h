@@ -1,8 +1,8 @@
 // bf16 x bf16 products with AMX: 32 rows x 32 columns of sums in four tile registers, 32 k at a time.
 //
 // A panel of bf16 weights, [k / 2][32][2], is a pair of AMX operands as it lies: 16 rows of 64 bytes, 128 bytes apart. Up to four
-// rows are bound by memory and run on vectors, which stream weights better than tile loads do (95% against 86% of the read
-// bandwidth), in exactly the steps that Intel documents for TDPBF16PS: so decode and prefill give the same bits.
+// rows are bound by memory and run on vectors, which keep more of it in flight than tile loads do, in exactly the steps that Intel
+// documents for TDPBF16PS: so decode and prefill give the same bits.
 // Bound: arithmetic, 1,024 multiply-adds a cycle; the L2 cache comes close to it, as sums are stored every 256 k.
 #pragma once
 
@@ -106,7 +106,7 @@ static void tile_amx_vectors(int64_t depth, const uint16_t* a, const uint16_t* b
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) even[r][0] = even[r][1] = odd[r][0] = odd[r][1] = vzero();
     for (int pair = 0; pair < kAmxK / 2; ++pair) {
-      const char* ahead = reinterpret_cast<const char*>(b) + kAmxPrefetchBytes;
+      const char* ahead = reinterpret_cast<const char*>(b) + kPrefetchBytes;
       __builtin_prefetch(ahead);
       __builtin_prefetch(ahead + 64);
 #pragma GCC unroll 4

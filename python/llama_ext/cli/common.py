@@ -7,6 +7,7 @@ import re
 import select
 import sys
 import threading
+import warnings
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -216,6 +217,7 @@ def plan_options(args: argparse.Namespace, options: dict[str, Any]) -> Generatio
         OptionError: An option is out of range, or contradicts another one.
         FormatError and others: A file of the model cannot be read.
     """
+    from llama_ext.io.gguf import gguf_error
     from llama_ext.io.hub import resolve
     from llama_ext.models.config import LlamaConfig
     from llama_ext.models.generation_config import GenerationDefaults
@@ -223,7 +225,7 @@ def plan_options(args: argparse.Namespace, options: dict[str, Any]) -> Generatio
 
     path = resolve(args.model)
     if path.suffix == ".gguf":
-        raise UnsupportedError(f"{path}: GGUF files are not read by this version. Use the safetensors checkpoint")
+        raise gguf_error(path)
     folder = path.parent if path.is_file() else path
     config = LlamaConfig.from_pretrained(folder)
     defaults = GenerationDefaults.from_pretrained(folder)
@@ -243,13 +245,16 @@ def load_model(args: argparse.Namespace, dtype: str | None = None) -> LlamaForCa
     """Loads the model that the options name; `dtype` is instead of --dtype."""
     from llama_ext.runtime.model import LlamaForCausalLM
 
-    return LlamaForCausalLM.from_pretrained(
-        getattr(args, "path", args.model),
-        dtype=args.dtype if dtype is None else dtype,
-        device=args.device,
-        compute=args.compute,
-        threads=args.threads,
-    )
+    with warnings.catch_warnings():
+        # `plan_options` has said so, and the commands without it do not generate.
+        warnings.filterwarnings("ignore", message=r".*generation_config\.json asks for", category=UserWarning)
+        return LlamaForCausalLM.from_pretrained(
+            getattr(args, "path", args.model),
+            dtype=args.dtype if dtype is None else dtype,
+            device=args.device,
+            compute=args.compute,
+            threads=args.threads,
+        )
 
 
 # -- text in ----------------------------------------------------------------------------------------------------------

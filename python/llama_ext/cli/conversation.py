@@ -122,8 +122,8 @@ class Conversation:
     def say(self, text: str) -> Iterator[str]:
         """Says something, and yields the answer as it comes.
 
-        Once the iterator is closed the conversation has what was said until then; if that is nothing at all, or something
-        goes wrong, it is as before.
+        When the iterator ends, is closed or raises, the conversation has the question and what was answered until then, a
+        part of an answer too. If that is no text at all it is as before, unless the answer was complete and empty.
 
         Args:
             text: The user's words.
@@ -156,7 +156,7 @@ class Conversation:
 
         record = {"format": _FORMAT, "messages": self.messages}
         text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
-        with atomic_write(os.path.expanduser(path)) as file:
+        with atomic_write(os.path.expanduser(path), follow_links=True) as file:
             file.write(text.encode("utf-8"))
 
     def load(self, path: str) -> None:

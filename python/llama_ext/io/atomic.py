@@ -32,15 +32,18 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def atomic_write(path: str | os.PathLike[str], *, follow_links: bool = False) -> Iterator[BinaryIO]:
     """Write a file so that other readers, and a crash, see the old content or the new one, never a part.
 
     The bytes go to a temporary file in the same folder; when the block ends it is synced, renamed over `path`, and
     the folder is synced. If the block raises, the temporary file is removed and `path` is untouched. A memory map
-    or an open handle of the old file stays valid. A symbolic link at `path` is followed, so the link survives.
+    or an open handle of the old file stays valid.
 
     Args:
         path: The file to create or replace; its folder must exist. The permissions of a replaced file are kept.
+        follow_links: Whether a symbolic link at `path` survives and the file that it names is replaced: for a path that
+            the user named. Otherwise the link is replaced: what lies in a folder to be saved into, such as a snapshot
+            of the Hub's cache, may be a link to a file that others share.
 
     Yields:
         A binary file open for writing and seeking.
@@ -48,11 +51,11 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     Raises:
         OSError: When the folder does not exist or cannot be written, or the disk is full.
     """
-    # Following the link, not replacing it: a rename over the link would leave the file it names out of date.
-    target = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(path) if follow_links else path)
     mode = None
     with contextlib.suppress(OSError):
-        mode = stat.S_IMODE(os.stat(target).st_mode)
+        found = os.lstat(target).st_mode
+        mode = None if stat.S_ISLNK(found) else stat.S_IMODE(found)
     # O_EXCL and an unguessable name: nobody can place a link there beforehand. 0o666 is cut by the umask, as in open().
     temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(8)}.tmp")
     descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from llama_ext.errors import CheckpointError, DTypeError, FormatError, LimitError, OptionError, ShapeError
 from llama_ext.io.atomic import atomic_write, sync_folder
+from llama_ext.io.gguf import GGUF_ADVICE
 from llama_ext.io.json_file import read_json_object
 from llama_ext.io.safetensors_file import DTYPES, SafetensorsFile, TensorInfo
 from llama_ext.limits import DEFAULT_LIMITS, Limits
@@ -221,9 +222,9 @@ def _nothing_to_open(directory: Path) -> FormatError:
             "transformers.AutoModelForCausalLM.from_pretrained(dir).save_pretrained(new_dir)."
         )
     elif "adapter_model.safetensors" in names:
-        advice = " This is a PEFT adapter: load the base model, then load_adapter."
+        advice = " This is a PEFT adapter, which this version does not load: merge it into its base with peft first."
     elif any(name.endswith(".gguf") for name in names):
-        advice = " Give the path of the .gguf file itself."
+        advice = f" {GGUF_ADVICE}"
     expected = f"{SINGLE_FILE} or {INDEX_FILE}"
     return FormatError(
         f"expected {expected}, found {found}.{advice}", path=str(directory), expected=expected, got=found

@@ -45,7 +45,7 @@ class GenerationDefaults:
         temperature: Divides the logits, >= 0.
         top_k: Only the k most likely tokens; 0 means all.
         top_p: Probability, 0 < p <= 1.
-        min_p: Probability relative to the most likely token's, 0 <= p <= 1.
+        min_p: Probability relative to the most likely token's, 0 <= p < 1.
         repetition_penalty: > 0, 1 is none.
         max_new_tokens: Tokens after the prompt.
         max_length: Tokens, prompt included.
@@ -76,7 +76,12 @@ class GenerationDefaults:
 
     @classmethod
     def from_dict(
-        cls, values: Mapping[str, Any], *, path: str | None = None, limits: Limits = DEFAULT_LIMITS
+        cls,
+        values: Mapping[str, Any],
+        *,
+        path: str | None = None,
+        limits: Limits = DEFAULT_LIMITS,
+        from_file: bool = True,
     ) -> GenerationDefaults:
         """Reads what generation_config.json holds.
 
@@ -84,15 +89,16 @@ class GenerationDefaults:
             values: The object in the file.
             path: The file, for messages.
             limits: The bounds.
+            from_file: Whether mistakes are a file's or an argument's.
 
         Returns:
             The defaults.
 
         Raises:
-            FormatError: A value is of the wrong type or out of range.
+            FormatError: A value is of the wrong type or out of range; OptionError for an argument.
             LimitError: A token id is beyond the limits.
         """
-        reader = FieldReader(values, path=path, limits=limits)
+        reader = FieldReader(values, path=path, from_file=from_file, limits=limits)
         eos = reader.token_ids("eos_token_id", None)
         never = values.get("early_stopping") == "never"
         known: dict[str, Any] = {
@@ -111,6 +117,8 @@ class GenerationDefaults:
             "eos_token_id": [eos] if isinstance(eos, int) else eos,
             "pad_token_id": reader.token_id("pad_token_id", None),
         }
+        if known["min_p"] == 1.0:
+            reader.fail("min_p", "at least 0 and below 1", 1.0)
         ignored = {
             name: value
             for name, value in values.items()

@@ -54,16 +54,19 @@ _IGNORED = re.compile(r"(?:model\.)?(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv
 
 # What the name of an unexpected tensor says about where it is from, and what to do about that.
 _HINTS = (
-    (r"(^|\.)lora_[AB]\.|base_model\.model\.", "This is a PEFT adapter: load the base model, then load_adapter."),
+    (
+        r"(^|\.)lora_[AB]\.|base_model\.model\.",
+        "This is a PEFT adapter, which this version does not load: merge it into its base with peft first.",
+    ),
     (
         r"\.(qweight|qzeros|scales|g_idx|weight_scale|weight_scale_inv|weight_packed|absmax|SCB)(\.|$)",
-        "These are quantised weights: load the original float checkpoint, and quantise with dtype=.",
+        "These are quantised weights: load the original float checkpoint.",
     ),
     (
         r"^(embed_tokens|layers\.\d+|norm)\.",
         "These names lack 'model.': it was saved from LlamaModel; save LlamaForCausalLM.",
     ),
-    (r"^score\.", "This is a classifier: load it with LlamaForSequenceClassification."),
+    (r"^score\.", "This is a classifier, which this version does not run: it runs LlamaForCausalLM."),
     (r"self_attn\..*\.bias$", "Does config.json lack attention_bias: true?"),
     (r"mlp\..*\.bias$", "Does config.json lack mlp_bias: true?"),
 )
@@ -77,13 +80,11 @@ class TensorSpec:
         name: Hugging Face's name.
         slot: The core's name, csrc/model/weights.h.
         shape: Its shape.
-        optional: A checkpoint may lack it; the slot then keeps its zeros.
     """
 
     name: str
     slot: str
     shape: tuple[int, ...]
-    optional: bool = False
 
 
 class Readable(Protocol):
@@ -160,7 +161,7 @@ def match(
             specs[HEAD] = TensorSpec(HEAD, table.slot, table.shape)
 
     shapes = {**{name: spec.shape for name, spec in specs.items()}, **extras}
-    missing = [name for name in shapes if name not in available and not (name in specs and specs[name].optional)]
+    missing = [name for name in shapes if name not in available]
     unexpected = [name for name in available if name not in shapes and not _IGNORED.fullmatch(name)]
     if missing or unexpected:
         _refuse(missing, unexpected, path)

@@ -41,7 +41,7 @@ def _full_attention(value: Any) -> bool:
 # Key -> (which values change nothing, what any other one is). null never changes anything.
 _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     # weights that are not plain numbers
-    "quantization_config": (_off, "quantised weights; load the original float checkpoint, and quantise with dtype="),
+    "quantization_config": (_off, "quantised weights; load the original float checkpoint"),
     "compression_config": (_off, "compressed weights; load the original float checkpoint"),
     # attention: who sees whom
     "sliding_window": (_off, "sliding-window attention"),

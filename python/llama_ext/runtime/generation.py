@@ -29,6 +29,9 @@ FinishReason = Literal["stop", "length"]
 # What ends a row, in the core's words and in ours.
 _FINISH: dict[str, FinishReason] = {"eos": "stop", "stop": "stop", "length": "length"}
 
+# Sequences of one call: beyond any memory for their KV caches, and short of what only the bookkeeping would take.
+_MOST_ROWS = 65_536
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -136,13 +139,7 @@ class _Run:
         context = session.capacity if session is not None else model.config.max_position_embeddings
         lengths = new_token_counts(prompts, plan, context, len(before))
         copies = plan.num_return_sequences
-        self._rows = []
-        for row in prompts.rows:
-            for _ in range(copies):
-                text = None
-                if tokenizer is not None and (with_text or plan.stop):
-                    text = _RowText(tokenizer, [*before, *row.tolist()], plan.stop)
-                self._rows.append(_Row(text))
+        _refuse_many(prompts, copies)
         self._steps = max(lengths)
         self._core = _core.Generation(
             model._core,
@@ -155,6 +152,14 @@ class _Run:
             copies=copies,
             session=session,
         )
+        # After the core has found room for the KV caches: else nothing of this is needed.
+        self._rows = []
+        for row in prompts.rows:
+            for _ in range(copies):
+                text = None
+                if tokenizer is not None and (with_text or plan.stop):
+                    text = _RowText(tokenizer, [*before, *row.tolist()], plan.stop)
+                self._rows.append(_Row(text))
 
     def complete(self) -> list[GenerationOutput]:
         """Runs to the end: in one call of the core unless a stop string may end a row before."""
@@ -213,6 +218,15 @@ class _Run:
         )
 
 
+def _refuse_many(prompts: Prompts, copies: int) -> None:
+    rows = len(prompts.rows) * copies
+    if rows > _MOST_ROWS:
+        raise OptionError(
+            f"{len(prompts.rows)} prompts with num_return_sequences={copies} are {rows} sequences; "
+            f"one call generates at most {_MOST_ROWS}: split it"
+        )
+
+
 def new_token_counts(prompts: Prompts, plan: GenerationPlan, context: int, before: int = 0) -> list[int]:
     """How many tokens to generate for each prompt, with `before` tokens of a session in front of it.
 
@@ -249,11 +263,14 @@ def generate(
     """The body of `LlamaForCausalLM.generate`."""
     plan = plan_for(model, options)
     batch = read_for(model, prompts, attention_mask)
-    outputs = complete(model, batch, plan, with_text=return_details or batch.texts is not None) if batch.rows else []
+    outputs = []
+    if batch.rows:
+        with_text = return_details or batch.texts is not None
+        outputs = complete(model, batch, plan, with_text=with_text, with_logprobs=return_details)
     one = batch.single and plan.num_return_sequences == 1
     if return_details:
         return outputs[0] if one else outputs
-    return _like_the_prompts(model, batch, outputs, one=one)
+    return _like_the_prompts(model, batch, plan, outputs, one=one)
 
 
 def stream(
@@ -287,7 +304,7 @@ def chat(
     if streamed:
         _refuse_beams(plan)
         return _Run(model, batch, plan, with_text=True).pieces()
-    return complete(model, batch, plan, with_text=True)[0].text or ""
+    return complete(model, batch, plan, with_text=True, with_logprobs=False)[0].text or ""
 
 
 def generate_in_session(
@@ -317,11 +334,15 @@ def read_for(
 
 
 def complete(
-    model: LlamaForCausalLM, prompts: Prompts, plan: GenerationPlan, *, with_text: bool
+    model: LlamaForCausalLM, prompts: Prompts, plan: GenerationPlan, *, with_text: bool, with_logprobs: bool
 ) -> list[GenerationOutput]:
-    """Every sequence to its end, by beam search or token by token."""
+    """Every sequence to its end, by beam search or token by token.
+
+    Beam search has only scores at hand: it costs a pass more to know the log probabilities.
+    """
     if plan.num_beams == 1:
         return _Run(model, prompts, plan, with_text=with_text).complete()
+    _refuse_many(prompts, plan.num_return_sequences)
     lengths = new_token_counts(prompts, plan, model.config.max_position_embeddings)
     outputs = []
     for index, (row, length) in enumerate(zip(prompts.rows, lengths, strict=True)):
@@ -344,7 +365,7 @@ def complete(
                 GenerationOutput(
                     text=text,
                     token_ids=tokens,
-                    logprobs=_logprobs(model, row.tolist(), tokens) if with_text else [],
+                    logprobs=_logprobs(model, row.tolist(), tokens) if with_logprobs else [],
                     finish_reason="stop" if finished else "length",
                     prompt=None if prompts.texts is None else prompts.texts[index],
                     prompt_ids=row.tolist(),
@@ -363,10 +384,14 @@ def _logprobs(model: LlamaForCausalLM, prompt: list[int], tokens: list[int]) -> 
 
 def _refuse_beams(plan: GenerationPlan) -> None:
     if plan.num_beams > 1:
-        raise UnsupportedError("beam search only knows its result at the end, so it cannot be streamed: use generate")
+        raise UnsupportedError(
+            "beam search only knows its result at the end, so it cannot be streamed: use generate, or pass num_beams=1"
+        )
 
 
-def _like_the_prompts(model: LlamaForCausalLM, batch: Prompts, outputs: list[GenerationOutput], *, one: bool) -> Any:
+def _like_the_prompts(
+    model: LlamaForCausalLM, batch: Prompts, plan: GenerationPlan, outputs: list[GenerationOutput], *, one: bool
+) -> Any:
     """Results in the kind of the prompts: texts, lists of ids, or arrays, the prompt included."""
     if batch.kind == "text":
         texts = [(output.prompt or "") + (output.text or "") for output in outputs]
@@ -377,17 +402,23 @@ def _like_the_prompts(model: LlamaForCausalLM, batch: Prompts, outputs: list[Gen
     if one:
         return np.array(rows[0], dtype=np.int64)
     if batch.block is None:
-        return _pad(model, np.zeros((len(rows), 0), dtype=np.int64), rows)
+        return _pad(np.zeros((len(rows), 0), dtype=np.int64), rows, _padding(model, plan))
     copies = len(rows) // max(len(batch.block), 1)
     # As transformers: the block as it was given, then the new tokens, then padding on the right.
     block = np.repeat(batch.block.astype(np.int64), copies, axis=0) if copies else batch.block.astype(np.int64)
-    return _pad(model, block, [output.token_ids for output in outputs])
+    return _pad(block, [output.token_ids for output in outputs], _padding(model, plan))
 
 
-def _pad(model: LlamaForCausalLM, block: Array, rows: list[list[int]]) -> Array:
-    ends = [token for token in (model.config.pad_token_id, *model.eos_token_ids) if token is not None]
+def _padding(model: LlamaForCausalLM, plan: GenerationPlan) -> int:
+    """The token that fills up a batch: the first that anybody names, else one that ends a row, else 0."""
+    of_tokenizer = None if model.tokenizer is None else model.tokenizer.pad_token_id
+    named = (plan.pad, model.config.pad_token_id, of_tokenizer, *plan.eos)
+    return next((token for token in named if token is not None), 0)
+
+
+def _pad(block: Array, rows: list[list[int]], padding: int) -> Array:
     width = block.shape[1]
-    padded = np.full((len(rows), width + max(map(len, rows), default=0)), ends[0] if ends else 0, dtype=np.int64)
+    padded = np.full((len(rows), width + max(map(len, rows), default=0)), padding, dtype=np.int64)
     padded[:, :width] = block
     for line, row in zip(padded, rows, strict=True):
         line[width : width + len(row)] = row

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -18,10 +20,12 @@ from llama_ext._arrays import is_whole
 from llama_ext.errors import CheckpointError, FormatError, OptionError, UnsupportedError
 from llama_ext.io.atomic import atomic_write
 from llama_ext.io.checkpoint import Checkpoint, TensorSource, open_checkpoint, write_sharded
+from llama_ext.io.gguf import gguf_error
 from llama_ext.io.hub import resolve
 from llama_ext.limits import Limits
 from llama_ext.models import ARCHITECTURES
 from llama_ext.models.config import LlamaConfig
+from llama_ext.models.fields import shown
 from llama_ext.models.generation_config import GenerationDefaults
 from llama_ext.runtime.progress import ProgressBar
 from llama_ext.runtime.tokenizer import Tokenizer
@@ -77,7 +81,7 @@ class ModelFiles:
 
     def __init__(self, path: Path, limits: Limits) -> None:
         if path.suffix == ".gguf":
-            raise UnsupportedError(f"{path}: GGUF files are not read by this version. Use the safetensors checkpoint")
+            raise gguf_error(path)
         folder = path.parent if path.is_file() else path
         self.config = LlamaConfig.from_pretrained(folder, limits=limits)
         self.generation_defaults = GenerationDefaults.from_pretrained(folder, limits=limits)
@@ -85,6 +89,7 @@ class ModelFiles:
         if any((folder / name).exists() for name in _TOKENIZER_FILES):
             self.tokenizer = Tokenizer.from_pretrained(folder, limits=limits)
         self._path = path
+        self._folder = folder
         self._architecture = ARCHITECTURES[self.config.model_type]
         self._checkpoint: Checkpoint = open_checkpoint(path, limits)
         try:
@@ -93,6 +98,14 @@ class ModelFiles:
         except BaseException:
             self._checkpoint.close()
             raise
+
+    def warn_of_ignored(self) -> None:
+        """Tells the caller of this method's caller what generation_config.json asks for in vain."""
+        ignored = self.generation_defaults.ignored
+        if ignored:
+            names = ", ".join(f"{name}={shown(value)}" for name, value in ignored.items())
+            file = self._folder / "generation_config.json"
+            warnings.warn(f"{file} asks for {names}, which this version does not do", UserWarning, stacklevel=3)
 
     def load_into(self, core: _core.Model) -> None:
         """Fills the core's weights.
@@ -116,7 +129,7 @@ class ModelFiles:
                 core.load(spec.slot, checkpoint.read(spec.name), info.core_dtype)
                 checkpoint.release(spec.name)
                 bar.advance(info.nbytes)
-        missing = [slot for slot in core.missing() if not any(s.slot == slot and s.optional for s in self._specs)]
+        missing = core.missing()
         if missing:
             raise CheckpointError(f"the checkpoint has nothing for {', '.join(missing[:8])}", path=str(self._path))
 
@@ -175,7 +188,9 @@ def load_random(core: _core.Model, config: LlamaConfig, seed: int) -> None:
 
 def save_model(model: LlamaForCausalLM, directory: str | os.PathLike[str]) -> None:
     """The body of `LlamaForCausalLM.save_pretrained`."""
-    config = dataclasses.replace(model.config, dtype=model.dtype)
+    # A copy that is not checked again: it may have been read with larger limits than the default ones.
+    config = copy.copy(model.config)
+    object.__setattr__(config, "dtype", model.dtype)
     core = model._core
     matrices = {slot for slot, _, is_matrix in core.slots() if is_matrix}
     tensors: list[TensorSource] = []

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llama_ext import _core
-from llama_ext._arrays import FloatArray, IntArray
+from llama_ext._arrays import FloatArray, IntArray, as_whole
 from llama_ext.errors import OptionError
 from llama_ext.limits import DEFAULT_LIMITS, Limits
 from llama_ext.models.config import LlamaConfig
@@ -46,7 +46,10 @@ class LlamaForCausalLM:
 
     Args:
         config: The shape of the model.
-        tokenizer: For texts; without one the model takes and gives token ids.
+        tokenizer: For texts; without one the model takes and gives token ids. Where the config's eos_token_id is a token of
+            it that is not special, such as a character, it does not end a generation of this model: the config's default
+            knows nothing of the tokenizer. `eos_token_id` of `generate` says otherwise. A config without that id
+            (eos_token_id=None) keeps it so when the model is saved and loaded.
         seed: Of the random weights, in [0, 2^64): normal with the config's initializer_range, norms 1, biases 0. Each tensor
             has a random stream of its own, so a tensor depends on the seed, its name and shape, and nothing else.
         dtype: How matrices are kept: "float32" ("auto") or "bfloat16". Norms and biases are float32.
@@ -58,7 +61,7 @@ class LlamaForCausalLM:
             weights unless compute is "exact", else float32. Logits of whole sequences and scores always use float32.
 
     Raises:
-        OptionError: An option is unknown or out of range.
+        OptionError: An option is unknown or out of range, or an argument is of another type.
         UnsupportedError: A dtype that this version does not have.
         DeviceError: There is no such device here.
         OutOfMemoryError: The weights do not fit into memory.
@@ -67,6 +70,8 @@ class LlamaForCausalLM:
     config: LlamaConfig
     tokenizer: Tokenizer | None
     generation_defaults: GenerationDefaults
+    _config_ends: tuple[int, ...]
+    _core: _core.Model
 
     def __init__(
         self,
@@ -80,6 +85,14 @@ class LlamaForCausalLM:
         threads: int | None = None,
         kv_dtype: str = "auto",
     ) -> None:
+        _check_config(config)
+        if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+            raise OptionError(
+                f"tokenizer must be a Tokenizer or None, got {type(tokenizer).__name__}: Tokenizer.from_pretrained reads one"
+            )
+        number = as_whole(seed)
+        if number is None:
+            raise OptionError(f"seed must be a whole number in [0, 2^64), got {seed!r}")
         self._prepare(
             config,
             tokenizer,
@@ -90,7 +103,9 @@ class LlamaForCausalLM:
             threads=threads,
             kv_dtype=kv_dtype,
         )
-        loading.load_random(self._core, config, seed)
+        if tokenizer is not None:
+            self._config_ends = tuple(token for token in self._config_ends if not _is_plain(tokenizer, token))
+        loading.load_random(self._core, config, number)
 
     @classmethod
     def from_pretrained(
@@ -118,6 +133,9 @@ class LlamaForCausalLM:
         Returns:
             The model, with its tokenizer, or None there when the checkpoint has none.
 
+        Warns:
+            UserWarning: generation_config.json asks for something that this version does not do.
+
         Raises:
             FormatError: A file is missing, truncated or malformed.
             CheckpointError: A tensor is missing, unexpected or wrongly shaped.
@@ -125,7 +143,13 @@ class LlamaForCausalLM:
             LimitError: A number in a file is beyond `limits`.
             OptionError, DeviceError, OutOfMemoryError: See the class.
         """
+        if not isinstance(path_or_hub_id, (str, os.PathLike)):
+            raise OptionError(
+                f"from_pretrained takes a path or a Hub id, got {type(path_or_hub_id).__name__}. "
+                "For random weights: LlamaForCausalLM(config), with LlamaConfig.from_dict if the config is a dictionary"
+            )
         with loading.open_model(path_or_hub_id, revision=revision, limits=limits) as files:
+            files.warn_of_ignored()
             model = cls.__new__(cls)
             model._prepare(
                 files.config,
@@ -162,8 +186,10 @@ class LlamaForCausalLM:
         self.config = config
         self.tokenizer = tokenizer
         self.generation_defaults = defaults
+        self._config_ends = config.eos_token_ids
         self._compute = compute
         self._kv_dtype = kv_dtype
+        self._fingerprint: str | None = None  # of the weights, once a session is saved or loaded
         backend = _core.Backend(device, checked_threads(threads))
         self._core = _core.Model(backend, loading.core_config(config), dtype, compute)
 
@@ -204,15 +230,18 @@ class LlamaForCausalLM:
 
     @property
     def bos_token_id(self) -> int | None:
-        """The token that begins a text: the tokenizer's, else the config's."""
-        if self.tokenizer is not None and self.tokenizer.bos_token_id is not None:
+        """The token that begins a text: the tokenizer's, else the config's unless it is no special token of the tokenizer."""
+        bos = self.config.bos_token_id
+        if self.tokenizer is None:
+            return bos
+        if self.tokenizer.bos_token_id is not None:
             return self.tokenizer.bos_token_id
-        return self.config.bos_token_id
+        return bos if bos in self.tokenizer.special_ids else None
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end a generation: those of generation_config.json, else the config's."""
-        return tuple(self.generation_defaults.eos_token_id or self.config.eos_token_ids)
+        """The tokens that end a generation: those of generation_config.json, else the config's; see `tokenizer` above."""
+        return tuple(self.generation_defaults.eos_token_id or self._config_ends)
 
     def num_parameters(self) -> int:
         """How many numbers the weights are; a tied output head counts once.
@@ -425,7 +454,7 @@ class LlamaForCausalLM:
         """How likely the model goes on like this, computed from float32 logits.
 
         Both texts are encoded as one. Spaces at the end of the context count to the continuation, as tokenizers put them
-        in front of a word. If a token crosses the border, scoring begins with it.
+        in front of a word, unless the context is nothing but spaces. If a token crosses the border, scoring begins with it.
 
         Args:
             context: A text, may be empty if there is a BOS token; or at least one token id.
@@ -478,3 +507,18 @@ class LlamaForCausalLM:
             f"{self.num_parameters():,} parameters, {self.dtype}, {self.nbytes / 2**20:.1f} MiB; "
             f"{self.device} {self.isa}, {self.threads} thread{'' if self.threads == 1 else 's'}>"
         )
+
+
+def _check_config(config: object) -> None:
+    if isinstance(config, LlamaConfig):
+        return
+    advice = "Make one with LlamaConfig.from_dict(...)"
+    if isinstance(config, (str, os.PathLike)):
+        advice = "LlamaForCausalLM.from_pretrained loads a checkpoint"
+    raise OptionError(f"config must be a LlamaConfig, got {type(config).__name__}. {advice}")
+
+
+def _is_plain(tokenizer: Tokenizer, token: int) -> bool:
+    """Whether it is a token of the tokenizer like any other."""
+    known = 0 <= token < len(tokenizer) and tokenizer.id_to_token(token) is not None
+    return known and token not in tokenizer.special_ids and token != tokenizer.eos_token_id

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
@@ -62,6 +63,7 @@ class GenerationPlan:
         num_return_sequences: Per prompt.
         seed: In [0, 2^64).
         eos: Token ids that end a row.
+        pad: The token that fills up a batch, where the checkpoint's or the caller's generation config names one.
     """
 
     max_new_tokens: int | None
@@ -76,6 +78,7 @@ class GenerationPlan:
     num_return_sequences: int
     seed: int
     eos: tuple[int, ...]
+    pad: int | None
 
     def new_tokens(self, prompt: int, context: int, what: str = "the prompt") -> int:
         """How many tokens to generate after a prompt of `prompt` tokens.
@@ -130,7 +133,7 @@ def plan_generation(
     Args:
         given: Options by the names of `GenerateOptions`.
         defaults: What the checkpoint says.
-        eos: The token ids that end a row unless `eos_token_id` is given.
+        eos: The token ids that end a row unless `eos_token_id` is given, by itself or in `generation_config`.
         vocabulary: How many tokens there are.
 
     Raises:
@@ -140,8 +143,12 @@ def plan_generation(
     _refuse_unknown(given)
     options = {name: value for name, value in given.items() if value is not None}
     replaced = options.pop("generation_config", None)
+    origin = "the checkpoint's generation_config.json"
     if replaced is not None:
         defaults = _as_defaults(replaced)
+        origin = "generation_config"
+        if defaults.eos_token_id is not None:
+            options.setdefault("eos_token_id", defaults.eos_token_id)
     if "max_length" in options and "max_new_tokens" in options:
         raise OptionError(
             "both max_length (prompt included) and max_new_tokens (without the prompt) were given: give one of them"
@@ -153,7 +160,12 @@ def plan_generation(
     stop = _stop_strings(options.get("stop"))
     returned = _whole(options, "num_return_sequences", 1, at_least=1)
     if beams > 1:
-        _check_beams(beams, returned, sampling, stop)
+        # What nobody wrote into the call has to be told with where it is from and how to do without it.
+        hint = "" if "num_beams" in options else f" (num_beams={beams} is from {origin}; pass num_beams=1)"
+        if "repetition_penalty" not in options and sampling["repetition_penalty"] != 1.0:
+            value = sampling["repetition_penalty"]
+            hint += f" (repetition_penalty={value} is from {origin}; pass repetition_penalty=1.0)"
+        _check_beams(beams, returned, sampling, stop, hint)
     else:
         for name in ("length_penalty", "early_stopping"):
             if name in options:
@@ -180,6 +192,7 @@ def plan_generation(
         num_return_sequences=returned,
         seed=_seed(options),
         eos=_eos(options.get("eos_token_id"), eos, vocabulary),
+        pad=defaults.pad_token_id,
     )
 
 
@@ -188,19 +201,32 @@ def _refuse_unknown(given: Mapping[str, object]) -> None:
     for name in given:
         if name in known:
             continue
-        close = difflib.get_close_matches(name, known, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(sorted(known))}"
-        raise OptionError(f"unknown option {name!r}; {hint}")
+        raise OptionError(f"unknown option {name!r}; {_hint(name, known)}")
 
 
 def _as_defaults(config: object) -> GenerationDefaults:
     from llama_ext.models.generation_config import GenerationDefaults
 
+    fields = [field.name for field in dataclasses.fields(GenerationDefaults) if field.name != "ignored"]
     if isinstance(config, GenerationDefaults):
-        return config
-    if isinstance(config, Mapping):
-        return GenerationDefaults.from_dict(dict(config))
-    raise OptionError(f"generation_config must be a mapping or GenerationDefaults, got {type(config).__name__}")
+        # What its file asked for in vain was told when the file was read.
+        config = {name: getattr(config, name) for name in fields}
+    if not isinstance(config, Mapping):
+        raise OptionError(f"generation_config must be a mapping or GenerationDefaults, got {type(config).__name__}")
+    for name in config:
+        if not isinstance(name, str):
+            raise OptionError(f"generation_config: its keys must be names, got {name!r}")
+    result = GenerationDefaults.from_dict(config, from_file=False)
+    for name, value in result.ignored.items():
+        if name in fields:
+            raise OptionError(f"generation_config: {name}={value!r} is not supported by this version")
+        raise OptionError(f"generation_config: this version has no {name!r}; {_hint(name, fields)}")
+    return result
+
+
+def _hint(name: str, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3)
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(sorted(known))}"
 
 
 def _sampling(
@@ -244,15 +270,15 @@ def _sampling(
     return result
 
 
-def _check_beams(beams: int, returned: int, sampling: Mapping[str, object], stop: tuple[str, ...]) -> None:
+def _check_beams(beams: int, returned: int, sampling: Mapping[str, object], stop: tuple[str, ...], hint: str) -> None:
     if returned > beams:
-        raise OptionError(f"num_return_sequences={returned} is more than num_beams={beams}")
+        raise OptionError(f"num_return_sequences={returned} is more than num_beams={beams}{hint}")
     if stop:
-        raise UnsupportedError("stop strings are not supported with beam search in this version")
+        raise UnsupportedError(f"stop strings are not supported with beam search in this version{hint}")
     neutral = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "logit_bias": {}}
     for name, value in neutral.items():
         if sampling[name] != value:
-            raise UnsupportedError(f"{name} is not supported with beam search in this version")
+            raise UnsupportedError(f"{name} is not supported with beam search in this version{hint}")
 
 
 def _stop_strings(value: object) -> tuple[str, ...]:

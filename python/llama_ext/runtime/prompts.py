@@ -92,9 +92,23 @@ def read_prompts(
 
 
 def encode_text(
-    text: str, tokenizer: Tokenizer | None, bos: int | None, vocabulary: int, *, add_special_tokens: bool = True
+    text: str,
+    tokenizer: Tokenizer | None,
+    bos: int | None,
+    vocabulary: int,
+    *,
+    what: str = "the prompt",
+    add_special_tokens: bool = True,
 ) -> IntArray:
     """The ids of a text; an empty one is the BOS token.
+
+    Args:
+        text: The text.
+        tokenizer: The model's.
+        bos: What an empty text becomes, or None.
+        vocabulary: How many tokens there are.
+        what: The name of the text in messages.
+        add_special_tokens: Whether to encode it with the special tokens that the tokenizer adds.
 
     Raises:
         OptionError: There is no tokenizer, or nothing to stand for an empty text.
@@ -105,7 +119,7 @@ def encode_text(
     ids = tokenizer.encode(text, add_special_tokens=add_special_tokens)
     if not ids:
         if bos is None:
-            raise OptionError("the prompt is empty and the tokenizer has no BOS token: give at least one character")
+            raise OptionError(f"{what} is empty and the tokenizer has no BOS token: give at least one character")
         ids = [bos]
     return token_ids("the tokenizer's ids", ids, vocabulary)
 

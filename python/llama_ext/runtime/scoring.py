@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from llama_ext._arrays import IntArray, is_whole, token_ids
+from llama_ext._arrays import IntArray, as_whole, token_ids
 from llama_ext.errors import ContextLengthError, DTypeError, OptionError
 from llama_ext.runtime.progress import ProgressBar
 from llama_ext.runtime.prompts import encode_text
@@ -142,9 +142,10 @@ def windows(tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, 
 def _in_range(name: str, value: int | None, default: int, low: int, high: int) -> int:
     if value is None:
         return default
-    if not is_whole(value) or not low <= value <= high:
+    number = as_whole(value)
+    if number is None or not low <= number <= high:
         raise OptionError(f"perplexity: {name} must be a whole number in [{low}, {high}], got {value!r}")
-    return value
+    return number
 
 
 def _documents(model: LlamaForCausalLM, texts: object) -> tuple[list[IntArray], int | None]:
@@ -163,7 +164,8 @@ def _documents(model: LlamaForCausalLM, texts: object) -> tuple[list[IntArray], 
     for index, text in enumerate(rows):
         if not isinstance(text, str):
             raise DTypeError(f"perplexity: texts[{index}] must be a text or token ids, got {type(text).__name__}")
-        ids = encode_text(text, model.tokenizer, model.bos_token_id, vocabulary)
+        what = "perplexity: the text" if isinstance(texts, str) else f"perplexity: texts[{index}]"
+        ids = encode_text(text, model.tokenizer, model.bos_token_id, vocabulary, what=what)
         documents.append(ids)
         nbytes += len(text.encode("utf-8"))
         if model.tokenizer is not None and ids[0] != model.bos_token_id:
@@ -176,18 +178,22 @@ def _encode_pair(model: LlamaForCausalLM, context: str, continuation: str) -> tu
     """The tokens of both, and where the continuation begins.
 
     Both are encoded as one text, because that is what the model has been trained on. Spaces at the end of the context go to
-    the continuation, as tokenizers put a space in front of a word. Where a token crosses the border, scoring begins at it.
+    the continuation, as tokenizers put a space in front of a word, unless the context is nothing else. Where a token crosses
+    the border, scoring begins at it.
     """
-    stripped = context.rstrip(" ")
+    stripped = context.rstrip(" ") or context
     continuation = context[len(stripped) :] + continuation
     vocabulary = model.config.vocab_size
-    before = encode_text(stripped, model.tokenizer, model.bos_token_id, vocabulary)
+    before = encode_text(stripped, model.tokenizer, model.bos_token_id, vocabulary, what="loglikelihood: the context")
     whole = encode_text(stripped + continuation, model.tokenizer, model.bos_token_id, vocabulary)
     shared = min(before.size, whole.size)
     different = np.flatnonzero(before[:shared] != whole[:shared])
     first = int(different[0]) if different.size else shared
     if first == 0:
         if model.bos_token_id is None:
-            raise OptionError("loglikelihood: the context is empty and there is no BOS token to begin with")
+            raise OptionError(
+                "loglikelihood: the first token of both texts is part of the continuation, and there is no BOS token to "
+                "come before it. Give a longer context"
+            )
         return np.concatenate([np.array([model.bos_token_id], dtype=np.int32), whole]), 1
     return whole, first

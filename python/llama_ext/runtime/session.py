@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from llama_ext import _core
-from llama_ext._arrays import FloatArray, IntArray, is_whole, token_ids
+from llama_ext._arrays import FloatArray, IntArray, as_whole, token_ids
 from llama_ext.errors import ContextLengthError, OptionError
 from llama_ext.runtime.generation import Piece, generate_in_session
 from llama_ext.runtime.options import GenerateOptions
@@ -98,9 +98,10 @@ class Session:
         Raises:
             OptionError: Outside that range.
         """
-        if not is_whole(length) or not 0 <= length <= self.length:
+        position = as_whole(length)
+        if position is None or not 0 <= position <= self.length:
             raise OptionError(f"rewind: length must be in [0, {self.length}], got {length!r}")
-        self._core.rewind(length)
+        self._core.rewind(position)
 
     def fork(self, max_length: int | None = None) -> Session:
         """An independent copy.
@@ -157,13 +158,16 @@ class Session:
 
     def _keeping_the_last(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
         last = None
+        length = self.length
         try:
             for piece in pieces:
                 last = piece.token_id
+                length = self.length
                 yield piece
         finally:
-            # The core has drawn the last token but not run it, as nothing was to follow.
-            if last is not None and self.length < self.max_length:
+            # The core has drawn the last token but not run it, as nothing was to follow; unless Ctrl-C came after the
+            # step that did and before its piece.
+            if last is not None and self.length == length < self.max_length:
                 self._core.append(np.array([last], dtype=np.int32), "none")
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -206,9 +210,10 @@ def load_session(model: LlamaForCausalLM, path: str | os.PathLike[str], max_leng
 def _capacity(model: LlamaForCausalLM, max_length: int | None, default: int) -> int:
     if max_length is None:
         return default
-    if not is_whole(max_length) or max_length < 1:
+    capacity = as_whole(max_length)
+    if capacity is None or capacity < 1:
         raise OptionError(f"max_length must be a whole number >= 1, got {max_length!r}")
     context = model.config.max_position_embeddings
-    if max_length > context:
-        raise ContextLengthError(f"max_length={max_length} is beyond the model's context of {context}")
-    return max_length
+    if capacity > context:
+        raise ContextLengthError(f"max_length={capacity} is beyond the model's context of {context}")
+    return capacity

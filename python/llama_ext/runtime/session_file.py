@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from llama_ext import _core
 from llama_ext._arrays import Array, FloatArray, IntArray, widen_bfloat16
@@ -27,20 +29,39 @@ if TYPE_CHECKING:
 __all__ = ["SavedSession", "fingerprint", "read_session", "write_session"]
 
 _FORMAT = "llama_ext session 1"
+# What a fingerprint takes of a tensor.
+_BLOCK = 64 << 10
+_BLOCKS = 16
 
 
 def fingerprint(model: LlamaForCausalLM) -> str:
-    """A number that differs between models whose keys and values differ: of the config and of some weights as kept.
+    """A number that differs between models whose keys and values differ; made once per model.
 
-    Not of all weights: it must not take longer than the session saves.
+    It is of the config, the dtype, the arithmetic and every tensor as it is kept: all of a tensor of up to 1 MiB, and of
+    a larger one 16 blocks of 64 KiB, evenly from its first byte to its last. Training changes each of them; a change
+    of single rows by hand may lie between them.
     """
-    last = model.config.num_hidden_layers - 1
-    names = ["final_norm", "layers.0.k", f"layers.{last}.v"]
-    names += [f"layers.{layer}.attention_norm" for layer in range(last + 1)]
-    digest = hashlib.sha256(json.dumps(core_config(model.config), sort_keys=True).encode())
-    for name in names:
-        digest.update(model._core.read(name).tobytes())
-    return digest.hexdigest()
+    if model._fingerprint is None:
+        about = {"config": core_config(model.config), "dtype": model.dtype, "compute": model.compute}
+        digest = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=32)
+        missing = set(model._core.missing())  # optional ones
+        for name, _, _ in model._core.slots():
+            digest.update(f"/{name}/".encode())
+            if name not in missing:
+                for block in _sampled(model._core.read(name)):
+                    digest.update(block.data)
+        model._fingerprint = digest.hexdigest()
+    return model._fingerprint
+
+
+def _sampled(values: Array) -> Iterator[npt.NDArray[np.uint8]]:
+    data = values.reshape(-1).view(np.uint8)
+    if data.size <= _BLOCKS * _BLOCK:
+        yield data
+        return
+    for index in range(_BLOCKS):
+        begin = (data.size - _BLOCK) * index // (_BLOCKS - 1)
+        yield data[begin : begin + _BLOCK]
 
 
 def write_session(path: str | os.PathLike[str], model: LlamaForCausalLM, core: _core.Session) -> None:
@@ -65,7 +86,8 @@ def write_session(path: str | os.PathLike[str], model: LlamaForCausalLM, core: _
         "kv_dtype": core.kv_dtype,
         "model": fingerprint(model),
     }
-    write_safetensors(path, tensors, metadata)
+    # The user named this file: a link at its path stays one.
+    write_safetensors(os.path.realpath(path), tensors, metadata)
 
 
 class SavedSession:

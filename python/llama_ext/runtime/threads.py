@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llama_ext import _core
+from llama_ext._arrays import as_whole
 from llama_ext.errors import OptionError
 
 __all__ = ["get_num_threads", "set_num_threads"]
@@ -39,6 +40,7 @@ def checked_threads(threads: object) -> int:
     """
     if threads is None:
         return 0
-    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+    number = as_whole(threads)
+    if number is None or number < 1:
         raise OptionError(f"threads must be a whole number >= 1 or None for the default, got {threads!r}")
-    return threads
+    return number

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama_ext.errors import FormatError, LimitError, LlamaExtError, UnsupportedError
 from llama_ext.io.atomic import atomic_write
+from llama_ext.io.gguf import gguf_error
 from llama_ext.io.json_file import open_regular, parse_json_object, read_json_object
 from llama_ext.limits import Limits
 from llama_ext.runtime.precompiled_charsmap import check_charsmaps_in
@@ -81,15 +82,12 @@ def _main_file(path: Path) -> Path:
             if (path / name).is_file():
                 return path / name
         if any(path.glob("*.gguf")):
-            raise UnsupportedError(f"{path}: has a .gguf file and no tokenizer.json; {_GGUF}")
+            raise gguf_error(path)
         raise FormatError("there is no tokenizer here: expected tokenizer.json or tokenizer.model", path=str(path))
     with open_regular(path, what="a tokenizer.json or tokenizer.model file, or a model directory") as file:
         if path.suffix == ".gguf" or file.read(4) == b"GGUF":
-            raise UnsupportedError(f"{path}: {_GGUF}")
+            raise gguf_error(path)
     return path
-
-
-_GGUF = "GGUF is not readable in this version. Use the directory that the GGUF was converted from"
 
 
 def _read_bytes(path: Path, what: str, most: int, limit: str) -> bytes:
