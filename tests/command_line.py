@@ -67,10 +67,12 @@ class Terminal:
         )
         os.close(slave)
         self._unread = ""
+        self._last_typed = b""
 
     def type(self, text: str) -> None:
         """Types a text; "\\x03" is Ctrl-C, "\\x04" is Ctrl-D."""
-        os.write(self._master, text.encode())
+        self._last_typed = text.encode()
+        os.write(self._master, self._last_typed)
 
     def read_until(self, text: str, seconds: float = 30.0) -> str:
         """What is shown up to a text, which is included."""
@@ -86,10 +88,14 @@ class Terminal:
 
     def read_to_end(self) -> tuple[str, int]:
         """What is left to be shown, and the exit code."""
-        while more := self._read():
-            assert more
-        shown, self._unread = self._unread, ""
-        return shown, self.process.wait(timeout=30)
+        for patience in (10.0, 30.0):
+            while select.select([self._master], [], [], patience)[0]:
+                if not self._read():
+                    shown, self._unread = self._unread, ""
+                    return shown, self.process.wait(timeout=30)
+            # What is typed while the program changes the terminal's mode can be lost, as with a person: once more.
+            os.write(self._master, self._last_typed)
+        raise AssertionError(f"it does not end, with {self._unread[-2000:]!r}")
 
     def _read(self) -> str:
         try:
