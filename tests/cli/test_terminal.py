@@ -66,7 +66,7 @@ def test_ctrl_c_ends_an_answer_and_keeps_it(slow_model: Path, tmp_path: Path) ->
 
 
 def test_lines_can_be_called_back(chat_model: Path) -> None:
-    pytest.importorskip("readline")
+    pytest.importorskip("readline", reason="this Python is built without readline")
     with Terminal("chat", "--model", chat_model, "--greedy", "--max-new-tokens", 3) as terminal:
         terminal.read_until(PROMPT)
         terminal.type("/system\n")

@@ -164,7 +164,7 @@ def test_truncation_and_padding_in_the_file_are_ignored(tmp_path: Path) -> None:
 
 def test_tokens_added_to_a_sentencepiece_model_keep_their_ids(tmp_path: Path) -> None:
     if not SHARED.is_dir():
-        pytest.skip("needs the shared test data")
+        pytest.skip("needs the shared test data (folder shared/ beside the repository)")
     shutil.copy(SHARED / "llama2-tokenizer" / "tokenizer.model", tmp_path)
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 32001, "<|im_start|>": 32000}))
     tokenizer = Tokenizer.from_pretrained(tmp_path)

@@ -64,7 +64,7 @@ class LlamaConfig:
     Raises:
         OptionError: A value is of the wrong type, out of range, or contradicts another one.
         LimitError: A value is beyond the limits.
-        UnsupportedError: A model_type, hidden_act, rope_type or key that is not implemented.
+        UnsupportedError: A model_type, hidden_act, rope_type or key that is not supported.
     """
 
     vocab_size: int
@@ -150,7 +150,7 @@ class LlamaConfig:
         Raises:
             FormatError: A value is of the wrong type, out of range, or contradicts another one.
             LimitError: A value is beyond the limits.
-            UnsupportedError: A model_type, hidden_act, rope_type or key that is not implemented.
+            UnsupportedError: A model_type, hidden_act, rope_type or key that is not supported.
         """
         config = cls.__new__(cls)
         config._assign(FieldReader(values, path=path, limits=limits))

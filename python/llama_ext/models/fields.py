@@ -92,7 +92,7 @@ class FieldReader:
         raise OptionError(message)
 
     def refuse(self, message: str) -> NoReturn:
-        """Raises the error for a value that is valid but not implemented.
+        """Raises the error for a value that is valid but not supported.
 
         Args:
             message: A sentence that names it.

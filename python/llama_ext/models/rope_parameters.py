@@ -67,7 +67,7 @@ class RopeParameters:
 
     Raises:
         OptionError: A field is missing or out of range.
-        UnsupportedError: Another rope_type, or a key of a rotation that is not implemented.
+        UnsupportedError: Another rope_type, or a key of a rotation that is not supported.
 
     Source: transformers' modeling_rope_utils, versions 4.57 and 5.23.
     """
@@ -136,7 +136,7 @@ def _mscale(scale: float, weight: float) -> float:
 
 
 def _checked(reader: FieldReader) -> dict[str, Any]:
-    """The attributes of RopeParameters from its fields; raises for what is missing, wrong or not implemented."""
+    """The attributes of RopeParameters from its fields; raises for what is missing, wrong or not supported."""
     values = reader.values
     kind = values.get("rope_type", values.get("type"))
     if kind is None:
@@ -223,7 +223,7 @@ def read_rope(reader: FieldReader, max_position_embeddings: int) -> RopeParamete
 
     Raises:
         FormatError: Missing, out of range or contradictory; OptionError for arguments.
-        UnsupportedError: A rotation that is not implemented.
+        UnsupportedError: A rotation that is not supported.
     """
     theta = reader.optional_number("rope_theta", above=0.0)
     original = reader.optional_integer("original_max_position_embeddings", limit="positions")

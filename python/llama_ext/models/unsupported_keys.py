@@ -1,4 +1,4 @@
-"""Config keys that change a model's arithmetic and that are not implemented: loading it anyway would be silently wrong.
+"""Config keys that change a model's arithmetic and that are not supported: loading it anyway would be silently wrong.
 
 Every other unknown key is kept and written back.
 """
@@ -94,7 +94,7 @@ def refuse_unimplemented(reader: FieldReader, head_dim: int) -> None:
         head_dim: D, which decides whether a scale of the attention is the usual one.
 
     Raises:
-        UnsupportedError: A key names something that is not implemented.
+        UnsupportedError: A key names something that is not supported.
     """
     for name, (harmless, meaning) in _KEYS.items():
         value = reader.values.get(name)
