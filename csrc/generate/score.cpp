@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "generate/log_softmax.h"
+#include "ops/log_sum_exp.h"
 
 namespace llama_ext {
 namespace {
@@ -17,7 +17,7 @@ constexpr int64_t kGroupRows = 4 * kPassRows;
 
 Score score_of(const float* logits, int64_t vocabulary, int32_t token) {
   const float* best = std::max_element(logits, logits + vocabulary);
-  return {.logprob = static_cast<float>(static_cast<double>(logits[token]) - log_sum_exp(logits, vocabulary)),
+  return {.logprob = static_cast<float>(static_cast<double>(logits[token]) - log_sum_exp(logits, vocabulary, *best)),
           .is_greedy = best - logits == token};
 }
 

@@ -50,6 +50,17 @@ def test_the_likelihood_is_the_sum_of_the_tokens_log_probabilities(stories: Mode
         assert found.logprob == pytest.approx(expected[cut - 1 :].sum(), abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 1.3, "seed": 2}, {"num_beams": 3}], ids=["greedy", "drawn", "beams"]
+)
+def test_generated_tokens_have_the_bits_of_the_scores_of_their_text(options: dict[str, Any], stories: Model) -> None:
+    output = stories.generate(STORY, max_new_tokens=60, return_details=True, **options)
+    tokens = np.array(output.prompt_ids + output.token_ids, dtype=np.int32)
+    scores, _ = stories._core.score(tokens, len(output.prompt_ids))
+    assert scores.tolist() == output.logprobs
+    assert stories.loglikelihood(output.prompt_ids, output.token_ids).logprob == math.fsum(output.logprobs)
+
+
 def test_text_is_encoded_as_one_whatever_side_the_space_is_on(stories: Model) -> None:
     ids = stories.tokenizer.encode("Once upon a time")
     before = stories.tokenizer.encode("Once upon")
