@@ -2,6 +2,7 @@
 #include "cpu/cpu_backend.h"
 
 #include <cstring>
+#include <utility>
 
 #include "core/half.h"
 #include "cpu/cpu_backend_internal.h"
@@ -41,11 +42,15 @@ const PanelMatrix& panel_matrix(const Matrix& matrix) {
   return *panels;
 }
 
+PanelMatrix& panel_matrix(Matrix& matrix) { return const_cast<PanelMatrix&>(panel_matrix(std::as_const(matrix))); }
+
 const PanelKvCache& panel_cache(const KvCache& cache) {
   const auto* panels = dynamic_cast<const PanelKvCache*>(&cache);
   require(panels != nullptr, ErrorKind::kDevice, "this KV cache belongs to another device than the CPU");
   return *panels;
 }
+
+PanelKvCache& panel_cache(KvCache& cache) { return const_cast<PanelKvCache&>(panel_cache(std::as_const(cache))); }
 
 std::unique_ptr<Buffer> CpuBackend::allocate(size_t nbytes) { return std::make_unique<HostBuffer>(nbytes, "a buffer"); }
 

@@ -62,6 +62,8 @@ class CpuBackend final : public Backend {
 
 /// The backend's own matrix; throws LlamaExtError for one of another backend.
 const PanelMatrix& panel_matrix(const Matrix& matrix);
+PanelMatrix& panel_matrix(Matrix& matrix);
 const PanelKvCache& panel_cache(const KvCache& cache);
+PanelKvCache& panel_cache(KvCache& cache);
 
 }  // namespace llama_ext

@@ -39,7 +39,7 @@ struct Source<DType::kF64> {
 };
 
 template <DType kFrom>
-void pack_rows(const PanelMatrix& matrix, const RowMap& map, const TensorView& source, int64_t begin, int64_t end) {
+void pack_rows(PanelMatrix& matrix, const RowMap& map, const TensorView& source, int64_t begin, int64_t end) {
   using Element = typename Source<kFrom>::Element;
   const int64_t cols = matrix.cols();
   for (int64_t k0 = 0; k0 < cols; k0 += kBlock) {
@@ -85,7 +85,7 @@ std::unique_ptr<Matrix> CpuBackend::create_matrix(int64_t rows, int64_t cols, DT
 }
 
 void CpuBackend::write_rows(Matrix& matrix, const RowMap& map, const TensorView& source) {
-  const PanelMatrix& panels = panel_matrix(matrix);
+  PanelMatrix& panels = panel_matrix(matrix);
   check_rows(matrix, map, source, "source");
   auto pack = pack_rows<DType::kF32>;
   switch (source.dtype()) {

@@ -24,8 +24,12 @@ class PanelMatrix final : public Matrix {
   int64_t panel_size() const { return k_padded_ * kPanel; }
 
   template <typename T>
-  T* panel(int64_t index) const {
+  T* panel(int64_t index) {
     return static_cast<T*>(buffer_.data()) + index * panel_size();
+  }
+  template <typename T>
+  const T* panel(int64_t index) const {
+    return static_cast<const T*>(buffer_.data()) + index * panel_size();
   }
   /// Row k0 of a panel; k0 even for bf16.
   const void* panel_at(int64_t index, int64_t k0) const {
@@ -57,15 +61,25 @@ class PanelKvCache final : public KvCache {
   int64_t v_panel_stride() const { return positions_ * kPanel; }
 
   template <typename T>
-  T* keys(int64_t layer, int64_t head) const {
-    return static_cast<T*>(buffer_.data()) + (layer * shape().kv_heads + head) * head_size_;
+  T* keys(int64_t layer, int64_t head) {
+    return static_cast<T*>(buffer_.data()) + head_offset(layer, head);
   }
   template <typename T>
-  T* values(int64_t layer, int64_t head) const {
+  const T* keys(int64_t layer, int64_t head) const {
+    return static_cast<const T*>(buffer_.data()) + head_offset(layer, head);
+  }
+  template <typename T>
+  T* values(int64_t layer, int64_t head) {
+    return keys<T>(layer, head) + positions_ * shape().head_dim;
+  }
+  template <typename T>
+  const T* values(int64_t layer, int64_t head) const {
     return keys<T>(layer, head) + positions_ * shape().head_dim;
   }
 
  private:
+  int64_t head_offset(int64_t layer, int64_t head) const { return (layer * shape().kv_heads + head) * head_size_; }
+
   int64_t positions_;
   int64_t head_size_;  // elements of one head's keys and values
   HostBuffer buffer_;
