@@ -71,9 +71,11 @@ class Session:
             float32: (V) of the last token; (T, V) for "all"; (0, V) for "none".
 
         Raises:
+            OptionError: No ids, or another word for `logits`.
+            DTypeError: The ids are not integers.
+            ShapeError: An array that is not one-dimensional.
             TokenIdError: An id outside the vocabulary.
             ContextLengthError: There is no room for them.
-            ShapeError: No ids, or an array that is not one-dimensional.
             NumericError: A logit is not finite.
         """
         if logits not in ("last", "all", "none"):
@@ -132,7 +134,8 @@ class Session:
             The text generated, without the prompt.
 
         Raises:
-            OptionError: More than one prompt or sequence, beam search, or as `LlamaForCausalLM.generate`.
+            OptionError: More than one prompt or sequence, no tokenizer, or as `LlamaForCausalLM.generate`.
+            UnsupportedError: Beam search.
         """
         if self._model.tokenizer is None:
             raise OptionError("Session.generate gives text and this model has no tokenizer: use stream_generate")
