@@ -320,7 +320,7 @@ class LlamaForCausalLM:
             frequency_penalty: Subtracted as often as the token is in the output. Default 0.
             logit_bias: {token id: number} added to logits; -inf forbids a token.
             stop: A string or strings that end a row; they are not part of the returned text.
-            num_beams: > 1: beam search; without sampling, penalties or stop strings. Default 1.
+            num_beams: > 1: beam search; without sampling, penalties, logit_bias or stop strings. Default 1.
             length_penalty: Of beam search: score = sum of log probabilities / tokens ** length_penalty. Default 1.
             early_stopping: Of beam search: end as soon as num_beams sequences are complete. Default False.
             num_return_sequences: Sequences per prompt, of sampling or of beam search. Default 1.
@@ -330,15 +330,17 @@ class LlamaForCausalLM:
 
         Returns:
             For one prompt a text, a list of ids, or an int64 array (T'); for several a list of them, or an int64 array (B, T'):
-            the block as it was given, the new tokens, and padding on the right. With num_return_sequences > 1 always
-            several: those of the first prompt first. With return_details `GenerationOutput`s in the same arrangement.
+            the block as it was given, the new tokens, and padding on the right: the first pad token that is named by the
+            generation config, the config or the tokenizer, else the first end token of this call, else 0. With
+            num_return_sequences > 1 always several: those of the first prompt first. With return_details
+            `GenerationOutput`s in the same arrangement.
 
         Raises:
             OptionError: An option is unknown, out of range or contradicts another; a text without a tokenizer.
             ContextLengthError: A prompt, or a prompt with the tokens asked for, is longer than the context.
             TokenIdError: An id outside the vocabulary.
             ShapeError, DTypeError: `prompts` is none of the above.
-            UnsupportedError: Beam search together with penalties or stop strings.
+            UnsupportedError: Beam search together with penalties, logit_bias or stop strings.
             NumericError: A logit is not finite.
             OutOfMemoryError: The KV caches do not fit into memory.
         """
@@ -399,6 +401,9 @@ class LlamaForCausalLM:
         **options: Unpack[GenerateOptions],
     ) -> str | Iterator[Piece]:
         """Answers a conversation, written down as the tokenizer's chat template says.
+
+        The tokenizer's EOS ends the answer as well as the model's: it is what chat formats end a turn with. `eos_token_id`
+        stands instead of both.
 
         Args:
             messages: {"role": "system" | "user" | "assistant", "content": text} in order.

@@ -146,6 +146,9 @@ class Session:
     ) -> Iterator[Piece]:
         """Goes on with the session after a prompt, piece by piece.
 
+        It ends where `LlamaForCausalLM.generate` does, whatever the session holds. For turns of a conversation pass
+        eos_token_id=[*model.eos_token_ids, model.tokenizer.eos_token_id]: `LlamaForCausalLM.chat` ends at all of these.
+
         Args:
             prompt: A text, encoded without the BOS token unless the session is empty, or ids.
             **options: As `LlamaForCausalLM.generate`.
