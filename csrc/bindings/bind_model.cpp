@@ -1,5 +1,6 @@
 // Model: weights in and out, and whatever is computed without keeping state.
 #include <algorithm>
+#include <functional>
 
 #include "bindings/bindings.h"
 #include "generate/beam_search.h"
@@ -92,9 +93,16 @@ py::list logits(const Model& model, const py::object& sequences) {
   return result;
 }
 
-py::tuple score_tokens(const ModelPtr& model, const py::object& tokens, int64_t first) {
+py::tuple score_tokens(const ModelPtr& model, const py::object& tokens, int64_t first, const py::object& advance) {
   const std::vector<int32_t> ids = token_ids(tokens, "score", "tokens");
-  const std::vector<Score> scores = without_gil([&] { return score(model, ids, first); });
+  std::function<void(int64_t)> tell;
+  if (!advance.is_none()) {
+    tell = [&](int64_t scored) {
+      const py::gil_scoped_acquire acquire;
+      advance(scored);
+    };
+  }
+  const std::vector<Score> scores = without_gil([&] { return score(model, ids, first, tell); });
   const py::ssize_t count = static_cast<py::ssize_t>(scores.size());
   py::array_t<float> logprobs(count);
   py::array_t<bool> greedy(count);
@@ -138,7 +146,7 @@ void bind_model(py::module_& module) {
       .def("read", &read, py::arg("slot"))
       .def("kv_nbytes", &kv_nbytes, py::arg("capacity"), py::arg("dtype"))
       .def("logits", &logits, py::arg("sequences"))
-      .def("score", &score_tokens, py::arg("tokens"), py::arg("first"))
+      .def("score", &score_tokens, py::arg("tokens"), py::arg("first"), py::arg("advance") = py::none())
       .def("beam_search", &search, py::arg("prompt"), py::kw_only(), py::arg("beams"), py::arg("returned"),
            py::arg("max_new_tokens"), py::arg("length_penalty"), py::arg("early_stopping"), py::arg("eos"),
            py::arg("kv_dtype"));

@@ -110,7 +110,7 @@ class PythonInterrupts : public InterruptHandler {
   std::optional<py::error_already_set> raised_;
 };
 
-/// Returns work(), run without the GIL and interruptible. `work` must not touch Python objects.
+/// Returns work(), run without the GIL and interruptible. `work` acquires the GIL before it touches a Python object.
 template <typename Work>
 auto without_gil(Work&& work) {
   PythonInterrupts interrupts;

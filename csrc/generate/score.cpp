@@ -23,7 +23,8 @@ Score score_of(const float* logits, int64_t vocabulary, int32_t token) {
 
 }  // namespace
 
-std::vector<Score> score(const std::shared_ptr<const Model>& model, const std::vector<int32_t>& tokens, int64_t first) {
+std::vector<Score> score(const std::shared_ptr<const Model>& model, const std::vector<int32_t>& tokens, int64_t first,
+                         const std::function<void(int64_t)>& advance) {
   const int64_t count = static_cast<int64_t>(tokens.size());
   const int64_t vocabulary = model->config().vocabulary;
   require(first >= 1 && first <= count, ErrorKind::kOption, "score: first must be in [1, ", count,
@@ -48,6 +49,7 @@ std::vector<Score> score(const std::shared_ptr<const Model>& model, const std::v
           score_of(logits.data() + i * vocabulary, vocabulary, tokens[static_cast<size_t>(position + i + 1)]));
     }
     position += ran;
+    if (advance) advance(ran);
   }
   return scores;
 }
