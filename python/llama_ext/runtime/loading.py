@@ -18,7 +18,7 @@ import numpy as np
 from llama_ext import _core
 from llama_ext._arrays import is_whole
 from llama_ext.errors import CheckpointError, FormatError, OptionError, UnsupportedError
-from llama_ext.io.atomic import atomic_write
+from llama_ext.io.atomic import atomic_write, remove
 from llama_ext.io.checkpoint import Checkpoint, TensorSource, open_checkpoint, write_sharded
 from llama_ext.io.gguf import gguf_error
 from llama_ext.io.hub import resolve
@@ -38,6 +38,8 @@ __all__ = ["ModelFiles", "choose_dtype", "core_config", "load_random", "open_mod
 _DTYPES = ("float32", "bfloat16")
 _LATER = ("float16", "int8", "int4")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+_CONFIG_FILE = "config.json"
+_GENERATION_FILE = "generation_config.json"
 
 
 def choose_dtype(requested: str, stored: str | None) -> str:
@@ -104,7 +106,7 @@ class ModelFiles:
         ignored = self.generation_defaults.ignored
         if ignored:
             names = ", ".join(f"{name}={shown(value)}" for name, value in ignored.items())
-            file = self._folder / "generation_config.json"
+            file = self._folder / _GENERATION_FILE
             warnings.warn(f"{file} asks for {names}, which this version does not do", UserWarning, stacklevel=3)
 
     def load_into(self, core: _core.Model) -> None:
@@ -187,7 +189,11 @@ def load_random(core: _core.Model, config: LlamaConfig, seed: int) -> None:
 
 
 def save_model(model: LlamaForCausalLM, directory: str | os.PathLike[str]) -> None:
-    """The body of `LlamaForCausalLM.save_pretrained`."""
+    """The body of `LlamaForCausalLM.save_pretrained`.
+
+    Nothing loads without config.json: it goes before the first file of an older model is replaced, and comes last. So a
+    save that is cut short leaves the older model, the new one or none, but never some files of each.
+    """
     # A copy that is not checked again: it may have been read with larger limits than the default ones.
     config = copy.copy(model.config)
     object.__setattr__(config, "dtype", model.dtype)
@@ -199,11 +205,18 @@ def save_model(model: LlamaForCausalLM, directory: str | os.PathLike[str]) -> No
         dtype = model.dtype if spec.slot in matrices else _vector_dtype(core, spec.slot, model.dtype)
         tensors.append((spec.name, dtype, spec.shape, _reader(core, spec.slot, dtype)))
     folder = Path(directory)
-    write_sharded(folder, tensors)
-    config.save_pretrained(folder)
-    _save_generation_defaults(model.generation_defaults, folder)
+    # What may be refused is so before anything is written.
+    config.to_json()
+    defaults = _generation_json(model.generation_defaults, folder / _GENERATION_FILE)
+    write_sharded(folder, tensors, replacing=lambda: remove(folder / _CONFIG_FILE))
+    # One that an earlier save left would speak for this model.
+    remove(folder / _GENERATION_FILE)
+    if defaults is not None:
+        with atomic_write(folder / _GENERATION_FILE) as file:
+            file.write(defaults.encode("utf-8"))
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(folder)
+    config.save_pretrained(folder)
 
 
 def _vector_dtype(core: _core.Model, slot: str, dtype: str) -> str:
@@ -223,18 +236,14 @@ def _reader(core: _core.Model, slot: str, dtype: str) -> Any:
     return read
 
 
-def _save_generation_defaults(defaults: GenerationDefaults, folder: Path) -> None:
+def _generation_json(defaults: GenerationDefaults, path: Path) -> str | None:
+    """The text of generation_config.json, or None when there is nothing to say; `path` is for messages."""
     values = dataclasses.asdict(defaults)
     values.update(values.pop("ignored"))
     said = {name: value for name, value in values.items() if value is not None}
-    path = folder / "generation_config.json"
     if not said:
-        # One that an earlier save left would speak for this model.
-        path.unlink(missing_ok=True)
-        return
+        return None
     try:
-        text = json.dumps(said, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        return json.dumps(said, indent=2, sort_keys=True, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise FormatError(f"the generation defaults cannot be written as JSON: {error}", path=str(path)) from error
-    with atomic_write(path) as file:
-        file.write(text.encode("utf-8"))

@@ -254,13 +254,15 @@ class LlamaForCausalLM:
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes a checkpoint that this package and transformers read: weights, config and tokenizer.
 
-        Weights are written one by one, in the dtype they are kept in; each file is whole or not there.
+        Weights are written one by one, in the dtype they are kept in. A save that is cut short leaves what was there
+        before, or the new model, or a directory without config.json, which does not load: save again.
 
         Args:
             directory: Created if it does not exist; files of the same names are replaced.
 
         Raises:
             OSError: It cannot be written.
+            OptionError: The config's `extra` holds something that JSON cannot.
         """
         loading.save_model(self, directory)
 
