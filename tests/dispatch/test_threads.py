@@ -337,7 +337,7 @@ config = {
     "vocabulary": 1000, "width": 512, "ffn_width": 1408, "layers": 6, "heads": 8, "kv_heads": 4, "head_dim": 64,
     "context": 8192, "tied_head": True, "rope": {},
 }
-model = _core.Model(_core.Backend("cpu", 2), config, "float32")
+model = _core.Model(_core.Backend("cpu", 2), config, {"": ("float32", 0)})
 rng = np.random.default_rng(0)
 for name, shape, is_matrix in model.slots():
     values = rng.standard_normal(shape, np.float32) * (0.04 if is_matrix else 0) + (0 if is_matrix else 1)

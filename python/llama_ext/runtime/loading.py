@@ -29,40 +29,16 @@ from llama_ext.models.fields import shown
 from llama_ext.models.generation_config import GenerationDefaults
 from llama_ext.runtime.progress import ProgressBar
 from llama_ext.runtime.tokenizer import Tokenizer
+from llama_ext.runtime.weight_types import WeightTypes, choose_types
 
 if TYPE_CHECKING:
     from llama_ext.runtime.model import LlamaForCausalLM
 
-__all__ = ["ModelFiles", "choose_dtype", "core_config", "load_random", "open_model", "save_model"]
+__all__ = ["ModelFiles", "core_config", "load_random", "open_model", "save_model"]
 
-_DTYPES = ("float32", "bfloat16")
-_LATER = ("float16", "int8", "int4")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 _CONFIG_FILE = "config.json"
 _GENERATION_FILE = "generation_config.json"
-
-
-def choose_dtype(requested: str, stored: str | None) -> str:
-    """How to keep the matrices.
-
-    Args:
-        requested: What the caller asks for.
-        stored: The dtype of the checkpoint, or None for random weights.
-
-    Returns:
-        "float32" or "bfloat16".
-
-    Raises:
-        UnsupportedError: A dtype of another version.
-        OptionError: Not a dtype.
-    """
-    if requested == "auto":
-        return "bfloat16" if stored == "bfloat16" else "float32"
-    if requested in _LATER:
-        raise UnsupportedError(f"dtype={requested!r} is not in this version; there are {' and '.join(_DTYPES)}")
-    if requested not in _DTYPES:
-        raise OptionError(f"dtype must be auto, {' or '.join(_DTYPES)}, got {requested!r}")
-    return requested
 
 
 def core_config(config: LlamaConfig) -> dict[str, Any]:
@@ -100,6 +76,10 @@ class ModelFiles:
         except BaseException:
             self._checkpoint.close()
             raise
+
+    def types(self, requested: str, group_size: int | None, symmetric: bool | None) -> WeightTypes:
+        """How to keep each matrix; see `choose_types`."""
+        return choose_types(requested, self.stored_dtype, self._specs, group_size=group_size, symmetric=symmetric)
 
     def warn_of_ignored(self) -> None:
         """Tells the caller of this method's caller what generation_config.json asks for in vain."""

@@ -14,6 +14,7 @@ from llama_ext import _core
 from llama_ext._arrays import FloatArray, IntArray, as_whole
 from llama_ext.errors import OptionError
 from llama_ext.limits import DEFAULT_LIMITS, Limits
+from llama_ext.models import ARCHITECTURES
 from llama_ext.models.config import LlamaConfig
 from llama_ext.models.generation_config import GenerationDefaults
 from llama_ext.runtime import generation, loading, logits, scoring
@@ -23,6 +24,7 @@ from llama_ext.runtime.scoring import LogLikelihood, Perplexity
 from llama_ext.runtime.session import Session, load_session, new_session
 from llama_ext.runtime.threads import checked_threads
 from llama_ext.runtime.tokenizer import Tokenizer
+from llama_ext.runtime.weight_types import WeightTypes, choose_types
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -52,13 +54,16 @@ class LlamaForCausalLM:
             (eos_token_id=None) keeps it so when the model is saved and loaded.
         seed: Of the random weights, in [0, 2^64): normal with the config's initializer_range, norms 1, biases 0. Each tensor
             has a random stream of its own, so a tensor depends on the seed, its name and shape, and nothing else.
-        dtype: How matrices are kept: "float32" ("auto") or "bfloat16". Norms and biases are float32.
+        dtype: How matrices are kept: "float32" ("auto"), "bfloat16", "float16", or quantised: "int8" or "int4", the embedding and
+            the head of int4 models as int8. Norms and biases are float32.
+        group_size: Of quantised weights: how many of a row share a scale, 128, 64 or 32. None: the largest that divides.
+        symmetric: Of quantised weights: whether a group has a scale alone (None, True) or also a minimum (False).
         device: "cpu", or "reference" for the float64 loops that the fast kernels are tested against.
-        compute: "auto": the fastest arithmetic for these weights, which for bfloat16 ones may round activations to bfloat16.
-            "exact": float32 products of the stored weights.
+        compute: "auto": the fastest arithmetic for these weights, which for bfloat16 ones may round activations to bfloat16, and
+            for quantised ones to int8. "exact": float32 products of the stored weights.
         threads: None: the physical cores that affinity and cgroup quota allow, or what `set_num_threads` said.
         kv_dtype: How generations and sessions keep keys and values: "float32" or "bfloat16". "auto" is bfloat16 for bfloat16
-            weights unless compute is "exact", else float32. Logits of whole sequences and scores always use float32.
+            and quantised weights unless compute is "exact", else float32. Logits of whole sequences and scores always use float32.
 
     Raises:
         OptionError: An option is unknown or out of range, or an argument is of another type.
@@ -80,6 +85,8 @@ class LlamaForCausalLM:
         seed: int = 0,
         *,
         dtype: str = "auto",
+        group_size: int | None = None,
+        symmetric: bool | None = None,
         device: str = "cpu",
         compute: str = "auto",
         threads: int | None = None,
@@ -97,7 +104,9 @@ class LlamaForCausalLM:
             config,
             tokenizer,
             GenerationDefaults(),
-            dtype=loading.choose_dtype(dtype, None),
+            types=choose_types(
+                dtype, None, ARCHITECTURES[config.model_type].tensor_specs(config), group_size=group_size, symmetric=symmetric
+            ),
             device=device,
             compute=compute,
             threads=threads,
@@ -113,6 +122,8 @@ class LlamaForCausalLM:
         path_or_hub_id: str | os.PathLike[str],
         *,
         dtype: str = "auto",
+        group_size: int | None = None,
+        symmetric: bool | None = None,
         device: str = "cpu",
         compute: str = "auto",
         threads: int | None = None,
@@ -125,8 +136,8 @@ class LlamaForCausalLM:
         Args:
             path_or_hub_id: A directory with config.json and *.safetensors, sharded or not, and the tokenizer's files if there
                 are any; or the id of a model on the Hugging Face Hub.
-            dtype: "auto" keeps a bfloat16 checkpoint as bfloat16 and any other as float32.
-            device, compute, threads, kv_dtype: See the class.
+            dtype: "auto" keeps a bfloat16 or float16 checkpoint as it is and any other as float32.
+            group_size, symmetric, device, compute, threads, kv_dtype: See the class.
             revision: Of the Hub: a branch, tag or commit.
             limits: What a file may ask for.
 
@@ -155,7 +166,7 @@ class LlamaForCausalLM:
                 files.config,
                 files.tokenizer,
                 files.generation_defaults,
-                dtype=loading.choose_dtype(dtype, files.stored_dtype),
+                types=files.types(dtype, group_size, symmetric),
                 device=device,
                 compute=compute,
                 threads=threads,
@@ -170,7 +181,7 @@ class LlamaForCausalLM:
         tokenizer: Tokenizer | None,
         defaults: GenerationDefaults,
         *,
-        dtype: str,
+        types: WeightTypes,
         device: str,
         compute: str,
         threads: int | None,
@@ -182,7 +193,7 @@ class LlamaForCausalLM:
         if kv_dtype not in _KV_DTYPES:
             raise OptionError(f"kv_dtype must be one of {', '.join(_KV_DTYPES)}, got {kv_dtype!r}")
         if kv_dtype == "auto":
-            kv_dtype = "bfloat16" if dtype == "bfloat16" and compute != "exact" else "float32"
+            kv_dtype = "bfloat16" if types[""][0] not in ("float32", "float16") and compute != "exact" else "float32"
         self.config = config
         self.tokenizer = tokenizer
         self.generation_defaults = defaults
@@ -191,11 +202,11 @@ class LlamaForCausalLM:
         self._kv_dtype = kv_dtype
         self._fingerprint: str | None = None  # of the weights, once a session is saved or loaded
         backend = _core.Backend(device, checked_threads(threads))
-        self._core = _core.Model(backend, loading.core_config(config), dtype, compute)
+        self._core = _core.Model(backend, loading.core_config(config), types, compute=compute)
 
     @property
     def dtype(self) -> str:
-        """How matrices are kept: "float32" or "bfloat16"."""
+        """How matrices are kept: "float32", "bfloat16", "float16", or an encoding of whole numbers such as "int8" or "int4"."""
         return self._core.dtype
 
     @property
