@@ -90,13 +90,12 @@ SUPPORTED: dict[int, GgmlType] = {kind.id: kind for kind in _TYPES}
 BY_NAME: dict[str, GgmlType] = {kind.name: kind for kind in _TYPES}
 
 # Every number that ggml has given out; a file with another one is from its future, or damaged.
-GGML_NAMES: dict[int, str] = dict(
-    enumerate(
-        "F32 F16 Q4_0 Q4_1 Q4_2 Q4_3 Q5_0 Q5_1 Q8_0 Q8_1 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K IQ2_XXS IQ2_XS IQ3_XXS IQ1_S "
-        "IQ4_NL IQ3_S IQ2_S IQ4_XS I8 I16 I32 I64 F64 IQ1_M BF16 Q4_0_4_4 Q4_0_4_8 Q4_0_8_8 TQ1_0 TQ2_0 IQ4_NL_4_4 "
-        "IQ4_NL_4_8 IQ4_NL_8_8 MXFP4 NVFP4 Q1_0".split()
-    )
-)
+_NAMES = """
+    F32 F16 Q4_0 Q4_1 Q4_2 Q4_3 Q5_0 Q5_1 Q8_0 Q8_1 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K
+    IQ2_XXS IQ2_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ2_S IQ4_XS I8 I16 I32 I64 F64 IQ1_M BF16
+    Q4_0_4_4 Q4_0_4_8 Q4_0_8_8 TQ1_0 TQ2_0 IQ4_NL_4_4 IQ4_NL_4_8 IQ4_NL_8_8 MXFP4 NVFP4 Q1_0
+"""
+GGML_NAMES: dict[int, str] = dict(enumerate(_NAMES.split()))
 
 
 def ggml_type(number: int, tensor: str, path: str) -> GgmlType:
@@ -212,8 +211,9 @@ def _q4_k(blocks: Bytes) -> Floats:
 
 def _q5_k(blocks: Bytes) -> Floats:
     q = _nibbles(blocks[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
-    group = np.arange(8, dtype=np.uint8)[:, None]
-    return _k(blocks, q | ((blocks[:, None, 16:48] >> group & 1) << np.uint8(4)))
+    # Bit g of every byte in plane g: (blocks, 8, 32).
+    planes: Bytes = np.unpackbits(blocks[:, 16:48, None], axis=-1, bitorder="little").swapaxes(1, 2)
+    return _k(blocks, q | (planes << np.uint8(4)))
 
 
 def _q6_k(blocks: Bytes) -> Floats:
