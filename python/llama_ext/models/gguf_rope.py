@@ -148,7 +148,8 @@ def _from_factors(factors: Doubles, head_dim: int, theta: float, reader: FieldRe
         return {"rope_type": "default", "rope_theta": theta}
     factor = float(str(np.float32(factors.max())))
     if factor > 1.0:
-        for low, high, original in _candidates(factors, factor, _frequencies(head_dim, theta)):
+        hint = reader.optional_integer("rope.scaling.original_context_length", minimum=0, limit="positions")
+        for low, high, original in _candidates(factors, factor, _frequencies(head_dim, theta), hint):
             found = llama3_factors(head_dim, theta, factor, low, high, original)
             if np.allclose(found, factors, rtol=_TOLERANCE, atol=0.0):
                 return {
@@ -163,8 +164,12 @@ def _from_factors(factors: Doubles, head_dim: int, theta: float, reader: FieldRe
     raise UnsupportedError(f"{where}{ROPE_FACTORS} = {shown(factors.tolist())} is not supported: not llama3's scaling.")
 
 
-def _candidates(factors: Doubles, factor: float, frequencies: Doubles) -> Iterator[tuple[float, float, int]]:
+def _candidates(
+    factors: Doubles, factor: float, frequencies: Doubles, hint: int | None
+) -> Iterator[tuple[float, float, int]]:
     """(low, high, original) that may give these factors: the published ones, and those that a fit gives."""
+    if hint:
+        yield 1.0, 4.0, hint
     yield 1.0, 4.0, 8192
     for power in range(4, 21):
         yield 1.0, 4.0, 1 << power
@@ -201,6 +206,8 @@ def rope_metadata(config: LlamaConfig) -> tuple[dict[str, Any], npt.NDArray[np.f
         numbers = (rope.factor, rope.low_freq_factor, rope.high_freq_factor, rope.original_max_position_embeddings)
         factor, low, high, original = (float(number or 0) for number in numbers)
         factors = llama3_factors(config.head_dim, rope.rope_theta, factor, low, high, original)
+        # Of no effect without a type; where several numbers mean the same rotation, it says which one it was.
+        entries["llama.rope.scaling.original_context_length"] = rope.original_max_position_embeddings
         return entries, factors.astype(np.float32)
     if rope.rope_type in ("linear", "yarn"):
         entries["llama.rope.scaling.type"] = rope.rope_type
