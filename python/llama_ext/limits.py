@@ -23,7 +23,7 @@ class Limits:
         tensors: Tensors of one checkpoint.
         metadata_entries: Entries of a file's metadata.
         string_bytes: One string of a file's metadata.
-        array_elements: Elements of all arrays of a file's metadata together.
+        array_elements: Elements of all arrays of a file's metadata together; a string counts as two, an inner array as 64.
         gguf_header_bytes: What precedes the tensors of one GGUF file: metadata with the vocabulary, tensor names.
         shards: Files of one checkpoint.
         json_depth: Nesting of objects and arrays in a JSON file.

@@ -41,8 +41,6 @@ _U64 = struct.Struct("<Q")
 _LEAST_ENTRY = 8 + 4 + 1
 _LEAST_TENSOR = 8 + 4 + 4 + 8
 _BUFFER_BYTES = 1 << 18
-# In the account of `Limits.array_elements`: an array in an array takes far more memory and time than its bytes.
-_NESTED_COST = 64
 _OLDER_FORMATS = (b"ggml", b"lmgg", b"ggmf", b"fmgg", b"ggjt", b"tjgg", b"ggla", b"algg")
 
 
@@ -77,6 +75,8 @@ NUMBERS: dict[ValueType, np.dtype[Any]] = {
     ValueType.INT64: np.dtype("<i8"),
     ValueType.FLOAT64: np.dtype("<f8"),
 }
+# In the account of `Limits.array_elements`: what takes more memory and time than a number.
+_COSTS = {ValueType.STRING: 2, ValueType.ARRAY: 64}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,7 +327,7 @@ class _Cursor:
         count = self.u64(f"the length of {what}")
         least = {ValueType.STRING: 8, ValueType.ARRAY: 12}.get(kind) or NUMBERS[kind].itemsize
         self.need(count * least, f"{what} of {count} elements")
-        self.elements += count * (_NESTED_COST if kind is ValueType.ARRAY else 1)
+        self.elements += count * _COSTS.get(kind, 1)
         self.within(self.elements, "array_elements", what)
         if kind is ValueType.STRING:
             return self.strings(count, what)
