@@ -1,8 +1,8 @@
 // What a device must be able to do. The model is written against this and nothing else, so whatever runs here runs Llama.
 #pragma once
 
-#include <cstdint>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <span>
 #include <string>
@@ -77,7 +77,8 @@ class Backend {
   /// Writes `source` (n, K), host memory, f32 | f16 | bf16 | f64, contiguous, to the rows that `map` names, converted to
   /// the matrix's type: rounded to nearest, ties to even, or quantised (quant/quantized_row.h) with `importance`, (K) f32 in host
   /// memory or none. Types that only files bring (q4_k and the like) throw DTypeError.
-  virtual void write_rows(Matrix& matrix, const RowMap& map, const TensorView& source, const TensorView& importance) = 0;
+  virtual void write_rows(Matrix& matrix, const RowMap& map, const TensorView& source,
+                          const TensorView& importance) = 0;
   /// Writes rows of ggml blocks, (n, bytes of a row), contiguous, in host memory. Throws DTypeError when the matrix's type is
   /// not `ggml`'s, CheckpointError for a scale that is not finite.
   virtual void write_blocks(Matrix& matrix, const RowMap& map, const GgmlType& ggml, int64_t rows,

@@ -271,7 +271,8 @@ void bind_backend(py::module_& module) {
   py::class_<PyMatrix>(module, "Matrix")
       .def_property_readonly("shape",
                              [](const PyMatrix& m) { return py::make_tuple(m.matrix->rows(), m.matrix->cols()); })
-      .def_property_readonly("dtype", [](const PyMatrix& m) { return std::string(info_of(m.matrix->type().encoding).name); })
+      .def_property_readonly("dtype",
+                             [](const PyMatrix& m) { return std::string(info_of(m.matrix->type().encoding).name); })
       .def_property_readonly("group", [](const PyMatrix& m) { return m.matrix->type().group; })
       .def_property_readonly("nbytes", [](const PyMatrix& m) { return m.matrix->nbytes(); })
       .def("to_array", &matrix_to_array);
@@ -282,8 +283,8 @@ void bind_backend(py::module_& module) {
       .def_property_readonly("isa", &Backend::isa)
       .def_property_readonly("threads", &Backend::threads)
       .def_property_readonly("matrix_layout", &Backend::matrix_layout)
-      .def("matrix", &make_matrix, py::arg("source"), py::arg("dtype") = "float32",
-           py::arg("group") = 0, py::arg("importance") = py::none())
+      .def("matrix", &make_matrix, py::arg("source"), py::arg("dtype") = "float32", py::arg("group") = 0,
+           py::arg("importance") = py::none())
       .def("block_matrix", &make_block_matrix, py::arg("blocks"), py::arg("ggml_type"), py::arg("cols"))
       .def("gate_up_matrix", &make_gate_up_matrix, py::arg("gate"), py::arg("up"), py::arg("dtype") = "float32",
            py::arg("group") = 0)

@@ -210,14 +210,13 @@ void bind_model(py::module_& module) {
       .def(py::init(&make_model), py::arg("backend"), py::arg("config"), py::arg("types"),
            py::arg("packed") = py::dict(), py::arg("compute") = "auto")
       .def_property_readonly("backend", &Model::shared_backend)
-      .def_property_readonly(
-          "dtype", [](const Model& m) { return std::string(info_of(m.weights().type().encoding).name); })
+      .def_property_readonly("dtype",
+                             [](const Model& m) { return std::string(info_of(m.weights().type().encoding).name); })
       .def_property_readonly("nbytes", [](const Model& m) { return m.weights().nbytes(); })
       .def("slots", &slots)
       .def("types", &types)
       .def("missing", [](const Model& m) { return m.weights().missing(); })
-      .def("load", &load, py::arg("slot"), py::arg("source"), py::arg("dtype"),
-           py::arg("importance") = py::none())
+      .def("load", &load, py::arg("slot"), py::arg("source"), py::arg("dtype"), py::arg("importance") = py::none())
       .def("load_blocks", &load_blocks, py::arg("slot"), py::arg("blocks"), py::arg("ggml_type"))
       .def("matrices", &matrix_names)
       .def("packed", &packed, py::arg("name"))

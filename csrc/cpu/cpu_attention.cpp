@@ -191,8 +191,8 @@ void CpuBackend::attention(const AttentionArgs& args) {
       limits[row] = first_position + row / group + 1;
     }
     for (int64_t row = 0; row < rows; row += kernels_.f32.tile_rows) {
-      kernels_.f32.pack({scaled + row * dim, dim, std::min(kernels_.f32.tile_rows, rows - row), dim, dim, 0,
-                         packed + row * dim});
+      kernels_.f32.pack(
+          {scaled + row * dim, dim, std::min(kernels_.f32.tile_rows, rows - row), dim, dim, 0, packed + row * dim});
     }
 
     float* o = result(task / parts, part);

@@ -70,9 +70,8 @@ void CpuBackend::embedding(const EmbeddingArgs& args) {
   const PanelMatrix& table = panel_matrix(*args.table);
   const auto* ids = static_cast<const int32_t*>(args.ids.data());
   // Each element lies in a cache line of its own: slower than its size says.
-  for_each_row(args.ids.rows(), threads_for(8.0 * row_microseconds(args.y)), [&](int64_t t) {
-    load_row(table, ids[t], args.y.row<float>(t));
-  });
+  for_each_row(args.ids.rows(), threads_for(8.0 * row_microseconds(args.y)),
+               [&](int64_t t) { load_row(table, ids[t], args.y.row<float>(t)); });
 }
 
 void CpuBackend::rms_norm(const RmsNormArgs& args) {

@@ -107,8 +107,8 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
                            : is_last ? weight.panel_at(first, k0 + depth)
                                      : weight.panel_at(panel + 1, k0);
         float* panel_sums = c + (panel - first) * sums;
-        kernel.panel({rows, depth, group, packed_at(row, k0), weight.panel_at(panel, k0), panel_sums, kPanel, k0 > 0, next,
-                      weight.bytes_of(depth)});
+        kernel.panel({rows, depth, group, packed_at(row, k0), weight.panel_at(panel, k0), panel_sums, kPanel, k0 > 0,
+                      next, weight.bytes_of(depth)});
         if (k0 + depth < k_padded) continue;
         kernels_.epilogue({product.epilogue, product.bias == nullptr ? nullptr : product.bias + panel * kPanel,
                            product.y.row<float>(begin + row) + panel * width, product.y.row_stride(),
@@ -137,8 +137,8 @@ void CpuBackend::feed_forward(const FeedForwardArgs& args) {
     void* memory = thread_scratch(Scratch::kActivation, static_cast<size_t>(rows * width) * sizeof(float));
     const TensorView activation(memory, DType::kF32, {rows, width});
     if (args.gate_up != nullptr) {
-      multiply({x, &panel_matrix(*args.gate_up), bias(args.gate_up_bias), EpilogueKind::kSwiGlu, activation,
-                args.compute});
+      multiply(
+          {x, &panel_matrix(*args.gate_up), bias(args.gate_up_bias), EpilogueKind::kSwiGlu, activation, args.compute});
     } else {
       multiply({x, &panel_matrix(*args.gate), bias(args.gate_bias), EpilogueKind::kStore, activation, args.compute});
       multiply({x, &panel_matrix(*args.up), bias(args.up_bias), EpilogueKind::kSiluGate, activation, args.compute});

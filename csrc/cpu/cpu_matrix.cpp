@@ -132,8 +132,7 @@ std::unique_ptr<Matrix> CpuBackend::create_matrix(int64_t rows, int64_t cols, We
 }
 
 std::unique_ptr<Matrix> CpuBackend::adopt_matrix(int64_t rows, int64_t cols, WeightType type,
-                                                 std::span<const std::byte> packed,
-                                                 std::shared_ptr<const void> owner) {
+                                                 std::span<const std::byte> packed, std::shared_ptr<const void> owner) {
   return std::make_unique<PanelMatrix>(rows, cols, type, packed, std::move(owner));
 }
 
@@ -222,8 +221,7 @@ void CpuBackend::read_rows(const Matrix& matrix, const RowMap& map, const Tensor
   require(widens || (!matrix.type().is_quantized() && target.dtype() == matrix.type().dtype()), ErrorKind::kDType,
           "matrix: target must be float32 or, where the weights have one, their own dtype; they are ",
           matrix.type().text(), ", got ", name_of(target.dtype()));
-  const double microseconds =
-      static_cast<double>(target.size()) / (matrix.type().is_quantized() ? kRounded : kCopied);
+  const double microseconds = static_cast<double>(target.size()) / (matrix.type().is_quantized() ? kRounded : kCopied);
   parallel_for(threads_for(microseconds), target.rows(), [&](int64_t i, int) {
     const int64_t row = map(i);
     if (widens) {

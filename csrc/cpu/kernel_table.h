@@ -42,7 +42,7 @@ struct CodeFormat {
 /// In the order of Encoding (quant/weight_type.h), from int8 on.
 inline constexpr int kCodeFormatCount = 9;
 inline constexpr CodeFormat kCodeFormats[kCodeFormatCount] = {
-    {8, 128, false, false, 0}, {8, 0, true, false, 0}, {5, 16, false, false, 0},
+    {8, 128, false, false, 0}, {8, 0, true, false, 0},  {5, 16, false, false, 0},
     {5, 0, true, false, 0},    {4, 8, false, false, 0}, {4, 0, true, false, 0},
     {4, 0, true, true, 32},    {5, 0, true, true, 32},  {6, 32, false, true, 16},
 };
@@ -126,13 +126,13 @@ constexpr int64_t attention_scratch(int64_t rows, int64_t head_dim) {
 struct KernelTable {
   const char* name;
   GemmKernel f32;
-  GemmKernel bf16_exact;  // bf16 weights widened, f32 products
-  GemmKernel bf16;        // the fastest for bf16 weights: may round activations to bf16
-  GemmKernel f16;         // f16 weights widened, f32 products
+  GemmKernel bf16_exact;                     // bf16 weights widened, f32 products
+  GemmKernel bf16;                           // the fastest for bf16 weights: may round activations to bf16
+  GemmKernel f16;                            // f16 weights widened, f32 products
   GemmKernel codes[kCodeFormatCount];        // the fastest for quantised weights: may round activations to int8
   GemmKernel codes_exact[kCodeFormatCount];  // quantised weights widened, f32 products
-  const char* bf16_note;   // how `bf16` multiplies, for info()
-  const char* codes_note;  // how `codes` multiply
+  const char* bf16_note;                     // how `bf16` multiplies, for info()
+  const char* codes_note;                    // how `codes` multiply
 
   void (*epilogue)(const Epilogue& epilogue, int64_t rows, const float* c, int64_t ldc);
   void (*attention)(const AttentionJob& job);

@@ -82,8 +82,8 @@ int64_t head_elements(const KvCacheShape& shape) {
 int64_t PanelMatrix::nbytes_for(int64_t rows, int64_t cols, WeightType type) {
   const Measures measures = measures_of(type);
   const int64_t padded = checked_add(cols, measures.k_multiple, "matrix") - 1;
-  const int64_t panel = checked_mul(padded / measures.k_multiple * (measures.k_multiple / measures.unit),
-                                    measures.unit_bytes, "matrix");
+  const int64_t panel =
+      checked_mul(padded / measures.k_multiple * (measures.k_multiple / measures.unit), measures.unit_bytes, "matrix");
   return checked_mul(ceil_div(rows, kPanel), panel, "matrix");
 }
 

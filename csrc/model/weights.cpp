@@ -106,8 +106,9 @@ class Weights::Builder {
       made.bias = TensorView(made.bias_data->data(), DType::kF32, {rows});
     }
     for (const Part& part : parts) {
-      slot({.name = prefix + part.name, .shape = {part.count, cols}, .is_matrix = true, .type = type},
-           {.matrix = made.weight.get(), .is_packed = packed_.contains(prefix + name), .rows = part.rows, .vector = {}});
+      slot(
+          {.name = prefix + part.name, .shape = {part.count, cols}, .is_matrix = true, .type = type},
+          {.matrix = made.weight.get(), .is_packed = packed_.contains(prefix + name), .rows = part.rows, .vector = {}});
       if (has_bias) vector(prefix + part.name + ".bias", made.bias, part.rows, part.count);
     }
     return made;
@@ -194,8 +195,7 @@ void Weights::build_qkv(const ModelConfig& config, const std::string& prefix, Bu
     const char* name;
     int64_t rows;
   };
-  const std::array<Tensor, 3> tensors = {
-      {{"q", config.q_size()}, {"k", config.kv_size()}, {"v", config.kv_size()}}};
+  const std::array<Tensor, 3> tensors = {{{"q", config.q_size()}, {"k", config.kv_size()}, {"v", config.kv_size()}}};
   int64_t begin = 0;
   for (size_t first = 0; first < tensors.size();) {
     const WeightType type = plan_.of(prefix + tensors[first].name);
@@ -225,7 +225,8 @@ size_t Weights::find(std::string_view slot) const {
 
 const Weights::Place& Weights::place_to_fill(std::string_view slot) const {
   const Place& place = places_[find(slot)];
-  require(!place.is_packed, ErrorKind::kCheckpoint, "weights: '", slot, "' is packed already, and cannot be filled again");
+  require(!place.is_packed, ErrorKind::kCheckpoint, "weights: '", slot,
+          "' is packed already, and cannot be filled again");
   return place;
 }
 

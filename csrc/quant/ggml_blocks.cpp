@@ -103,7 +103,8 @@ void decode_k6(const GgmlType& type, const uint8_t* block, size_t index, Quantiz
 }  // namespace
 
 const GgmlType& ggml_type(std::string_view name) {
-  const auto found = std::find_if(kTypes.begin(), kTypes.end(), [&](const GgmlType& type) { return type.name == name; });
+  const auto found =
+      std::find_if(kTypes.begin(), kTypes.end(), [&](const GgmlType& type) { return type.name == name; });
   if (found != kTypes.end()) return *found;
   std::string known;
   for (const GgmlType& type : kTypes) known += (known.empty() ? "" : ", ") + std::string(type.name);

@@ -35,10 +35,10 @@ enum class Encoding : uint8_t {
 struct EncodingInfo {
   Encoding encoding;
   std::string_view name;
-  int bits;     // of a code, or of a floating-point number
-  int zero;     // what is subtracted from a code
+  int bits;  // of a code, or of a floating-point number
+  int zero;  // what is subtracted from a code
   bool has_min;
-  int group;    // k that share a scale, where the encoding fixes it
+  int group;       // k that share a scale, where the encoding fixes it
   int superblock;  // k that share a float16 scale of whole scales, or 0
 };
 

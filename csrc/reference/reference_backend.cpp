@@ -4,10 +4,10 @@
 #include <vector>
 
 #include "core/checked.h"
+#include "quant/ggml_blocks.h"
 #include "reference/interrupt_poll.h"
 #include "reference/reference_ops.h"
 #include "reference/storage.h"
-#include "quant/ggml_blocks.h"
 
 namespace llama_ext {
 

@@ -12,12 +12,10 @@ struct CodeKernels {
   const char* note;
 };
 
-#define LLAMA_EXT_OF_EACH_FORMAT(kernel)                                                                              \
-  {                                                                                                                   \
-    kernel<kCodeFormats[0]>, kernel<kCodeFormats[1]>, kernel<kCodeFormats[2]>, kernel<kCodeFormats[3]>,               \
-        kernel<kCodeFormats[4]>, kernel<kCodeFormats[5]>, kernel<kCodeFormats[6]>, kernel<kCodeFormats[7]>,           \
-        kernel<kCodeFormats[8]>                                                                                       \
-  }
+#define LLAMA_EXT_OF_EACH_FORMAT(kernel)                                      \
+  {kernel<kCodeFormats[0]>, kernel<kCodeFormats[1]>, kernel<kCodeFormats[2]>, \
+   kernel<kCodeFormats[3]>, kernel<kCodeFormats[4]>, kernel<kCodeFormats[5]>, \
+   kernel<kCodeFormats[6]>, kernel<kCodeFormats[7]>, kernel<kCodeFormats[8]>}
 
 /// The codes of four consecutive k (`quad`, 0 to 7, of a strip) for kWidth columns: a byte each, a column's four in one lane.
 template <CodeFormat F>
@@ -34,7 +32,8 @@ static inline vi codes_of(const uint8_t* strip, int quad, int64_t column) {
     } else if constexpr (F.bits == 6) {
       const vi bits = iload(high + quad / 4 * 4 * kPanel);
       const int shift = 2 * (quad % 4);
-      return ior(low, iand(shift <= 4 ? ishift_left(bits, 4 - shift) : ishift_right(bits, shift - 4), iset1(0x30303030)));
+      return ior(low,
+                 iand(shift <= 4 ? ishift_left(bits, 4 - shift) : ishift_right(bits, shift - 4), iset1(0x30303030)));
     } else {
       return low;
     }

@@ -15,7 +15,9 @@ constexpr int code_vectors(int) { return 2; }
 /// sum += codes (unsigned) x activations (signed), four of each per lane. Inline and
 /// volatile: around the intrinsic, or when it may reorder them, g++ 12 spills the sums.
 static inline void dot_quad(vi& sum, vi codes, const uint8_t* activations) {
-  asm volatile("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(*reinterpret_cast<const uint32_t*>(activations)));
+  asm volatile("vpdpbusd %2%{1to16%}, %1, %0"
+               : "+v"(sum)
+               : "v"(codes), "m"(*reinterpret_cast<const uint32_t*>(activations)));
 }
 
 /// sum += the products of quads [kFirst, kFirst + kCount) of a strip. a: its activations, [8][R][4].

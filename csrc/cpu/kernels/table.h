@@ -20,9 +20,9 @@ static constexpr CodeKernels kCodesExact = {LLAMA_EXT_OF_EACH_FORMAT(kExactKerne
 
 static constexpr KernelTable make_table(const char* name, const GemmKernel& bf16, const char* bf16_note,
                                         const CodeKernels& codes) {
-  KernelTable table = {name,      kGemmF32, kGemmBf16Exact, bf16,   kGemmF16,  {},
-                       {},        bf16_note, codes.note,    epilogue, attention, attention_merge,
-                       rms_norm,  rope,     softmax,        log_sum_exp};
+  KernelTable table = {name,     kGemmF32,  kGemmBf16Exact, bf16,       kGemmF16,  {},
+                       {},       bf16_note, codes.note,     epilogue,   attention, attention_merge,
+                       rms_norm, rope,      softmax,        log_sum_exp};
   for (int i = 0; i < kCodeFormatCount; ++i) {
     table.codes[i] = codes.kernels[i];
     table.codes_exact[i] = kCodesExact.kernels[i];

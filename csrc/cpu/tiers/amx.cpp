@@ -3,9 +3,9 @@
 #define LLAMA_EXT_ISA_NAMESPACE isa_amx
 
 #include "cpu/simd/vec_avx512.h"
+#include "cpu/kernels/dot_vnni.h"
 #include "cpu/kernels/gemm.h"
 #include "cpu/kernels/gemm_amx.h"
-#include "cpu/kernels/dot_vnni.h"
 #include "cpu/kernels/gemm_codes.h"
 #include "cpu/kernels/table.h"
 
@@ -16,7 +16,8 @@ static constexpr GemmKernel kGemmBf16 = {kAmxRows, 256, 8, packed_bytes_bf16, pa
 }
 
 extern const KernelTable kTable_amx;
-constinit const KernelTable kTable_amx = LLAMA_EXT_ISA_NAMESPACE::make_table(
-    "amx", LLAMA_EXT_ISA_NAMESPACE::kGemmBf16, "AMX tiles, activations rounded to bfloat16", LLAMA_EXT_ISA_NAMESPACE::kCodes);
+constinit const KernelTable kTable_amx =
+    LLAMA_EXT_ISA_NAMESPACE::make_table("amx", LLAMA_EXT_ISA_NAMESPACE::kGemmBf16,
+                                        "AMX tiles, activations rounded to bfloat16", LLAMA_EXT_ISA_NAMESPACE::kCodes);
 
 }  // namespace llama_ext
