@@ -17,7 +17,7 @@ import numpy as np
 
 from llama_ext import _core
 from llama_ext._arrays import is_whole
-from llama_ext.errors import CheckpointError, FormatError, OptionError, UnsupportedError
+from llama_ext.errors import CheckpointError, FormatError, OptionError
 from llama_ext.io.atomic import atomic_write, remove
 from llama_ext.io.checkpoint import Checkpoint, TensorSource, open_checkpoint, write_sharded
 from llama_ext.io.gguf import gguf_error

@@ -105,7 +105,11 @@ class LlamaForCausalLM:
             tokenizer,
             GenerationDefaults(),
             types=choose_types(
-                dtype, None, ARCHITECTURES[config.model_type].tensor_specs(config), group_size=group_size, symmetric=symmetric
+                dtype,
+                None,
+                ARCHITECTURES[config.model_type].tensor_specs(config),
+                group_size=group_size,
+                symmetric=symmetric,
             ),
             device=device,
             compute=compute,
