@@ -30,8 +30,18 @@ def from_bfloat16_bits(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
 
 def as_kept(values: Array, dtype: str) -> F64:
     """What is left of float32 values that are kept as `dtype`, as float64."""
+    if dtype == "int8":
+        return as_int8(values)
     kept = from_bfloat16_bits(bfloat16_bits(values)) if dtype == "bfloat16" else values
     return kept.astype(np.float64)
+
+
+def as_int8(values: Array) -> F64:
+    """The same for int8 with a scale for each last axis: |x|max / 127, rounded up to 16 significant bits."""
+    scale = np.abs(values).max(axis=-1, keepdims=True, initial=0.0).astype(np.float32) / np.float32(127)
+    scale = ((scale.view(np.uint32) + np.uint32(0xFF)) & ~np.uint32(0xFF)).view(np.float32)
+    codes = np.rint(values * (np.float32(1) / np.where(scale > 0, scale, np.float32(1))))
+    return np.clip(codes, -127, 127).astype(np.float64) * scale.astype(np.float64)
 
 
 def matmul(x: Array, weight: Array, bias: Array | None, residual: Array | None) -> tuple[F64, F64]:

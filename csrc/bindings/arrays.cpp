@@ -27,6 +27,8 @@ NumpyType numpy_type(DType dtype) {
       return {'u', 2, "uint16"};
     case DType::kI32:
       return {'i', 4, "int32"};
+    case DType::kI8:
+      return {'i', 1, "int8"};
   }
   fail(ErrorKind::kInternal, "an unknown dtype");
 }

@@ -119,7 +119,7 @@ void rope(const BackendPtr& backend, const py::object& x, const py::object& cos,
 /// its row's keys is padding, and gives zeros.
 void attention(const BackendPtr& backend, const py::object& q, const py::object& k, const py::object& v,
                const py::object& starts, const py::object& lengths, double scale, const std::string& cache_dtype,
-               const py::object& out) {
+               const py::object& out, const std::string& compute) {
   const TensorView q_view = read_view(q, DType::kF32, 4, "attention", "q");
   const TensorView k_view = read_view(k, DType::kF32, 4, "attention", "k");
   const TensorView v_view = read_view(v, DType::kF32, 4, "attention", "v");
@@ -127,6 +127,7 @@ void attention(const BackendPtr& backend, const py::object& q, const py::object&
   const TensorView starts_view = read_view(starts, DType::kI32, 1, "attention", "starts");
   const TensorView lengths_view = read_view(lengths, DType::kI32, 1, "attention", "lengths");
   const DType kept = kv_dtype_from_name(cache_dtype);
+  const Compute arithmetic = compute_from_name(compute);
 
   const int64_t batch = q_view.dim(0);
   const int64_t queries = q_view.dim(1);
@@ -156,6 +157,7 @@ void attention(const BackendPtr& backend, const py::object& q, const py::object&
     AttentionArgs args;
     args.q = TensorView(q_view.data(), DType::kF32, {batch * queries, heads, head_dim});
     args.scale = scale;
+    args.compute = arithmetic;
     args.y = TensorView(y_view.data(), DType::kF32, {batch * queries, heads, head_dim});
     std::vector<std::unique_ptr<KvCache>> caches;
     for (int64_t b = 0; b < batch; ++b) {
@@ -295,7 +297,7 @@ void bind_backend(py::module_& module) {
            py::arg("inv_rms") = py::none())
       .def("rope", &rope, py::arg("x"), py::arg("cos"), py::arg("sin"))
       .def("attention", &attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("starts"), py::arg("lengths"),
-           py::arg("scale"), py::arg("cache_dtype"), py::arg("out"))
+           py::arg("scale"), py::arg("cache_dtype"), py::arg("out"), py::arg("compute") = "auto")
       .def("feed_forward", &feed_forward, py::arg("x"), py::arg("gate_up"), py::arg("gate_bias").none(true),
            py::arg("up_bias").none(true), py::arg("down"), py::arg("down_bias").none(true), py::arg("out"),
            py::arg("accumulate") = false, py::arg("compute") = "auto")

@@ -5,6 +5,7 @@
 #include "core/half.h"
 #include "cpu/cpu_backend_internal.h"
 #include "cpu/thread_pool.h"
+#include "quant/kv_row.h"
 
 namespace llama_ext {
 namespace {
@@ -17,30 +18,13 @@ struct Unit {
   int64_t tokens;
 };
 
-/// Calls function(position, element of k, element of v) for every element of one head's rows [begin, begin + count), which
-/// may be written when the cache is not const.
-template <typename T, typename Cache, typename Function>
-void visit_head(Cache& cache, int64_t layer, int64_t head, int64_t begin, int64_t count, const Function& function) {
-  const int64_t dim = cache.shape().head_dim;
-  auto* keys = cache.template keys<T>(layer, head);
-  auto* values = cache.template values<T>(layer, head);
-  for (int64_t t = 0; t < count; ++t) {
-    const int64_t position = begin + t;
-    auto* key = keys + position / kPanel * kPanel * dim + position % kPanel;
-    auto* value = values + position * kPanel;
-    for (int64_t d = 0; d < dim; ++d) {
-      function(t, d, key[d * kPanel], value[d / kPanel * cache.v_panel_stride() + d % kPanel]);
-    }
-  }
-}
-
 double copy_microseconds(const TensorView& view) { return static_cast<double>(view.size()) / 250.0; }
 
 }  // namespace
 
 std::unique_ptr<KvCache> CpuBackend::create_kv_cache(const KvCacheShape& shape) {
-  require(shape.dtype == DType::kF32 || shape.dtype == DType::kBF16, ErrorKind::kDType,
-          "KV cache: kept as float32 or bfloat16, got ", name_of(shape.dtype));
+  require(shape.dtype == DType::kF32 || shape.dtype == DType::kBF16 || shape.dtype == DType::kI8, ErrorKind::kDType,
+          "KV cache: kept as float32, bfloat16 or int8, got ", name_of(shape.dtype));
   require(shape.layers >= 0 && shape.kv_heads >= 0 && shape.head_dim >= 0 && shape.capacity >= 0, ErrorKind::kShape,
           "KV cache: no dimension may be negative");
   return std::make_unique<PanelKvCache>(shape);
@@ -58,46 +42,79 @@ void CpuBackend::copy_kv_cache(KvCache& target, const KvCache& source, int64_t l
           to.shape().capacity);
   if (length == 0) return;
   const size_t element = size_of(shape.dtype);
-  const size_t key_bytes = static_cast<size_t>(round_up(length, kPanel) * shape.head_dim) * element;
-  const size_t value_bytes = static_cast<size_t>(length * kPanel) * element;
+  const size_t key_bytes = static_cast<size_t>(round_up(length, kPanel) * from.key_dim()) * element;
+  // Whole pairs: what lies beside the last position is as finite there as here.
+  const size_t value_bytes = static_cast<size_t>((from.has_pairs() ? round_up(length, 2) : length) * kPanel) * element;
   parallel_for(threads_, shape.layers * shape.kv_heads, [&](int64_t task, int) {
     const int64_t layer = task / shape.kv_heads;
     const int64_t head = task % shape.kv_heads;
-    const auto copy = [&]<typename T>(T) {
-      std::memcpy(to.keys<T>(layer, head), from.keys<T>(layer, head), key_bytes);
-      for (int64_t panel = 0; panel < from.v_panels(); ++panel) {
-        std::memcpy(to.values<T>(layer, head) + panel * to.v_panel_stride(),
-                    from.values<T>(layer, head) + panel * from.v_panel_stride(), value_bytes);
-      }
+    std::memcpy(to.keys<char>(layer, head), from.keys<char>(layer, head), key_bytes);
+    const auto values = [element](auto& cache, int64_t l, int64_t h, int64_t panel) {
+      return cache.template keys<char>(l, h) +
+             static_cast<size_t>(cache.positions() * cache.key_dim() + panel * cache.v_panel_stride()) * element;
     };
-    if (shape.dtype == DType::kBF16) {
-      copy(uint16_t{});
-    } else {
-      copy(float{});
+    for (int64_t panel = 0; panel < from.v_panels(); ++panel) {
+      std::memcpy(values(to, layer, head, panel), values(from, layer, head, panel), value_bytes);
+    }
+    if (shape.dtype != DType::kI8) return;
+    for (int64_t of = 0; of < 2; ++of) {  // of the keys, of the values
+      std::memcpy(to.scales(layer, head) + of * to.positions(), from.scales(layer, head) + of * from.positions(),
+                  static_cast<size_t>(length) * sizeof(float));
     }
   });
 }
+
+namespace {
+
+/// One position of one head into a cache of f32 or bf16.
+template <typename T, typename Round>
+void store_position(PanelKvCache& cache, int64_t layer, int64_t head, int64_t position, const float* k, const float* v,
+                    const Round& round) {
+  T* keys = cache.keys<T>(layer, head);
+  T* values = cache.values<T>(layer, head);
+  for (int64_t d = 0; d < cache.shape().head_dim; ++d) {
+    keys[cache.key_offset(position, d)] = round(k[d]);
+    values[cache.value_offset(position, d)] = round(v[d]);
+  }
+}
+
+/// The same as int8. codes: room for a head.
+void store_position_int8(PanelKvCache& cache, int64_t layer, int64_t head, int64_t position, const float* k,
+                         const float* v, int8_t* codes) {
+  const int64_t dim = cache.shape().head_dim;
+  float* scales = cache.scales(layer, head);
+  scales[position] = quantize_kv(k, dim, codes);
+  int8_t* keys = cache.keys<int8_t>(layer, head);
+  for (int64_t d = 0; d < dim; ++d) keys[cache.key_offset(position, d)] = codes[d];
+  scales[cache.positions() + position] = quantize_kv(v, dim, codes);
+  int8_t* values = cache.values<int8_t>(layer, head);
+  for (int64_t d = 0; d < dim; ++d) values[cache.value_offset(position, d)] = codes[d];
+}
+
+}  // namespace
 
 void CpuBackend::kv_store(const KvStoreArgs& args) {
   check(args);
   PanelKvCache& cache = panel_cache(*args.cache);
   const int64_t dim = cache.shape().head_dim;
   parallel_for(threads_for(copy_microseconds(args.k)), cache.shape().kv_heads, [&](int64_t head, int) {
-    const auto k_at = [&](int64_t t, int64_t d) { return args.k.row<float>(t)[head * dim + d]; };
-    const auto v_at = [&](int64_t t, int64_t d) { return args.v.row<float>(t)[head * dim + d]; };
-    if (cache.shape().dtype == DType::kBF16) {
-      visit_head<uint16_t>(cache, args.layer, head, args.position, args.k.rows(),
-                           [&](int64_t t, int64_t d, uint16_t& key, uint16_t& value) {
-                             key = f32_to_bf16(k_at(t, d));
-                             value = f32_to_bf16(v_at(t, d));
-                           });
-    } else {
-      visit_head<float>(cache, args.layer, head, args.position, args.k.rows(),
-                        [&](int64_t t, int64_t d, float& key, float& value) {
-                          key = k_at(t, d);
-                          value = v_at(t, d);
-                        });
+    std::vector<int8_t> codes(cache.shape().dtype == DType::kI8 ? static_cast<size_t>(dim) : 0);
+    for (int64_t t = 0; t < args.k.rows(); ++t) {
+      const float* k = args.k.row<float>(t) + head * dim;
+      const float* v = args.v.row<float>(t) + head * dim;
+      const int64_t position = args.position + t;
+      if (cache.shape().dtype == DType::kI8) {
+        store_position_int8(cache, args.layer, head, position, k, v, codes.data());
+      } else if (cache.shape().dtype == DType::kBF16) {
+        store_position<uint16_t>(cache, args.layer, head, position, k, v, f32_to_bf16);
+      } else {
+        store_position<float>(cache, args.layer, head, position, k, v, [](float x) { return x; });
+      }
     }
+    // The other half of the last pair is read with weight 0: what an earlier text left there must not be infinite.
+    const int64_t end = args.position + args.k.rows();
+    if (cache.shape().dtype != DType::kBF16 || end % 2 == 0) return;
+    for (int64_t d = 0; d < dim; ++d) cache.values<uint16_t>(args.layer, head)[cache.value_offset(end, d)] = 0;
   });
 }
 
@@ -106,17 +123,32 @@ void CpuBackend::kv_load(const KvLoadArgs& args) {
   const PanelKvCache& cache = panel_cache(*args.cache);
   const int64_t dim = cache.shape().head_dim;
   parallel_for(threads_for(copy_microseconds(args.k)), cache.shape().kv_heads, [&](int64_t head, int) {
-    const auto load = [&](int64_t t, int64_t d, float key, float value) {
-      args.k.row<float>(t)[head * dim + d] = key;
-      args.v.row<float>(t)[head * dim + d] = value;
+    const auto widen = [&](const auto* all, int64_t offset, const float* scale) {
+      if constexpr (sizeof(*all) == 1) {
+        return static_cast<float>(all[offset]) * *scale;
+      } else if constexpr (sizeof(*all) == 2) {
+        return bf16_to_f32(all[offset]);
+      } else {
+        return all[offset];
+      }
     };
-    if (cache.shape().dtype == DType::kBF16) {
-      visit_head<uint16_t>(cache, args.layer, head, args.position, args.k.rows(),
-                           [&](int64_t t, int64_t d, uint16_t key, uint16_t value) {
-                             load(t, d, bf16_to_f32(key), bf16_to_f32(value));
-                           });
+    const auto load = [&](const auto* keys, const auto* values) {
+      const float* scales = cache.scales(args.layer, head);
+      for (int64_t t = 0; t < args.k.rows(); ++t) {
+        const int64_t position = args.position + t;
+        for (int64_t d = 0; d < dim; ++d) {
+          args.k.row<float>(t)[head * dim + d] = widen(keys, cache.key_offset(position, d), scales + position);
+          args.v.row<float>(t)[head * dim + d] =
+              widen(values, cache.value_offset(position, d), scales + cache.positions() + position);
+        }
+      }
+    };
+    if (cache.shape().dtype == DType::kI8) {
+      load(cache.keys<int8_t>(args.layer, head), cache.values<int8_t>(args.layer, head));
+    } else if (cache.shape().dtype == DType::kBF16) {
+      load(cache.keys<uint16_t>(args.layer, head), cache.values<uint16_t>(args.layer, head));
     } else {
-      visit_head<float>(cache, args.layer, head, args.position, args.k.rows(), load);
+      load(cache.keys<float>(args.layer, head), cache.values<float>(args.layer, head));
     }
   });
 }
@@ -128,10 +160,14 @@ void CpuBackend::attention(const AttentionArgs& args) {
   const int64_t dim = shape.head_dim;
   const int64_t padded = round_up(dim, kPanel);
   const int64_t group = args.q.dim(1) / shape.kv_heads;
+  const AttentionKernel& kernel = shape.dtype == DType::kF32        ? kernels_.attention_f32
+                                  : args.compute == Compute::kExact ? kernels_.attention_bf16_exact
+                                                                    : kernels_.attention_bf16;
+  const int64_t q_depth = round_up(dim, kernel.depth_multiple);
   // Four tiles of rows share each read of keys and values, when there are so many.
   int64_t most_tokens = 1;
   for (const AttentionSegment& segment : args.segments) most_tokens = std::max(most_tokens, segment.tokens);
-  const int64_t unit_tokens = std::clamp<int64_t>(4 * kernels_.f32.tile_rows / group, 1, most_tokens);
+  const int64_t unit_tokens = std::clamp<int64_t>(4 * kernel.tile_rows / group, 1, most_tokens);
   const int64_t unit_rows = unit_tokens * group;
 
   std::vector<Unit> units;
@@ -154,7 +190,7 @@ void CpuBackend::attention(const AttentionArgs& args) {
 
   // Rounded up so that everything starts on a cache line; the limits are 64-bit.
   const int64_t result_floats = round_up(unit_rows * (padded + 2), 16);
-  const int64_t row_floats = round_up(unit_rows * dim, 16);
+  const int64_t row_floats = round_up(unit_rows * q_depth, 16);
   const int64_t limit_floats = round_up(2 * unit_rows, 16);
   const int64_t worker_floats = 2 * row_floats + limit_floats + round_up(attention_scratch(unit_rows, dim), 16);
   const int64_t total = static_cast<int64_t>(units.size()) * parts * result_floats + threads * worker_floats;
@@ -190,9 +226,9 @@ void CpuBackend::attention(const AttentionArgs& args) {
       for (int64_t d = 0; d < dim; ++d) scaled[row * dim + d] = q[d] * static_cast<float>(args.scale);
       limits[row] = first_position + row / group + 1;
     }
-    for (int64_t row = 0; row < rows; row += kernels_.f32.tile_rows) {
-      kernels_.f32.pack(
-          {scaled + row * dim, dim, std::min(kernels_.f32.tile_rows, rows - row), dim, dim, 0, packed + row * dim});
+    for (int64_t row = 0; row < rows; row += kernel.tile_rows) {
+      kernel.pack({scaled + row * dim, dim, std::min(kernel.tile_rows, rows - row), dim, q_depth, 0,
+                   reinterpret_cast<char*>(packed) + row * q_depth * kernel.q_bytes});
     }
 
     float* o = result(task / parts, part);
@@ -202,13 +238,12 @@ void CpuBackend::attention(const AttentionArgs& args) {
     std::fill(m, m + rows, -__builtin_inff());
     std::fill(l, l + rows, 0.0f);
     const PanelKvCache& cache = panel_cache(*unit.segment->cache);
-    const bool is_bf16 = shape.dtype == DType::kBF16;
-    const void* keys = is_bf16 ? static_cast<const void*>(cache.keys<uint16_t>(args.layer, unit.kv_head))
-                               : cache.keys<float>(args.layer, unit.kv_head);
-    const void* values = is_bf16 ? static_cast<const void*>(cache.values<uint16_t>(args.layer, unit.kv_head))
-                                 : cache.values<float>(args.layer, unit.kv_head);
-    kernels_.attention({keys, values, cache.v_panel_stride(), is_bf16, dim, rows, packed, limits, splits ? part : 0,
-                        splits ? part + 1 : tiles, o, m, l, scratch});
+    const bool is_int8 = shape.dtype == DType::kI8;
+    const char* keys = cache.keys<char>(args.layer, unit.kv_head);
+    const float* scales = is_int8 ? cache.scales(args.layer, unit.kv_head) : nullptr;
+    kernel.run({keys, keys + cache.positions() * cache.key_dim() * static_cast<int64_t>(size_of(shape.dtype)),
+                cache.v_panel_stride(), scales, is_int8 ? scales + cache.positions() : nullptr, dim, rows, packed,
+                limits, splits ? part : 0, splits ? part + 1 : tiles, o, m, l, scratch});
     if (!splits) write(unit, o, l);
   });
   if (!splits) return;

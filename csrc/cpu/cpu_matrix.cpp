@@ -102,7 +102,8 @@ void visit_dtype(DType dtype, const Visit& visit) {
     case DType::kF64:
       return visit.template operator()<DType::kF64>();
     case DType::kI32:
-      fail(ErrorKind::kDType, "matrix: source must be float32, float16, bfloat16 or float64, got int32");
+    case DType::kI8:
+      fail(ErrorKind::kDType, "matrix: source must be float32, float16, bfloat16 or float64, got ", name_of(dtype));
   }
 }
 

@@ -99,15 +99,17 @@ struct Epilogue {
   int64_t columns;  // columns of y this panel owns: <= 32, or <= 16 for kSwiGlu
 };
 
-/// Rows of queries of one key/value head against a range of key tiles.
+/// Rows of queries of one key/value head against a range of key tiles. Element: float, or pairs of bf16 or int8, which lie as
+/// PanelKvCache says (panels.h).
 struct AttentionJob {
   const void* k;           // this head's keys: [tile of 32][D][32]
   const void* v;           // this head's values: [panel of 32 of D][capacity][32]
   int64_t v_panel_stride;  // elements
-  bool is_bf16;
+  const float* k_scale;    // int8: per position; else nullptr
+  const float* v_scale;
   int64_t head_dim;
   int64_t rows;
-  const float* q;         // packed by f32.pack, already scaled
+  const void* q;          // scaled, and packed as AttentionKernel says
   const int64_t* limits;  // per row: how many keys it sees
   int64_t tile_begin;     // in units of kKeyTile
   int64_t tile_end;
@@ -120,8 +122,18 @@ struct AttentionJob {
 /// Floats of scratch an AttentionJob needs.
 constexpr int64_t attention_scratch(int64_t rows, int64_t head_dim) {
   const int64_t padded = (head_dim + kPanel - 1) / kPanel * kPanel;
-  return rows * (2 * kKeyTile + padded + 2) + kPanel * (head_dim > kKeyTile ? head_dim : kKeyTile);
+  const int64_t widened = kPanel * (head_dim >= kKeyTile ? head_dim + 1 : kKeyTile);
+  return rows * (2 * kKeyTile + padded + 2) + widened + kKeyTile * kPanel + kKeyTile;
 }
+
+/// One arithmetic of attention.
+struct AttentionKernel {
+  int64_t tile_rows;
+  int64_t depth_multiple;            // q is packed with a depth that is a multiple of it
+  int64_t q_bytes;                   // of an element of it
+  void (*pack)(const PackJob& job);  // of q
+  void (*run)(const AttentionJob& job);
+};
 
 struct KernelTable {
   const char* name;
@@ -135,7 +147,9 @@ struct KernelTable {
   const char* codes_note;                    // how `codes` multiply
 
   void (*epilogue)(const Epilogue& epilogue, int64_t rows, const float* c, int64_t ldc);
-  void (*attention)(const AttentionJob& job);
+  AttentionKernel attention_f32;
+  AttentionKernel attention_bf16_exact;  // keys and values bf16 or int8, float32 products
+  AttentionKernel attention_bf16;        // the fastest for those: may round q and the softmax's weights to bf16
   /// Folds a later partial result into (o, m, l): the same arithmetic as between the tiles of one job.
   void (*attention_merge)(int64_t rows, int64_t padded_dim, float* o, float* m, float* l, const float* o2,
                           const float* m2, const float* l2);

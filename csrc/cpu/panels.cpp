@@ -40,41 +40,88 @@ Measures measures_of(WeightType type) {
   }
 }
 
-/// Calls function(byte of the panel, shift, bits, bit of the code where they belong) for each part of the code of k of a lane.
-template <typename Function>
-void visit_code(const CodeFormat& format, int64_t strip, int64_t k, int64_t lane, const Function& function) {
-  const int64_t quad = k / 4;
-  const int64_t place = 4 * lane + k % 4;
-  if (format.bits == 8) {
-    function(strip + quad * 4 * kPanel + place, 0, 8, 0);
+// A lane's four codes of a quad, as one number: byte i is k = 4 quad + i.
+uint32_t load_quad(const uint8_t* from) {
+  uint32_t quad = 0;
+  std::memcpy(&quad, from, sizeof quad);
+  return quad;
+}
+void store_quad(uint8_t* to, uint32_t quad) { std::memcpy(to, &quad, sizeof quad); }
+
+constexpr int64_t kQuadBytes = 4 * kPanel;        // a quad of all columns
+constexpr int64_t kNibbleBytes = 4 * kQuadBytes;  // the nibbles of a strip
+constexpr uint32_t kEach = 0x01010101u;
+
+/// One lane of a strip: 32 codes. strip: its first byte for this lane.
+void store_strip(int bits, uint8_t* strip, const uint8_t* codes) {
+  if (bits == 8) {
+    for (int64_t quad = 0; quad < 8; ++quad) store_quad(strip + quad * kQuadBytes, load_quad(codes + 4 * quad));
     return;
   }
-  function(strip + quad / 2 * 4 * kPanel + place, static_cast<int>(quad % 2) * 4, 4, 0);
-  const int64_t high = strip + 16 * kPanel;
-  if (format.bits == 5) function(high + place, static_cast<int>(quad), 1, 4);
-  if (format.bits == 6) function(high + quad / 4 * 4 * kPanel + place, static_cast<int>(quad % 4) * 2, 2, 4);
+  for (int64_t pair = 0; pair < 4; ++pair) {
+    const uint32_t low = load_quad(codes + 8 * pair) & 15u * kEach;
+    const uint32_t high = load_quad(codes + 8 * pair + 4) & 15u * kEach;
+    store_quad(strip + pair * kQuadBytes, low | high << 4);
+  }
+  const int width = bits - 4;  // of what does not fit into nibbles
+  const int per_byte = width == 1 ? 8 : 4;
+  for (int first = 0; width > 0 && first < 8; first += per_byte) {
+    uint32_t packed = 0;
+    for (int i = 0; i < per_byte; ++i) {
+      const uint32_t rest = load_quad(codes + 4 * (first + i)) >> 4 & ((1u << width) - 1u) * kEach;
+      packed |= rest << (width * i);
+    }
+    store_quad(strip + kNibbleBytes + first / per_byte * kQuadBytes, packed);
+  }
 }
 
-/// Calls codes(k, lane's strip offset), and header(kind, index in the row, byte offset) for a row of a quantised panel.
-template <typename Header, typename Code>
-void visit_row(const CodeFormat& format, const WeightType& type, int64_t k_padded, int64_t lane, const Header& header,
-               const Code& code) {
+void load_strip(int bits, const uint8_t* strip, uint8_t* codes) {
+  if (bits == 8) {
+    for (int64_t quad = 0; quad < 8; ++quad) store_quad(codes + 4 * quad, load_quad(strip + quad * kQuadBytes));
+    return;
+  }
+  const int width = bits - 4;
+  const int per_byte = width == 1 ? 8 : 4;
+  for (int quad = 0; quad < 8; ++quad) {
+    uint32_t code = load_quad(strip + quad / 2 * kQuadBytes) >> (quad % 2 * 4) & 15u * kEach;
+    if (width > 0) {
+      const uint32_t packed = load_quad(strip + kNibbleBytes + quad / per_byte * kQuadBytes);
+      code |= (packed >> (width * (quad % per_byte)) & ((1u << width) - 1u) * kEach) << 4;
+    }
+    store_quad(codes + 4 * quad, code);
+  }
+}
+
+/// Calls visit(unit's first byte, index of the unit, its groups with scales of their own) and strip(its first byte for the lane,
+/// its first k) for a row of a quantised panel.
+template <typename Unit, typename Strip>
+void visit_row(const CodeFormat& format, const WeightType& type, int64_t k_padded, int64_t lane, const Unit& visit,
+               const Strip& strip) {
   const int64_t unit = type.unit();
   const int64_t subs = format.has_superblocks ? unit / format.group : 0;
   for (int64_t u = 0; u < k_padded / unit; ++u) {
     const int64_t begin = u * format.unit_bytes(type.group);
-    header(begin, u, subs);
-    for (int64_t k = 0; k < unit; ++k) {
-      const int64_t strip = begin + format.header_bytes() + k / kStrip * format.strip_bytes();
-      visit_code(format, strip, k % kStrip, lane,
-                 [&](int64_t byte, int shift, int bits, int to) { code(u * unit + k, byte, shift, bits, to); });
+    visit(begin, u, subs);
+    for (int64_t k = 0; k < unit; k += kStrip) {
+      strip(begin + format.header_bytes() + k / kStrip * format.strip_bytes() + 4 * lane, u * unit + k);
     }
   }
 }
 
-int64_t head_elements(const KvCacheShape& shape) {
-  const int64_t per_position = checked_add(shape.head_dim, round_up(shape.head_dim, kPanel), "KV cache");
-  return checked_mul(round_up(shape.capacity, kPanel), per_position, "KV cache");
+/// Bytes of one head's keys and values, then of their scales.
+struct HeadBytes {
+  int64_t elements;
+  int64_t scales;
+};
+
+HeadBytes head_bytes(const KvCacheShape& shape) {
+  const int64_t positions = round_up(shape.capacity, kPanel);
+  const int64_t key_dim =
+      shape.dtype == DType::kF32 ? shape.head_dim : checked_add(shape.head_dim, 1, "KV cache") / 2 * 2;
+  const int64_t per_position = checked_add(key_dim, round_up(shape.head_dim, kPanel), "KV cache");
+  const int64_t elements = checked_mul(positions, per_position, "KV cache");
+  const int64_t scales = shape.dtype == DType::kI8 ? checked_mul(positions, 2 * sizeof(float), "KV cache") : 0;
+  return {checked_mul(elements, static_cast<int64_t>(size_of(shape.dtype)), "KV cache"), scales};
 }
 
 }  // namespace
@@ -129,11 +176,7 @@ void PanelMatrix::store_row(int64_t row, const QuantizedRow& from) {
           if (format.has_min) sub[format.sub_bytes()] = from.sub_mins[index];
         }
       },
-      [&](int64_t k, int64_t byte, int shift, int bits, int to) {
-        const unsigned mask = (1u << bits) - 1u;
-        const unsigned part = from.codes[static_cast<size_t>(k)] >> to & mask;
-        bytes[byte] = static_cast<uint8_t>((bytes[byte] & ~(mask << shift)) | part << shift);
-      });
+      [&](int64_t strip, int64_t k) { store_strip(format.bits, bytes + strip, &from.codes[static_cast<size_t>(k)]); });
 }
 
 void PanelMatrix::load_row(int64_t row, QuantizedRow& to) const {
@@ -141,7 +184,6 @@ void PanelMatrix::load_row(int64_t row, QuantizedRow& to) const {
   const int64_t lane = row % kPanel;
   const auto* bytes = panel<uint8_t>(row / kPanel);
   to.resize(type(), cols());
-  to.codes.assign(to.codes.size(), 0);
   visit_row(
       format, type(), k_padded_, lane,
       [&](int64_t begin, int64_t unit, int64_t subs) {
@@ -155,23 +197,20 @@ void PanelMatrix::load_row(int64_t row, QuantizedRow& to) const {
           if (format.has_min) to.sub_mins[index] = sub[format.sub_bytes()];
         }
       },
-      [&](int64_t k, int64_t byte, int shift, int bits, int place) {
-        const unsigned part = static_cast<unsigned>(bytes[byte]) >> shift & ((1u << bits) - 1u);
-        uint8_t& code = to.codes[static_cast<size_t>(k)];
-        code = static_cast<uint8_t>(code | part << place);
-      });
+      [&](int64_t strip, int64_t k) { load_strip(format.bits, bytes + strip, &to.codes[static_cast<size_t>(k)]); });
 }
 
 PanelKvCache::PanelKvCache(const KvCacheShape& shape)
     : KvCache(shape),
       positions_(round_up(shape.capacity, kPanel)),
-      head_size_(head_elements(shape)),
+      scales_at_(head_bytes(shape).elements),
+      head_bytes_(scales_at_ + head_bytes(shape).scales),
       buffer_(static_cast<size_t>(nbytes_for(shape)), "the KV cache") {}
 
 int64_t PanelKvCache::nbytes_for(const KvCacheShape& shape) {
   const int64_t heads = checked_mul(shape.layers, shape.kv_heads, "KV cache");
-  const int64_t elements = checked_mul(heads, head_elements(shape), "KV cache");
-  return checked_mul(elements, static_cast<int64_t>(size_of(shape.dtype)), "KV cache");
+  const HeadBytes bytes = head_bytes(shape);
+  return checked_mul(heads, checked_add(bytes.elements, bytes.scales, "KV cache"), "KV cache");
 }
 
 }  // namespace llama_ext

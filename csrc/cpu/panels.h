@@ -73,7 +73,9 @@ inline constexpr const char* kPanelLayout = "panels-32-v1";
 constexpr int code_index(Encoding encoding) { return static_cast<int>(encoding) - static_cast<int>(Encoding::kInt8); }
 
 /// Per layer and key/value head: keys as [P / 32][D][32], columns are positions; values as [ceil(D / 32)][P][32], columns are
-/// dimensions. P: the capacity rounded up to 32. Both are panels of a product, QK^T and PV.
+/// dimensions. P: the capacity rounded up to 32. Both are panels of a product, QK^T and PV. bf16 and int8 lie in pairs of
+/// neighbouring rows, [P / 32][D' / 2][32][2] and [ceil(D / 32)][P / 2][32][2], D' = D rounded up to 2; int8 has (P) f32 scales
+/// of keys and (P) of values after them.
 class PanelKvCache final : public KvCache {
  public:
   explicit PanelKvCache(const KvCacheShape& shape);
@@ -84,29 +86,54 @@ class PanelKvCache final : public KvCache {
   int64_t positions() const { return positions_; }
   int64_t v_panels() const { return ceil_div(shape().head_dim, kPanel); }
   int64_t v_panel_stride() const { return positions_ * kPanel; }
+  bool has_pairs() const { return shape().dtype != DType::kF32; }
+  /// D of the keys' panels.
+  int64_t key_dim() const { return has_pairs() ? round_up(shape().head_dim, 2) : shape().head_dim; }
+
+  /// Element of the keys, and of the values, of (position, d).
+  int64_t key_offset(int64_t position, int64_t d) const {
+    const int64_t panel = position / kPanel * kPanel * key_dim();
+    return has_pairs() ? panel + (d / 2 * kPanel + position % kPanel) * 2 + d % 2
+                       : panel + d * kPanel + position % kPanel;
+  }
+  int64_t value_offset(int64_t position, int64_t d) const {
+    const int64_t panel = d / kPanel * v_panel_stride();
+    return has_pairs() ? panel + (position / 2 * kPanel + d % kPanel) * 2 + position % 2
+                       : panel + position * kPanel + d % kPanel;
+  }
 
   template <typename T>
   T* keys(int64_t layer, int64_t head) {
-    return static_cast<T*>(buffer_.data()) + head_offset(layer, head);
+    return reinterpret_cast<T*>(head_bytes_at(layer, head));
   }
   template <typename T>
   const T* keys(int64_t layer, int64_t head) const {
-    return static_cast<const T*>(buffer_.data()) + head_offset(layer, head);
+    return reinterpret_cast<const T*>(head_bytes_at(layer, head));
   }
   template <typename T>
   T* values(int64_t layer, int64_t head) {
-    return keys<T>(layer, head) + positions_ * shape().head_dim;
+    return keys<T>(layer, head) + positions_ * key_dim();
   }
   template <typename T>
   const T* values(int64_t layer, int64_t head) const {
-    return keys<T>(layer, head) + positions_ * shape().head_dim;
+    return keys<T>(layer, head) + positions_ * key_dim();
+  }
+  /// int8: of the keys; those of the values follow, `positions()` later.
+  float* scales(int64_t layer, int64_t head) {
+    return reinterpret_cast<float*>(head_bytes_at(layer, head) + scales_at_);
+  }
+  const float* scales(int64_t layer, int64_t head) const {
+    return reinterpret_cast<const float*>(head_bytes_at(layer, head) + scales_at_);
   }
 
  private:
-  int64_t head_offset(int64_t layer, int64_t head) const { return (layer * shape().kv_heads + head) * head_size_; }
+  char* head_bytes_at(int64_t layer, int64_t head) const {
+    return static_cast<char*>(buffer_.data()) + (layer * shape().kv_heads + head) * head_bytes_;
+  }
 
   int64_t positions_;
-  int64_t head_size_;  // elements of one head's keys and values
+  int64_t scales_at_;   // bytes of one head's keys and values
+  int64_t head_bytes_;  // with their scales
   HostBuffer buffer_;
 };
 

@@ -46,6 +46,7 @@ void attend(const Model& model, int64_t layer, const Pass& pass) {
 
   attention.q = head_slice(model, pass.qkv, 0, config.heads);
   attention.layer = layer;
+  attention.compute = model.compute();
   attention.scale = 1.0 / std::sqrt(static_cast<double>(config.head_dim));
   attention.y = TensorView(pass.attended.data(), DType::kF32, {pass.attended.rows(), config.heads, config.head_dim});
   backend.attention(attention);

@@ -35,6 +35,7 @@ float element_as_f32(const TensorView& source, int64_t i) {
     case DType::kBF16:
       return bf16_to_f32(static_cast<const uint16_t*>(source.data())[i]);
     case DType::kI32:
+    case DType::kI8:
       break;
   }
   fail(ErrorKind::kDType, "weights: a tensor must be float32, float16, bfloat16 or float64, got ",

@@ -5,6 +5,7 @@
 
 #include "core/tensor_view.h"
 #include "ops/kv_cache.h"
+#include "ops/matrix.h"
 
 namespace llama_ext {
 
@@ -22,6 +23,7 @@ struct AttentionSegment {
 /// q, y: (M, H, D) f32, rows may be strided; H a multiple of K; y must not overlap q. Sequences are ragged, so padding
 /// never enters. Softmax runs in f32 over tiles of keys that start at absolute multiples and are merged in order: a row's bits depend
 /// neither on M, nor on how a prompt was cut into segments, nor on threads.
+/// compute: kAuto may round q and the softmax's weights to bf16 when the cache is not f32.
 /// Saves (when training) the log-sum-exp per row and head. Throws ShapeError, DTypeError, ContextLengthError.
 /// Source: Vaswani et al. 2017; Ainslie et al., "GQA", 2023; tiles merged as in Dao et al., "FlashAttention", 2022.
 struct AttentionArgs {
@@ -30,6 +32,7 @@ struct AttentionArgs {
   int64_t layer = 0;
   double scale = 1.0;
   TensorView y;
+  Compute compute = Compute::kExact;
 };
 
 void check(const AttentionArgs& args);

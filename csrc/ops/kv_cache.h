@@ -13,7 +13,7 @@ struct KvCacheShape {
   int64_t kv_heads = 0;       // K
   int64_t head_dim = 0;       // D
   int64_t capacity = 0;       // positions
-  DType dtype = DType::kF32;  // f32 | bf16
+  DType dtype = DType::kF32;  // f32 | bf16 | i8
 };
 
 /// Storage only: how many of its positions hold something is known to its owner (model/session.h).
@@ -30,7 +30,8 @@ class KvCache {
   KvCacheShape shape_;
 };
 
-/// Writes T positions of one layer: cache[layer, :, position + t, :] = k[t], v[t], rounded to the cache's dtype.
+/// Writes T positions of one layer: cache[layer, :, position + t, :] = k[t], v[t], rounded to the cache's dtype; for
+/// int8 with a scale for each position and head (quant/kv_row.h).
 /// k, v: (T, K, D) f32, rows may be strided. position >= 0, position + T <= capacity. Overwrites what was there.
 /// Throws ShapeError, DTypeError, ContextLengthError.
 struct KvStoreArgs {
@@ -41,7 +42,7 @@ struct KvStoreArgs {
   TensorView v;
 };
 
-/// The same places read back as float32 (bf16 widens exactly): k, v: (T, K, D) f32, contiguous. For saving a session
+/// The same places read back as float32 (bf16 and i8 widen exactly): k, v: (T, K, D) f32, contiguous. For saving a session
 /// and for tests.
 struct KvLoadArgs {
   const KvCache* cache = nullptr;

@@ -32,7 +32,8 @@ struct HeadAttention {
     for (int64_t j = 0; j < count; ++j) {
       double score = 0;
       for (int64_t d = 0; d < shape.head_dim; ++d) {
-        score += static_cast<double>(q[d]) * load_element(cache.keys(), shape.dtype, first + j * stride + d);
+        score += static_cast<double>(q[d]) *
+                 load_element(cache.keys(), kv_storage_dtype(shape.dtype), first + j * stride + d);
       }
       weights[static_cast<size_t>(j)] = scale * score;
       largest = std::max(largest, scale * score);
@@ -43,7 +44,8 @@ struct HeadAttention {
       const double weight = std::exp(weights[static_cast<size_t>(j)] - largest);
       total += weight;
       for (int64_t d = 0; d < shape.head_dim; ++d) {
-        sums[static_cast<size_t>(d)] += weight * load_element(cache.values(), shape.dtype, first + j * stride + d);
+        sums[static_cast<size_t>(d)] +=
+            weight * load_element(cache.values(), kv_storage_dtype(shape.dtype), first + j * stride + d);
       }
     }
     for (int64_t d = 0; d < shape.head_dim; ++d) y[d] = static_cast<float>(sums[static_cast<size_t>(d)] / total);

@@ -1,9 +1,28 @@
+#include <cstdint>
 #include <cstring>
+#include <utility>
+#include <vector>
 
+#include "quant/kv_row.h"
 #include "reference/reference_ops.h"
 #include "reference/storage.h"
 
 namespace llama_ext::reference {
+namespace {
+
+/// One head of one position, rounded to int8 and kept as what that stands for.
+void store_int8(const ReferenceKvCache& cache, int64_t offset, const float* k, const float* v) {
+  const int64_t dim = cache.shape().head_dim;
+  std::vector<int8_t> codes(static_cast<size_t>(dim));
+  for (const auto& [data, from] : {std::pair{cache.keys(), k}, {cache.values(), v}}) {
+    const float scale = quantize_kv(from, dim, codes.data());
+    for (int64_t d = 0; d < dim; ++d) {
+      static_cast<float*>(data)[offset + d] = static_cast<float>(codes[static_cast<size_t>(d)]) * scale;
+    }
+  }
+}
+
+}  // namespace
 
 void ReferenceBackend::copy_kv_cache(KvCache& target, const KvCache& source, int64_t length) {
   const ReferenceKvCache& to = own(target, "copy_kv_cache");
@@ -18,7 +37,7 @@ void ReferenceBackend::copy_kv_cache(KvCache& target, const KvCache& source, int
   require(length >= 0 && length <= a.capacity && length <= b.capacity, ErrorKind::kContextLength,
           "copy_kv_cache: ", length, " positions do not fit; the capacities are ", a.capacity, " and ", b.capacity);
   if (&to == &from) return;
-  const size_t element = size_of(a.dtype);
+  const size_t element = size_of(kv_storage_dtype(a.dtype));
   const size_t nbytes = static_cast<size_t>(length * a.kv_heads * a.head_dim) * element;
   if (nbytes == 0) return;
   const auto copy_layer = [&](void* target_data, const void* source_data, int64_t layer) {
@@ -34,10 +53,17 @@ void ReferenceBackend::copy_kv_cache(KvCache& target, const KvCache& source, int
 void ReferenceBackend::kv_store(const KvStoreArgs& args) {
   check(args);
   const ReferenceKvCache& cache = own(*args.cache, "kv_store");
-  const DType dtype = cache.shape().dtype;
+  const DType dtype = kv_storage_dtype(cache.shape().dtype);
   const int64_t size = args.k.inner_size();
   for (int64_t t = 0; t < args.k.rows(); ++t) {
     const int64_t offset = cache.offset(args.layer, args.position + t);
+    if (cache.shape().dtype == DType::kI8) {
+      for (int64_t head = 0; head < cache.shape().kv_heads; ++head) {
+        const int64_t begin = head * cache.shape().head_dim;
+        store_int8(cache, offset + begin, args.k.row<float>(t) + begin, args.v.row<float>(t) + begin);
+      }
+      continue;
+    }
     for (int64_t i = 0; i < size; ++i) {
       store_element(cache.keys(), dtype, offset + i, static_cast<double>(args.k.row<float>(t)[i]));
       store_element(cache.values(), dtype, offset + i, static_cast<double>(args.v.row<float>(t)[i]));
@@ -48,7 +74,7 @@ void ReferenceBackend::kv_store(const KvStoreArgs& args) {
 void ReferenceBackend::kv_load(const KvLoadArgs& args) {
   check(args);
   const ReferenceKvCache& cache = own(*args.cache, "kv_load");
-  const DType dtype = cache.shape().dtype;
+  const DType dtype = kv_storage_dtype(cache.shape().dtype);
   const int64_t size = args.k.inner_size();
   for (int64_t t = 0; t < args.k.rows(); ++t) {
     const int64_t offset = cache.offset(args.layer, args.position + t);

@@ -16,12 +16,13 @@ DType storage_dtype(const WeightType& type) { return type.is_quantized() ? DType
 
 /// Bytes of the keys, or of the values, of all layers.
 int64_t kv_nbytes(const KvCacheShape& shape) {
-  require(shape.dtype == DType::kF32 || shape.dtype == DType::kBF16, ErrorKind::kDType,
-          "a KV cache must be float32 or bfloat16, got ", name_of(shape.dtype));
+  require(shape.dtype == DType::kF32 || shape.dtype == DType::kBF16 || shape.dtype == DType::kI8, ErrorKind::kDType,
+          "a KV cache must be float32, bfloat16 or int8, got ", name_of(shape.dtype));
   const int64_t positions = checked_mul(shape.layers, shape.capacity, "KV cache");
   const int64_t row = checked_mul(shape.kv_heads, shape.head_dim, "KV cache");
   const int64_t elements = checked_mul(positions, row, "KV cache");
-  const int64_t nbytes = checked_mul(elements, static_cast<int64_t>(size_of(shape.dtype)), "KV cache");
+  const int64_t nbytes =
+      checked_mul(elements, static_cast<int64_t>(size_of(kv_storage_dtype(shape.dtype))), "KV cache");
   checked_mul(nbytes, 2, "KV cache");
   return nbytes;
 }
@@ -87,9 +88,13 @@ double load_element(const void* data, DType dtype, int64_t index) {
       return static_cast<double>(f16_to_f32(static_cast<const uint16_t*>(data)[index]));
     case DType::kI32:
       return static_cast<double>(static_cast<const int32_t*>(data)[index]);
+    case DType::kI8:
+      return static_cast<double>(static_cast<const int8_t*>(data)[index]);
   }
   fail(ErrorKind::kInternal, "reference: unknown dtype");
 }
+
+DType kv_storage_dtype(DType dtype) { return dtype == DType::kI8 ? DType::kF32 : dtype; }
 
 void store_element(void* data, DType dtype, int64_t index, double value) {
   switch (dtype) {
@@ -106,6 +111,7 @@ void store_element(void* data, DType dtype, int64_t index, double value) {
       static_cast<uint16_t*>(data)[index] = f64_to_f16(value);
       return;
     case DType::kI32:
+    case DType::kI8:
       break;
   }
   fail(ErrorKind::kInternal, "reference: nothing is stored as ", name_of(dtype));

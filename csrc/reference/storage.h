@@ -68,6 +68,9 @@ class ReferenceKvCache final : public KvCache {
 const ReferenceMatrix& own(const Matrix& matrix, std::string_view op);
 const ReferenceKvCache& own(const KvCache& cache, std::string_view op);
 
+/// How a cache's elements lie in memory: int8 ones as the float32 numbers they stand for.
+DType kv_storage_dtype(DType dtype);
+
 /// Element `index` of `data`, exactly.
 double load_element(const void* data, DType dtype, int64_t index);
 

@@ -60,6 +60,7 @@ class Backend:
         scale: float,
         cache_dtype: str,
         out: FloatArray,
+        compute: str = "auto",
     ) -> None: ...
     def feed_forward(
         self,

@@ -16,7 +16,7 @@ from subprocesses import run_script
 from tolerances import assert_same_bits
 
 LENGTH = 397  # keys in four tiles of 128
-each_kv_dtype = pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16"], ids=["kv_f32", "kv_bf16"])
+each_kv_dtype = pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "int8"], ids=["kv_f32", "kv_bf16", "kv_i8"])
 
 _baselines: dict[tuple[str, str, str, str], Any] = {}
 

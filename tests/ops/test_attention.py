@@ -109,15 +109,20 @@ def expected_reference(case: Case, cache_dtype: str) -> Array:
     return attend(REFERENCE, make_problem(case), cache_dtype)
 
 
-def attend(device: Device, p: Problem, cache_dtype: str) -> Array:
+CACHES = ["float32", "bfloat16", "int8"]
+# What rounding the queries and the weights to bfloat16 may cost, of the sum of magnitudes.
+BFLOAT16_ROUNDING = 2.0**-6
+
+
+def attend(device: Device, p: Problem, cache_dtype: str, compute: str = "exact") -> Array:
     out = guarded_empty(p.q.shape)
     arrays = [guarded(each) for each in (p.q, p.k, p.v, p.starts, p.lengths)]
-    device.backend.attention(*arrays, p.scale, cache_dtype, out)
+    device.backend.attention(*arrays, p.scale, cache_dtype, out, compute)
     return out
 
 
 @pytest.mark.parametrize("case", _cases(), ids=str)
-@pytest.mark.parametrize("cache_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("cache_dtype", CACHES)
 @all_devices
 def test_attention_matches_float64(device: Device, cache_dtype: str, case: Case) -> None:
     expected, spread = expected_numpy(case, cache_dtype)
@@ -130,14 +135,27 @@ def test_attention_matches_float64(device: Device, cache_dtype: str, case: Case)
         assert_within(result, reference, bound + U32 * np.abs(reference), "against the reference")
 
 
-@pytest.mark.parametrize("cache_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", _cases(), ids=str)
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "int8"])
 @each_isa
-def test_attention_of_a_token_has_the_same_bits_in_prefill_chunks_and_decode(isa: str, cache_dtype: str) -> None:
+def test_automatic_arithmetic_of_attention_costs_no_more_than_bfloat16(isa: str, cache_dtype: str, case: Case) -> None:
+    expected, spread = expected_numpy(case, cache_dtype)
+    result = attend(Device(isa, 2), make_problem(case), cache_dtype, "auto")
+    assert_within(result, expected, BFLOAT16_ROUNDING * spread + TINY)
+    assert (result[spread == 0] == 0).all(), "padding must give zeros"
+
+
+@pytest.mark.parametrize("compute", ["auto", "exact"])
+@pytest.mark.parametrize("cache_dtype", CACHES)
+@each_isa
+def test_attention_of_a_token_has_the_same_bits_in_prefill_chunks_and_decode(
+    isa: str, cache_dtype: str, compute: str
+) -> None:
     keys, heads, kv_heads, dim = 400, 6, 2, 40
     p = make_problem(Case(keys, keys, heads, kv_heads, dim))
-    whole = attend(Device(isa, 1), p, cache_dtype)
+    whole = attend(Device(isa, 1), p, cache_dtype, compute)
     for threads in (1, 2, 3):
-        assert_same_bits(attend(Device(isa, threads), p, cache_dtype), whole, f"prefill, {threads} threads")
+        assert_same_bits(attend(Device(isa, threads), p, cache_dtype, compute), whole, f"prefill, {threads} threads")
         for last in (1, 2, 31, 32, 33, 127, 128, 129, 130, 255, 256, 257, 385, 400):
             for tokens in (1, 2, 15, 64):
                 if tokens > last:
@@ -151,19 +169,20 @@ def test_attention_of_a_token_has_the_same_bits_in_prefill_chunks_and_decode(isa
                     lengths=np.array([last, last - last // 2], np.int32),
                     scale=p.scale,
                 )
-                result = attend(Device(isa, threads), chunk, cache_dtype)
+                result = attend(Device(isa, threads), chunk, cache_dtype, compute)
                 what = f"{tokens} tokens of {last}, {threads} threads"
                 assert_same_bits(result[:1], whole[:, last - tokens : last], what)
 
 
-@pytest.mark.parametrize("cache_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("compute", ["auto", "exact"])
+@pytest.mark.parametrize("cache_dtype", CACHES)
 @each_isa
-def test_attention_over_a_split_key_axis_has_the_same_bits(isa: str, cache_dtype: str) -> None:
+def test_attention_over_a_split_key_axis_has_the_same_bits(isa: str, cache_dtype: str, compute: str) -> None:
     for case in (Case(1, 4000, 1, 1, 128), Case(3, 1300, 8, 1, 80), Case(1, 1501, 2, 1, 64)):
         p = make_problem(case)
-        alone = attend(Device(isa, 1), p, cache_dtype)
+        alone = attend(Device(isa, 1), p, cache_dtype, compute)
         for threads in (2, 3, 8):
-            assert_same_bits(attend(Device(isa, threads), p, cache_dtype), alone, f"{case}, {threads} threads")
+            assert_same_bits(attend(Device(isa, threads), p, cache_dtype, compute), alone, f"{case}, {threads} threads")
 
 
 @all_devices
@@ -177,17 +196,24 @@ def test_attention_of_a_token_ignores_what_comes_after_it(device: Device) -> Non
     assert_same_bits(after[:, :150], before[:, :150])
 
 
+@pytest.mark.parametrize("compute", ["auto", "exact"])
+@pytest.mark.parametrize("cache_dtype", CACHES)
+@pytest.mark.parametrize("first", [150, 151], ids=str)
 @pytest.mark.parametrize("poison", [np.nan, np.inf], ids=["nan", "inf"])
 @each_isa
-def test_attention_of_a_token_ignores_even_a_later_token_that_is_not_finite(isa: str, poison: float) -> None:
+def test_attention_of_a_token_ignores_even_a_later_token_that_is_not_finite(
+    isa: str, poison: float, first: int, cache_dtype: str, compute: str
+) -> None:
     # As decode would have it, where the later token does not exist yet.
     p = make_problem(Case(200, 200, 4, 2, 20))
-    before = attend(Device(isa, 1), p, "float32")
+    before = attend(Device(isa, 1), p, cache_dtype, compute)
     k, v = p.k.copy(), p.v.copy()
-    k[:, 150:] = poison
-    v[:, 150:] = poison
-    after = attend(Device(isa, 1), Problem(p.q, k, v, p.starts, p.lengths, p.scale), "float32")
-    assert_same_bits(after[:, :150], before[:, :150])
+    k[:, first:] = poison
+    v[:, first:] = poison
+    poisoned = Problem(p.q, k, v, p.starts, p.lengths, p.scale)
+    after = attend(Device(isa, 1), poisoned, cache_dtype, compute)
+    assert_same_bits(after[:, :first], before[:, :first])
+    assert np.isnan(after[:, first:]).all()
 
 
 @all_devices

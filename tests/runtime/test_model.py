@@ -83,7 +83,7 @@ def test_a_dtype_of_another_version_says_which_there_are(dtype: str) -> None:
     [
         ({"dtype": "float31"}, llama_ext.OptionError, "dtype"),
         ({"compute": "fast"}, llama_ext.OptionError, "compute"),
-        ({"kv_dtype": "int8"}, llama_ext.OptionError, "kv_dtype"),
+        ({"kv_dtype": "int4"}, llama_ext.OptionError, "kv_dtype"),
         ({"threads": 0}, llama_ext.OptionError, "threads"),
         ({"device": "cuda"}, llama_ext.DeviceError, "CUDA"),
         ({"device": "tpu"}, llama_ext.DeviceError, "tpu"),

@@ -173,7 +173,7 @@ def test_a_session_does_not_search_with_beams(stories: Model) -> None:
 # Saving and loading.
 
 
-@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_loaded_session_goes_on_bit_for_bit(dtype: str, kv_dtype: Any, stories: Model, tmp_path: Path) -> None:
     stories.save_pretrained(tmp_path / "model")

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "cpu/kernel_table.h"
-#include "cpu/kernels/bf16.h"
 #include "cpu/kernels/gemm.h"
 
 namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE {
@@ -61,16 +60,23 @@ static int64_t packed_bytes_bf16(int64_t depth, int64_t) { return depth * static
 
 /// Activations as [k / 2][rows of the tile][2].
 static void pack_bf16_pairs(const PackJob& job) {
-  uint16_t* to = static_cast<uint16_t*>(job.tile);
-  for (int64_t k0 = 0; k0 < job.k; k0 += 64) {
-    const int64_t end = job.k - k0 < 64 ? job.k : k0 + 64;
-    for (int64_t r = 0; r < job.rows; ++r) {
-      const float* from = job.x + r * job.stride;
-      for (int64_t i = k0; i < end; ++i) to[(i / 2 * job.rows + r) * 2 + i % 2] = round_to_bf16(from[i]);
+  for (int64_t r = 0; r < job.rows; ++r) {
+    const float* from = job.x + r * job.stride;
+    uint32_t* to = static_cast<uint32_t*>(job.tile) + r;  // a pair each
+    for (int64_t k0 = 0; k0 < job.depth; k0 += 32, to += 16 * job.rows) {
+      const int64_t left = job.k - k0;
+      alignas(64) float padded[32];
+      const float* block = from + k0;
+      if (left < 32) {
+        for (int64_t i = 0; i < 32; ++i) padded[i] = i < left ? block[i] : 0.0f;
+        block = padded;
+      }
+      alignas(64) uint32_t pairs[16];
+      const __m512bh rounded = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(block + 16), _mm512_loadu_ps(block));
+      _mm512_store_si512(pairs, reinterpret_cast<__m512i>(rounded));
+      const int64_t count = job.depth - k0 < 32 ? (job.depth - k0) / 2 : 16;
+      for (int64_t i = 0; i < count; ++i) to[i * job.rows] = pairs[i];
     }
-  }
-  for (int64_t i = job.k; i < job.depth; ++i) {
-    for (int64_t r = 0; r < job.rows; ++r) to[(i / 2 * job.rows + r) * 2 + i % 2] = 0;
   }
 }
 

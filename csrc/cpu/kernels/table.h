@@ -19,10 +19,25 @@ static constexpr GemmKernel kExactKernel = {kTileRows, 256, 8, packed_bytes_f32,
 static constexpr CodeKernels kCodesExact = {LLAMA_EXT_OF_EACH_FORMAT(kExactKernel), "widened to float32"};
 
 static constexpr KernelTable make_table(const char* name, const GemmKernel& bf16, const char* bf16_note,
-                                        const CodeKernels& codes) {
-  KernelTable table = {name,     kGemmF32,  kGemmBf16Exact, bf16,       kGemmF16,  {},
-                       {},       bf16_note, codes.note,     epilogue,   attention, attention_merge,
-                       rms_norm, rope,      softmax,        log_sum_exp};
+                                        const CodeKernels& codes, const AttentionKernel& attention_bf16) {
+  KernelTable table = {name,
+                       kGemmF32,
+                       kGemmBf16Exact,
+                       bf16,
+                       kGemmF16,
+                       {},
+                       {},
+                       bf16_note,
+                       codes.note,
+                       epilogue,
+                       kAttentionF32,
+                       kAttentionBf16Exact,
+                       attention_bf16,
+                       attention_merge,
+                       rms_norm,
+                       rope,
+                       softmax,
+                       log_sum_exp};
   for (int i = 0; i < kCodeFormatCount; ++i) {
     table.codes[i] = codes.kernels[i];
     table.codes_exact[i] = kCodesExact.kernels[i];

@@ -71,6 +71,11 @@ static inline vi ior(vi a, vi b) { return _mm256_or_si256(a, b); }
 // In the compiler's own notation, so that a count it knows becomes an immediate.
 static inline vi ishift_right(vi x, int n) { return reinterpret_cast<vi>(reinterpret_cast<__v8su>(x) >> n); }
 static inline vi ishift_left(vi x, int n) { return reinterpret_cast<vi>(reinterpret_cast<__v8su>(x) << n); }
+static inline vi ishift_right_signed(vi x, int n) { return reinterpret_cast<vi>(reinterpret_cast<__v8si>(x) >> n); }
+/// As many pairs of bytes, each in a lane.
+static inline vi iload_u16(const void* p) {
+  return _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
 static inline vi imax(vi a, vi b) { return _mm256_max_epi32(a, b); }
 static inline vi ibits(vf x) { return _mm256_castps_si256(x); }
 /// To nearest, ties to even.

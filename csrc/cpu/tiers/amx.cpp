@@ -16,8 +16,8 @@ static constexpr GemmKernel kGemmBf16 = {kAmxRows, 256, 8, packed_bytes_bf16, pa
 }
 
 extern const KernelTable kTable_amx;
-constinit const KernelTable kTable_amx =
-    LLAMA_EXT_ISA_NAMESPACE::make_table("amx", LLAMA_EXT_ISA_NAMESPACE::kGemmBf16,
-                                        "AMX tiles, activations rounded to bfloat16", LLAMA_EXT_ISA_NAMESPACE::kCodes);
+constinit const KernelTable kTable_amx = LLAMA_EXT_ISA_NAMESPACE::make_table(
+    "amx", LLAMA_EXT_ISA_NAMESPACE::kGemmBf16, "AMX tiles, activations rounded to bfloat16",
+    LLAMA_EXT_ISA_NAMESPACE::kCodes, LLAMA_EXT_ISA_NAMESPACE::kAttentionBf16Exact);
 
 }  // namespace llama_ext

@@ -10,7 +10,8 @@
 namespace llama_ext {
 
 extern const KernelTable kTable_avx2;
-constinit const KernelTable kTable_avx2 = LLAMA_EXT_ISA_NAMESPACE::make_table(
-    "avx2", LLAMA_EXT_ISA_NAMESPACE::kGemmBf16Exact, "widened to float32", LLAMA_EXT_ISA_NAMESPACE::kCodes);
+constinit const KernelTable kTable_avx2 =
+    LLAMA_EXT_ISA_NAMESPACE::make_table("avx2", LLAMA_EXT_ISA_NAMESPACE::kGemmBf16Exact, "widened to float32",
+                                        LLAMA_EXT_ISA_NAMESPACE::kCodes, LLAMA_EXT_ISA_NAMESPACE::kAttentionBf16Exact);
 
 }  // namespace llama_ext

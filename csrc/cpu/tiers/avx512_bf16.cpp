@@ -3,6 +3,7 @@
 #define LLAMA_EXT_ISA_NAMESPACE isa_avx512_bf16
 
 #include "cpu/simd/vec_avx512.h"
+#include "cpu/kernels/attention_bf16_dot.h"
 #include "cpu/kernels/dot_vnni.h"
 #include "cpu/kernels/gemm.h"
 #include "cpu/kernels/gemm_bf16_dot.h"
@@ -16,8 +17,8 @@ static constexpr GemmKernel kGemmBf16 = {kTileRows, 512, 8, packed_bytes_bf16, p
 }
 
 extern const KernelTable kTable_avx512_bf16;
-constinit const KernelTable kTable_avx512_bf16 =
-    LLAMA_EXT_ISA_NAMESPACE::make_table("avx512-bf16", LLAMA_EXT_ISA_NAMESPACE::kGemmBf16,
-                                        "VDPBF16PS, activations rounded to bfloat16", LLAMA_EXT_ISA_NAMESPACE::kCodes);
+constinit const KernelTable kTable_avx512_bf16 = LLAMA_EXT_ISA_NAMESPACE::make_table(
+    "avx512-bf16", LLAMA_EXT_ISA_NAMESPACE::kGemmBf16, "VDPBF16PS, activations rounded to bfloat16",
+    LLAMA_EXT_ISA_NAMESPACE::kCodes, LLAMA_EXT_ISA_NAMESPACE::kAttentionBf16Dot);
 
 }  // namespace llama_ext

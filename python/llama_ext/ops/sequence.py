@@ -120,6 +120,7 @@ def attention(
     starts: npt.NDArray[np.integer[Any]] | None = None,
     lengths: npt.NDArray[np.integer[Any]] | None = None,
     kv_dtype: str = "float32",
+    compute: str = "auto",
     out: FloatArray | None = None,
     threads: int | None = None,
     isa: str | None = None,
@@ -137,7 +138,9 @@ def attention(
         starts: (B) integers, of padded rows: where the keys of a row begin; None is 0.
         lengths: (B) integers: how many keys a row has from there on; None is all. A query outside its row's keys is
             padding and gives zeros.
-        kv_dtype: What keys and values are rounded to, as in a KV cache: "float32" or "bfloat16".
+        kv_dtype: What keys and values are rounded to, as in a KV cache: "float32", "bfloat16", or "int8"
+            with a scale for each position and head.
+        compute: "auto" may round q and the softmax's weights to bfloat16 when `kv_dtype` is not float32; "exact" does not.
         out, threads, isa, device: See `llama_ext.ops`.
 
     Returns:
@@ -146,6 +149,7 @@ def attention(
     Raises:
         ShapeError: The shapes do not fit together.
         DTypeError: An array is not float32, or an unknown `kv_dtype`.
+        OptionError: An unknown `compute`.
 
     Source: Vaswani et al., 2017; Ainslie et al., "GQA", 2023.
     """
@@ -179,5 +183,6 @@ def attention(
             head_dim**-0.5 if scale is None else scale,
             kv_dtype,
             target.reshape(batch, tokens, heads, head_dim),
+            compute,
         )
     return finish(out, target)

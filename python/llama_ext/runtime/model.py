@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["LlamaForCausalLM"]
 
 _COMPUTE = ("auto", "exact")
-_KV_DTYPES = ("auto", "float32", "bfloat16")
+_KV_DTYPES = ("auto", "float32", "bfloat16", "int8")
 
 Ids = Sequence[int] | IntArray
 Prompts = (
@@ -62,7 +62,7 @@ class LlamaForCausalLM:
         compute: "auto": the fastest arithmetic for these weights, which for bfloat16 ones may round activations to bfloat16, and
             for quantised ones to int8. "exact": float32 products of the stored weights.
         threads: None: the physical cores that affinity and cgroup quota allow, or what `set_num_threads` said.
-        kv_dtype: How generations and sessions keep keys and values: "float32" or "bfloat16". "auto" is bfloat16 for bfloat16
+        kv_dtype: How generations and sessions keep keys and values: "float32", "bfloat16" or "int8". "auto" is bfloat16 for bfloat16
             and quantised weights unless compute is "exact", else float32. Logits of whole sequences and scores always use float32.
 
     Raises:
@@ -438,7 +438,7 @@ class LlamaForCausalLM:
         return generation.chat(self, messages, options, streamed=stream, chat_template=chat_template)
 
     def session(
-        self, max_length: int | None = None, *, kv_dtype: Literal["float32", "bfloat16"] | None = None
+        self, max_length: int | None = None, *, kv_dtype: Literal["float32", "bfloat16", "int8"] | None = None
     ) -> Session:
         """A KV cache for one sequence that is built up step by step.
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["SavedSession", "fingerprint", "read_session", "write_session"]
 
 _FORMAT = "llama_ext session 1"
+# How keys and values of each dtype are stored: int8 ones as the numbers they stand for, which rounding gives back.
+_STORED = {"float32": "float32", "bfloat16": "bfloat16", "int8": "float32"}
 # What a fingerprint takes of a tensor.
 _BLOCK = 64 << 10
 _BLOCKS = 16
@@ -76,9 +78,9 @@ def write_session(path: str | os.PathLike[str], model: LlamaForCausalLM, core: _
             def read(layer: int = layer, index: int = index) -> list[Array]:
                 values = core.read_layer(layer)[index]
                 # The cache's bfloat16 came widened: its lower half is zero.
-                return [values if core.kv_dtype == "float32" else (values.view(np.uint32) >> 16).astype(np.uint16)]
+                return [(values.view(np.uint32) >> 16).astype(np.uint16) if core.kv_dtype == "bfloat16" else values]
 
-            tensors.append((f"layers.{layer}.{name}", core.kv_dtype, shape, read))
+            tensors.append((f"layers.{layer}.{name}", _STORED[core.kv_dtype], shape, read))
     metadata = {
         "format": _FORMAT,
         "tokens": json.dumps(tokens, separators=(",", ":")),
@@ -96,7 +98,7 @@ class SavedSession:
     Attributes:
         tokens: The ids it holds, (T) int32.
         capacity: The room it had.
-        kv_dtype: "float32" or "bfloat16".
+        kv_dtype: "float32", "bfloat16" or "int8".
     """
 
     def __init__(self, path: str | os.PathLike[str], model: LlamaForCausalLM) -> None:
@@ -129,7 +131,7 @@ class SavedSession:
             type(token) is int and 0 <= token < config.vocab_size for token in tokens
         ):
             raise FormatError("its tokens are not a list of this model's token ids", path=path, field="tokens")
-        if self.kv_dtype not in ("float32", "bfloat16") or not len(tokens) <= self.capacity <= 2**31:
+        if self.kv_dtype not in _STORED or not len(tokens) <= self.capacity <= 2**31:
             raise FormatError("its kv_dtype or max_length is impossible", path=path, field="kv_dtype")
         shape = (len(tokens), config.num_key_value_heads, config.head_dim)
         names = {f"layers.{layer}.{name}" for layer in range(config.num_hidden_layers) for name in "kv"}
@@ -139,9 +141,9 @@ class SavedSession:
             raise FormatError(f"tensor {odd!r} is {'missing' if odd in names else 'unexpected'}", path=path, field=odd)
         for name in names:
             info = self._file.tensors[name]
-            if info.shape != shape or info.core_dtype != self.kv_dtype:
+            if info.shape != shape or info.core_dtype != _STORED[self.kv_dtype]:
                 raise FormatError(
-                    f"tensor {name!r} must be {self.kv_dtype} of shape {shape}, got {info.dtype} {info.shape}",
+                    f"tensor {name!r} must be {_STORED[self.kv_dtype]} of shape {shape}, got {info.dtype} {info.shape}",
                     path=path,
                     field=name,
                 )
