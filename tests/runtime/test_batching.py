@@ -77,7 +77,14 @@ def test_samples_do_not_depend_on_how_many_run_at_once(options: dict[str, Any], 
 def test_rows_of_a_batch_are_those_of_each_prompt_bit_for_bit(dtype: str, isa: str) -> None:
     model = cached(isa, 2, dtype)
     system = tokens(37, 1)
-    prompts = [tokens(3, 2), [*system, *tokens(4, 3)], tokens(150, 4), [*system, *tokens(9, 5)], system, [*system[:20], 7]]
+    prompts = [
+        tokens(3, 2),
+        [*system, *tokens(4, 3)],
+        tokens(150, 4),
+        [*system, *tokens(9, 5)],
+        system,
+        [*system[:20], 7],
+    ]
     lengths = [5, 2, 7, 9, 1, 4]
     alone = [
         everything(generation(model, [prompt], length, kv_dtype=dtype))[0]
@@ -123,7 +130,9 @@ def test_rows_without_new_tokens_are_told_and_cost_nothing(small: _core.Model) -
 def test_rows_that_are_stopped_from_outside_leave_the_others_alone(seed: int, small: _core.Model) -> None:
     rng = random.Random(seed)
     system = tokens(40, 1).tolist()
-    prompts = [rng.choice([system, system[:30], []]) + tokens(rng.randint(1, 5), rng.randint(0, 3)).tolist() for _ in range(12)]
+    prompts = [
+        rng.choice([system, system[:30], []]) + tokens(rng.randint(1, 5), rng.randint(0, 3)).tolist() for _ in range(12)
+    ]
     expected = everything(generation(small, prompts, 6))
     made = generation(small, prompts, 6, max_batch_size=3)
     stopped: dict[int, int] = {}
@@ -251,7 +260,9 @@ def interrupted_everything(made: Any, seconds: Callable[[], float]) -> tuple[lis
     def handler(*_: object) -> None:
         try:
             _ = made.done
-        except llama_ext.LlamaExtError:  # in use: the core is at work. Anywhere else it would be Python that loses events
+        except (
+            llama_ext.LlamaExtError
+        ):  # in use: the core is at work. Anywhere else it would be Python that loses events
             raise KeyboardInterrupt from None
 
     events: list[Event] = []
