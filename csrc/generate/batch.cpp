@@ -29,9 +29,7 @@ Batch::Batch(const GenerationRequest& request) : request_(request) {
     if (row.max_new_tokens == 0) {
       without_tokens_.push_back(i);
     } else if (request.continued == nullptr) {
-      int64_t needed = request.model->backend().kv_cache_nbytes(kv_shape(row.capacity()));
-      if (draft_model_) needed = checked_add(needed, draft_model_->nbytes(row), "KV cache");
-      largest = std::max(largest, needed);
+      largest = std::max(largest, nbytes(row));
     }
   }
   unfinished_ = rows_.size();
@@ -84,6 +82,7 @@ bool Batch::begin(Row& row) {
         session->copy_from(*source, shared);
         row.counts.prompt_shared = shared;
       }
+      reserved_ = checked_add(reserved_, nbytes(row), "KV cache");
       row.owned = std::move(session);
       row.session = row.owned.get();
     } catch (const Error& error) {
@@ -113,24 +112,31 @@ bool Batch::should_wait(const Row& row, int64_t shared) const {
   return prospect - shared >= kWorthWaiting;
 }
 
-/// Memory for everything that the running rows have not touched yet, and for all of `row`.
+int64_t Batch::nbytes(const Row& row) const {
+  const int64_t own = request_.model->backend().kv_cache_nbytes(kv_shape(row.capacity()));
+  return draft_model_ ? checked_add(own, draft_model_->nbytes(row), "KV cache") : own;
+}
+
+/// Memory for all of `row`, and for what the running rows have not touched of theirs.
 void Batch::require_room(const Row& row) const {
   Backend& backend = request_.model->backend();
-  int64_t needed = backend.kv_cache_nbytes(kv_shape(row.capacity()));
-  if (draft_model_) needed = checked_add(needed, draft_model_->nbytes(row), "KV cache");
-  for (const Row* other : running_) {
-    const int64_t whole = backend.kv_cache_nbytes(kv_shape(other->capacity()));
-    const int64_t touched = backend.kv_cache_nbytes(kv_shape(std::max<int64_t>(other->session->length(), 1)));
-    needed = checked_add(needed, std::max<int64_t>(whole - touched, 0), "KV cache");
-    if (draft_model_) needed = checked_add(needed, draft_model_->nbytes(*other), "KV cache");
-  }
+  int64_t needed = checked_add(reserved_, nbytes(row), "KV cache");
   if (needed < kWorthAsking) return;
-  backend.require_memory(needed, cat("generate: the KV caches of ", running_.size() + 1, " sequences"));
+  const std::string what = cat("generate: the KV caches of ", running_.size() + 1, " sequences");
+  try {
+    backend.require_memory(needed, what);
+  } catch (const Error&) {
+    for (const Row* other : running_) {
+      needed -= backend.kv_cache_nbytes(kv_shape(std::max<int64_t>(other->session->length(), 1)));
+    }
+    backend.require_memory(std::max<int64_t>(needed, 0), what);
+  }
 }
 
 void Batch::end(Row& row, Finish reason) {
   row.finish = reason;
   --unfinished_;
+  if (row.owned != nullptr) reserved_ -= nbytes(row);
   if (&row == latest_) {
     latest_ = nullptr;
     while (next_ < order_.size() && !rows_[order_[next_]].is_running()) ++next_;

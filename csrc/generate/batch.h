@@ -52,6 +52,7 @@ class Batch {
   void admit();
   bool begin(Row& row);
   bool should_wait(const Row& row, int64_t shared) const;
+  int64_t nbytes(const Row& row) const;
   void require_room(const Row& row) const;
 
   // One step.
@@ -81,6 +82,7 @@ class Batch {
   std::vector<size_t> order_;  // in which rows are begun
   size_t next_ = 0;            // of order_
   std::vector<Row*> running_;  // in the order of their beginning
+  int64_t reserved_ = 0;       // bytes of their caches when they are full
   size_t full_at_ = 0;         // so many rows had filled the memory; 0: not known
 
   // The row begun last, while it runs; then what the next row shares with it, if that is worth keeping.

@@ -79,12 +79,18 @@ std::vector<Batch::Work> Batch::plan() {
   works.reserve(running_.size());
   int64_t room = decoding == 0 ? std::numeric_limits<int64_t>::max() : std::max(kPassRows - decoding, kLeastPromptRows);
   for (Row* row : running_) {
+    if (row->twin != nullptr) {
+      // Begun right after the row that it waits for, or after others that do: whose logits come now, if any do, is last.
+      if (!works.empty() && works.back().row == row->twin && works.back().logits == LogitsRows::kLast) {
+        works.back().twins.push_back(row);
+      }
+      continue;
+    }
     Work work;
     work.row = row;
     work.length_before = row->session->length();
     work.output_before = row->output.size();
     if (row->is_reading_prompt()) {
-      if (row->twin != nullptr) continue;
       const int64_t missing = row->prompt_length() - work.length_before;
       const int64_t count = std::min(missing, room);
       check_continued(*row, request_.continued_length);
@@ -93,11 +99,6 @@ std::vector<Batch::Work> Batch::plan() {
       const auto begin = row->prompt->begin() + work.length_before;
       work.tokens.assign(begin, begin + count);
       work.logits = count == missing ? LogitsRows::kLast : LogitsRows::kNone;
-      if (count == missing) {
-        for (Row* other : running_) {
-          if (other->twin == row) work.twins.push_back(other);
-        }
-      }
     } else {
       check_continued(*row, row->decoded_length());
       work.tokens.reserve(row->draft.size() + 1);
@@ -148,7 +149,6 @@ void Batch::run(std::vector<Work>& works) {
     if (work.logits == LogitsRows::kLast) {
       logits_rows += 1;
       read.push_back(work.row);
-      read.insert(read.end(), work.twins.begin(), work.twins.end());
     }
     tokens += count;
   }
@@ -203,6 +203,7 @@ void Batch::copy_to_twins(const Work& work) const {
     const GenerationEvent& event = work.events[work.events.size() - work.twins.size() + i];
     if (event.finish == Finish::kNone || (&twin == latest_ && next_ < order_.size())) {
       twin.session->copy_from(*work.row->session, twin.prompt_length());
+      if (draft_model_) draft_model_->copy(twin, *work.row);
     }
   }
 }

@@ -116,6 +116,11 @@ std::unique_ptr<Session> DraftModel::create_session(const Row& row, const Sessio
   return session;
 }
 
+void DraftModel::copy(const Row& row, const Row& other) const {
+  const int64_t length = std::min(other.draft_session->length(), row.draft_session->capacity());
+  row.draft_session->copy_from(*other.draft_session, length);
+}
+
 int64_t DraftModel::read_prompts(const std::vector<Row*>& rows) const {
   std::vector<SessionChunk> chunks;
   int64_t ran = 0;

@@ -30,6 +30,8 @@ class DraftModel {
   int64_t nbytes(const Row& row) const;
   /// An empty session for `row`, or the part of `source`'s that is the beginning of its prompt. source: may be nullptr.
   std::unique_ptr<Session> create_session(const Row& row, const Session* source) const;
+  /// Gives `row` what the draft session of `other` has run, a row with an equal prompt.
+  void copy(const Row& row, const Row& other) const;
   /// Runs the prompts of `rows` as far as they have not run. Returns the tokens that ran.
   int64_t read_prompts(const std::vector<Row*>& rows) const;
   /// Fills `row.draft` of each row with up to wanted[i] guesses. Returns the tokens that ran.

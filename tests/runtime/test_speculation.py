@@ -213,6 +213,26 @@ def test_the_draft_of_a_shared_prefix_is_computed_once() -> None:
     assert made.counts["tokens_run"] == made.counts["draft_tokens_run"] + 6 == 100 + 6 + 6
 
 
+def test_the_draft_of_copies_of_a_prompt_is_computed_once() -> None:
+    core = build(_core.Backend("cpu", 1))
+    made = _core.Generation(
+        core,
+        [tokens(100, 1)],
+        sampling={"temperature": 1.0},
+        max_new_tokens=[3] * 6,
+        eos=[],
+        seed=0,
+        kv_dtype="float32",
+        copies=6,
+        draft_tokens=4,
+        draft_model=core,
+    )
+    made.run(100)
+    # The prompt, then for each row the token drawn from it and one guess: both are right.
+    assert made.counts["tokens_run"] == 100 + 6 * 2
+    assert made.counts["draft_tokens_run"] == 100 + 6
+
+
 # Sessions.
 
 
