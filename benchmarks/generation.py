@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks import hardware, report
-from benchmarks.accounting import TINYLLAMA_1_1B
+from benchmarks.accounting import TINYLLAMA_1_1B, ModelShape
 from llama_ext import _core
 
 __all__ = ["Case", "cases", "main", "repeating_model"]
@@ -42,10 +42,9 @@ class Case:
     make: Callable[[], Any]
 
 
-def repeating_model(backend: _core.Backend, layers: int, dtype: str) -> _core.Model:
+def repeating_model(backend: _core.Backend, shape: ModelShape, dtype: str) -> _core.Model:
     """A model whose texts have a period of 48 tokens: layers add little, and the head answers with the next token."""
-    shape = TINYLLAMA_1_1B
-    config: dict[str, Any] = {**dataclasses.asdict(shape), "layers": layers, "context": 2048, "rope": {}}
+    config: dict[str, Any] = {**dataclasses.asdict(shape), "context": 2048, "rope": {}}
     model = _core.Model(backend, config, dtype)
     rng = np.random.default_rng(0)
     embedding = rng.standard_normal((shape.vocabulary, shape.width), np.float32)
@@ -63,12 +62,12 @@ def repeating_model(backend: _core.Backend, layers: int, dtype: str) -> _core.Mo
     return model
 
 
-def cases(model: _core.Model, draft: _core.Model, new: int) -> list[Case]:
+def cases(model: _core.Model, draft: _core.Model, vocabulary: int, new: int) -> list[Case]:
     """All cases; `new` tokens a sequence."""
     rng = np.random.default_rng(1)
 
     def prompt(tokens: int) -> npt.NDArray[np.int32]:
-        return rng.integers(0, TINYLLAMA_1_1B.vocabulary, tokens).astype(np.int32)
+        return rng.integers(0, vocabulary, tokens).astype(np.int32)
 
     def start(prompts: Sequence[Any], lengths: int | list[int], **options: Any) -> Callable[[], Any]:
         counts = [lengths] * len(prompts) if isinstance(lengths, int) else lengths
@@ -136,11 +135,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     machine = hardware.describe()
     backend = _core.Backend("cpu", options.threads, options.isa)
-    all_cases = cases(
-        repeating_model(backend, options.layers, options.dtype),
-        repeating_model(backend, 1, options.dtype),
-        options.tokens,
-    )
+    shape = dataclasses.replace(TINYLLAMA_1_1B, layers=options.layers)
+    model = repeating_model(backend, shape, options.dtype)
+    draft = repeating_model(backend, dataclasses.replace(shape, layers=1), options.dtype)
+    all_cases = cases(model, draft, shape.vocabulary, options.tokens)
     records: list[dict[str, Any]] = [{"group": case.group, "case": case.name, "seconds": []} for case in all_cases]
     for number in range(options.rounds):
         for case, record in zip(all_cases, records, strict=True):
