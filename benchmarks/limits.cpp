@@ -139,31 +139,24 @@ __attribute__((target("amx-tile"))) void configure_tiles() {
   _tile_loadd(7, operand, 64);
 }
 
-__attribute__((target("amx-tile,amx-bf16"))) void bf16_amx(int64_t rounds) {
-  configure_tiles();
-  for (int64_t i = 0; i < rounds; ++i) {
-    _tile_dpbf16ps(0, 6, 7);
-    _tile_dpbf16ps(1, 6, 7);
-    _tile_dpbf16ps(2, 6, 7);
-    _tile_dpbf16ps(3, 6, 7);
-    _tile_dpbf16ps(4, 6, 7);
-    _tile_dpbf16ps(5, 6, 7);
+// clang-format off
+#define LLAMA_EXT_TILE_PEAK(name, isa, product)                         \
+  __attribute__((target("amx-tile," isa))) void name(int64_t rounds) {  \
+    configure_tiles();                                                  \
+    for (int64_t i = 0; i < rounds; ++i) {                              \
+      product(0, 6, 7);                                                 \
+      product(1, 6, 7);                                                 \
+      product(2, 6, 7);                                                 \
+      product(3, 6, 7);                                                 \
+      product(4, 6, 7);                                                 \
+      product(5, 6, 7);                                                 \
+    }                                                                   \
+    _tile_release();                                                    \
   }
-  _tile_release();
-}
+// clang-format on
 
-__attribute__((target("amx-tile,amx-int8"))) void int8_amx(int64_t rounds) {
-  configure_tiles();
-  for (int64_t i = 0; i < rounds; ++i) {
-    _tile_dpbusd(0, 6, 7);
-    _tile_dpbusd(1, 6, 7);
-    _tile_dpbusd(2, 6, 7);
-    _tile_dpbusd(3, 6, 7);
-    _tile_dpbusd(4, 6, 7);
-    _tile_dpbusd(5, 6, 7);
-  }
-  _tile_release();
-}
+LLAMA_EXT_TILE_PEAK(bf16_amx, "amx-bf16", _tile_dpbf16ps)
+LLAMA_EXT_TILE_PEAK(int8_amx, "amx-int8", _tile_dpbusd)
 
 struct Peak {
   const char* name;

@@ -28,7 +28,7 @@ __all__ = ["EngineRun", "main", "parse_arguments", "planned_engines", "row_of"]
 
 ROOT = Path(__file__).resolve().parents[1]
 _BYTES = {"float32": 4.0, "bfloat16": 2.0}
-_KIND = {"float32": "f32", "bfloat16": "bf16"}
+_KIND = {"float32": "f32", "bfloat16": "bf16", "int8": "int8", "int4": "int8"}
 
 
 @dataclasses.dataclass
@@ -107,11 +107,13 @@ def planned_engines(options: argparse.Namespace, model: Path) -> list[EngineRun]
         ("float32", "float32", "auto"),
         ("bfloat16", "bfloat16", "auto"),
         ("bfloat16 exact", "bfloat16", "exact"),
+        ("int8", "int8", "auto"),
+        ("int4", "int4", "auto"),
     ):
         command = [sys.executable, "-m", "benchmarks.engines.llama_ext_runner", "--model", str(model)]
         command += ["--dtype", dtype, "--compute", compute]
         kind = "f32" if compute == "exact" else _KIND[dtype]
-        runs.append(EngineRun("llama_ext", weights, kind, _BYTES[dtype], command))
+        runs.append(EngineRun("llama_ext", weights, kind, _BYTES.get(dtype), command))
     for dtype in _BYTES:
         command = [options.peer_python, "-m", "benchmarks.peers.transformers_runner", "--model", str(model)]
         runs.append(EngineRun("transformers", dtype, _KIND[dtype], _BYTES[dtype], [*command, "--dtype", dtype]))

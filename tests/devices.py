@@ -59,3 +59,10 @@ def _params(devices: list[Device]) -> list[object]:
 # The kernels and the reference, which NumPy checks; each set of kernels once.
 all_devices = pytest.mark.parametrize("device", _params([REFERENCE, *CPU]))
 each_isa = pytest.mark.parametrize("isa", [*ISAS, *[_skipped(isa, isa) for isa in _missing]])
+
+# The arithmetics of a product: float32, bfloat16 weights as fast as can be, and the same with float32 products.
+each_mode = pytest.mark.parametrize(
+    ("dtype", "compute"),
+    [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "exact")],
+    ids=["f32", "bf16", "bf16-exact"],
+)

@@ -28,9 +28,11 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def build(backend: _core.Backend, dtype: str = "float32", compute: str = "auto", **changes: Any) -> _core.Model:
+def build(
+    backend: _core.Backend, dtype: str = "float32", compute: str = "auto", group: int = 0, **changes: Any
+) -> _core.Model:
     """A model of CONFIG with `changes`; the same weights for every backend."""
-    model = _core.Model(backend, {**CONFIG, **changes}, dtype, compute)
+    model = _core.Model(backend, {**CONFIG, **changes}, {"": (dtype, group)}, compute=compute)
     rng = np.random.default_rng(11)
     for name, shape, is_matrix in model.slots():
         values = rng.standard_normal(shape, np.float32)
@@ -43,8 +45,8 @@ def build(backend: _core.Backend, dtype: str = "float32", compute: str = "auto",
 
 
 @functools.cache
-def cached(isa: str, threads: int, dtype: str, compute: str = "auto") -> _core.Model:
-    return build(_core.Backend("cpu", threads, isa), dtype, compute)
+def cached(isa: str, threads: int, dtype: str, compute: str = "auto", group: int = 0) -> _core.Model:
+    return build(_core.Backend("cpu", threads, isa), dtype, compute, group)
 
 
 def tokens(length: int, seed: int = 0) -> Any:

@@ -19,10 +19,11 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 # What each folder of csrc may include besides itself.
 BACKENDS = {"cpu", "reference", "cuda"}
-BELOW_BACKEND = {"core", "ops"}
+BELOW_BACKEND = {"core", "quant", "ops"}
 MAY_INCLUDE: dict[str, set[str]] = {
     "core": set(),
-    "ops": {"core"},
+    "quant": {"core"},
+    "ops": {"core", "quant"},
     "backend": BELOW_BACKEND,
     **{name: {"backend", *BELOW_BACKEND} for name in BACKENDS},
     "model": {"backend", *BELOW_BACKEND},

@@ -47,12 +47,19 @@ class LlamaExt:
         )
         return len(generation.run(tokens))
 
+    def _decode_bytes(self) -> int:
+        """The weights read for one token: of an embedding that is not the head, too, one row is all."""
+        core = self._model._core
+        names = core.matrices()
+        return sum(core.packed(name).nbytes for name in names if name != "embedding" or "head" not in names)
+
     def facts(self) -> dict[str, Any]:
         return {
             "version": self._info.version,
             "isa": self._model.isa,
             "kv_dtype": self._model.kv_dtype,
             "build": dict(self._info.build),
+            "decode_bytes": self._decode_bytes(),
         }
 
 

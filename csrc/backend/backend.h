@@ -1,8 +1,10 @@
 // What a device must be able to do. The model is written against this and nothing else, so whatever runs here runs Llama.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 
 #include "core/tensor_view.h"
@@ -17,6 +19,7 @@
 #include "ops/rope.h"
 #include "ops/sample.h"
 #include "ops/softmax.h"
+#include "quant/ggml_blocks.h"
 
 namespace llama_ext {
 
@@ -58,11 +61,28 @@ class Backend {
   virtual void synchronize() = 0;
 
   // Weights.
-  /// A matrix of zeros. dtype: f32 | bf16. Throws DTypeError, OutOfMemoryError.
-  virtual std::unique_ptr<Matrix> create_matrix(int64_t rows, int64_t cols, DType dtype) = 0;
+  /// A matrix of zeros. Throws OutOfMemoryError.
+  virtual std::unique_ptr<Matrix> create_matrix(int64_t rows, int64_t cols, WeightType type) = 0;
+  /// A matrix over `packed`, what `packed_bytes` of one of the same shape, type and layout gave: not copied, so `owner` keeps it
+  /// alive. Throws CheckpointError for another number of bytes, UnsupportedError where a device cannot.
+  virtual std::unique_ptr<Matrix> adopt_matrix(int64_t rows, int64_t cols, WeightType type,
+                                               std::span<const std::byte> packed,
+                                               std::shared_ptr<const void> owner) = 0;
+  /// A matrix's memory, in the layout that `matrix_layout` names. Throws UnsupportedError where a device cannot.
+  virtual std::span<const std::byte> packed_bytes(const Matrix& matrix) const = 0;
+  /// Names the layout of packed bytes: another name, another layout.
+  virtual std::string matrix_layout() const = 0;
+  /// Bytes that such a matrix takes. Throws LimitError when that is out of range.
+  virtual int64_t matrix_nbytes(int64_t rows, int64_t cols, WeightType type) const = 0;
   /// Writes `source` (n, K), host memory, f32 | f16 | bf16 | f64, contiguous, to the rows that `map` names, converted to
-  /// the matrix's dtype (round to nearest, ties to even).
-  virtual void write_rows(Matrix& matrix, const RowMap& map, const TensorView& source) = 0;
+  /// the matrix's type: rounded to nearest, ties to even, or quantised (quant/quantized_row.h) with `importance`, (K) f32 in host
+  /// memory or none. Types that only files bring (q4_k and the like) throw DTypeError.
+  virtual void write_rows(Matrix& matrix, const RowMap& map, const TensorView& source,
+                          const TensorView& importance) = 0;
+  /// Writes rows of ggml blocks, (n, bytes of a row), contiguous, in host memory. Throws DTypeError when the matrix's type is
+  /// not `ggml`'s, CheckpointError for a scale that is not finite.
+  virtual void write_blocks(Matrix& matrix, const RowMap& map, const GgmlType& ggml, int64_t rows,
+                            std::span<const std::byte> blocks) = 0;
   /// Reads rows back: `target` (n, K), host memory, f32 or the matrix's own dtype, contiguous.
   virtual void read_rows(const Matrix& matrix, const RowMap& map, const TensorView& target) = 0;
 

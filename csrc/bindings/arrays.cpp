@@ -132,6 +132,15 @@ TensorView weight_view(const py::handle& object, std::string_view op, std::strin
        dtype_text(array));
 }
 
+std::span<const std::byte> byte_view(const py::handle& object, std::string_view op, std::string_view what) {
+  const py::array array = as_array(object, "uint8", op, what);
+  require(array.dtype().kind() == 'u' && array.itemsize() == 1, ErrorKind::kDType, op, ": ", what,
+          " must be uint8, got ", dtype_text(array));
+  require((array.flags() & py::array::c_style) != 0, ErrorKind::kShape, op, ": ", what,
+          " must be C-contiguous. Pass numpy.ascontiguousarray of it");
+  return {static_cast<const std::byte*>(array.data()), static_cast<size_t>(array.nbytes())};
+}
+
 std::vector<int32_t> token_ids(const py::handle& object, std::string_view op, std::string_view what) {
   const TensorView view = read_view(object, DType::kI32, 1, op, what);
   const int32_t* ids = static_cast<const int32_t*>(view.data());

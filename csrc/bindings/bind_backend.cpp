@@ -24,30 +24,47 @@ void run_op(const BackendPtr& backend, Work&& work) {
   });
 }
 
-PyMatrix make_matrix(const BackendPtr& backend, const py::object& source, const std::string& dtype) {
+PyMatrix make_matrix(const BackendPtr& backend, const py::object& source, const std::string& dtype, int64_t group,
+                     const py::object& importance) {
   const TensorView view = weight_view(source, "matrix", "source");
   require_shape(view, {-1, -1}, "matrix", "source");
-  const DType kept = dtype_from_name(dtype, "matrix");
+  const WeightType type = weight_type(dtype, group, "matrix");
+  const TensorView weights = optional_view(importance, 1, "matrix", "importance");
   PyMatrix matrix{backend, nullptr};
   run_op(backend, [&] {
-    matrix.matrix = backend->create_matrix(view.dim(0), view.dim(1), kept);
-    backend->write_rows(*matrix.matrix, {}, view);
+    matrix.matrix = backend->create_matrix(view.dim(0), view.dim(1), type);
+    backend->write_rows(*matrix.matrix, {}, view, weights);
+  });
+  return matrix;
+}
+
+PyMatrix make_block_matrix(const BackendPtr& backend, const py::object& blocks, const std::string& ggml_name,
+                           int64_t cols) {
+  const GgmlType& ggml = ggml_type(ggml_name);
+  const std::span<const std::byte> bytes = byte_view(blocks, "block_matrix", "blocks");
+  require(cols > 0, ErrorKind::kShape, "block_matrix: cols must be positive, got ", cols);
+  const int64_t row_bytes = ggml_row_bytes(ggml, cols);
+  const int64_t rows = static_cast<int64_t>(bytes.size()) / row_bytes;
+  PyMatrix matrix{backend, nullptr};
+  run_op(backend, [&] {
+    matrix.matrix = backend->create_matrix(rows, cols, ggml.type);
+    backend->write_blocks(*matrix.matrix, {}, ggml, rows, bytes);
   });
   return matrix;
 }
 
 PyMatrix make_gate_up_matrix(const BackendPtr& backend, const py::object& gate, const py::object& up,
-                             const std::string& dtype) {
+                             const std::string& dtype, int64_t group) {
   const TensorView gate_view = weight_view(gate, "gate_up_matrix", "gate");
   const TensorView up_view = weight_view(up, "gate_up_matrix", "up");
   require_shape(gate_view, {-1, -1}, "gate_up_matrix", "gate");
   require_shape(up_view, {gate_view.dim(0), gate_view.dim(1)}, "gate_up_matrix", "up");
-  const DType kept = dtype_from_name(dtype, "gate_up_matrix");
+  const WeightType type = weight_type(dtype, group, "gate_up_matrix");
   PyMatrix matrix{backend, nullptr};
   run_op(backend, [&] {
-    matrix.matrix = backend->create_matrix(gate_up_size(gate_view.dim(0)), gate_view.dim(1), kept);
-    backend->write_rows(*matrix.matrix, gate_rows(), gate_view);
-    backend->write_rows(*matrix.matrix, up_rows(), up_view);
+    matrix.matrix = backend->create_matrix(gate_up_size(gate_view.dim(0)), gate_view.dim(1), type);
+    backend->write_rows(*matrix.matrix, gate_rows(), gate_view, {});
+    backend->write_rows(*matrix.matrix, up_rows(), up_view, {});
   });
   return matrix;
 }
@@ -254,7 +271,9 @@ void bind_backend(py::module_& module) {
   py::class_<PyMatrix>(module, "Matrix")
       .def_property_readonly("shape",
                              [](const PyMatrix& m) { return py::make_tuple(m.matrix->rows(), m.matrix->cols()); })
-      .def_property_readonly("dtype", [](const PyMatrix& m) { return std::string(name_of(m.matrix->dtype())); })
+      .def_property_readonly("dtype",
+                             [](const PyMatrix& m) { return std::string(info_of(m.matrix->type().encoding).name); })
+      .def_property_readonly("group", [](const PyMatrix& m) { return m.matrix->type().group; })
       .def_property_readonly("nbytes", [](const PyMatrix& m) { return m.matrix->nbytes(); })
       .def("to_array", &matrix_to_array);
 
@@ -263,8 +282,12 @@ void bind_backend(py::module_& module) {
       .def_property_readonly("device", &Backend::device)
       .def_property_readonly("isa", &Backend::isa)
       .def_property_readonly("threads", &Backend::threads)
-      .def("matrix", &make_matrix, py::arg("source"), py::arg("dtype") = "float32")
-      .def("gate_up_matrix", &make_gate_up_matrix, py::arg("gate"), py::arg("up"), py::arg("dtype") = "float32")
+      .def_property_readonly("matrix_layout", &Backend::matrix_layout)
+      .def("matrix", &make_matrix, py::arg("source"), py::arg("dtype") = "float32", py::arg("group") = 0,
+           py::arg("importance") = py::none())
+      .def("block_matrix", &make_block_matrix, py::arg("blocks"), py::arg("ggml_type"), py::arg("cols"))
+      .def("gate_up_matrix", &make_gate_up_matrix, py::arg("gate"), py::arg("up"), py::arg("dtype") = "float32",
+           py::arg("group") = 0)
       .def("embedding", &embedding, py::arg("ids"), py::arg("table"), py::arg("out"))
       .def("matmul", &matmul, py::arg("x"), py::arg("weight"), py::arg("bias").none(true), py::arg("out"),
            py::arg("accumulate") = false, py::arg("compute") = "auto")

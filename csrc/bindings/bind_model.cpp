@@ -1,5 +1,6 @@
 // Model: weights in and out, and whatever is computed without keeping state.
 #include <algorithm>
+#include <functional>
 
 #include "bindings/bindings.h"
 #include "generate/beam_search.h"
@@ -32,13 +33,45 @@ ModelConfig config_from_dict(const py::dict& dict) {
   return config;
 }
 
-ModelPtr make_model(const std::shared_ptr<Backend>& backend, const py::dict& config, const std::string& dtype,
-                    const std::string& compute) {
-  const ModelConfig parsed = config_from_dict(config);
-  const DType kept = dtype_from_name(dtype, "model");
-  const Compute arithmetic = compute_from_name(compute);
-  return without_gil([&] { return std::make_shared<Model>(backend, parsed, kept, arithmetic); });
+/// {slot: (encoding, group)}; the slot "" stands for all that are not named.
+WeightPlan plan_from_dict(const py::dict& types) {
+  WeightPlan plan;
+  for (const auto& [slot, type] : types) {
+    const auto [encoding, group] = type.cast<std::pair<std::string, int64_t>>();
+    const WeightType parsed = weight_type(encoding, group, "model");
+    const std::string name = slot.cast<std::string>();
+    if (name.empty()) {
+      plan.others = parsed;
+    } else {
+      plan.by_slot.emplace(name, parsed);
+    }
+  }
+  return plan;
 }
+
+/// Keeps a Python object alive for the core, which may let go of it without the GIL.
+std::shared_ptr<const void> keep_alive(const py::handle& object) {
+  py::object* kept = new py::object(py::reinterpret_borrow<py::object>(object));
+  return {kept, [](py::object* held) {
+            const py::gil_scoped_acquire gil;
+            delete held;
+          }};
+}
+
+ModelPtr make_model(const std::shared_ptr<Backend>& backend, const py::dict& config, const py::dict& types,
+                    const py::dict& packed, const std::string& compute) {
+  const ModelConfig parsed = config_from_dict(config);
+  const WeightPlan plan = plan_from_dict(types);
+  PackedWeights bytes;
+  for (const auto& [name, array] : packed) {
+    const std::string matrix = name.cast<std::string>();
+    bytes.emplace(matrix, PackedBytes{byte_view(array, "model", matrix), keep_alive(array)});
+  }
+  const Compute arithmetic = compute_from_name(compute);
+  return without_gil([&] { return std::make_shared<Model>(backend, parsed, plan, bytes, arithmetic); });
+}
+
+py::tuple type_tuple(const WeightType& type) { return py::make_tuple(info_of(type.encoding).name, type.group); }
 
 py::list slots(const Model& model) {
   py::list list;
@@ -48,20 +81,59 @@ py::list slots(const Model& model) {
   return list;
 }
 
-void load(Model& model, const std::string& slot, const py::object& source, const std::string& dtype) {
+py::dict types(const Model& model) {
+  py::dict all;
+  all[""] = type_tuple(model.weights().type());
+  for (const Weights::Slot& slot : model.weights().slots()) {
+    if (slot.is_matrix) all[py::str(slot.name)] = type_tuple(slot.type);
+  }
+  return all;
+}
+
+/// A view of a matrix's memory; the array keeps the model alive.
+py::array packed(const ModelPtr& model, const std::string& name) {
+  for (const Weights::NamedMatrix& each : model->weights().matrices()) {
+    if (each.name != name) continue;
+    const std::span<const std::byte> bytes = model->backend().packed_bytes(*each.matrix);
+    py::array array(py::dtype::of<uint8_t>(), {static_cast<py::ssize_t>(bytes.size())}, {1}, bytes.data(),
+                    py::cast(model));
+    array.attr("setflags")(py::arg("write") = false);
+    return array;
+  }
+  fail(ErrorKind::kCheckpoint, "packed: there is no matrix '", name, "' in this model");
+}
+
+py::list matrix_names(const Model& model) {
+  py::list list;
+  for (const Weights::NamedMatrix& each : model.weights().matrices()) list.append(each.name);
+  return list;
+}
+
+void load(Model& model, const std::string& slot, const py::object& source, const std::string& dtype,
+          const py::object& importance) {
   const TensorView view = weight_view(source, "load", slot);
   const DType named = dtype_from_name(dtype, "load");
   require(view.dtype() == named, ErrorKind::kDType, "load: '", slot, "' was said to be ", dtype,
           ", but the array holds ",
           view.dtype() == DType::kBF16 ? "uint16 (the bits of bfloat16)" : name_of(view.dtype()));
-  without_gil([&] { model.weights().load(slot, view); });
+  const TensorView weights = optional_view(importance, 1, "load", "importance");
+  without_gil([&] { model.weights().load(slot, view, weights); });
 }
+
+void load_blocks(Model& model, const std::string& slot, const py::object& blocks, const std::string& ggml_name) {
+  const GgmlType& ggml = ggml_type(ggml_name);
+  const std::span<const std::byte> bytes = byte_view(blocks, "load_blocks", slot);
+  without_gil([&] { model.weights().load_blocks(slot, ggml, bytes); });
+}
+
+/// The type of weights that keeps blocks of a ggml type.
+py::tuple type_of_blocks(const std::string& ggml_name) { return type_tuple(ggml_type(ggml_name).type); }
 
 py::array read(const Model& model, const std::string& name) {
   const std::vector<Weights::Slot>& slots = model.weights().slots();
   const auto slot = std::find_if(slots.begin(), slots.end(), [&](const Weights::Slot& s) { return s.name == name; });
   require(slot != slots.end(), ErrorKind::kCheckpoint, "read: there is no slot '", name, "' in this model");
-  const DType dtype = slot->is_matrix ? model.weights().dtype() : DType::kF32;
+  const DType dtype = slot->is_matrix && !slot->type.is_quantized() ? slot->type.dtype() : DType::kF32;
   py::array values = new_array(dtype, slot->shape, "read");
   void* data = values.mutable_data();
   const TensorView target = slot->shape.size() == 2 ? TensorView(data, dtype, {slot->shape[0], slot->shape[1]})
@@ -92,9 +164,16 @@ py::list logits(const Model& model, const py::object& sequences) {
   return result;
 }
 
-py::tuple score_tokens(const ModelPtr& model, const py::object& tokens, int64_t first) {
+py::tuple score_tokens(const ModelPtr& model, const py::object& tokens, int64_t first, const py::object& advance) {
   const std::vector<int32_t> ids = token_ids(tokens, "score", "tokens");
-  const std::vector<Score> scores = without_gil([&] { return score(model, ids, first); });
+  std::function<void(int64_t)> tell;
+  if (!advance.is_none()) {
+    tell = [&](int64_t scored) {
+      const py::gil_scoped_acquire acquire;
+      advance(scored);
+    };
+  }
+  const std::vector<Score> scores = without_gil([&] { return score(model, ids, first, tell); });
   const py::ssize_t count = static_cast<py::ssize_t>(scores.size());
   py::array_t<float> logprobs(count);
   py::array_t<bool> greedy(count);
@@ -128,20 +207,28 @@ py::list search(const ModelPtr& model, const py::object& prompt, int64_t beams, 
 
 void bind_model(py::module_& module) {
   py::class_<Model, ModelPtr>(module, "Model")
-      .def(py::init(&make_model), py::arg("backend"), py::arg("config"), py::arg("dtype"), py::arg("compute") = "auto")
+      .def(py::init(&make_model), py::arg("backend"), py::arg("config"), py::arg("types"),
+           py::arg("packed") = py::dict(), py::arg("compute") = "auto")
       .def_property_readonly("backend", &Model::shared_backend)
-      .def_property_readonly("dtype", [](const Model& m) { return std::string(name_of(m.weights().dtype())); })
+      .def_property_readonly("dtype",
+                             [](const Model& m) { return std::string(info_of(m.weights().type().encoding).name); })
       .def_property_readonly("nbytes", [](const Model& m) { return m.weights().nbytes(); })
       .def("slots", &slots)
+      .def("types", &types)
       .def("missing", [](const Model& m) { return m.weights().missing(); })
-      .def("load", &load, py::arg("slot"), py::arg("source"), py::arg("dtype"))
+      .def("load", &load, py::arg("slot"), py::arg("source"), py::arg("dtype"), py::arg("importance") = py::none())
+      .def("load_blocks", &load_blocks, py::arg("slot"), py::arg("blocks"), py::arg("ggml_type"))
+      .def("matrices", &matrix_names)
+      .def("packed", &packed, py::arg("name"))
       .def("read", &read, py::arg("slot"))
       .def("kv_nbytes", &kv_nbytes, py::arg("capacity"), py::arg("dtype"))
       .def("logits", &logits, py::arg("sequences"))
-      .def("score", &score_tokens, py::arg("tokens"), py::arg("first"))
+      .def("score", &score_tokens, py::arg("tokens"), py::arg("first"), py::arg("advance") = py::none())
       .def("beam_search", &search, py::arg("prompt"), py::kw_only(), py::arg("beams"), py::arg("returned"),
            py::arg("max_new_tokens"), py::arg("length_penalty"), py::arg("early_stopping"), py::arg("eos"),
            py::arg("kv_dtype"));
+
+  module.def("type_of_blocks", &type_of_blocks, py::arg("ggml_type"));
 }
 
 }  // namespace llama_ext

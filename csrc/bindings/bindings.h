@@ -7,8 +7,10 @@
 
 #include <atomic>
 #include <chrono>
+#include <cstddef>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -47,6 +49,8 @@ TensorView write_view(const py::handle& array, DType dtype, int rank, std::strin
 TensorView optional_view(const py::handle& array, int rank, std::string_view op, std::string_view what);
 /// A weight tensor of any floating dtype; `dtype` is what its bits mean (uint16 arrays: bfloat16).
 TensorView weight_view(const py::handle& array, std::string_view op, std::string_view what);
+/// The bytes of a C-contiguous array of uint8, any rank.
+std::span<const std::byte> byte_view(const py::handle& array, std::string_view op, std::string_view what);
 /// A list of token ids: a contiguous int32 array (T,).
 std::vector<int32_t> token_ids(const py::handle& array, std::string_view op, std::string_view what);
 std::vector<std::vector<int32_t>> token_id_lists(const py::handle& arrays, std::string_view op, std::string_view what);
@@ -110,7 +114,7 @@ class PythonInterrupts : public InterruptHandler {
   std::optional<py::error_already_set> raised_;
 };
 
-/// Returns work(), run without the GIL and interruptible. `work` must not touch Python objects.
+/// Returns work(), run without the GIL and interruptible. `work` acquires the GIL before it touches a Python object.
 template <typename Work>
 auto without_gil(Work&& work) {
   PythonInterrupts interrupts;

@@ -17,17 +17,17 @@ struct Unit {
   int64_t tokens;
 };
 
-/// Calls function(position, element of k, element of v) for every element of one head's rows [begin, begin + count).
-template <typename T, typename Function>
-void visit_head(const PanelKvCache& cache, int64_t layer, int64_t head, int64_t begin, int64_t count,
-                const Function& function) {
+/// Calls function(position, element of k, element of v) for every element of one head's rows [begin, begin + count), which
+/// may be written when the cache is not const.
+template <typename T, typename Cache, typename Function>
+void visit_head(Cache& cache, int64_t layer, int64_t head, int64_t begin, int64_t count, const Function& function) {
   const int64_t dim = cache.shape().head_dim;
-  T* keys = cache.keys<T>(layer, head);
-  T* values = cache.values<T>(layer, head);
+  auto* keys = cache.template keys<T>(layer, head);
+  auto* values = cache.template values<T>(layer, head);
   for (int64_t t = 0; t < count; ++t) {
     const int64_t position = begin + t;
-    T* key = keys + position / kPanel * kPanel * dim + position % kPanel;
-    T* value = values + position * kPanel;
+    auto* key = keys + position / kPanel * kPanel * dim + position % kPanel;
+    auto* value = values + position * kPanel;
     for (int64_t d = 0; d < dim; ++d) {
       function(t, d, key[d * kPanel], value[d / kPanel * cache.v_panel_stride() + d % kPanel]);
     }
@@ -47,7 +47,7 @@ std::unique_ptr<KvCache> CpuBackend::create_kv_cache(const KvCacheShape& shape) 
 }
 
 void CpuBackend::copy_kv_cache(KvCache& target, const KvCache& source, int64_t length) {
-  const PanelKvCache& to = panel_cache(target);
+  PanelKvCache& to = panel_cache(target);
   const PanelKvCache& from = panel_cache(source);
   const KvCacheShape& shape = from.shape();
   require(shape.layers == to.shape().layers && shape.kv_heads == to.shape().kv_heads &&
@@ -80,7 +80,7 @@ void CpuBackend::copy_kv_cache(KvCache& target, const KvCache& source, int64_t l
 
 void CpuBackend::kv_store(const KvStoreArgs& args) {
   check(args);
-  const PanelKvCache& cache = panel_cache(*args.cache);
+  PanelKvCache& cache = panel_cache(*args.cache);
   const int64_t dim = cache.shape().head_dim;
   parallel_for(threads_for(copy_microseconds(args.k)), cache.shape().kv_heads, [&](int64_t head, int) {
     const auto k_at = [&](int64_t t, int64_t d) { return args.k.row<float>(t)[head * dim + d]; };
@@ -112,7 +112,7 @@ void CpuBackend::kv_load(const KvLoadArgs& args) {
     };
     if (cache.shape().dtype == DType::kBF16) {
       visit_head<uint16_t>(cache, args.layer, head, args.position, args.k.rows(),
-                           [&](int64_t t, int64_t d, uint16_t& key, uint16_t& value) {
+                           [&](int64_t t, int64_t d, uint16_t key, uint16_t value) {
                              load(t, d, bf16_to_f32(key), bf16_to_f32(value));
                            });
     } else {
@@ -191,8 +191,8 @@ void CpuBackend::attention(const AttentionArgs& args) {
       limits[row] = first_position + row / group + 1;
     }
     for (int64_t row = 0; row < rows; row += kernels_.f32.tile_rows) {
-      kernels_.f32.pack(scaled + row * dim, dim, std::min(kernels_.f32.tile_rows, rows - row), dim, dim,
-                        packed + row * dim);
+      kernels_.f32.pack(
+          {scaled + row * dim, dim, std::min(kernels_.f32.tile_rows, rows - row), dim, dim, 0, packed + row * dim});
     }
 
     float* o = result(task / parts, part);

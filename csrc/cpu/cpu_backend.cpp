@@ -2,8 +2,8 @@
 #include "cpu/cpu_backend.h"
 
 #include <cstring>
+#include <utility>
 
-#include "core/half.h"
 #include "cpu/cpu_backend_internal.h"
 #include "cpu/isa.h"
 #include "cpu/thread_pool.h"
@@ -41,11 +41,15 @@ const PanelMatrix& panel_matrix(const Matrix& matrix) {
   return *panels;
 }
 
+PanelMatrix& panel_matrix(Matrix& matrix) { return const_cast<PanelMatrix&>(panel_matrix(std::as_const(matrix))); }
+
 const PanelKvCache& panel_cache(const KvCache& cache) {
   const auto* panels = dynamic_cast<const PanelKvCache*>(&cache);
   require(panels != nullptr, ErrorKind::kDevice, "this KV cache belongs to another device than the CPU");
   return *panels;
 }
+
+PanelKvCache& panel_cache(KvCache& cache) { return const_cast<PanelKvCache&>(panel_cache(std::as_const(cache))); }
 
 std::unique_ptr<Buffer> CpuBackend::allocate(size_t nbytes) { return std::make_unique<HostBuffer>(nbytes, "a buffer"); }
 
@@ -66,23 +70,8 @@ void CpuBackend::embedding(const EmbeddingArgs& args) {
   const PanelMatrix& table = panel_matrix(*args.table);
   const auto* ids = static_cast<const int32_t*>(args.ids.data());
   // Each element lies in a cache line of its own: slower than its size says.
-  for_each_row(args.ids.rows(), threads_for(8.0 * row_microseconds(args.y)), [&](int64_t t) {
-    const int64_t id = ids[t];
-    float* y = args.y.row<float>(t);
-    const int64_t lane = id % kPanel;
-    if (table.dtype() == DType::kBF16) {
-      const uint16_t* from = table.panel<uint16_t>(id / kPanel) + 2 * lane;
-      int64_t k = 0;
-      for (; k + 2 <= table.cols(); k += 2) {
-        y[k] = bf16_to_f32(from[k * kPanel]);
-        y[k + 1] = bf16_to_f32(from[k * kPanel + 1]);
-      }
-      if (k < table.cols()) y[k] = bf16_to_f32(from[k * kPanel]);
-    } else {
-      const float* from = table.panel<float>(id / kPanel) + lane;
-      for (int64_t k = 0; k < table.cols(); ++k) y[k] = from[k * kPanel];
-    }
-  });
+  for_each_row(args.ids.rows(), threads_for(8.0 * row_microseconds(args.y)),
+               [&](int64_t t) { load_row(table, ids[t], args.y.row<float>(t)); });
 }
 
 void CpuBackend::rms_norm(const RmsNormArgs& args) {

@@ -21,8 +21,17 @@ class CpuBackend final : public Backend {
   void copy_to_host(void* host, const void* device, size_t nbytes) override;
   void synchronize() override {}
 
-  std::unique_ptr<Matrix> create_matrix(int64_t rows, int64_t cols, DType dtype) override;
-  void write_rows(Matrix& matrix, const RowMap& map, const TensorView& source) override;
+  std::unique_ptr<Matrix> create_matrix(int64_t rows, int64_t cols, WeightType type) override;
+  std::unique_ptr<Matrix> adopt_matrix(int64_t rows, int64_t cols, WeightType type, std::span<const std::byte> packed,
+                                       std::shared_ptr<const void> owner) override;
+  std::span<const std::byte> packed_bytes(const Matrix& matrix) const override;
+  std::string matrix_layout() const override { return kPanelLayout; }
+  int64_t matrix_nbytes(int64_t rows, int64_t cols, WeightType type) const override {
+    return PanelMatrix::nbytes_for(rows, cols, type);
+  }
+  void write_rows(Matrix& matrix, const RowMap& map, const TensorView& source, const TensorView& importance) override;
+  void write_blocks(Matrix& matrix, const RowMap& map, const GgmlType& ggml, int64_t rows,
+                    std::span<const std::byte> blocks) override;
   void read_rows(const Matrix& matrix, const RowMap& map, const TensorView& target) override;
 
   std::unique_ptr<KvCache> create_kv_cache(const KvCacheShape& shape) override;
@@ -53,6 +62,7 @@ class CpuBackend final : public Backend {
   };
   void multiply(const Product& product);
   void multiply_rows(const Product& product, int64_t begin, int64_t count);
+  const GemmKernel& kernel_for(const WeightType& type, Compute compute) const;
   /// How many threads are worth waking for work that takes one of them about `microseconds`.
   int threads_for(double microseconds) const { return microseconds < 10.0 ? 1 : threads_; }
 
@@ -62,6 +72,10 @@ class CpuBackend final : public Backend {
 
 /// The backend's own matrix; throws LlamaExtError for one of another backend.
 const PanelMatrix& panel_matrix(const Matrix& matrix);
+PanelMatrix& panel_matrix(Matrix& matrix);
+/// One row of any type as float32. out: (K).
+void load_row(const PanelMatrix& matrix, int64_t row, float* out);
 const PanelKvCache& panel_cache(const KvCache& cache);
+PanelKvCache& panel_cache(KvCache& cache);
 
 }  // namespace llama_ext

@@ -20,6 +20,20 @@ constexpr int64_t kTasksPerThread = 2;
 
 }  // namespace
 
+const GemmKernel& CpuBackend::kernel_for(const WeightType& type, Compute compute) const {
+  const bool is_exact = compute == Compute::kExact;
+  switch (type.encoding) {
+    case Encoding::kF32:
+      return kernels_.f32;
+    case Encoding::kF16:
+      return kernels_.f16;
+    case Encoding::kBF16:
+      return is_exact ? kernels_.bf16_exact : kernels_.bf16;
+    default:
+      return (is_exact ? kernels_.codes_exact : kernels_.codes)[code_index(type.encoding)];
+  }
+}
+
 void CpuBackend::multiply(const Product& product) {
   for (int64_t row = 0; row < product.x.rows(); row += kPackedRows) {
     multiply_rows(product, row, std::min(kPackedRows, product.x.rows() - row));
@@ -28,18 +42,15 @@ void CpuBackend::multiply(const Product& product) {
 
 void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t count) {
   const PanelMatrix& weight = *product.weight;
-  const bool is_f32 = weight.dtype() == DType::kF32;
-  const GemmKernel& kernel = is_f32                               ? kernels_.f32
-                             : product.compute == Compute::kExact ? kernels_.bf16_exact
-                                                                  : kernels_.bf16;
+  const GemmKernel& kernel = kernel_for(weight.type(), product.compute);
+  const int64_t group = weight.type().group;
   const int64_t k = weight.cols();
   const int64_t k_padded = weight.k_padded();
-  const int64_t element = static_cast<int64_t>(size_of(weight.dtype()));
   const int64_t panels = weight.panels();
 
   // A microsecond of one thread: about 15 KB of weights read, or 50,000 multiply-adds.
-  const double reading = static_cast<double>(panels * weight.panel_size() * element) / 15e3;
-  const double computing = static_cast<double>(count) * static_cast<double>(panels * weight.panel_size()) / 50e3;
+  const double reading = static_cast<double>(weight.nbytes()) / 15e3;
+  const double computing = static_cast<double>(count) * static_cast<double>(panels * kPanel * k_padded) / 50e3;
   const int threads = threads_for(std::max(reading, computing));
 
   // Few rows: one block of k, so that a panel is read in one go.
@@ -56,7 +67,7 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
   const int64_t block_rows = block_tiles * kernel.tile_rows;
   const int64_t row_blocks = ceil_div(tiles, block_tiles);
 
-  const int64_t packed_bytes = round_up(count * k_padded * kernel.element_size, 64);
+  const int64_t packed_bytes = round_up(count * kernel.packed_bytes(k_padded, group), 64);
   const int64_t sums = std::min(count, block_rows) * kPanel;
   auto* packed = static_cast<char*>(thread_scratch(
       Scratch::kProduct,
@@ -66,14 +77,14 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
   // Block after block of k, and in each the tiles of all rows.
   const auto packed_at = [&](int64_t row, int64_t k0) {
     const int64_t depth = std::min(k_block, k_padded - k0);
-    return packed + (count * k0 + row * depth) * kernel.element_size;
+    return packed + count * kernel.packed_bytes(k0, group) + row * kernel.packed_bytes(depth, group);
   };
   parallel_for(tiles > 1 ? threads : 1, tiles, [&](int64_t tile, int) {
     const int64_t row = tile * kernel.tile_rows;
     for (int64_t k0 = 0; k0 < k_padded; k0 += k_block) {
-      kernel.pack(product.x.row<float>(begin + row) + k0, product.x.row_stride(),
-                  std::min(kernel.tile_rows, count - row), std::min(k_block, k - k0), std::min(k_block, k_padded - k0),
-                  packed_at(row, k0));
+      kernel.pack({product.x.row<float>(begin + row) + k0, product.x.row_stride(),
+                   std::min(kernel.tile_rows, count - row), std::min(k_block, k - k0), std::min(k_block, k_padded - k0),
+                   group, packed_at(row, k0)});
     }
   });
 
@@ -92,10 +103,12 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
         // What is read next: the same k of the next panel, or the next k of the first one.
         const bool is_last = panel + 1 == last;
         const bool has_next = tiles > 1 && (!is_last || k0 + depth < k_padded);
-        const void* next = is_last ? weight.panel_at(first, k0 + depth) : weight.panel_at(panel + 1, k0);
+        const void* next = !has_next ? nullptr
+                           : is_last ? weight.panel_at(first, k0 + depth)
+                                     : weight.panel_at(panel + 1, k0);
         float* panel_sums = c + (panel - first) * sums;
-        kernel.panel({rows, depth, packed_at(row, k0), weight.panel_at(panel, k0), panel_sums, kPanel, k0 > 0,
-                      has_next ? next : nullptr, depth * kPanel * element});
+        kernel.panel({rows, depth, group, packed_at(row, k0), weight.panel_at(panel, k0), panel_sums, kPanel, k0 > 0,
+                      next, weight.bytes_of(depth)});
         if (k0 + depth < k_padded) continue;
         kernels_.epilogue({product.epilogue, product.bias == nullptr ? nullptr : product.bias + panel * kPanel,
                            product.y.row<float>(begin + row) + panel * width, product.y.row_stride(),
@@ -115,17 +128,23 @@ void CpuBackend::matmul(const MatmulArgs& args) {
 
 void CpuBackend::feed_forward(const FeedForwardArgs& args) {
   check(args);
-  const PanelMatrix& gate_up = panel_matrix(*args.gate_up);
   const PanelMatrix& down = panel_matrix(*args.down);
   const int64_t width = down.cols();
+  const auto bias = [](const TensorView& view) { return view ? view.f32() : nullptr; };
   for (int64_t row = 0; row < args.x.rows(); row += kPackedRows) {
     const int64_t rows = std::min(kPackedRows, args.x.rows() - row);
+    const TensorView x = args.x.slice_rows(row, rows);
     void* memory = thread_scratch(Scratch::kActivation, static_cast<size_t>(rows * width) * sizeof(float));
     const TensorView activation(memory, DType::kF32, {rows, width});
-    multiply({args.x.slice_rows(row, rows), &gate_up, args.gate_up_bias ? args.gate_up_bias.f32() : nullptr,
-              EpilogueKind::kSwiGlu, activation, args.compute});
-    multiply({activation, &down, args.down_bias ? args.down_bias.f32() : nullptr,
-              args.accumulate ? EpilogueKind::kAdd : EpilogueKind::kStore, args.y.slice_rows(row, rows), args.compute});
+    if (args.gate_up != nullptr) {
+      multiply(
+          {x, &panel_matrix(*args.gate_up), bias(args.gate_up_bias), EpilogueKind::kSwiGlu, activation, args.compute});
+    } else {
+      multiply({x, &panel_matrix(*args.gate), bias(args.gate_bias), EpilogueKind::kStore, activation, args.compute});
+      multiply({x, &panel_matrix(*args.up), bias(args.up_bias), EpilogueKind::kSiluGate, activation, args.compute});
+    }
+    multiply({activation, &down, bias(args.down_bias), args.accumulate ? EpilogueKind::kAdd : EpilogueKind::kStore,
+              args.y.slice_rows(row, rows), args.compute});
   }
 }
 

@@ -1,7 +1,12 @@
 // Weights in and out of their panels.
+#include <algorithm>
+#include <utility>
+#include <vector>
+
 #include "core/half.h"
 #include "cpu/cpu_backend_internal.h"
 #include "cpu/thread_pool.h"
+#include "ops/argument_checks.h"
 
 namespace llama_ext {
 namespace {
@@ -18,28 +23,32 @@ struct Source<DType::kF32> {
   using Element = float;
   static float widen(float x) { return x; }
   static uint16_t to_bf16(float x) { return f32_to_bf16(x); }
+  static uint16_t to_f16(float x) { return f32_to_f16(x); }
 };
 template <>
 struct Source<DType::kBF16> {
   using Element = uint16_t;
   static float widen(uint16_t x) { return bf16_to_f32(x); }
   static uint16_t to_bf16(uint16_t x) { return x; }
+  static uint16_t to_f16(uint16_t x) { return f32_to_f16(bf16_to_f32(x)); }
 };
 template <>
 struct Source<DType::kF16> {
   using Element = uint16_t;
   static float widen(uint16_t x) { return f16_to_f32(x); }
   static uint16_t to_bf16(uint16_t x) { return f32_to_bf16(f16_to_f32(x)); }
+  static uint16_t to_f16(uint16_t x) { return x; }
 };
 template <>
 struct Source<DType::kF64> {
   using Element = double;
   static float widen(double x) { return static_cast<float>(x); }
   static uint16_t to_bf16(double x) { return f64_to_bf16(x); }
+  static uint16_t to_f16(double x) { return f64_to_f16(x); }
 };
 
 template <DType kFrom>
-void pack_rows(const PanelMatrix& matrix, const RowMap& map, const TensorView& source, int64_t begin, int64_t end) {
+void pack_rows(PanelMatrix& matrix, const RowMap& map, const TensorView& source, int64_t begin, int64_t end) {
   using Element = typename Source<kFrom>::Element;
   const int64_t cols = matrix.cols();
   for (int64_t k0 = 0; k0 < cols; k0 += kBlock) {
@@ -47,7 +56,7 @@ void pack_rows(const PanelMatrix& matrix, const RowMap& map, const TensorView& s
     for (int64_t i = begin; i < end; ++i) {
       const Element* from = source.row<const Element>(i);
       const int64_t row = map(i);
-      if (matrix.dtype() == DType::kBF16) {
+      if (matrix.type().encoding == Encoding::kBF16) {
         uint16_t* to = matrix.panel<uint16_t>(row / kPanel) + row % kPanel * 2 + k0 * kPanel;
         int64_t k = k0;
         for (; k + 2 <= k_end; k += 2, to += 2 * kPanel) {
@@ -55,6 +64,9 @@ void pack_rows(const PanelMatrix& matrix, const RowMap& map, const TensorView& s
           to[1] = Source<kFrom>::to_bf16(from[k + 1]);
         }
         if (k < k_end) to[0] = Source<kFrom>::to_bf16(from[k]);
+      } else if (matrix.type().encoding == Encoding::kF16) {
+        uint16_t* to = matrix.panel<uint16_t>(row / kPanel) + row % kPanel;
+        for (int64_t k = k0; k < k_end; ++k) to[k * kPanel] = Source<kFrom>::to_f16(from[k]);
       } else {
         float* to = matrix.panel<float>(row / kPanel) + row % kPanel;
         for (int64_t k = k0; k < k_end; ++k) to[k * kPanel] = Source<kFrom>::widen(from[k]);
@@ -63,71 +75,161 @@ void pack_rows(const PanelMatrix& matrix, const RowMap& map, const TensorView& s
   }
 }
 
-void check_rows(const Matrix& matrix, const RowMap& map, const TensorView& rows, const char* what) {
-  require_shape(rows, {-1, matrix.cols()}, "matrix", what);
-  require(rows.is_contiguous(), ErrorKind::kShape, "matrix: ", what, " must be contiguous");
-  if (rows.rows() == 0) return;
-  const int64_t last = map(rows.rows() - 1);
-  require(map.begin >= 0 && last >= 0 && last < matrix.rows(), ErrorKind::kShape, "matrix: ", what, " has ",
-          rows.rows(), " rows, the last of which would be row ", last, " of ", matrix.rows());
+template <DType kFrom>
+void quantize_rows(PanelMatrix& matrix, const RowMap& map, const TensorView& source, const float* importance,
+                   int64_t begin, int64_t end) {
+  using Element = typename Source<kFrom>::Element;
+  std::vector<float> widened(static_cast<size_t>(matrix.cols()));
+  QuantizedRow row;
+  for (int64_t i = begin; i < end; ++i) {
+    const Element* from = source.row<const Element>(i);
+    for (size_t k = 0; k < widened.size(); ++k) widened[k] = Source<kFrom>::widen(from[k]);
+    quantize_row(matrix.type(), widened.data(), matrix.cols(), importance, row);
+    matrix.store_row(map(i), row);
+  }
 }
 
-double copy_microseconds(const TensorView& view) { return static_cast<double>(view.size()) / 500.0; }
-
-}  // namespace
-
-std::unique_ptr<Matrix> CpuBackend::create_matrix(int64_t rows, int64_t cols, DType dtype) {
-  require(rows >= 0 && cols >= 0, ErrorKind::kShape, "matrix: rows and columns must not be negative, got ",
-          shape_text({rows, cols}));
-  require(dtype == DType::kF32 || dtype == DType::kBF16, ErrorKind::kDType,
-          "matrix: weights are kept as float32 or bfloat16, got ", name_of(dtype));
-  return std::make_unique<PanelMatrix>(rows, cols, dtype);
-}
-
-void CpuBackend::write_rows(Matrix& matrix, const RowMap& map, const TensorView& source) {
-  const PanelMatrix& panels = panel_matrix(matrix);
-  check_rows(matrix, map, source, "source");
-  auto pack = pack_rows<DType::kF32>;
-  switch (source.dtype()) {
+/// Calls visit.template operator()<the dtype>().
+template <typename Visit>
+void visit_dtype(DType dtype, const Visit& visit) {
+  switch (dtype) {
     case DType::kF32:
-      break;
+      return visit.template operator()<DType::kF32>();
     case DType::kBF16:
-      pack = pack_rows<DType::kBF16>;
-      break;
+      return visit.template operator()<DType::kBF16>();
     case DType::kF16:
-      pack = pack_rows<DType::kF16>;
-      break;
+      return visit.template operator()<DType::kF16>();
     case DType::kF64:
-      pack = pack_rows<DType::kF64>;
-      break;
+      return visit.template operator()<DType::kF64>();
     case DType::kI32:
       fail(ErrorKind::kDType, "matrix: source must be float32, float16, bfloat16 or float64, got int32");
   }
+}
+
+void check_map(const Matrix& matrix, const RowMap& map, int64_t rows, const char* what) {
+  if (rows == 0) return;
+  const int64_t last = map(rows - 1);
+  require(map.begin >= 0 && last >= 0 && last < matrix.rows(), ErrorKind::kShape, "matrix: ", what, " has ", rows,
+          " rows, the last of which would be row ", last, " of ", matrix.rows());
+}
+
+void check_rows(const Matrix& matrix, const RowMap& map, const TensorView& rows, const char* what) {
+  require_shape(rows, {-1, matrix.cols()}, "matrix", what);
+  require(rows.is_contiguous(), ErrorKind::kShape, "matrix: ", what, " must be contiguous");
+  check_map(matrix, map, rows.rows(), what);
+}
+
+// What one thread moves in a microsecond, roughly, in weights.
+constexpr double kCopied = 500.0;
+constexpr double kRounded = 30.0;
+
+}  // namespace
+
+std::unique_ptr<Matrix> CpuBackend::create_matrix(int64_t rows, int64_t cols, WeightType type) {
+  require(rows >= 0 && cols >= 0, ErrorKind::kShape, "matrix: rows and columns must not be negative, got ",
+          shape_text({rows, cols}));
+  return std::make_unique<PanelMatrix>(rows, cols, type);
+}
+
+std::unique_ptr<Matrix> CpuBackend::adopt_matrix(int64_t rows, int64_t cols, WeightType type,
+                                                 std::span<const std::byte> packed, std::shared_ptr<const void> owner) {
+  return std::make_unique<PanelMatrix>(rows, cols, type, packed, std::move(owner));
+}
+
+std::span<const std::byte> CpuBackend::packed_bytes(const Matrix& matrix) const { return panel_matrix(matrix).bytes(); }
+
+void CpuBackend::write_rows(Matrix& matrix, const RowMap& map, const TensorView& source, const TensorView& importance) {
+  PanelMatrix& panels = panel_matrix(matrix);
+  check_rows(matrix, map, source, "source");
+  if (importance) require_tensor(importance, DType::kF32, {matrix.cols()}, Rows::kContiguous, "matrix", "importance");
+  const bool quantizes = matrix.type().is_quantized();
   const int64_t rows = source.rows();
-  parallel_for(threads_for(copy_microseconds(source)), ceil_div(rows, kRowsPerTask), [&](int64_t task, int) {
-    const int64_t begin = task * kRowsPerTask;
-    pack(panels, map, source, begin, begin + kRowsPerTask < rows ? begin + kRowsPerTask : rows);
+  visit_dtype(source.dtype(), [&]<DType kFrom>() {
+    const double microseconds = static_cast<double>(source.size()) / (quantizes ? kRounded : kCopied);
+    parallel_for(threads_for(microseconds), ceil_div(rows, kRowsPerTask), [&](int64_t task, int) {
+      const int64_t begin = task * kRowsPerTask;
+      const int64_t end = std::min(begin + kRowsPerTask, rows);
+      if (quantizes) {
+        quantize_rows<kFrom>(panels, map, source, importance ? importance.f32() : nullptr, begin, end);
+      } else {
+        pack_rows<kFrom>(panels, map, source, begin, end);
+      }
+    });
   });
+}
+
+void CpuBackend::write_blocks(Matrix& matrix, const RowMap& map, const GgmlType& ggml, int64_t rows,
+                              std::span<const std::byte> blocks) {
+  PanelMatrix& panels = panel_matrix(matrix);
+  require(matrix.type() == ggml.type, ErrorKind::kDType, "matrix: ", ggml.name, " blocks are kept as ",
+          ggml.type.text(), ", and this matrix as ", matrix.type().text());
+  check_map(matrix, map, rows, "source");
+  const int64_t row_bytes = ggml_row_bytes(ggml, matrix.cols());
+  require(static_cast<int64_t>(blocks.size()) == rows * row_bytes, ErrorKind::kShape, "matrix: ", rows, " rows of ",
+          ggml.name, " blocks with ", matrix.cols(), " weights each take ", rows * row_bytes, " bytes, got ",
+          blocks.size());
+  const auto* bytes = reinterpret_cast<const uint8_t*>(blocks.data());
+  const double microseconds = static_cast<double>(rows * matrix.cols()) / kRounded;
+  parallel_for(threads_for(microseconds), ceil_div(rows, kRowsPerTask), [&](int64_t task, int) {
+    QuantizedRow row;
+    const int64_t begin = task * kRowsPerTask;
+    for (int64_t i = begin; i < std::min(begin + kRowsPerTask, rows); ++i) {
+      decode_ggml_row(ggml, bytes + i * row_bytes, matrix.cols(), row);
+      panels.store_row(map(i), row);
+    }
+  });
+}
+
+void load_row(const PanelMatrix& matrix, int64_t row, float* out) {
+  if (matrix.type().is_quantized()) {
+    QuantizedRow codes;
+    matrix.load_row(row, codes);
+    std::vector<double> exact(static_cast<size_t>(matrix.cols()));
+    dequantize_row(matrix.type(), codes, matrix.cols(), exact.data());
+    for (size_t k = 0; k < exact.size(); ++k) out[k] = static_cast<float>(exact[k]);
+    return;
+  }
+  const int64_t panel = row / kPanel;
+  const int64_t lane = row % kPanel;
+  switch (matrix.type().dtype()) {
+    case DType::kBF16: {
+      const uint16_t* from = matrix.panel<uint16_t>(panel) + 2 * lane;
+      int64_t k = 0;
+      for (; k + 2 <= matrix.cols(); k += 2) {
+        out[k] = bf16_to_f32(from[k * kPanel]);
+        out[k + 1] = bf16_to_f32(from[k * kPanel + 1]);
+      }
+      if (k < matrix.cols()) out[k] = bf16_to_f32(from[k * kPanel]);
+      return;
+    }
+    case DType::kF16: {
+      const uint16_t* from = matrix.panel<uint16_t>(panel) + lane;
+      for (int64_t k = 0; k < matrix.cols(); ++k) out[k] = f16_to_f32(from[k * kPanel]);
+      return;
+    }
+    default: {
+      const float* from = matrix.panel<float>(panel) + lane;
+      for (int64_t k = 0; k < matrix.cols(); ++k) out[k] = from[k * kPanel];
+    }
+  }
 }
 
 void CpuBackend::read_rows(const Matrix& matrix, const RowMap& map, const TensorView& target) {
   const PanelMatrix& panels = panel_matrix(matrix);
   check_rows(matrix, map, target, "target");
-  require(target.dtype() == DType::kF32 || target.dtype() == matrix.dtype(), ErrorKind::kDType,
-          "matrix: target must be float32 or ", name_of(matrix.dtype()), ", got ", name_of(target.dtype()));
-  const bool is_bf16 = matrix.dtype() == DType::kBF16;
-  const bool widens = is_bf16 && target.dtype() == DType::kF32;
-  parallel_for(threads_for(copy_microseconds(target)), target.rows(), [&](int64_t i, int) {
+  const bool widens = target.dtype() == DType::kF32;
+  require(widens || (!matrix.type().is_quantized() && target.dtype() == matrix.type().dtype()), ErrorKind::kDType,
+          "matrix: target must be float32 or, where the weights have one, their own dtype; they are ",
+          matrix.type().text(), ", got ", name_of(target.dtype()));
+  const double microseconds = static_cast<double>(target.size()) / (matrix.type().is_quantized() ? kRounded : kCopied);
+  parallel_for(threads_for(microseconds), target.rows(), [&](int64_t i, int) {
     const int64_t row = map(i);
+    if (widens) {
+      load_row(panels, row, target.row<float>(i));
+      return;
+    }
     for (int64_t k = 0; k < matrix.cols(); ++k) {
-      const int64_t offset = panels.offset_in_panel(row, k);
-      if (!is_bf16) {
-        target.row<float>(i)[k] = panels.panel<float>(row / kPanel)[offset];
-      } else if (widens) {
-        target.row<float>(i)[k] = bf16_to_f32(panels.panel<uint16_t>(row / kPanel)[offset]);
-      } else {
-        target.row<uint16_t>(i)[k] = panels.panel<uint16_t>(row / kPanel)[offset];
-      }
+      target.row<uint16_t>(i)[k] = panels.panel<uint16_t>(row / kPanel)[panels.offset_in_panel(row, k)];
     }
   });
 }

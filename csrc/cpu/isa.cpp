@@ -97,8 +97,9 @@ std::array<Tier, 5> tiers() {
   const Features& f = features();
   const bool v2 = f.sse42 && f.popcnt;
   const bool v3 = v2 && f.avx2 && f.fma && f.f16c && f.v3_rest;
-  const bool v4 = v3 && f.avx512;
-  const bool bf16 = v4 && f.avx512_bf16 && f.avx512_vnni;
+  // VPDPBUSD came a generation before the CPUs that AVX-512 is worth using on.
+  const bool v4 = v3 && f.avx512 && f.avx512_vnni;
+  const bool bf16 = v4 && f.avx512_bf16;
   // VBMI2 came with Ice Lake and Zen 4.
   const bool fast512 = v4 && f.avx512_vbmi2;
   return {{{&kTable_x86_64_v2, v2, v2},

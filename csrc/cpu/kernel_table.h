@@ -12,11 +12,47 @@ inline constexpr int64_t kPanel = 32;
 /// Keys of an attention tile; tiles start at absolute multiples.
 inline constexpr int64_t kKeyTile = 128;
 
+/// Codes are packed by strips of 32 k; activations are rounded to int8 with one scale for 128 k of a row.
+inline constexpr int64_t kStrip = 32;
+inline constexpr int64_t kActivationBlock = 128;
+
+/// How a panel of quantised weights lies in memory: units of k, one after another, each
+///   one float16 per column: scale (with superblocks: d), then, with has_min, another: min (d_min)
+///   with superblocks, for each group one byte per column: s, then, with has_min, m
+///   the unit's strips of 32 k: for pairs of four k [4][32 columns][4] nibbles, the first four k in the low ones (8 bits: for
+///   four k [8][32][4] bytes); then, with 5 bits, [32][4] bytes whose bit i is the fifth of the i-th four k; with 6 bits,
+///   [2][32][4] bytes of such pairs of bits.
+struct CodeFormat {
+  int bits;
+  int zero;
+  bool has_min;
+  bool has_superblocks;
+  int group;  // 0: the matrix says
+
+  constexpr int64_t strip_bytes() const { return 4 * kStrip * bits; }
+  constexpr int64_t unit(int64_t matrix_group) const { return has_superblocks ? 256 : matrix_group; }
+  constexpr int64_t halves_bytes() const { return 2 * kPanel * (has_min ? 2 : 1); }
+  constexpr int64_t sub_bytes() const { return has_superblocks ? kPanel * (256 / group) : 0; }
+  constexpr int64_t header_bytes() const { return halves_bytes() + sub_bytes() * (has_min ? 2 : 1); }
+  constexpr int64_t unit_bytes(int64_t matrix_group) const {
+    return header_bytes() + unit(matrix_group) / kStrip * strip_bytes();
+  }
+};
+
+/// In the order of Encoding (quant/weight_type.h), from int8 on.
+inline constexpr int kCodeFormatCount = 9;
+inline constexpr CodeFormat kCodeFormats[kCodeFormatCount] = {
+    {8, 128, false, false, 0}, {8, 0, true, false, 0},  {5, 16, false, false, 0},
+    {5, 0, true, false, 0},    {4, 8, false, false, 0}, {4, 0, true, false, 0},
+    {4, 0, true, true, 32},    {5, 0, true, true, 32},  {6, 32, false, true, 16},
+};
+
 /// Some rows of packed activations against a block of one panel:
 /// c[r][0..32) (+)= sum over k in [0, depth) of x[r][k] * panel[k][0..32)
 struct PanelProduct {
   int64_t rows;
-  int64_t depth;  // even for bf16, a multiple of 32 for AMX
+  int64_t depth;  // even for bf16, a multiple of 32 for AMX, of the unit for codes
+  int64_t group;  // of quantised weights: k that share a scale
   const void* a;  // the block's tiles, one after another (GemmKernel::pack)
   const void* b;  // the block's first row of the panel
   float* c;
@@ -26,23 +62,35 @@ struct PanelProduct {
   int64_t next_bytes;
 };
 
+/// Rows of activations to pack into one tile.
+struct PackJob {
+  const float* x;  // each row `stride` floats apart
+  int64_t stride;
+  int64_t rows;   // <= tile_rows
+  int64_t k;      // columns
+  int64_t depth;  // with zeros up to here
+  int64_t group;  // as in PanelProduct
+  void* tile;
+};
+
 /// One way to multiply activations by panels of weights. For each block of k, activations are packed by `pack` into tiles of
 /// `tile_rows` rows (the last may be smaller) that follow each other, so that a pass over the rows is one stream.
 struct GemmKernel {
   int64_t tile_rows;
-  int64_t element_size;  // of packed activations, bytes
   // Blocking, for many rows: the activations' block of k (rows x k_block) and the sums of a group of panels share the L2 cache.
   int64_t k_block;
   int64_t group_panels;
 
-  /// rows <= tile_rows rows of x, each `stride` floats apart, k columns, zeros up to `depth`, into one tile.
-  void (*pack)(const float* x, int64_t stride, int64_t rows, int64_t k, int64_t depth, void* tile);
+  /// Bytes that `depth` columns of one row take in a tile.
+  int64_t (*packed_bytes)(int64_t depth, int64_t group);
+  void (*pack)(const PackJob& job);
   void (*panel)(const PanelProduct& product);
 };
 
-enum class EpilogueKind : uint8_t { kStore, kAdd, kSwiGlu };
+enum class EpilogueKind : uint8_t { kStore, kAdd, kSiluGate, kSwiGlu };
 
-/// What becomes of a finished block of 32 columns: y = c + bias, y += c + bias, or y = silu(c[0..16) + b) * (c[16..32) + b).
+/// What becomes of a finished block of 32 columns: y = c + bias, y += c + bias, y = silu(y) * (c + bias), or
+/// y = silu(c[0..16) + b) * (c[16..32) + b).
 struct Epilogue {
   EpilogueKind kind;
   const float* bias;  // of this panel, or nullptr
@@ -78,9 +126,13 @@ constexpr int64_t attention_scratch(int64_t rows, int64_t head_dim) {
 struct KernelTable {
   const char* name;
   GemmKernel f32;
-  GemmKernel bf16_exact;  // bf16 weights widened, f32 products
-  GemmKernel bf16;        // the fastest for bf16 weights: may round activations to bf16
-  const char* bf16_note;  // how `bf16` multiplies, for info()
+  GemmKernel bf16_exact;                     // bf16 weights widened, f32 products
+  GemmKernel bf16;                           // the fastest for bf16 weights: may round activations to bf16
+  GemmKernel f16;                            // f16 weights widened, f32 products
+  GemmKernel codes[kCodeFormatCount];        // the fastest for quantised weights: may round activations to int8
+  GemmKernel codes_exact[kCodeFormatCount];  // quantised weights widened, f32 products
+  const char* bf16_note;                     // how `bf16` multiplies, for info()
+  const char* codes_note;                    // how `codes` multiply
 
   void (*epilogue)(const Epilogue& epilogue, int64_t rows, const float* c, int64_t ldc);
   void (*attention)(const AttentionJob& job);

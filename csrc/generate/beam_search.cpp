@@ -7,7 +7,7 @@
 
 #include "core/interrupt.h"
 #include "generate/eos.h"
-#include "generate/log_softmax.h"
+#include "ops/log_sum_exp.h"
 
 namespace llama_ext {
 namespace {
@@ -103,7 +103,8 @@ class BeamSearch {
     for (size_t b = 0; b < beams.size(); ++b) {
       throw_if_interrupted();
       const float* logits = logits_.data() + b * static_cast<size_t>(vocabulary);
-      const double base = beams[b].logprob - log_sum_exp(logits, vocabulary);
+      const float largest = *std::max_element(logits, logits + vocabulary);
+      const double base = beams[b].logprob - log_sum_exp(logits, vocabulary, largest);
       for (int32_t token = 0; token < vocabulary; ++token) {
         const Candidate candidate{.logprob = base + static_cast<double>(logits[token]), .beam = b, .token = token};
         if (heap.size() == candidates_kept_) {

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "generate/log_softmax.h"
+#include "ops/log_sum_exp.h"
 
 namespace llama_ext {
 namespace {
@@ -17,13 +17,14 @@ constexpr int64_t kGroupRows = 4 * kPassRows;
 
 Score score_of(const float* logits, int64_t vocabulary, int32_t token) {
   const float* best = std::max_element(logits, logits + vocabulary);
-  return {.logprob = static_cast<float>(static_cast<double>(logits[token]) - log_sum_exp(logits, vocabulary)),
+  return {.logprob = static_cast<float>(static_cast<double>(logits[token]) - log_sum_exp(logits, vocabulary, *best)),
           .is_greedy = best - logits == token};
 }
 
 }  // namespace
 
-std::vector<Score> score(const std::shared_ptr<const Model>& model, const std::vector<int32_t>& tokens, int64_t first) {
+std::vector<Score> score(const std::shared_ptr<const Model>& model, const std::vector<int32_t>& tokens, int64_t first,
+                         const std::function<void(int64_t)>& advance) {
   const int64_t count = static_cast<int64_t>(tokens.size());
   const int64_t vocabulary = model->config().vocabulary;
   require(first >= 1 && first <= count, ErrorKind::kOption, "score: first must be in [1, ", count,
@@ -48,6 +49,7 @@ std::vector<Score> score(const std::shared_ptr<const Model>& model, const std::v
           score_of(logits.data() + i * vocabulary, vocabulary, tokens[static_cast<size_t>(position + i + 1)]));
     }
     position += ran;
+    if (advance) advance(ran);
   }
   return scores;
 }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -14,8 +15,10 @@ struct Score {
 };
 
 /// The score of tokens[i] for each i in [first, count), in one pass over the sequence; 1 <= first <= count <= context.
-/// Logits are made and consumed in chunks: memory does not grow with count x V. Throws as forward() does.
-std::vector<Score> score(const std::shared_ptr<const Model>& model, const std::vector<int32_t>& tokens, int64_t first);
+/// Logits are made and consumed in chunks: memory does not grow with count x V. Throws as forward() does, or what
+/// `advance` throws: if there is one, it is told after each chunk how many tokens that scored.
+std::vector<Score> score(const std::shared_ptr<const Model>& model, const std::vector<int32_t>& tokens, int64_t first,
+                         const std::function<void(int64_t)>& advance = nullptr);
 
 /// Logits of every token of several sequences; each starts at position 0 and has at most `context` tokens, or none.
 /// logits: host memory, (all tokens, V) f32 row-major, the sequences' rows in order. Throws as forward() does.

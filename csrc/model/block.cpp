@@ -57,6 +57,10 @@ void feed_forward(const Model& model, const BlockWeights& weights, const TensorV
   args.x = x;
   args.gate_up = weights.gate_up.weight.get();
   args.gate_up_bias = weights.gate_up.bias;
+  args.gate = weights.gate.weight.get();
+  args.gate_bias = weights.gate.bias;
+  args.up = weights.up.weight.get();
+  args.up_bias = weights.up.bias;
   args.down = weights.down.weight.get();
   args.down_bias = weights.down.bias;
   args.y = y;
@@ -75,7 +79,11 @@ void block(const Model& model, int64_t layer, const Pass& pass) {
   const BlockWeights& weights = model.weights().block(layer);
 
   normalize(model, pass.x, weights.attention_norm, pass.normed);
-  project(model, pass.normed, weights.qkv, pass.qkv, /*accumulate=*/false);
+  for (const Projection& part : weights.qkv) {
+    const TensorView y(pass.qkv.f32() + part.begin, DType::kF32, {pass.qkv.rows(), part.linear.weight->rows()},
+                       pass.qkv.row_stride());
+    project(model, pass.normed, part.linear, y, /*accumulate=*/false);
+  }
   attend(model, layer, pass);
   project(model, pass.attended, weights.o, pass.x, /*accumulate=*/true);
 

@@ -295,12 +295,13 @@ std::shared_ptr<Backend> checked_backend(std::shared_ptr<Backend> backend, const
 
 }  // namespace
 
-Model::Model(std::shared_ptr<Backend> backend, const ModelConfig& config, DType dtype, Compute compute)
+Model::Model(std::shared_ptr<Backend> backend, const ModelConfig& config, const WeightPlan& plan,
+             const PackedWeights& packed, Compute compute)
     : backend_(checked_backend(std::move(backend), config)),
       config_(config),
       compute_(compute),
       inverse_frequencies_(rope_inverse_frequencies(config.rope)),
-      weights_(*backend_, config, dtype) {}
+      weights_(*backend_, config, plan, packed) {}
 
 KvCacheShape Model::kv_shape(int64_t capacity, DType dtype) const {
   require(capacity >= 1 && capacity <= config_.context, ErrorKind::kContextLength, "KV cache: room for ", capacity,

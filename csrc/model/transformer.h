@@ -13,7 +13,8 @@ namespace llama_ext {
 /// Immutable once its weights are loaded, so any number of threads and sessions share one.
 class Model {
  public:
-  Model(std::shared_ptr<Backend> backend, const ModelConfig& config, DType dtype, Compute compute);
+  Model(std::shared_ptr<Backend> backend, const ModelConfig& config, const WeightPlan& plan,
+        const PackedWeights& packed, Compute compute);
 
   Backend& backend() const { return *backend_; }
   const std::shared_ptr<Backend>& shared_backend() const { return backend_; }

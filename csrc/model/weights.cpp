@@ -1,6 +1,7 @@
 #include "model/weights.h"
 
 #include <algorithm>
+#include <array>
 #include <utility>
 
 #include "core/half.h"
@@ -12,16 +13,6 @@ std::string shape_text_of(const std::vector<int64_t>& shape) {
   return shape.size() == 1 ? shape_text({shape[0]}) : shape_text({shape[0], shape[1]});
 }
 
-/// Bytes of all matrices; norms and biases do not count.
-int64_t matrix_nbytes(const ModelConfig& config, DType dtype) {
-  const int64_t attention = checked_add(config.qkv_size(), config.q_size(), "weights");
-  const int64_t ffn = checked_add(gate_up_size(config.ffn_width), config.ffn_width, "weights");
-  const int64_t rows_of_block = checked_mul(checked_add(attention, ffn, "weights"), config.layers, "weights");
-  const int64_t tables = config.tied_head ? config.vocabulary : 2 * config.vocabulary;
-  const int64_t elements = checked_mul(checked_add(rows_of_block, tables, "weights"), config.width, "weights");
-  return checked_mul(elements, static_cast<int64_t>(size_of(dtype)), "weights");
-}
-
 std::unique_ptr<Buffer> allocate_floats(Backend& backend, int64_t count) {
   return backend.allocate(static_cast<size_t>(checked_mul(count, sizeof(float), "weights")));
 }
@@ -31,16 +22,6 @@ Norm make_norm(Backend& backend, int64_t width) {
   norm.data = allocate_floats(backend, width);
   norm.weight = TensorView(norm.data->data(), DType::kF32, {width});
   return norm;
-}
-
-Linear make_linear(Backend& backend, int64_t rows, int64_t cols, DType dtype, bool has_bias) {
-  Linear linear;
-  linear.weight = backend.create_matrix(rows, cols, dtype);
-  if (has_bias) {
-    linear.bias_data = allocate_floats(backend, rows);
-    linear.bias = TensorView(linear.bias_data->data(), DType::kF32, {rows});
-  }
-  return linear;
 }
 
 float element_as_f32(const TensorView& source, int64_t i) {
@@ -81,64 +62,157 @@ void check_source(const Weights::Slot& slot, const TensorView& tensor) {
 
 }  // namespace
 
-Weights::Weights(Backend& backend, const ModelConfig& config, DType dtype) : backend_(backend), dtype_(dtype) {
-  backend.require_memory(matrix_nbytes(config, dtype), "the weights");
-  const int64_t width = config.width;
-  embedding_ = backend.create_matrix(config.vocabulary, width, dtype);
-  add_matrix("embedding", embedding_.get(), {}, config.vocabulary, width);
+/// Makes everything in order. Run twice: first without memory, to ask for all of it at once.
+class Weights::Builder {
+ public:
+  Builder(Weights& weights, const PackedWeights& packed, bool only_counts)
+      : w_(weights), packed_(packed), only_counts_(only_counts) {}
 
+  int64_t nbytes() const { return nbytes_; }
+
+  std::unique_ptr<Matrix> matrix(const std::string& name, int64_t rows, int64_t cols, WeightType type) {
+    const auto found = packed_.find(name);
+    if (only_counts_) {
+      if (found == packed_.end()) {
+        nbytes_ = checked_add(nbytes_, w_.backend_.matrix_nbytes(rows, cols, type), "weights");
+      } else {
+        ++used_;
+      }
+      return nullptr;
+    }
+    std::unique_ptr<Matrix> made =
+        found == packed_.end() ? w_.backend_.create_matrix(rows, cols, type)
+                               : w_.backend_.adopt_matrix(rows, cols, type, found->second.bytes, found->second.owner);
+    w_.matrices_.push_back({name, made.get()});
+    return made;
+  }
+
+  /// A tensor of a checkpoint: `count` rows of a matrix.
+  struct Part {
+    const char* name;
+    RowMap rows;
+    int64_t count;
+  };
+
+  /// A matrix that `parts` share, with their biases.
+  Linear linear(const std::string& prefix, const char* name, const std::vector<Part>& parts, int64_t rows, int64_t cols,
+                bool has_bias) {
+    const WeightType type = w_.plan_.of(prefix + parts.front().name);
+    Linear made;
+    made.weight = matrix(prefix + name, rows, cols, type);
+    if (only_counts_) return made;
+    if (has_bias) {
+      made.bias_data = allocate_floats(w_.backend_, rows);
+      made.bias = TensorView(made.bias_data->data(), DType::kF32, {rows});
+    }
+    for (const Part& part : parts) {
+      slot(
+          {.name = prefix + part.name, .shape = {part.count, cols}, .is_matrix = true, .type = type},
+          {.matrix = made.weight.get(), .is_packed = packed_.contains(prefix + name), .rows = part.rows, .vector = {}});
+      if (has_bias) vector(prefix + part.name + ".bias", made.bias, part.rows, part.count);
+    }
+    return made;
+  }
+
+  Norm norm(const std::string& name, int64_t width) {
+    if (only_counts_) return {};
+    Norm made = make_norm(w_.backend_, width);
+    vector(name, made.weight, {}, width);
+    return made;
+  }
+
+  /// Throws when a packed matrix found no place.
+  void check_packed() const {
+    require(used_ == packed_.size(), ErrorKind::kCheckpoint, "weights: ", packed_.size(), " packed matrices, of which ",
+            used_, " belong to this model. Do the config and the checkpoint belong together?");
+  }
+
+ private:
+  void vector(const std::string& name, const TensorView& vector, const RowMap& rows, int64_t count) {
+    slot({.name = name, .shape = {count}, .is_matrix = false, .type = {}},
+         {.matrix = nullptr, .is_packed = false, .rows = rows, .vector = vector});
+  }
+
+  void slot(Slot slot, const Place& place) {
+    w_.index_.emplace(slot.name, w_.slots_.size());
+    w_.slots_.push_back(std::move(slot));
+    w_.places_.push_back(place);
+    w_.loaded_.push_back(place.is_packed ? 1 : 0);
+  }
+
+  Weights& w_;
+  const PackedWeights& packed_;
+  bool only_counts_;
+  int64_t nbytes_ = 0;
+  size_t used_ = 0;
+};
+
+Weights::Weights(Backend& backend, const ModelConfig& config, const WeightPlan& plan, const PackedWeights& packed)
+    : backend_(backend), plan_(plan) {
+  Builder count(*this, packed, /*only_counts=*/true);
+  build(config, count);
+  count.check_packed();
+  backend.require_memory(count.nbytes(), "the weights");
+  Builder make(*this, packed, /*only_counts=*/false);
+  build(config, make);
+}
+
+void Weights::build(const ModelConfig& config, Builder& builder) {
+  const int64_t width = config.width;
+  const auto table = [&](const char* name) {
+    return builder.linear("", name, {{name, {}, config.vocabulary}}, config.vocabulary, width, false).weight;
+  };
+  embedding_ = table("embedding");
+  blocks_.clear();
   blocks_.resize(static_cast<size_t>(config.layers));
   for (int64_t layer = 0; layer < config.layers; ++layer) {
     BlockWeights& block = blocks_[static_cast<size_t>(layer)];
     const std::string prefix = "layers." + std::to_string(layer) + ".";
-
-    block.attention_norm = make_norm(backend, width);
-    add_vector(prefix + "attention_norm", block.attention_norm.weight, {}, width);
-
-    block.qkv = make_linear(backend, config.qkv_size(), width, dtype, config.attention_bias);
-    block.o = make_linear(backend, width, config.q_size(), dtype, config.attention_bias);
-    block.ffn_norm = make_norm(backend, width);
-    block.gate_up = make_linear(backend, gate_up_size(config.ffn_width), width, dtype, config.ffn_bias);
-    block.down = make_linear(backend, width, config.ffn_width, dtype, config.ffn_bias);
-
-    const auto add_linear = [&](const char* name, const Linear& linear, const RowMap& rows, int64_t count,
-                                int64_t cols) {
-      add_matrix(prefix + name, linear.weight.get(), rows, count, cols);
-      if (linear.bias) add_vector(prefix + name + ".bias", linear.bias, rows, count);
+    const auto whole = [&](const char* name, int64_t rows, int64_t cols, bool has_bias) {
+      return builder.linear(prefix, name, {{name, {}, rows}}, rows, cols, has_bias);
     };
-    const RowMap k_rows{.begin = config.q_size()};
-    const RowMap v_rows{.begin = config.q_size() + config.kv_size()};
-    add_linear("q", block.qkv, {}, config.q_size(), width);
-    add_linear("k", block.qkv, k_rows, config.kv_size(), width);
-    add_linear("v", block.qkv, v_rows, config.kv_size(), width);
-    add_linear("o", block.o, {}, width, config.q_size());
-    add_vector(prefix + "feed_forward_norm", block.ffn_norm.weight, {}, width);
-    add_linear("gate", block.gate_up, gate_rows(), config.ffn_width, width);
-    add_linear("up", block.gate_up, up_rows(), config.ffn_width, width);
-    add_linear("down", block.down, {}, width, config.ffn_width);
+    block.attention_norm = builder.norm(prefix + "attention_norm", width);
+    build_qkv(config, prefix, builder, block);
+    block.o = whole("o", width, config.q_size(), config.attention_bias);
+    block.ffn_norm = builder.norm(prefix + "feed_forward_norm", width);
+    if (plan_.of(prefix + "gate") == plan_.of(prefix + "up")) {
+      block.gate_up = builder.linear(prefix, "gate_up",
+                                     {{"gate", gate_rows(), config.ffn_width}, {"up", up_rows(), config.ffn_width}},
+                                     gate_up_size(config.ffn_width), width, config.ffn_bias);
+    } else {
+      block.gate = whole("gate", config.ffn_width, width, config.ffn_bias);
+      block.up = whole("up", config.ffn_width, width, config.ffn_bias);
+    }
+    block.down = whole("down", width, config.ffn_width, config.ffn_bias);
   }
+  final_norm_ = builder.norm("final_norm", width);
+  if (!config.tied_head) head_ = table("head");
+}
 
-  final_norm_ = make_norm(backend, width);
-  add_vector("final_norm", final_norm_.weight, {}, width);
-  if (!config.tied_head) {
-    head_ = backend.create_matrix(config.vocabulary, width, dtype);
-    add_matrix("head", head_.get(), {}, config.vocabulary, width);
+/// Neighbours of the same type become one matrix.
+void Weights::build_qkv(const ModelConfig& config, const std::string& prefix, Builder& builder, BlockWeights& block) {
+  struct Tensor {
+    const char* name;
+    int64_t rows;
+  };
+  const std::array<Tensor, 3> tensors = {{{"q", config.q_size()}, {"k", config.kv_size()}, {"v", config.kv_size()}}};
+  int64_t begin = 0;
+  for (size_t first = 0; first < tensors.size();) {
+    const WeightType type = plan_.of(prefix + tensors[first].name);
+    std::vector<Builder::Part> parts;
+    std::string name;
+    int64_t rows = 0;
+    size_t next = first;
+    for (; next < tensors.size() && plan_.of(prefix + tensors[next].name) == type; ++next) {
+      parts.push_back({tensors[next].name, {.begin = rows}, tensors[next].rows});
+      name += tensors[next].name;
+      rows += tensors[next].rows;
+    }
+    block.qkv.push_back(
+        {builder.linear(prefix, name.c_str(), parts, rows, config.width, config.attention_bias), begin});
+    begin += rows;
+    first = next;
   }
-}
-
-void Weights::add_matrix(const std::string& name, Matrix* matrix, const RowMap& rows, int64_t count, int64_t cols) {
-  add_slot({.name = name, .shape = {count, cols}, .is_matrix = true}, {.matrix = matrix, .rows = rows, .vector = {}});
-}
-
-void Weights::add_vector(const std::string& name, const TensorView& vector, const RowMap& rows, int64_t count) {
-  add_slot({.name = name, .shape = {count}, .is_matrix = false}, {.matrix = nullptr, .rows = rows, .vector = vector});
-}
-
-void Weights::add_slot(Slot slot, const Place& place) {
-  index_.emplace(slot.name, slots_.size());
-  slots_.push_back(std::move(slot));
-  places_.push_back(place);
-  loaded_.push_back(0);
 }
 
 size_t Weights::find(std::string_view slot) const {
@@ -149,12 +223,19 @@ size_t Weights::find(std::string_view slot) const {
   return found->second;
 }
 
-void Weights::load(std::string_view slot, const TensorView& source) {
+const Weights::Place& Weights::place_to_fill(std::string_view slot) const {
+  const Place& place = places_[find(slot)];
+  require(!place.is_packed, ErrorKind::kCheckpoint, "weights: '", slot,
+          "' is packed already, and cannot be filled again");
+  return place;
+}
+
+void Weights::load(std::string_view slot, const TensorView& source, const TensorView& importance) {
   const size_t index = find(slot);
   check_source(slots_[index], source);
-  const Place& place = places_[index];
+  const Place& place = place_to_fill(slot);
   if (place.matrix != nullptr) {
-    backend_.write_rows(*place.matrix, place.rows, source);
+    backend_.write_rows(*place.matrix, place.rows, source, importance);
   } else {
     std::vector<float> values(static_cast<size_t>(source.size()));
     for (int64_t i = 0; i < source.size(); ++i) values[static_cast<size_t>(i)] = element_as_f32(source, i);
@@ -164,6 +245,16 @@ void Weights::load(std::string_view slot, const TensorView& source) {
     });
   }
   backend_.synchronize();  // `source` is the caller's, and may be gone when we return
+  loaded_[index] = 1;
+}
+
+void Weights::load_blocks(std::string_view slot, const GgmlType& ggml, std::span<const std::byte> blocks) {
+  const size_t index = find(slot);
+  require(slots_[index].is_matrix, ErrorKind::kDType, "weights: '", slot, "' is a vector, and cannot be ", ggml.name,
+          " blocks");
+  const Place& place = place_to_fill(slot);
+  backend_.write_blocks(*place.matrix, place.rows, ggml, slots_[index].shape[0], blocks);
+  backend_.synchronize();
   loaded_[index] = 1;
 }
 
@@ -191,14 +282,10 @@ std::vector<std::string> Weights::missing() const {
 }
 
 int64_t Weights::nbytes() const {
-  const auto of_linear = [](const Linear& linear) {
-    return linear.weight->nbytes() + (linear.bias_data ? static_cast<int64_t>(linear.bias_data->nbytes()) : 0);
-  };
-  const auto of_norm = [](const Norm& norm) { return static_cast<int64_t>(norm.data->nbytes()); };
-  int64_t total = embedding_->nbytes() + (head_ ? head_->nbytes() : 0) + of_norm(final_norm_);
-  for (const BlockWeights& block : blocks_) {
-    total += of_norm(block.attention_norm) + of_linear(block.qkv) + of_linear(block.o) + of_norm(block.ffn_norm) +
-             of_linear(block.gate_up) + of_linear(block.down);
+  int64_t total = 0;
+  for (const NamedMatrix& each : matrices_) total += each.matrix->nbytes();
+  for (const Slot& slot : slots_) {
+    if (!slot.is_matrix) total += slot.shape[0] * static_cast<int64_t>(sizeof(float));
   }
   return total;
 }

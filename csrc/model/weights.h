@@ -1,8 +1,10 @@
 // The weights of a Llama on a backend, filled tensor by tensor. A slot is the place of one tensor of a checkpoint.
 #pragma once
 
+#include <cstddef>
 #include <map>
 #include <memory>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -24,32 +26,65 @@ struct Norm {
   TensorView weight;
 };
 
+/// Rows [begin, begin + weight rows) of a product that several tensors make together: those neighbours of Q, K and V that are
+/// kept as the same type are one matrix.
+struct Projection {
+  Linear linear;
+  int64_t begin = 0;
+};
+
 struct BlockWeights {
   Norm attention_norm;
-  Linear qkv;  // rows: Q, then K, then V
+  std::vector<Projection> qkv;  // rows: Q, then K, then V
   Linear o;
   Norm ffn_norm;
-  Linear gate_up;  // rows interleaved, ops/feed_forward.h
+  Linear gate_up;  // rows interleaved, ops/feed_forward.h; or, where the two are kept as different types,
+  Linear gate;     // each by itself
+  Linear up;
   Linear down;
 };
 
+/// How each matrix is kept: by slot, or like the others.
+struct WeightPlan {
+  WeightType others;
+  std::map<std::string, WeightType, std::less<>> by_slot;
+
+  WeightType of(std::string_view slot) const {
+    const auto found = by_slot.find(slot);
+    return found == by_slot.end() ? others : found->second;
+  }
+};
+
+/// The memory of a matrix as Backend::packed_bytes gave it, and what keeps it alive.
+struct PackedBytes {
+  std::span<const std::byte> bytes;
+  std::shared_ptr<const void> owner;
+};
+using PackedWeights = std::map<std::string, PackedBytes, std::less<>>;
+
 /// Slots: "embedding", "final_norm", "head" (when not tied), and for each layer i "layers.{i}." + attention_norm | q |
-/// k | v | o | feed_forward_norm | gate | up | down, and with biases slot + ".bias".
+/// k | v | o | feed_forward_norm | gate | up | down, and with biases slot + ".bias". The matrices that slots share are named
+/// after them: "layers.{i}.qkv", or "layers.{i}.qk" and "layers.{i}.v", and "layers.{i}.gate_up".
 class Weights {
  public:
-  /// All zero. dtype of the matrices: f32 | bf16; norms and biases are f32.
-  Weights(Backend& backend, const ModelConfig& config, DType dtype);
+  /// All zero, but for the matrices in `packed`, which are those of a file and not copied. Norms and biases are f32.
+  /// Throws CheckpointError for a name in `packed` that is no matrix of this model, or a wrong number of bytes.
+  Weights(Backend& backend, const ModelConfig& config, const WeightPlan& plan, const PackedWeights& packed);
 
-  /// Fills a slot from host memory (f32 | f16 | bf16 | f64). Throws CheckpointError for a slot that does not exist,
-  /// ShapeError for another shape.
-  void load(std::string_view slot, const TensorView& source);
-  /// Reads a slot back into host memory: f32, or the matrices' dtype.
+  /// Fills a slot from host memory (f32 | f16 | bf16 | f64); a matrix is rounded to its type, quantised ones with the errors of
+  /// each column weighted by `importance`, (K) f32 or none. Throws CheckpointError for a slot that does not exist or is
+  /// packed, ShapeError for another shape.
+  void load(std::string_view slot, const TensorView& source, const TensorView& importance);
+  /// Fills the slot of a matrix from rows of ggml blocks. Throws as `load`, and DTypeError for blocks of another type.
+  void load_blocks(std::string_view slot, const GgmlType& ggml, std::span<const std::byte> blocks);
+  /// Reads a slot back into host memory: f32, or the matrix's own dtype.
   void read(std::string_view slot, const TensorView& target) const;
 
   struct Slot {
     std::string name;
     std::vector<int64_t> shape;
     bool is_matrix;  // false: a norm or a bias, kept in f32
+    WeightType type;
   };
   const std::vector<Slot>& slots() const { return slots_; }
   /// Slots that nothing was loaded into yet.
@@ -59,26 +94,37 @@ class Weights {
   const Matrix& head() const { return head_ ? *head_ : *embedding_; }
   const Norm& final_norm() const { return final_norm_; }
   const BlockWeights& block(int64_t layer) const { return blocks_[static_cast<size_t>(layer)]; }
-  DType dtype() const { return dtype_; }
+  /// The type of the matrices that the plan does not name.
+  WeightType type() const { return plan_.others; }
   int64_t nbytes() const;
+
+  struct NamedMatrix {
+    std::string name;
+    const Matrix* matrix;
+  };
+  const std::vector<NamedMatrix>& matrices() const { return matrices_; }
 
  private:
   struct Place {
     Matrix* matrix = nullptr;
+    bool is_packed = false;
     RowMap rows;
     TensorView vector;  // a norm, or the bias that `rows` maps into
   };
-  void add_matrix(const std::string& name, Matrix* matrix, const RowMap& rows, int64_t count, int64_t cols);
-  void add_vector(const std::string& name, const TensorView& vector, const RowMap& rows, int64_t count);
-  void add_slot(Slot slot, const Place& place);
+  class Builder;
+  void build(const ModelConfig& config, Builder& builder);
+  void build_qkv(const ModelConfig& config, const std::string& prefix, Builder& builder, BlockWeights& block);
+
   size_t find(std::string_view slot) const;
+  const Place& place_to_fill(std::string_view slot) const;
 
   Backend& backend_;
-  DType dtype_;
+  WeightPlan plan_;
   std::unique_ptr<Matrix> embedding_;
   std::unique_ptr<Matrix> head_;
   Norm final_norm_;
   std::vector<BlockWeights> blocks_;
+  std::vector<NamedMatrix> matrices_;
   std::vector<Slot> slots_;
   std::vector<Place> places_;
   std::map<std::string, size_t, std::less<>> index_;  // by name: a checkpoint may have tens of thousands of slots

@@ -5,12 +5,23 @@
 namespace llama_ext {
 
 void check(const FeedForwardArgs& args) {
-  const Matrix& gate_up = require_present(args.gate_up, "feed_forward", "gate_up");
   const Matrix& down = require_present(args.down, "feed_forward", "down");
-  require_tensor(args.x, DType::kF32, {-1, gate_up.cols()}, Rows::kStrided, "feed_forward", "x");
-  require_matrix_shape(gate_up, gate_up_size(down.cols()), gate_up.cols(), "feed_forward", "gate_up");
-  require_matrix_shape(down, gate_up.cols(), down.cols(), "feed_forward", "down");
-  require_optional_vector(args.gate_up_bias, gate_up.rows(), "feed_forward", "gate_up_bias");
+  const bool is_split = args.gate_up == nullptr && args.gate != nullptr;
+  const Matrix& first = is_split ? *args.gate : require_present(args.gate_up, "feed_forward", "gate_up");
+  require_tensor(args.x, DType::kF32, {-1, first.cols()}, Rows::kStrided, "feed_forward", "x");
+  if (is_split) {
+    const Matrix& up = require_present(args.up, "feed_forward", "up");
+    require_matrix_shape(*args.gate, down.cols(), first.cols(), "feed_forward", "gate");
+    require_matrix_shape(up, down.cols(), first.cols(), "feed_forward", "up");
+    require_optional_vector(args.gate_bias, down.cols(), "feed_forward", "gate_bias");
+    require_optional_vector(args.up_bias, down.cols(), "feed_forward", "up_bias");
+  } else {
+    require(args.gate == nullptr && args.up == nullptr, ErrorKind::kOption,
+            "feed_forward: either gate_up, or gate and up");
+    require_matrix_shape(first, gate_up_size(down.cols()), first.cols(), "feed_forward", "gate_up");
+    require_optional_vector(args.gate_up_bias, first.rows(), "feed_forward", "gate_up_bias");
+  }
+  require_matrix_shape(down, first.cols(), down.cols(), "feed_forward", "down");
   require_optional_vector(args.down_bias, down.rows(), "feed_forward", "down_bias");
   require_tensor(args.y, DType::kF32, {args.x.rows(), down.rows()}, Rows::kStrided, "feed_forward", "y");
   require_disjoint(args.y, args.x, "feed_forward", "y", "x");

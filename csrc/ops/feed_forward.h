@@ -8,6 +8,7 @@ namespace llama_ext {
 /// SwiGLU: y = (silu(x G^T + b_g) * (x U^T + b_u)) D^T + b_d, or y += ... with `accumulate`; silu(z) = z / (1 + e^-z)
 /// x: (M, C) f32. gate_up: Matrix (2 F', C), gate and up interleaved as `gate_rows` and `up_rows` say, F' = F rounded up to
 /// kGateGroup, the surplus rows zero. gate_up_bias: (2 F') f32 in the same order, or none. down: Matrix (C, F).
+/// Or, instead of gate_up, where the two are kept as different types: gate, up: Matrix (F, C); gate_bias, up_bias: (F) or none.
 /// down_bias: (C) or none. y: (M, C) f32, must not overlap x.
 /// Saves (when training) the two pre-activations. Throws ShapeError, DTypeError.
 /// Source: Shazeer, "GLU Variants Improve Transformer", 2020.
@@ -15,6 +16,10 @@ struct FeedForwardArgs {
   TensorView x;
   const Matrix* gate_up = nullptr;
   TensorView gate_up_bias;
+  const Matrix* gate = nullptr;
+  TensorView gate_bias;
+  const Matrix* up = nullptr;
+  TensorView up_bias;
   const Matrix* down = nullptr;
   TensorView down_bias;
   TensorView y;

@@ -2,9 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <string_view>
 
-#include "core/dtype.h"
+#include "quant/weight_type.h"
 
 namespace llama_ext {
 
@@ -15,17 +14,17 @@ class Matrix {
   virtual ~Matrix() = default;
   int64_t rows() const { return rows_; }
   int64_t cols() const { return cols_; }
-  DType dtype() const { return dtype_; }
+  WeightType type() const { return type_; }
   /// Memory it occupies, padding included.
   virtual int64_t nbytes() const = 0;
 
  protected:
-  Matrix(int64_t rows, int64_t cols, DType dtype) : rows_(rows), cols_(cols), dtype_(dtype) {}
+  Matrix(int64_t rows, int64_t cols, WeightType type) : rows_(rows), cols_(cols), type_(type) {}
 
  private:
   int64_t rows_;
   int64_t cols_;
-  DType dtype_;
+  WeightType type_;
 };
 
 /// Which rows of a Matrix a tensor's rows go to: row i goes to begin + (i / group) * stride + i % group.
@@ -41,7 +40,7 @@ struct RowMap {
 };
 
 /// The arithmetic of a product with reduced-precision weights. kAuto: the fastest of the ISA, which may round the
-/// activations to the weights' precision. kExact: float32 products of the stored weights.
+/// activations to the weights' precision: to bfloat16, or, with quantised weights, to int8 with a scale for 128 of a row. kExact: float32 products of the stored weights.
 enum class Compute : uint8_t { kAuto, kExact };
 
 }  // namespace llama_ext

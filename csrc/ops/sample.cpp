@@ -2,14 +2,13 @@
 
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <cfloat>
 #include <cmath>
 #include <limits>
-#include <numbers>
 
 #include "ops/argument_checks.h"
 #include "ops/embedding.h"
+#include "ops/log_sum_exp.h"
 
 namespace llama_ext {
 
@@ -83,51 +82,17 @@ void check(const SampleArgs& args) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Sums over a vocabulary. Lanes are spelled out so that the compiler may use SIMD without being allowed to reorder
-// sums.
+// The steps of sampling.
 
 namespace {
 
-constexpr size_t kLanes = 8;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-/// e^x for x <= 0 to about 2 ulp, underflowing to 0, without a call and with one comparison, so that a loop over it is
-/// vectorised. Cody & Waite: x = n ln 2 + r with |r| <= ln(2) / 2, the Taylor series of degree 13 for e^r, and 2^n by
-/// its bits, in two factors as n may leave the range of normal numbers.
-inline double exp_nonpositive(double x) {
-  constexpr double kSmallest = -1000.0;  // e^-745.2 is 0 already
-  constexpr double kLn2High = 0x1.62e42feep-1;
-  constexpr double kLn2Low = 0x1.a39ef35793c76p-33;
-  // Adding this rounds to an integer and leaves that integer in the lowest bits.
-  constexpr double kRound = 0x1.8p52;
-  const auto power_of_two = [](double rounded) {
-    return std::bit_cast<double>((std::bit_cast<uint64_t>(rounded) << 52) + (uint64_t{1023} << 52));
-  };
-  const double clamped = x > kSmallest ? x : kSmallest;
-  const double n = (clamped * std::numbers::log2e + kRound) - kRound;
-  const double r = (clamped - n * kLn2High) - n * kLn2Low;
-  const double half = n * 0.5 + kRound;
-  const double rest = (n - (half - kRound)) + kRound;
-  double series = 1.0 / 6227020800.0;
-  series = series * r + 1.0 / 479001600.0;
-  series = series * r + 1.0 / 39916800.0;
-  series = series * r + 1.0 / 3628800.0;
-  series = series * r + 1.0 / 362880.0;
-  series = series * r + 1.0 / 40320.0;
-  series = series * r + 1.0 / 5040.0;
-  series = series * r + 1.0 / 720.0;
-  series = series * r + 1.0 / 120.0;
-  series = series * r + 1.0 / 24.0;
-  series = series * r + 1.0 / 6.0;
-  series = series * r + 0.5;
-  series = series * r + 1.0;
-  series = series * r + 1.0;
-  return series * power_of_two(half) * power_of_two(rest);
-}
-
-/// The largest of `values`. Throws NumericError, naming the first token, for a NaN or +inf, and when all are -inf.
+/// The largest of `values`, -inf when all are. Throws NumericError, naming the first token, for a NaN or +inf. Lanes are
+/// spelled out for SIMD.
 template <typename T>
 T finite_max(const T* values, size_t size, const char* what) {
+  constexpr size_t kLanes = 8;
   constexpr T kLowest = -std::numeric_limits<T>::infinity();
   constexpr T kHighest = std::numeric_limits<T>::max();
   std::array<T, kLanes> largest;
@@ -154,29 +119,6 @@ T finite_max(const T* values, size_t size, const char* what) {
   }
   return *std::max_element(largest.begin(), largest.end());
 }
-
-/// log(sum(exp(values))), given their largest. In blocks: first the exponentials, independent of each other, then their
-/// sum.
-double log_sum_exp(const float* values, int64_t size, double largest) {
-  constexpr int64_t kBlock = 256;
-  std::array<double, kBlock> terms;
-  std::array<double, kLanes> sums{};
-  for (int64_t begin = 0; begin < size; begin += kBlock) {
-    const int64_t count = std::min(kBlock, size - begin);
-    double* const out = terms.data();
-    for (int64_t i = 0; i < count; ++i) out[i] = exp_nonpositive(static_cast<double>(values[begin + i]) - largest);
-    std::fill(out + count, out + kBlock, 0.0);
-    for (size_t i = 0; i < kBlock; i += kLanes) {
-      for (size_t lane = 0; lane < kLanes; ++lane) sums[lane] += terms[i + lane];
-    }
-  }
-  double sum = 0;
-  for (double lane_sum : sums) sum += lane_sum;
-  return largest + std::log(sum);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// The steps of sampling.
 
 /// logit_bias and the penalties, in place.
 void adjust(const SampleArgs& args, std::vector<double>& logits) {
@@ -331,7 +273,7 @@ SampleResult sample_on_host(const SampleArgs& args) {
   require(largest > -std::numeric_limits<float>::infinity(), ErrorKind::kNumeric,
           "sample: every logit is -inf, so there is no token to choose");
   const int64_t token = choose(args, largest);
-  const double normaliser = log_sum_exp(logits, vocabulary, static_cast<double>(largest));
+  const double normaliser = log_sum_exp(logits, vocabulary, largest);
   return {static_cast<int32_t>(token), static_cast<float>(static_cast<double>(logits[token]) - normaliser)};
 }
 

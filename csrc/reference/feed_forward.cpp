@@ -20,7 +20,11 @@ double dot(const float* x, const std::vector<double>& w) {
 
 void ReferenceBackend::feed_forward(const FeedForwardArgs& args) {
   check(args);
-  const ReferenceMatrix& gate_up = own(*args.gate_up, "feed_forward");
+  const bool is_split = args.gate_up == nullptr;
+  const ReferenceMatrix& gates = own(is_split ? *args.gate : *args.gate_up, "feed_forward");
+  const ReferenceMatrix& ups = own(is_split ? *args.up : *args.gate_up, "feed_forward");
+  const TensorView& gate_bias = is_split ? args.gate_bias : args.gate_up_bias;
+  const TensorView& up_bias = is_split ? args.up_bias : args.gate_up_bias;
   const ReferenceMatrix& down = own(*args.down, "feed_forward");
   const int64_t rows = args.x.rows();
   const int64_t width = down.cols();  // F
@@ -28,19 +32,19 @@ void ReferenceBackend::feed_forward(const FeedForwardArgs& args) {
   InterruptPoll interrupt;
 
   std::vector<double> hidden(static_cast<size_t>(rows * width));  // (M, F), never rounded
-  std::vector<double> gate(static_cast<size_t>(gate_up.cols()));
-  std::vector<double> up(static_cast<size_t>(gate_up.cols()));
+  std::vector<double> gate(static_cast<size_t>(gates.cols()));
+  std::vector<double> up(static_cast<size_t>(gates.cols()));
   for (int64_t f = 0; f < width; ++f) {
-    const int64_t gate_row = gate_rows()(f);
-    const int64_t up_row = up_rows()(f);
-    gate_up.load_row(gate_row, gate.data());
-    gate_up.load_row(up_row, up.data());
+    const int64_t gate_row = is_split ? f : gate_rows()(f);
+    const int64_t up_row = is_split ? f : up_rows()(f);
+    gates.load_row(gate_row, gate.data());
+    ups.load_row(up_row, up.data());
     for (int64_t m = 0; m < rows; ++m) {
       const float* x = args.x.row<float>(m);
-      const double g = dot(x, gate) + bias(args.gate_up_bias, gate_row);
-      const double u = dot(x, up) + bias(args.gate_up_bias, up_row);
+      const double g = dot(x, gate) + bias(gate_bias, gate_row);
+      const double u = dot(x, up) + bias(up_bias, up_row);
       hidden[static_cast<size_t>(m * width + f)] = silu(g) * u;
-      interrupt.advance(2 * gate_up.cols() + 1);
+      interrupt.advance(2 * gates.cols() + 1);
     }
   }
 

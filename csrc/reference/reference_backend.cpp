@@ -1,8 +1,10 @@
 #include "reference/reference_backend.h"
 
 #include <cstring>
+#include <vector>
 
 #include "core/checked.h"
+#include "quant/ggml_blocks.h"
 #include "reference/interrupt_poll.h"
 #include "reference/reference_ops.h"
 #include "reference/storage.h"
@@ -18,20 +20,29 @@ void copy_bytes(void* target, const void* source, size_t nbytes) {
   if (nbytes > 0) std::memcpy(target, source, nbytes);
 }
 
+/// `map` sends `count` rows into the matrix.
+void check_map(const Matrix& matrix, const RowMap& map, int64_t count, const char* op) {
+  require(map.begin >= 0 && map.group > 0 && map.stride >= 0, ErrorKind::kShape, op,
+          ": the row map must not be negative, got begin ", map.begin, ", group ", map.group, ", stride ", map.stride);
+  if (count == 0) return;
+  const int64_t groups = (count - 1) / map.group;
+  checked_add(checked_add(map.begin, checked_mul(groups, map.stride, op), op), count, op);
+  for (int64_t i = 0; i < count; ++i) {
+    require(map(i) < matrix.rows(), ErrorKind::kShape, op, ": row ", i, " belongs at row ", map(i),
+            " of a matrix with ", matrix.rows(), " rows");
+  }
+}
+
 /// `rows` is (n, K), contiguous, and `map` sends each of its rows into the matrix.
 void check_rows(const Matrix& matrix, const RowMap& map, const TensorView& rows, const char* op) {
   require_shape(rows, {-1, matrix.cols()}, op, "rows");
   require(rows.rows() >= 0 && rows.is_contiguous(), ErrorKind::kShape, op, ": rows must be contiguous");
   require(rows.size() == 0 || rows.data() != nullptr, ErrorKind::kInternal, op, ": rows have no memory");
-  require(map.begin >= 0 && map.group > 0 && map.stride >= 0, ErrorKind::kShape, op,
-          ": the row map must not be negative, got begin ", map.begin, ", group ", map.group, ", stride ", map.stride);
-  if (rows.rows() == 0) return;
-  const int64_t groups = (rows.rows() - 1) / map.group;
-  checked_add(checked_add(map.begin, checked_mul(groups, map.stride, op), op), rows.rows(), op);
-  for (int64_t i = 0; i < rows.rows(); ++i) {
-    require(map(i) < matrix.rows(), ErrorKind::kShape, op, ": row ", i, " belongs at row ", map(i),
-            " of a matrix with ", matrix.rows(), " rows");
-  }
+  check_map(matrix, map, rows.rows(), op);
+}
+
+void store_codes(const ReferenceMatrix& matrix, int64_t index, const QuantizedRow& row) {
+  dequantize_row(matrix.type(), row, matrix.cols(), static_cast<double*>(matrix.data()) + index * matrix.cols());
 }
 
 }  // namespace
@@ -50,30 +61,66 @@ void ReferenceBackend::copy_to_device(void* device, const void* host, size_t nby
 
 void ReferenceBackend::copy_to_host(void* host, const void* device, size_t nbytes) { copy_bytes(host, device, nbytes); }
 
-std::unique_ptr<Matrix> ReferenceBackend::create_matrix(int64_t rows, int64_t cols, DType dtype) {
-  return std::make_unique<ReferenceMatrix>(rows, cols, dtype);
+std::unique_ptr<Matrix> ReferenceBackend::create_matrix(int64_t rows, int64_t cols, WeightType type) {
+  return std::make_unique<ReferenceMatrix>(rows, cols, type);
 }
 
-void ReferenceBackend::write_rows(Matrix& matrix, const RowMap& map, const TensorView& source) {
+std::unique_ptr<Matrix> ReferenceBackend::adopt_matrix(int64_t, int64_t, WeightType, std::span<const std::byte>,
+                                                       std::shared_ptr<const void>) {
+  fail(ErrorKind::kUnsupported, "the reference backend cannot map packed weights. Load the model they were made from");
+}
+
+std::span<const std::byte> ReferenceBackend::packed_bytes(const Matrix&) const {
+  fail(ErrorKind::kUnsupported, "the reference backend does not pack weights. Use device='cpu'");
+}
+
+int64_t ReferenceBackend::matrix_nbytes(int64_t rows, int64_t cols, WeightType type) const {
+  return ReferenceMatrix::nbytes_for(rows, cols, type);
+}
+
+void ReferenceBackend::write_rows(Matrix& matrix, const RowMap& map, const TensorView& source,
+                                  const TensorView& importance) {
   const ReferenceMatrix& mine = own(matrix, "write_rows");
   require(source.dtype() != DType::kI32, ErrorKind::kDType,
           "write_rows: rows must be float32, float16, bfloat16 or float64, got ", name_of(source.dtype()));
   check_rows(matrix, map, source, "write_rows");
   const int64_t cols = matrix.cols();
+  std::vector<float> widened(static_cast<size_t>(cols));
+  QuantizedRow codes;
   InterruptPoll interrupt;
   for (int64_t i = 0; i < source.rows(); ++i) {
     interrupt.advance(cols + 1);
-    for (int64_t k = 0; k < cols; ++k) {
-      store_element(mine.data(), mine.dtype(), map(i) * cols + k,
-                    load_element(source.data(), source.dtype(), i * cols + k));
+    const auto element = [&](int64_t k) { return load_element(source.data(), source.dtype(), i * cols + k); };
+    if (mine.type().is_quantized()) {
+      for (int64_t k = 0; k < cols; ++k) widened[static_cast<size_t>(k)] = static_cast<float>(element(k));
+      quantize_row(mine.type(), widened.data(), cols, importance ? importance.f32() : nullptr, codes);
+      store_codes(mine, map(i), codes);
+      continue;
     }
+    for (int64_t k = 0; k < cols; ++k) store_element(mine.data(), mine.dtype(), map(i) * cols + k, element(k));
+  }
+}
+
+void ReferenceBackend::write_blocks(Matrix& matrix, const RowMap& map, const GgmlType& ggml, int64_t rows,
+                                    std::span<const std::byte> blocks) {
+  const ReferenceMatrix& mine = own(matrix, "write_blocks");
+  require(mine.type() == ggml.type, ErrorKind::kDType, "write_blocks: ", ggml.name, " blocks are kept as ",
+          ggml.type.text(), ", and this matrix as ", mine.type().text());
+  check_map(matrix, map, rows, "write_blocks");
+  const int64_t row_bytes = ggml_row_bytes(ggml, matrix.cols());
+  require(static_cast<int64_t>(blocks.size()) == checked_mul(rows, row_bytes, "write_blocks"), ErrorKind::kShape,
+          "write_blocks: ", rows, " rows take ", row_bytes, " bytes each, got ", blocks.size());
+  QuantizedRow codes;
+  for (int64_t i = 0; i < rows; ++i) {
+    decode_ggml_row(ggml, reinterpret_cast<const uint8_t*>(blocks.data()) + i * row_bytes, matrix.cols(), codes);
+    store_codes(mine, map(i), codes);
   }
 }
 
 void ReferenceBackend::read_rows(const Matrix& matrix, const RowMap& map, const TensorView& target) {
   const ReferenceMatrix& mine = own(matrix, "read_rows");
-  require(target.dtype() == DType::kF32 || target.dtype() == matrix.dtype(), ErrorKind::kDType,
-          "read_rows: rows must be float32 or ", name_of(matrix.dtype()), " as the matrix, got ",
+  require(target.dtype() == DType::kF32 || target.dtype() == mine.dtype(), ErrorKind::kDType,
+          "read_rows: rows must be float32 or ", name_of(mine.dtype()), " as the matrix, got ",
           name_of(target.dtype()));
   check_rows(matrix, map, target, "read_rows");
   const int64_t cols = matrix.cols();

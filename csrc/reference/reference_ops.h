@@ -23,8 +23,15 @@ class ReferenceBackend final : public Backend {
   void copy_to_host(void* host, const void* device, size_t nbytes) override;
   void synchronize() override {}
 
-  std::unique_ptr<Matrix> create_matrix(int64_t rows, int64_t cols, DType dtype) override;
-  void write_rows(Matrix& matrix, const RowMap& map, const TensorView& source) override;
+  std::unique_ptr<Matrix> create_matrix(int64_t rows, int64_t cols, WeightType type) override;
+  std::unique_ptr<Matrix> adopt_matrix(int64_t rows, int64_t cols, WeightType type, std::span<const std::byte> packed,
+                                       std::shared_ptr<const void> owner) override;
+  std::span<const std::byte> packed_bytes(const Matrix& matrix) const override;
+  std::string matrix_layout() const override { return "float64"; }
+  int64_t matrix_nbytes(int64_t rows, int64_t cols, WeightType type) const override;
+  void write_rows(Matrix& matrix, const RowMap& map, const TensorView& source, const TensorView& importance) override;
+  void write_blocks(Matrix& matrix, const RowMap& map, const GgmlType& ggml, int64_t rows,
+                    std::span<const std::byte> blocks) override;
   void read_rows(const Matrix& matrix, const RowMap& map, const TensorView& target) override;
 
   std::unique_ptr<KvCache> create_kv_cache(const KvCacheShape& shape) override;

@@ -12,19 +12,12 @@ namespace {
 
 constexpr size_t kAlignment = 64;
 
-void require_storage_dtype(DType dtype, std::string_view what) {
-  require(dtype == DType::kF32 || dtype == DType::kBF16, ErrorKind::kDType, what, " must be float32 or bfloat16, got ",
-          name_of(dtype));
-}
-
-int64_t matrix_nbytes(int64_t rows, int64_t cols, DType dtype) {
-  require_storage_dtype(dtype, "a matrix");
-  return checked_mul(checked_mul(rows, cols, "matrix"), static_cast<int64_t>(size_of(dtype)), "matrix");
-}
+DType storage_dtype(const WeightType& type) { return type.is_quantized() ? DType::kF64 : type.dtype(); }
 
 /// Bytes of the keys, or of the values, of all layers.
 int64_t kv_nbytes(const KvCacheShape& shape) {
-  require_storage_dtype(shape.dtype, "a KV cache");
+  require(shape.dtype == DType::kF32 || shape.dtype == DType::kBF16, ErrorKind::kDType,
+          "a KV cache must be float32 or bfloat16, got ", name_of(shape.dtype));
   const int64_t positions = checked_mul(shape.layers, shape.capacity, "KV cache");
   const int64_t row = checked_mul(shape.kv_heads, shape.head_dim, "KV cache");
   const int64_t elements = checked_mul(positions, row, "KV cache");
@@ -44,8 +37,15 @@ HostMemory::HostMemory(size_t nbytes) : aligned_(nullptr) {
   std::align(kAlignment, nbytes, aligned_, space);
 }
 
-ReferenceMatrix::ReferenceMatrix(int64_t rows, int64_t cols, DType dtype)
-    : Matrix(rows, cols, dtype), nbytes_(matrix_nbytes(rows, cols, dtype)), memory_(static_cast<size_t>(nbytes_)) {}
+int64_t ReferenceMatrix::nbytes_for(int64_t rows, int64_t cols, WeightType type) {
+  return checked_mul(checked_mul(rows, cols, "matrix"), static_cast<int64_t>(size_of(storage_dtype(type))), "matrix");
+}
+
+ReferenceMatrix::ReferenceMatrix(int64_t rows, int64_t cols, WeightType type)
+    : Matrix(rows, cols, type),
+      dtype_(storage_dtype(type)),
+      nbytes_(nbytes_for(rows, cols, type)),
+      memory_(static_cast<size_t>(nbytes_)) {}
 
 void ReferenceMatrix::load_row(int64_t index, double* out) const {
   for (int64_t k = 0; k < cols(); ++k) out[k] = load_element(data(), dtype(), index * cols() + k);
@@ -92,12 +92,23 @@ double load_element(const void* data, DType dtype, int64_t index) {
 }
 
 void store_element(void* data, DType dtype, int64_t index, double value) {
-  if (dtype == DType::kF32) {
-    static_cast<float*>(data)[index] = static_cast<float>(value);
-    return;
+  switch (dtype) {
+    case DType::kF64:
+      static_cast<double*>(data)[index] = value;
+      return;
+    case DType::kF32:
+      static_cast<float*>(data)[index] = static_cast<float>(value);
+      return;
+    case DType::kBF16:
+      static_cast<uint16_t*>(data)[index] = f64_to_bf16(value);
+      return;
+    case DType::kF16:
+      static_cast<uint16_t*>(data)[index] = f64_to_f16(value);
+      return;
+    case DType::kI32:
+      break;
   }
-  require(dtype == DType::kBF16, ErrorKind::kInternal, "reference: nothing is stored as ", name_of(dtype));
-  static_cast<uint16_t*>(data)[index] = f64_to_bf16(value);
+  fail(ErrorKind::kInternal, "reference: nothing is stored as ", name_of(dtype));
 }
 
 }  // namespace llama_ext::reference

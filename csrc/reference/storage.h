@@ -32,13 +32,18 @@ class ReferenceBuffer final : private HostMemory, public Buffer {
 
 class ReferenceMatrix final : public Matrix {
  public:
-  ReferenceMatrix(int64_t rows, int64_t cols, DType dtype);
+  /// Quantised weights are kept as the float64 numbers they stand for.
+  ReferenceMatrix(int64_t rows, int64_t cols, WeightType type);
+  static int64_t nbytes_for(int64_t rows, int64_t cols, WeightType type);
+  /// Of an element in memory.
+  DType dtype() const { return dtype_; }
   int64_t nbytes() const override { return nbytes_; }
   void* data() const { return memory_.data(); }
   /// Widens row `index` to `out` (cols).
   void load_row(int64_t index, double* out) const;
 
  private:
+  DType dtype_;
   int64_t nbytes_;
   HostMemory memory_;
 };

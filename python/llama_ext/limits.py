@@ -23,6 +23,8 @@ class Limits:
         tensors: Tensors of one checkpoint.
         metadata_entries: Entries of a file's metadata.
         string_bytes: One string of a file's metadata.
+        array_elements: Elements of all arrays of a file's metadata together; a string counts as two, an inner array as 64.
+        gguf_header_bytes: What precedes the tensors of one GGUF file: metadata with the vocabulary, tensor names.
         shards: Files of one checkpoint.
         json_depth: Nesting of objects and arrays in a JSON file.
         config_json_bytes: config.json, generation_config.json and other small JSON files.
@@ -41,6 +43,8 @@ class Limits:
     tensors: int = 65_536
     metadata_entries: int = 65_536
     string_bytes: int = 16 * _MIB
+    array_elements: int = 4 * _MIB
+    gguf_header_bytes: int = 100_000_000
     shards: int = 4_096
     json_depth: int = 64
     config_json_bytes: int = 1 * _MIB

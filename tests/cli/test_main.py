@@ -225,16 +225,25 @@ def test_options_are_checked_before_weights_are_read(run: Run, chat_model: Path,
     assert "--min-p" in run("generate", "x", "--min-p", "3", "--model", tmp_path).err
 
 
-def test_what_the_checkpoint_asks_for_in_vain_is_told(run: Run, chat_model: Path, tmp_path: Path) -> None:
+# Processes.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "times"),
+    [(["generate", "x", "--max-new-tokens", "2"], 1), (["chat", "--max-new-tokens", "2"], 1), (["perplexity", "-"], 0)],
+    ids=["generate", "chat", "perplexity"],
+)
+def test_what_the_checkpoint_asks_for_in_vain_is_told_once_by_what_generates(
+    arguments: list[str], times: int, chat_model: Path, tmp_path: Path
+) -> None:
     for file in chat_model.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "generation_config.json").write_text(json.dumps({"no_repeat_ngram_size": 3}))
-    result = run("generate", "x", "--max-new-tokens", "2", "--model", tmp_path)
-    assert result.code == 0
-    assert "no_repeat_ngram_size=3" in result.err
-
-
-# Processes.
+    # A process of its own, where no filter of the tests hides a warning of the library.
+    done = run_process(*arguments, "--model", tmp_path, stdin=b"Go on")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(b"generation_config.json asks for no_repeat_ngram_size=3") == times
+    assert done.stderr.count(b"no_repeat_ngram_size") == times
 
 
 def test_it_runs_as_a_module() -> None:

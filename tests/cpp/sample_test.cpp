@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "check.h"
+#include "ops/log_sum_exp.h"
 #include "ops/sample.h"
 
 // An option left out has its default, which is the point of naming the others.
@@ -92,6 +93,18 @@ void test_logprob_is_of_the_raw_logits() {
     sum += std::exp(static_cast<double>(many[i]));
   }
   CHECK_NEAR(sample(many, {}).logprob, -std::log(sum), 1e-6);
+}
+
+void test_log_sum_exp_is_as_good_as_float64() {
+  for (const int64_t size : {1, 7, 8, 255, 256, 257, 100003}) {
+    std::vector<float> logits(static_cast<size_t>(size));
+    double sum = 0;
+    for (size_t i = 0; i < logits.size(); ++i) {
+      logits[i] = 20.0f - static_cast<float>((i * 37) % 331) / 16;
+      sum += std::exp(static_cast<double>(logits[i]) - 20.0);
+    }
+    CHECK_NEAR(log_sum_exp(logits.data(), size, 20.0f), 20.0 + std::log(sum), 1e-13);
+  }
 }
 
 void test_bad_logits_are_named() {
@@ -275,6 +288,7 @@ void test_sample() {
   test_uniform_is_uniform();
   test_greedy_takes_the_largest();
   test_logprob_is_of_the_raw_logits();
+  test_log_sum_exp_is_as_good_as_float64();
   test_bad_logits_are_named();
   test_penalties();
   test_filters_keep_the_right_tokens();

@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import platform
+import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -336,7 +337,7 @@ config = {
     "vocabulary": 1000, "width": 512, "ffn_width": 1408, "layers": 6, "heads": 8, "kv_heads": 4, "head_dim": 64,
     "context": 8192, "tied_head": True, "rope": {},
 }
-model = _core.Model(_core.Backend("cpu", 2), config, "float32")
+model = _core.Model(_core.Backend("cpu", 2), config, {"": ("float32", 0)})
 rng = np.random.default_rng(0)
 for name, shape, is_matrix in model.slots():
     values = rng.standard_normal(shape, np.float32) * (0.04 if is_matrix else 0) + (0 if is_matrix else 1)
@@ -423,16 +424,21 @@ def test_ctrl_c_raises_at_once_and_the_next_result_is_unharmed(
     assert latencies[len(latencies) // 2] < 0.1, latencies
 
 
+# A batch that takes long enough for a signal to come in the middle of it.
+LONG_BATCH = """
+import os, signal, threading, time
+import numpy as np
+from random_models import build, tokens
+from llama_ext import _core
+
+model = build(_core.Backend("cpu", 2))
+batch = [tokens(440, seed) for seed in range(12)]
+expected = model.logits(batch)
+"""
+
+
 def test_a_signal_handler_that_does_not_raise_lets_the_work_finish() -> None:
     script = """
-        import os, signal, threading, time
-        import numpy as np
-        from random_models import build, tokens
-        from llama_ext import _core
-
-        model = build(_core.Backend("cpu", 2))
-        batch = [tokens(440, seed) for seed in range(12)]
-        expected = model.logits(batch)
         seen = []
         signal.signal(signal.SIGUSR1, lambda *_: seen.append(time.perf_counter()))
         stop = threading.Event()
@@ -450,19 +456,11 @@ def test_a_signal_handler_that_does_not_raise_lets_the_work_finish() -> None:
         assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
         print("done")
     """
-    assert run_script(script) == "done\n"
+    assert run_script(LONG_BATCH + textwrap.dedent(script)) == "done\n"
 
 
 def test_ctrl_c_while_another_thread_computes_reaches_the_main_thread_only() -> None:
     script = """
-        import os, signal, threading, time
-        import numpy as np
-        from random_models import build, tokens
-        from llama_ext import _core
-
-        model = build(_core.Backend("cpu", 2))
-        batch = [tokens(440, seed) for seed in range(8)]
-        expected = model.logits(batch)
         results = []
         worker = threading.Thread(target=lambda: results.append(model.logits(batch)))
         worker.start()
@@ -476,4 +474,4 @@ def test_ctrl_c_while_another_thread_computes_reaches_the_main_thread_only() -> 
         assert all(np.array_equal(a, b) for a, b in zip(results[0], expected, strict=True))
         print("done")
     """
-    assert run_script(script) == "done\n"
+    assert run_script(LONG_BATCH + textwrap.dedent(script)) == "done\n"

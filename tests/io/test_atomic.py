@@ -1,15 +1,22 @@
-"""Saves replace a link that lies in their way, and write through one only where the user named it."""
+"""Saves replace a link that lies in their way, write through one only where the user named it, and leave no mixture."""
 
 from __future__ import annotations
 
+import itertools
 import os
+import shutil
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 import llama_ext
 from llama_ext.io.atomic import atomic_write
+from llama_ext.io.checkpoint import write_sharded
+from llama_ext.models.generation_config import GenerationDefaults
 
 
-def _model(seed: int = 0) -> llama_ext.LlamaForCausalLM:
+def _model(seed: int = 0, letters: str | None = None, **options: Any) -> llama_ext.LlamaForCausalLM:
     config = llama_ext.LlamaConfig(
         vocab_size=16,
         hidden_size=8,
@@ -17,8 +24,10 @@ def _model(seed: int = 0) -> llama_ext.LlamaForCausalLM:
         num_hidden_layers=1,
         num_attention_heads=2,
         max_position_embeddings=16,
+        **options,
     )
-    return llama_ext.LlamaForCausalLM(config, seed=seed)
+    tokenizer = None if letters is None else llama_ext.Tokenizer.characters(letters)
+    return llama_ext.LlamaForCausalLM(config, tokenizer, seed=seed)
 
 
 def test_a_followed_link_survives_and_its_file_is_replaced(tmp_path: Path) -> None:
@@ -53,3 +62,74 @@ def test_a_session_is_saved_through_a_link(tmp_path: Path) -> None:
     session.save(tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
     assert model.load_session(tmp_path / "target").tokens == [1, 2, 3]
+
+
+def _contents(model: llama_ext.LlamaForCausalLM) -> tuple[Any, ...]:
+    assert model.tokenizer is not None
+    logits = model([[1, 2, 3, 4]]).tobytes()
+    return model.config.rope_parameters, logits, model.tokenizer.decode([0, 1, 2]), model.generation_defaults
+
+
+class Crash:
+    """Lets a number of files be replaced or removed; from then on nothing is, as if the process had been killed."""
+
+    def __init__(self, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._left = steps
+        for name in ("replace", "unlink"):
+            monkeypatch.setattr(os, name, self._counted(getattr(os, name)))
+
+    def _counted(self, function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            self._left -= 1
+            if self._left < 0:
+                raise OSError("killed")
+            return function(*arguments)
+
+        return call
+
+
+@pytest.mark.parametrize("shard_bytes", [1000, 1 << 30], ids=["shards", "one_file"])
+def test_a_save_that_is_cut_short_leaves_the_old_model_or_the_new_one_or_none(
+    shard_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The two differ in everything that a file says, and not in the names and shapes of their tensors.
+    monkeypatch.setitem(write_sharded.__kwdefaults__, "max_shard_bytes", shard_bytes)
+    old = _model(seed=1, letters="abc", rope_theta=1e4)
+    old.generation_defaults = GenerationDefaults(top_k=4)
+    new = _model(seed=2, letters="xyz", rope_theta=10.0)
+    new.generation_defaults = GenerationDefaults(temperature=0.5)
+    old.save_pretrained(tmp_path / "old")
+    found = []
+    for steps in itertools.count():
+        folder = tmp_path / str(steps)
+        shutil.copytree(tmp_path / "old", folder)
+        with monkeypatch.context() as patched:
+            Crash(steps, patched)
+            try:
+                new.save_pretrained(folder)
+                ended = True
+            except OSError:
+                ended = False
+        try:
+            contents = _contents(llama_ext.LlamaForCausalLM.from_pretrained(folder))
+            found.append({_contents(old): "old", _contents(new): "new"}.get(contents, "mixture"))
+        except llama_ext.FormatError as error:
+            found.append("none" if str(folder / "config.json") in str(error) else str(error))
+        new.save_pretrained(folder)
+        assert _contents(llama_ext.LlamaForCausalLM.from_pretrained(folder)) == _contents(new)
+        if ended:
+            break
+    assert list(dict.fromkeys(found)) == ["old", "none", "new"]
+    assert found[-1] == "new"
+
+
+def test_what_cannot_be_written_is_refused_before_anything_is_replaced(tmp_path: Path) -> None:
+    _model(seed=1).save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(llama_ext.OptionError, match="extra"):
+        _model(seed=2, extra={"note": object()}).save_pretrained(tmp_path)
+    model = _model(seed=2)
+    model.generation_defaults = GenerationDefaults(ignored={"note": object()})
+    with pytest.raises(llama_ext.FormatError, match="generation defaults"):
+        model.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

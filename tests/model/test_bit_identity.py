@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from devices import each_isa
+from devices import each_isa, each_mode
 from llama_ext import _core
 from random_models import build, cached, tokens
 from subprocesses import run_script
 from tolerances import assert_same_bits
 
 LENGTH = 397  # keys in four tiles of 128
-MODES = [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "exact")]
-each_mode = pytest.mark.parametrize(("dtype", "compute"), MODES, ids=["f32", "bf16", "bf16-exact"])
 each_kv_dtype = pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16"], ids=["kv_f32", "kv_bf16"])
 
 _baselines: dict[tuple[str, str, str, str], Any] = {}

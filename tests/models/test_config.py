@@ -19,31 +19,10 @@ from llama_ext.limits import Limits
 from llama_ext.models import ARCHITECTURES
 from llama_ext.models.config import LlamaConfig, RopeParameters
 from shared_data import SHARED, requires_shared
+from small_config import LLAMA3, SMALL, config_of
 
 GOLDEN = ["biases", "classifier", "gqa-tied-llama3rope", "linear-rope", "mha-untied", "train-gqa-tied", "wide-head-dim"]
 CHECKPOINTS = ["stories260K", *(f"golden/{name}" for name in GOLDEN), "golden/lora-all-linear/base"]
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-SMALL: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "intermediate_size": 176,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}
-
-
-def config_of(**changes: Any) -> LlamaConfig:
-    return LlamaConfig.from_dict({**SMALL, **changes}, path="config.json")
 
 
 def test_the_defaults_are_those_of_transformers() -> None:

@@ -11,28 +11,7 @@ import pytest
 from llama_ext.errors import FormatError, OptionError, UnsupportedError
 from llama_ext.models.config import LlamaConfig
 from llama_ext.models.rope_parameters import RopeParameters
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-SMALL: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "intermediate_size": 176,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}
-
-
-def config_of(**changes: Any) -> LlamaConfig:
-    return LlamaConfig.from_dict({**SMALL, **changes}, path="config.json")
+from small_config import LLAMA3, config_of
 
 
 # transformers 4.40, 4.57 and 5.23 were given files written so, and read each of them as the same rotation.

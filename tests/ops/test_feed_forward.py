@@ -11,15 +11,12 @@ import numpy.typing as npt
 import pytest
 
 import numpy_ops
-from devices import REFERENCE, Device, all_devices, each_isa
+from devices import REFERENCE, Device, all_devices, each_isa, each_mode
 from guarded import guarded, guarded_rows, guarded_rows_empty
 from llama_ext import LlamaExtError, ShapeError
 from tolerances import TINY, U32, U_BF16, assert_same_bits, assert_within, units
 
 Array = npt.NDArray[Any]
-
-MODES = [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "exact")]
-MODE_IDS = ["f32", "bf16", "bf16-exact"]
 
 
 @dataclass(frozen=True)
@@ -117,7 +114,7 @@ def run(device: Device, p: Problem, dtype: str, compute: str, gap: int = 0) -> A
 
 
 @pytest.mark.parametrize("case", _cases(), ids=str)
-@pytest.mark.parametrize(("dtype", "compute"), MODES, ids=MODE_IDS)
+@each_mode
 @all_devices
 def test_feed_forward_matches_float64(device: Device, dtype: str, compute: str, case: Case) -> None:
     rounded = device.rounds_activations(dtype, compute)
@@ -129,7 +126,7 @@ def test_feed_forward_matches_float64(device: Device, dtype: str, compute: str, 
         assert_within(result, reference, bound + U32 * np.abs(reference), "against the reference")
 
 
-@pytest.mark.parametrize(("dtype", "compute"), MODES, ids=MODE_IDS)
+@each_mode
 @each_isa
 def test_feed_forward_of_a_row_has_the_same_bits_in_any_batch_and_with_any_threads(
     isa: str, dtype: str, compute: str

@@ -11,16 +11,12 @@ import numpy.typing as npt
 import pytest
 
 import numpy_ops
-from devices import CPU, ISAS, REFERENCE, Device, all_devices, each_isa
+from devices import CPU, ISAS, REFERENCE, Device, all_devices, each_isa, each_mode
 from guarded import guarded, guarded_empty, guarded_rows, guarded_rows_empty
 from llama_ext import DTypeError, LlamaExtError, ShapeError, _core
 from tolerances import TINY, U32, assert_same_bits, assert_within, units
 
 Array = npt.NDArray[Any]
-
-# dtype of the weights, compute
-MODES = [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "exact")]
-MODE_IDS = ["f32", "bf16", "bf16-exact"]
 
 
 @dataclass(frozen=True)
@@ -107,7 +103,7 @@ def multiply(device: Device, problem: Problem, dtype: str, compute: str, gap: in
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize(("dtype", "compute"), MODES, ids=MODE_IDS)
+@each_mode
 @all_devices
 def test_matmul_matches_float64(device: Device, dtype: str, compute: str, case: Case) -> None:
     rounded = device.rounds_activations(dtype, compute)
@@ -129,7 +125,7 @@ def positive_problem(k: int, dtype: str, rounded: bool) -> tuple[Problem, Array,
 
 
 @pytest.mark.parametrize("k", [1, 31, 512, 513, 1025, 14336])
-@pytest.mark.parametrize(("dtype", "compute"), MODES, ids=MODE_IDS)
+@each_mode
 @all_devices
 def test_matmul_of_positive_numbers_stays_accurate(device: Device, dtype: str, compute: str, k: int) -> None:
     problem, expected, scale = positive_problem(k, dtype, device.rounds_activations(dtype, compute))
@@ -137,7 +133,7 @@ def test_matmul_of_positive_numbers_stays_accurate(device: Device, dtype: str, c
     assert_within(result, expected, units("matmul-positive") * (4 + k**0.5) * scale)
 
 
-@pytest.mark.parametrize(("dtype", "compute"), MODES, ids=MODE_IDS)
+@each_mode
 @each_isa
 def test_matmul_of_a_row_has_the_same_bits_in_any_batch_and_with_any_threads(
     isa: str, dtype: str, compute: str
@@ -158,7 +154,7 @@ def test_matmul_of_a_row_has_the_same_bits_in_any_batch_and_with_any_threads(
                 assert_same_bits(out, whole[first : first + rows], f"{rows} rows, {threads} threads")
 
 
-@pytest.mark.parametrize(("dtype", "compute"), MODES, ids=MODE_IDS)
+@each_mode
 @each_isa
 def test_matmul_of_a_column_has_the_same_bits_among_any_others(isa: str, dtype: str, compute: str) -> None:
     rng = np.random.default_rng(8)
@@ -170,7 +166,7 @@ def test_matmul_of_a_column_has_the_same_bits_among_any_others(isa: str, dtype: 
         assert_same_bits(some, np.ascontiguousarray(whole[:, 3 : 3 + columns]), f"{columns} columns")
 
 
-@pytest.mark.parametrize(("dtype", "compute"), MODES, ids=MODE_IDS)
+@each_mode
 @all_devices
 def test_matmul_passes_nan_and_infinity_on_to_their_row_and_no_other(device: Device, dtype: str, compute: str) -> None:
     x = np.ones((35, 70), np.float32)

@@ -363,6 +363,27 @@ def test_chat_answers_in_the_format_of_the_template(chatty: Model) -> None:
     assert "".join(piece.text for piece in pieces) == expected
 
 
+def test_the_end_of_the_tokenizer_ends_an_answer_and_what_is_told_so(
+    chatty: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages = [{"role": "user", "content": "Tell me a story."}]
+    prompt = chatty.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    free = chatty.generate(prompt, max_new_tokens=30, return_details=True).token_ids
+    end = free[6]
+    monkeypatch.setattr(llama_ext.Tokenizer, "eos_token_id", property(lambda _: end))
+    ended = free[: free.index(end) + 1]
+
+    def tokens(pieces: Any) -> list[Any]:
+        return [piece.token_id for piece in pieces]
+
+    assert tokens(chatty.chat(messages, stream=True, max_new_tokens=30)) == ended
+    # A text of any other kind may hold that token.
+    assert tokens(chatty.stream_generate(prompt, max_new_tokens=30)) == free
+    assert tokens(chatty.session().stream_generate(prompt, max_new_tokens=30)) == free
+    ends = [*chatty.eos_token_ids, end]
+    assert tokens(chatty.session().stream_generate(prompt, max_new_tokens=30, eos_token_id=ends)) == ended
+
+
 def test_chat_gives_one_answer_and_needs_a_template(chatty: Model, stories: Model, tiny: Model) -> None:
     messages = [{"role": "user", "content": "Hello"}]
     with pytest.raises(llama_ext.OptionError, match="one answer"):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import llama_ext
+from llama_ext.runtime.progress import ProgressBar
 from llama_ext.runtime.scoring import windows
 from shared_data import requires_shared
 
@@ -48,6 +49,17 @@ def test_the_likelihood_is_the_sum_of_the_tokens_log_probabilities(stories: Mode
     for cut in (1, 5, len(ids) - 1):
         found = stories.loglikelihood(ids[:cut], ids[cut:])
         assert found.logprob == pytest.approx(expected[cut - 1 :].sum(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 1.3, "seed": 2}, {"num_beams": 3}], ids=["greedy", "drawn", "beams"]
+)
+def test_generated_tokens_have_the_bits_of_the_scores_of_their_text(options: dict[str, Any], stories: Model) -> None:
+    output = stories.generate(STORY, max_new_tokens=60, return_details=True, **options)
+    tokens = np.array(output.prompt_ids + output.token_ids, dtype=np.int32)
+    scores, _ = stories._core.score(tokens, len(output.prompt_ids))
+    assert scores.tolist() == output.logprobs
+    assert stories.loglikelihood(output.prompt_ids, output.token_ids).logprob == math.fsum(output.logprobs)
 
 
 def test_text_is_encoded_as_one_whatever_side_the_space_is_on(stories: Model) -> None:
@@ -209,3 +221,42 @@ def test_a_wrong_request_is_an_option_error(texts: Any, options: dict[str, Any],
 def test_wrong_texts_are_a_typed_error(texts: Any, error: type[Exception], tiny: Model) -> None:
     with pytest.raises(error):
         tiny.perplexity(texts)
+
+
+# Progress.
+
+
+@pytest.fixture(scope="module")
+def long_model() -> Model:
+    config = llama_ext.LlamaConfig(
+        vocab_size=30,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=2000,
+    )
+    return Model(config, seed=1)
+
+
+def test_progress_is_told_within_a_window_and_adds_up(long_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(ProgressBar, "advance", lambda _, amount: told.append(amount))
+    ids = [index * 7 % 30 for index in range(1800)]
+    expected = long_model.perplexity(ids)
+    assert len(told) > 2
+    assert sum(told) == expected.tokens == 1799
+    told.clear()
+    assert long_model.perplexity(ids, context=900, stride=300).tokens == sum(told) == 1799
+
+
+def test_what_a_progress_bar_raises_ends_the_scoring_and_harms_nothing(long_model: Model) -> None:
+    ids = np.arange(1800, dtype=np.int32) % 30
+    expected, _ = long_model._core.score(ids, 1)
+
+    def fail(_: int) -> None:
+        raise RuntimeError("no terminal")
+
+    with pytest.raises(RuntimeError, match="no terminal"):
+        long_model._core.score(ids, 1, fail)
+    np.testing.assert_array_equal(long_model._core.score(ids, 1, lambda _: None)[0], expected)

@@ -278,7 +278,7 @@ def test_text_never_merges_into_a_control_piece() -> None:
     # It is matched as a whole, as a special token, and never built from its letters.
     assert tokenizer.encode("ab", add_special_tokens=False).ids == [4]
     assert tokenizer.get_added_tokens_decoder()[4].special
-    assert "ab" not in str(sentencepiece_model._merges(parse_sentencepiece(model_bytes(*pieces))))
+    assert "ab" not in str(sentencepiece_model.merges_of(parse_sentencepiece(model_bytes(*pieces))))
 
 
 def test_unknown_fields_are_skipped_as_protobuf_requires() -> None:

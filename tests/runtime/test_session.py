@@ -57,6 +57,7 @@ def test_a_session_can_be_filled_to_its_end_and_not_beyond(tiny: Model) -> None:
     ("ids", "error"),
     [
         ([], llama_ext.OptionError),
+        (np.zeros(0, dtype=np.int32), llama_ext.OptionError),
         ([67], llama_ext.TokenIdError),
         ([-1], llama_ext.TokenIdError),
         ([1.5], llama_ext.DTypeError),
@@ -67,9 +68,15 @@ def test_a_session_can_be_filled_to_its_end_and_not_beyond(tiny: Model) -> None:
 def test_wrong_ids_are_an_error_and_change_nothing(ids: Any, error: type[Exception], tiny: Model) -> None:
     session = tiny.session()
     session.append([1, 2])
-    with pytest.raises(error):
+    with pytest.raises(error) as found:
         session.append(ids)
+    assert type(found.value) is error
     exact(session.append([3]), tiny([[1, 2, 3]])[0, -1])
+
+
+def test_only_the_named_logits_can_be_asked_for(tiny: Model) -> None:
+    with pytest.raises(llama_ext.OptionError, match="'last', 'all' or 'none', got 'first'"):
+        tiny.session().append([1], logits="first")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("max_length", [0, -1, 1.5, True])
@@ -153,6 +160,14 @@ def test_a_session_bounds_what_is_generated_in_it(tiny: Model) -> None:
     assert session.length == 8
     with pytest.raises(llama_ext.OptionError, match="one prompt"):
         session.stream_generate([[4], [5]])
+
+
+def test_a_session_does_not_search_with_beams(stories: Model) -> None:
+    session = stories.session()
+    for call in (session.generate, session.stream_generate):
+        with pytest.raises(llama_ext.UnsupportedError, match="num_beams=1"):
+            call([1, 40], num_beams=2)
+    assert session.length == 0
 
 
 # Saving and loading.

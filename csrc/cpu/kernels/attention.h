@@ -56,7 +56,7 @@ static void redo_poisoned(const AttentionJob& job, int64_t first, int64_t keys, 
   for (int64_t r = 0; r < job.rows; ++r) {
     const int64_t seen = keys_seen(job.limits[r], first, keys);
     if (seen == 0 || seen == keys || is_finite(partial + r * padded)) continue;
-    panel<PanelF32>({1, seen, scores + r * kKeyTile, v, partial + r * padded, padded, false, nullptr, 0});
+    panel<PanelF32>({1, seen, 0, scores + r * kKeyTile, v, partial + r * padded, padded, false, nullptr, 0});
   }
 }
 
@@ -88,7 +88,7 @@ static void attention(const AttentionJob& job) {
         widen(static_cast<const uint16_t*>(job.k) + offset, kPanel * job.head_dim, widened);
         k = widened;
       }
-      panel<PanelF32>({job.rows, job.head_dim, job.q, k, scores + key, kKeyTile, false, nullptr, 0});
+      panel<PanelF32>({job.rows, job.head_dim, 0, job.q, k, scores + key, kKeyTile, false, nullptr, 0});
     }
 
     for (int64_t row = 0; row < job.rows; row += kTileRows) {
@@ -129,7 +129,7 @@ static void attention(const AttentionJob& job) {
         widen(static_cast<const uint16_t*>(job.v) + offset, kPanel * keys, widened);
         v = widened;
       }
-      panel<PanelF32>({job.rows, keys, packed, v, partial + column, padded, false, nullptr, 0});
+      panel<PanelF32>({job.rows, keys, 0, packed, v, partial + column, padded, false, nullptr, 0});
       redo_poisoned(job, first, keys, scores, v, partial + column, padded);
     }
     attention_merge(job.rows, padded, job.o, job.m, job.l, partial, tile_m, tile_l);

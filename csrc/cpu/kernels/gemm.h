@@ -21,11 +21,19 @@ struct PanelF32 {
   static constexpr int kStep = 1;  // k per iteration
 };
 
+struct PanelF16 {
+  using Element = uint16_t;
+  static constexpr int kStep = 1;
+};
+
 /// Pairs of k next to each other: [k / 2][32][2].
 struct PanelBf16 {
   using Element = uint16_t;
   static constexpr int kStep = 2;
 };
+
+static inline vf load_weights(const float* p) { return vload(p); }
+static inline vf load_weights(const uint16_t* p) { return vload_f16(p); }
 
 template <typename Panel, int R, int NV>
 static inline void tile(int64_t k, const float* a, const typename Panel::Element* b, float* c, int64_t ldc,
@@ -45,7 +53,7 @@ static inline void tile(int64_t k, const float* a, const typename Panel::Element
     if constexpr (Panel::kStep == 1) {
       vf w[NV];
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) w[v] = vload(b + v * kWidth);
+      for (int v = 0; v < NV; ++v) w[v] = load_weights(b + v * kWidth);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         const vf x = vset1(a[r]);
@@ -145,18 +153,20 @@ static void panel(const PanelProduct& p) {
   }
 }
 
+static int64_t packed_bytes_f32(int64_t depth, int64_t) { return depth * static_cast<int64_t>(sizeof(float)); }
+
 /// Activations as [k][rows of the tile], so that a tile reads them in one stream.
-static void pack_f32(const float* x, int64_t stride, int64_t rows, int64_t k, int64_t depth, void* out) {
-  float* to = static_cast<float*>(out);
+static void pack_f32(const PackJob& job) {
+  float* to = static_cast<float*>(job.tile);
   // Blocks of 64 k keep the strided side of the transposition in the L1 cache.
-  for (int64_t k0 = 0; k0 < k; k0 += 64) {
-    const int64_t end = k - k0 < 64 ? k : k0 + 64;
-    for (int64_t r = 0; r < rows; ++r) {
-      const float* from = x + r * stride;
-      for (int64_t i = k0; i < end; ++i) to[i * rows + r] = from[i];
+  for (int64_t k0 = 0; k0 < job.k; k0 += 64) {
+    const int64_t end = job.k - k0 < 64 ? job.k : k0 + 64;
+    for (int64_t r = 0; r < job.rows; ++r) {
+      const float* from = job.x + r * job.stride;
+      for (int64_t i = k0; i < end; ++i) to[i * job.rows + r] = from[i];
     }
   }
-  for (int64_t i = k * rows; i < depth * rows; ++i) to[i] = 0.0f;
+  for (int64_t i = job.k * job.rows; i < job.depth * job.rows; ++i) to[i] = 0.0f;
 }
 
 }  // namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE

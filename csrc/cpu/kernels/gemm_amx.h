@@ -191,23 +191,25 @@ static void panel_amx(const PanelProduct& p) {
   _tile_release();
 }
 
+static int64_t packed_bytes_bf16(int64_t depth, int64_t) { return depth * static_cast<int64_t>(sizeof(uint16_t)); }
+
 /// Activations as two halves of up to 16 rows, each [k / 32][rows][32]. depth is a multiple of 32.
-static void pack_amx(const float* x, int64_t stride, int64_t rows, int64_t k, int64_t depth, void* out) {
-  uint16_t* to = static_cast<uint16_t*>(out);
-  for (int64_t half = 0; half < rows; half += kAmxHalf) {
-    const int64_t height = rows - half < kAmxHalf ? rows - half : kAmxHalf;
+static void pack_amx(const PackJob& job) {
+  uint16_t* to = static_cast<uint16_t*>(job.tile);
+  for (int64_t half = 0; half < job.rows; half += kAmxHalf) {
+    const int64_t height = job.rows - half < kAmxHalf ? job.rows - half : kAmxHalf;
     for (int64_t r = 0; r < height; ++r) {
-      const float* from = x + (half + r) * stride;
-      uint16_t* row = to + half * depth + r * kAmxK;
-      for (int64_t k0 = 0; k0 < depth; k0 += kAmxK, row += height * kAmxK) {
-        if (k - k0 >= kAmxK) {
+      const float* from = job.x + (half + r) * job.stride;
+      uint16_t* row = to + half * job.depth + r * kAmxK;
+      for (int64_t k0 = 0; k0 < job.depth; k0 += kAmxK, row += height * kAmxK) {
+        if (job.k - k0 >= kAmxK) {
           const __m512i high = _mm512_loadu_si512(from + k0 + 16);
           const __m512i low = _mm512_loadu_si512(from + k0);
           _mm512_storeu_si512(
               row, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_castsi512_ps(high), _mm512_castsi512_ps(low))));
           continue;
         }
-        for (int64_t i = 0; i < kAmxK; ++i) row[i] = k0 + i < k ? round_to_bf16(from[k0 + i]) : uint16_t{0};
+        for (int64_t i = 0; i < kAmxK; ++i) row[i] = k0 + i < job.k ? round_to_bf16(from[k0 + i]) : uint16_t{0};
       }
     }
   }

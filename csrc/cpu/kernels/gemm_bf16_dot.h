@@ -57,18 +57,20 @@ static void panel_bf16_dot(const PanelProduct& p) {
   }
 }
 
+static int64_t packed_bytes_bf16(int64_t depth, int64_t) { return depth * static_cast<int64_t>(sizeof(uint16_t)); }
+
 /// Activations as [k / 2][rows of the tile][2].
-static void pack_bf16_pairs(const float* x, int64_t stride, int64_t rows, int64_t k, int64_t depth, void* out) {
-  uint16_t* to = static_cast<uint16_t*>(out);
-  for (int64_t k0 = 0; k0 < k; k0 += 64) {
-    const int64_t end = k - k0 < 64 ? k : k0 + 64;
-    for (int64_t r = 0; r < rows; ++r) {
-      const float* from = x + r * stride;
-      for (int64_t i = k0; i < end; ++i) to[(i / 2 * rows + r) * 2 + i % 2] = round_to_bf16(from[i]);
+static void pack_bf16_pairs(const PackJob& job) {
+  uint16_t* to = static_cast<uint16_t*>(job.tile);
+  for (int64_t k0 = 0; k0 < job.k; k0 += 64) {
+    const int64_t end = job.k - k0 < 64 ? job.k : k0 + 64;
+    for (int64_t r = 0; r < job.rows; ++r) {
+      const float* from = job.x + r * job.stride;
+      for (int64_t i = k0; i < end; ++i) to[(i / 2 * job.rows + r) * 2 + i % 2] = round_to_bf16(from[i]);
     }
   }
-  for (int64_t i = k; i < depth; ++i) {
-    for (int64_t r = 0; r < rows; ++r) to[(i / 2 * rows + r) * 2 + i % 2] = 0;
+  for (int64_t i = job.k; i < job.depth; ++i) {
+    for (int64_t r = 0; r < job.rows; ++r) to[(i / 2 * job.rows + r) * 2 + i % 2] = 0;
   }
 }
 

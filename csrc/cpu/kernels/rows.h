@@ -95,11 +95,13 @@ static inline void finish(const float* c, const float* bias, float* y, int64_t n
     vf value = vload(c);
     if (bias != nullptr) value = vadd(value, vload(bias));
     if constexpr (kKind == EpilogueKind::kAdd) value = vadd(vload(y), value);
+    if constexpr (kKind == EpilogueKind::kSiluGate) value = vmul(silu(vload(y)), value);
     vstore(y, value);
   } else {
     vf value = vload(c);
     if (bias != nullptr) value = vadd(value, vload_n(bias, n, 0.0f));
     if constexpr (kKind == EpilogueKind::kAdd) value = vadd(vload_n(y, n, 0.0f), value);
+    if constexpr (kKind == EpilogueKind::kSiluGate) value = vmul(silu(vload_n(y, n, 0.0f)), value);
     vstore_n(y, value, n);
   }
 }
@@ -120,6 +122,9 @@ static void epilogue(const Epilogue& e, int64_t rows, const float* c, int64_t ld
       return;
     case EpilogueKind::kAdd:
       finish_rows<EpilogueKind::kAdd>(e, rows, c, ldc);
+      return;
+    case EpilogueKind::kSiluGate:
+      finish_rows<EpilogueKind::kSiluGate>(e, rows, c, ldc);
       return;
     case EpilogueKind::kSwiGlu:
       break;

@@ -3,17 +3,31 @@
 
 #include "cpu/kernel_table.h"
 #include "cpu/kernels/attention.h"
+#include "cpu/kernels/codes.h"
 #include "cpu/kernels/gemm.h"
 #include "cpu/kernels/rows.h"
 
 namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE {
 
-static constexpr GemmKernel kGemmF32 = {kTileRows, sizeof(float), 192, 4, pack_f32, panel<PanelF32>};
-static constexpr GemmKernel kGemmBf16Exact = {kTileRows, sizeof(float), 256, 8, pack_f32, panel<PanelBf16>};
+static constexpr GemmKernel kGemmF32 = {kTileRows, 192, 4, packed_bytes_f32, pack_f32, panel<PanelF32>};
+static constexpr GemmKernel kGemmF16 = {kTileRows, 256, 8, packed_bytes_f32, pack_f32, panel<PanelF16>};
+static constexpr GemmKernel kGemmBf16Exact = {kTileRows, 256, 8, packed_bytes_f32, pack_f32, panel<PanelBf16>};
 
-static constexpr KernelTable make_table(const char* name, const GemmKernel& bf16, const char* bf16_note) {
-  return {name,      kGemmF32,        kGemmBf16Exact, bf16, bf16_note, epilogue,
-          attention, attention_merge, rms_norm,       rope, softmax,   log_sum_exp};
+template <CodeFormat F>
+static constexpr GemmKernel kExactKernel = {kTileRows, 256, 8, packed_bytes_f32, pack_f32, panel_codes_exact<F>};
+
+static constexpr CodeKernels kCodesExact = {LLAMA_EXT_OF_EACH_FORMAT(kExactKernel), "widened to float32"};
+
+static constexpr KernelTable make_table(const char* name, const GemmKernel& bf16, const char* bf16_note,
+                                        const CodeKernels& codes) {
+  KernelTable table = {name,     kGemmF32,  kGemmBf16Exact, bf16,       kGemmF16,  {},
+                       {},       bf16_note, codes.note,     epilogue,   attention, attention_merge,
+                       rms_norm, rope,      softmax,        log_sum_exp};
+  for (int i = 0; i < kCodeFormatCount; ++i) {
+    table.codes[i] = codes.kernels[i];
+    table.codes_exact[i] = kCodesExact.kernels[i];
+  }
+  return table;
 }
 
 }  // namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE

@@ -56,4 +56,32 @@ static inline vf vload_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
 
+/// Eight float16 numbers, finite.
+static inline vf vload_f16(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+// Eight 32-bit integers.
+using vi = __m256i;
+static inline vi iload(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+static inline void istore(void* p, vi x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
+static inline vi iset1(int x) { return _mm256_set1_epi32(x); }
+static inline vi iand(vi a, vi b) { return _mm256_and_si256(a, b); }
+static inline vi ior(vi a, vi b) { return _mm256_or_si256(a, b); }
+// In the compiler's own notation, so that a count it knows becomes an immediate.
+static inline vi ishift_right(vi x, int n) { return reinterpret_cast<vi>(reinterpret_cast<__v8su>(x) >> n); }
+static inline vi ishift_left(vi x, int n) { return reinterpret_cast<vi>(reinterpret_cast<__v8su>(x) << n); }
+static inline vi imax(vi a, vi b) { return _mm256_max_epi32(a, b); }
+static inline vi ibits(vf x) { return _mm256_castps_si256(x); }
+/// To nearest, ties to even.
+static inline vi iround(vf x) { return _mm256_cvtps_epi32(x); }
+static inline vf vfloat(vi x) { return _mm256_cvtepi32_ps(x); }
+/// Eight bytes, widened.
+static inline vi iload_u8(const uint8_t* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+static inline vi iload_i8(const uint8_t* p) {
+  return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+
 }  // namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE

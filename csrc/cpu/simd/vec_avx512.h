@@ -53,4 +53,32 @@ static inline vf vload_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
+/// Sixteen float16 numbers, finite.
+static inline vf vload_f16(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+// Sixteen 32-bit integers.
+using vi = __m512i;
+static inline vi iload(const void* p) { return _mm512_loadu_si512(p); }
+static inline void istore(void* p, vi x) { _mm512_storeu_si512(p, x); }
+static inline vi iset1(int x) { return _mm512_set1_epi32(x); }
+static inline vi iand(vi a, vi b) { return _mm512_and_si512(a, b); }
+static inline vi ior(vi a, vi b) { return _mm512_or_si512(a, b); }
+// In the compiler's own notation, so that a count it knows becomes an immediate.
+static inline vi ishift_right(vi x, int n) { return reinterpret_cast<vi>(reinterpret_cast<__v16su>(x) >> n); }
+static inline vi ishift_left(vi x, int n) { return reinterpret_cast<vi>(reinterpret_cast<__v16su>(x) << n); }
+static inline vi imax(vi a, vi b) { return _mm512_max_epi32(a, b); }
+static inline vi ibits(vf x) { return _mm512_castps_si512(x); }
+/// To nearest, ties to even.
+static inline vi iround(vf x) { return _mm512_cvtps_epi32(x); }
+static inline vf vfloat(vi x) { return _mm512_cvtepi32_ps(x); }
+/// Sixteen bytes, widened.
+static inline vi iload_u8(const uint8_t* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+static inline vi iload_i8(const uint8_t* p) {
+  return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
 }  // namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE

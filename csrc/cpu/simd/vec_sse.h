@@ -56,4 +56,40 @@ static inline vf vload_bf16(const uint16_t* p) {
   return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(bits), 16));
 }
 
+/// Four float16 numbers, finite: their exponent and mantissa are those of a float32 that is 2^112 times smaller.
+static inline vf vload_f16(const uint16_t* p) {
+  const __m128i bits = _mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  const __m128i sign = _mm_slli_epi32(_mm_and_si128(bits, _mm_set1_epi32(0x8000)), 16);
+  const __m128i magnitude = _mm_slli_epi32(_mm_and_si128(bits, _mm_set1_epi32(0x7fff)), 13);
+  const vf value = _mm_mul_ps(_mm_castsi128_ps(magnitude), _mm_set1_ps(0x1p112f));
+  return _mm_or_ps(value, _mm_castsi128_ps(sign));
+}
+
+// Four 32-bit integers.
+using vi = __m128i;
+static inline vi iload(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+static inline void istore(void* p, vi x) { _mm_storeu_si128(static_cast<__m128i*>(p), x); }
+static inline vi iset1(int x) { return _mm_set1_epi32(x); }
+static inline vi iand(vi a, vi b) { return _mm_and_si128(a, b); }
+static inline vi ior(vi a, vi b) { return _mm_or_si128(a, b); }
+// In the compiler's own notation, so that a count it knows becomes an immediate.
+static inline vi ishift_right(vi x, int n) { return reinterpret_cast<vi>(reinterpret_cast<__v4su>(x) >> n); }
+static inline vi ishift_left(vi x, int n) { return reinterpret_cast<vi>(reinterpret_cast<__v4su>(x) << n); }
+static inline vi imax(vi a, vi b) { return _mm_max_epi32(a, b); }
+static inline vi ibits(vf x) { return _mm_castps_si128(x); }
+/// To nearest, ties to even.
+static inline vi iround(vf x) { return _mm_cvtps_epi32(x); }
+static inline vf vfloat(vi x) { return _mm_cvtepi32_ps(x); }
+/// Four bytes, widened.
+static inline vi iload_u8(const uint8_t* p) {
+  int bytes;
+  __builtin_memcpy(&bytes, p, sizeof bytes);
+  return _mm_cvtepu8_epi32(_mm_cvtsi32_si128(bytes));
+}
+static inline vi iload_i8(const uint8_t* p) {
+  int bytes;
+  __builtin_memcpy(&bytes, p, sizeof bytes);
+  return _mm_cvtepi8_epi32(_mm_cvtsi32_si128(bytes));
+}
+
 }  // namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE

@@ -3,12 +3,14 @@
 #define LLAMA_EXT_ISA_NAMESPACE isa_avx2
 
 #include "cpu/simd/vec_avx2.h"
+#include "cpu/kernels/dot_madd.h"
+#include "cpu/kernels/gemm_codes.h"
 #include "cpu/kernels/table.h"
 
 namespace llama_ext {
 
 extern const KernelTable kTable_avx2;
-constinit const KernelTable kTable_avx2 =
-    LLAMA_EXT_ISA_NAMESPACE::make_table("avx2", LLAMA_EXT_ISA_NAMESPACE::kGemmBf16Exact, "widened to float32");
+constinit const KernelTable kTable_avx2 = LLAMA_EXT_ISA_NAMESPACE::make_table(
+    "avx2", LLAMA_EXT_ISA_NAMESPACE::kGemmBf16Exact, "widened to float32", LLAMA_EXT_ISA_NAMESPACE::kCodes);
 
 }  // namespace llama_ext

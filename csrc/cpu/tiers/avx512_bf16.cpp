@@ -3,18 +3,21 @@
 #define LLAMA_EXT_ISA_NAMESPACE isa_avx512_bf16
 
 #include "cpu/simd/vec_avx512.h"
+#include "cpu/kernels/dot_vnni.h"
 #include "cpu/kernels/gemm.h"
 #include "cpu/kernels/gemm_bf16_dot.h"
+#include "cpu/kernels/gemm_codes.h"
 #include "cpu/kernels/table.h"
 
 namespace llama_ext {
 
 namespace LLAMA_EXT_ISA_NAMESPACE {
-static constexpr GemmKernel kGemmBf16 = {kTileRows, sizeof(uint16_t), 512, 8, pack_bf16_pairs, panel_bf16_dot};
+static constexpr GemmKernel kGemmBf16 = {kTileRows, 512, 8, packed_bytes_bf16, pack_bf16_pairs, panel_bf16_dot};
 }
 
 extern const KernelTable kTable_avx512_bf16;
-constinit const KernelTable kTable_avx512_bf16 = LLAMA_EXT_ISA_NAMESPACE::make_table(
-    "avx512-bf16", LLAMA_EXT_ISA_NAMESPACE::kGemmBf16, "VDPBF16PS, activations rounded to bfloat16");
+constinit const KernelTable kTable_avx512_bf16 =
+    LLAMA_EXT_ISA_NAMESPACE::make_table("avx512-bf16", LLAMA_EXT_ISA_NAMESPACE::kGemmBf16,
+                                        "VDPBF16PS, activations rounded to bfloat16", LLAMA_EXT_ISA_NAMESPACE::kCodes);
 
 }  // namespace llama_ext

@@ -8,7 +8,7 @@
 namespace llama_ext {
 
 extern const KernelTable kTable_x86_64_v2;
-constinit const KernelTable kTable_x86_64_v2 =
-    LLAMA_EXT_ISA_NAMESPACE::make_table("x86-64-v2", LLAMA_EXT_ISA_NAMESPACE::kGemmBf16Exact, "widened to float32");
+constinit const KernelTable kTable_x86_64_v2 = LLAMA_EXT_ISA_NAMESPACE::make_table(
+    "x86-64-v2", LLAMA_EXT_ISA_NAMESPACE::kGemmBf16Exact, "widened to float32", LLAMA_EXT_ISA_NAMESPACE::kCodesExact);
 
 }  // namespace llama_ext

@@ -6,11 +6,11 @@ import contextlib
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["atomic_write", "sync_folder"]
+__all__ = ["atomic_write", "remove", "sync_folder"]
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:
@@ -31,8 +31,24 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
+def remove(path: str | os.PathLike[str]) -> None:
+    """Remove a file, if it is there, for good: what is done next outlives a crash only together with this.
+
+    Args:
+        path: The file, or a link, which goes instead of what it names.
+
+    Raises:
+        OSError: It cannot be removed.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+        sync_folder(Path(path).parent)
+
+
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str], *, follow_links: bool = False) -> Iterator[BinaryIO]:
+def atomic_write(
+    path: str | os.PathLike[str], *, follow_links: bool = False, replacing: Callable[[], None] | None = None
+) -> Iterator[BinaryIO]:
     """Write a file so that other readers, and a crash, see the old content or the new one, never a part.
 
     The bytes go to a temporary file in the same folder; when the block ends it is synced, renamed over `path`, and
@@ -44,6 +60,7 @@ def atomic_write(path: str | os.PathLike[str], *, follow_links: bool = False) ->
         follow_links: Whether a symbolic link at `path` survives and the file that it names is replaced: for a path that
             the user named. Otherwise the link is replaced: what lies in a folder to be saved into, such as a snapshot
             of the Hub's cache, may be a link to a file that others share.
+        replacing: Called when the new content is whole and synced, right before it replaces the old one.
 
     Yields:
         A binary file open for writing and seeking.
@@ -68,6 +85,8 @@ def atomic_write(path: str | os.PathLike[str], *, follow_links: bool = False) ->
                 with contextlib.suppress(OSError):
                     os.chmod(temporary, mode)
             os.fsync(file.fileno())
+        if replacing is not None:
+            replacing()
         os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(OSError):

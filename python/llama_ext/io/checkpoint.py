@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy.typing as npt
 
 from llama_ext.errors import CheckpointError, DTypeError, FormatError, LimitError, OptionError, ShapeError
-from llama_ext.io.atomic import atomic_write, sync_folder
+from llama_ext.io.atomic import atomic_write, remove
 from llama_ext.io.gguf import GGUF_ADVICE
 from llama_ext.io.json_file import read_json_object
 from llama_ext.io.safetensors_file import DTYPES, SafetensorsFile, TensorInfo
@@ -317,6 +317,7 @@ def write_sharded(
     *,
     max_shard_bytes: int = 5_000_000_000,
     metadata: Mapping[str, str] | None = None,
+    replacing: Callable[[], None] | None = None,
 ) -> list[Path]:
     """Writes a checkpoint's weights: model.safetensors, or shards and an index when they are larger than one shard.
 
@@ -328,6 +329,7 @@ def write_sharded(
         tensors: As for `write_safetensors`; shards are filled in this order.
         max_shard_bytes: Most bytes of tensors in a file; a tensor larger than that gets a file of its own.
         metadata: As for `write_safetensors`, in every shard.
+        replacing: Called when the new weights are whole and synced, right before the step that counts.
 
     Returns:
         The files written, the index last when there is one.
@@ -352,7 +354,8 @@ def write_sharded(
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     if len(shards) == 1:
-        write_safetensors(folder / SINGLE_FILE, shards[0], metadata)
+        with atomic_write(folder / SINGLE_FILE, replacing=replacing) as file:
+            _write(file, _planned(shards[0]), metadata)
         written = [folder / SINGLE_FILE]
     else:
         written = [folder / name for name in _unused_names(folder, len(shards))]
@@ -360,7 +363,7 @@ def write_sharded(
             write_safetensors(path, shard, metadata)
         weight_map = {source[0]: path.name for path, shard in zip(written, shards, strict=True) for source in shard}
         index = {"metadata": {"total_size": sum(nbytes.values())}, "weight_map": weight_map}
-        with atomic_write(folder / INDEX_FILE) as file:
+        with atomic_write(folder / INDEX_FILE, replacing=replacing) as file:
             file.write((json.dumps(index, indent=2, sort_keys=True) + "\n").encode("utf-8"))
         written.append(folder / INDEX_FILE)
     _remove_old(folder, {path.name for path in written})
@@ -384,7 +387,4 @@ def _remove_old(folder: Path, new: set[str]) -> None:
     others = sorted(name for name in os.listdir(folder) if _SHARD.fullmatch(name) or _LEFTOVER.fullmatch(name))
     for name in [SINGLE_FILE, INDEX_FILE, *others]:
         if name not in new:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(folder / name)
-                if name in (SINGLE_FILE, INDEX_FILE):
-                    sync_folder(folder)
+            remove(folder / name)

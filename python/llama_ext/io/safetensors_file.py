@@ -7,11 +7,9 @@ been loaded already.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
-import mmap
 import os
 import struct
 from types import TracebackType
@@ -23,6 +21,7 @@ import safetensors
 
 from llama_ext.errors import FormatError, LimitError, UnsupportedError
 from llama_ext.io.json_file import open_regular
+from llama_ext.io.mapped_file import MappedFile
 from llama_ext.limits import DEFAULT_LIMITS, Limits
 
 __all__ = ["DTYPES", "SafetensorsFile", "TensorInfo"]
@@ -95,14 +94,13 @@ class SafetensorsFile:
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
         with open_regular(path, what="a safetensors file") as file:
-            self._size = os.fstat(file.fileno()).st_size
-            header_bytes = _header_length(file.read(_LENGTH_BYTES), self._size, self.path, limits)
-            self._map = mmap.mmap(file.fileno(), self._size, access=mmap.ACCESS_READ)
-            self._descriptor = os.dup(file.fileno())
+            opened = os.fstat(file.fileno())
+            header_bytes = _header_length(file.read(_LENGTH_BYTES), opened.st_size, self.path, limits)
+            self._file = MappedFile(file, self.path)
         try:
-            header = self._map[_LENGTH_BYTES : _LENGTH_BYTES + header_bytes]
+            header = self._file.bytes(_LENGTH_BYTES, header_bytes)
             _check_entries(header, self.path, limits)
-            _validate(self.path, os.fstat(self._descriptor))
+            _validate(self.path, opened)
             self._parse(header, limits)
         except BaseException:
             self.close()
@@ -129,22 +127,12 @@ class SafetensorsFile:
                 f"{self.path}: tensor {name[:120]} has dtype {info.dtype}, which is not supported. "
                 f"Supported: {', '.join(DTYPES)}. Convert it, or load the original checkpoint."
             )
-        if self._descriptor < 0:
-            raise FormatError(f"tensor {name} cannot be read: the file was closed.", path=self.path, field=name)
-        size = os.fstat(self._descriptor).st_size
-        if size < self._size:
-            raise FormatError(
-                f"the file shrank from {self._size} to {size} bytes since it was opened.",
-                path=self.path,
-                field=name,
-                expected=self._size,
-                got=size,
-            )
+        self._file.check(name)
         dtype = DTYPES[info.dtype][1]
         try:
             if info.nbytes == 0:
                 return np.empty(info.shape, dtype)
-            array = np.frombuffer(self._map, dtype, info.nbytes // dtype.itemsize, info.offset).reshape(info.shape)
+            array = self._file.array(dtype, info.nbytes // dtype.itemsize, info.offset).reshape(info.shape)
         except ValueError as error:  # valid, but beyond NumPy: more than 64 dimensions, or (0, 2**63)
             raise UnsupportedError(f"{self.path}: tensor {name[:120]} of shape {info.shape}: {error}.") from error
         return array if array.flags.aligned else array.copy()
@@ -161,21 +149,11 @@ class SafetensorsFile:
             FormatError: There is no such tensor.
         """
         info = self._info(name)
-        advice = getattr(mmap, "MADV_DONTNEED", None)
-        page = mmap.PAGESIZE
-        start = -(-info.offset // page) * page
-        end = (info.offset + info.nbytes) // page * page
-        if advice is not None and end > start and self._descriptor >= 0:
-            with contextlib.suppress(OSError):  # advice only
-                self._map.madvise(advice, start, end - start)
+        self._file.release(info.offset, info.nbytes)
 
     def close(self) -> None:
         """Closes the file. The memory map goes when the last view of it does."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-            with contextlib.suppress(BufferError):  # views of it are alive
-                self._map.close()
+        self._file.close()
 
     def __enter__(self) -> SafetensorsFile:
         return self
@@ -184,10 +162,6 @@ class SafetensorsFile:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        if getattr(self, "_descriptor", -1) >= 0:
-            self.close()
 
     def _info(self, name: str) -> TensorInfo:
         info = self.tensors.get(name)
@@ -227,13 +201,13 @@ class SafetensorsFile:
         """What every read relies on, checked here whatever the package checked."""
         numbers: tuple[Any, ...] = (*info.shape, info.offset, info.nbytes)
         sound = all(isinstance(number, int) and number >= 0 for number in numbers)
-        sound = sound and info.offset >= start and info.offset + info.nbytes <= self._size
+        sound = sound and info.offset >= start and info.offset + info.nbytes <= self._file.size
         if sound and info.dtype in DTYPES:
             sound = math.prod(info.shape) * DTYPES[info.dtype][1].itemsize == info.nbytes
         if not sound:
             raise FormatError(
                 f"tensor {info.name[:120]!r} of shape {info.shape} and dtype {info.dtype} does not fit its {info.nbytes} bytes "
-                f"in a file of {self._size}. Truncated download?",
+                f"in a file of {self._file.size}. Truncated download?",
                 path=self.path,
                 offset=max(info.offset, 0),
                 field=info.name,

@@ -200,6 +200,20 @@ class LlamaConfig:
         result["rope_parameters"] = self.rope_parameters.to_dict()
         return result
 
+    def to_json(self) -> str:
+        """The text of config.json.
+
+        Returns:
+            `to_dict` with its keys in order, indented.
+
+        Raises:
+            OptionError: `extra` holds something that JSON cannot.
+        """
+        try:
+            return json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n"
+        except (TypeError, ValueError) as error:
+            raise OptionError(f"LlamaConfig.extra cannot be written as JSON: {error}.") from error
+
     def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
         """Writes config.json, whole or not at all.
 
@@ -213,10 +227,7 @@ class LlamaConfig:
             OptionError: `extra` holds something that JSON cannot.
             OSError: The directory cannot be written.
         """
-        try:
-            text = json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n"
-        except (TypeError, ValueError) as error:
-            raise OptionError(f"LlamaConfig.extra cannot be written as JSON: {error}.") from error
+        text = self.to_json()
         path = Path(directory) / "config.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:

@@ -15,7 +15,7 @@ from llama_ext._arrays import (
     vector,
 )
 from llama_ext.errors import OptionError, ShapeError
-from llama_ext.ops.packing import Matrix, as_matrix, backend_for, check_packed, pack_gate_up, weight_array
+from llama_ext.ops.packing import Matrix, as_matrix, backend_for, check_packed, pack_for, pack_gate_up
 
 __all__ = ["feed_forward", "matmul", "rms_norm"]
 
@@ -61,11 +61,8 @@ def matmul(
     if bias is not None:
         bias = vector("matmul", "bias", bias, rows)
     target = destination("matmul", out, shape, (x, bias) if residual is None else (x, bias, residual))
-    if residual is not None:
-        residual = float32_array("matmul", "residual", residual)
-        require_shape("matmul", "residual", residual, shape)
-        target[...] = residual
-    matrix.backend.matmul(flat(x, columns), matrix.handle, bias, flat(target, rows), residual is not None, compute)
+    accumulate = _begin_with(residual, target, "matmul")
+    matrix.backend.matmul(flat(x, columns), matrix.handle, bias, flat(target, rows), accumulate, compute)
     return finish(out, target)
 
 
@@ -156,9 +153,7 @@ def feed_forward(
         down_matrix = as_matrix(op, down, dtype, threads, isa, device)
     else:
         # An array beside a packed pair goes where the pair is.
-        source = weight_array(op, "down", down, pair.dtype)
-        handle = pair.backend.matrix(source, pair.dtype)
-        down_matrix = Matrix(pair.backend, handle, (source.shape[0], source.shape[1]), gate_up=False)
+        down_matrix = pack_for(pair.backend, op, "down", down, pair.dtype)
     if pair.backend is not down_matrix.backend:
         raise OptionError(f"{op}: {pair!r} and {down_matrix!r} were packed for different backends; pack both alike")
     inner, width = pair.shape
@@ -170,10 +165,7 @@ def feed_forward(
     up_bias = None if up_bias is None else vector(op, "up_bias", up_bias, inner)
     down_bias = None if down_bias is None else vector(op, "down_bias", down_bias, width)
     target = destination(op, out, x.shape, (x, gate_bias, up_bias, down_bias, residual))
-    if residual is not None:
-        residual = float32_array(op, "residual", residual)
-        require_shape(op, "residual", residual, x.shape)
-        target[...] = residual
+    accumulate = _begin_with(residual, target, op)
     pair.backend.feed_forward(
         flat(x, width),
         pair.handle,
@@ -182,7 +174,17 @@ def feed_forward(
         down_matrix.handle,
         down_bias,
         flat(target, width),
-        residual is not None,
+        accumulate,
         compute,
     )
     return finish(out, target)
+
+
+def _begin_with(residual: FloatArray | None, target: FloatArray, op: str) -> bool:
+    """Puts the residual, if there is one, where the product is added to it; returns whether to add."""
+    if residual is None:
+        return False
+    residual = float32_array(op, "residual", residual)
+    require_shape(op, "residual", residual, target.shape)
+    target[...] = residual
+    return True

@@ -13,7 +13,7 @@ from llama_ext._arrays import Array, FloatArray, is_bfloat16
 from llama_ext.errors import DTypeError, OptionError, ShapeError
 from llama_ext.runtime.threads import checked_threads, get_num_threads
 
-__all__ = ["Matrix", "as_matrix", "backend_for", "check_packed", "pack", "pack_gate_up", "weight_array"]
+__all__ = ["Matrix", "as_matrix", "backend_for", "check_packed", "pack", "pack_for", "pack_gate_up"]
 
 _CREATING = threading.Lock()
 _WEIGHT_DTYPES = ("float32", "bfloat16")
@@ -87,9 +87,7 @@ def pack(
         DTypeError: Another element type, or an unknown `dtype`.
         DeviceError: There is no such device or instruction set here.
     """
-    backend = backend_for(device, threads, isa)
-    source = weight_array("pack", "weight", weight, dtype)
-    return Matrix(backend, backend.matrix(source, dtype), (source.shape[0], source.shape[1]), gate_up=False)
+    return pack_for(backend_for(device, threads, isa), "pack", "weight", weight, dtype)
 
 
 def pack_gate_up(
@@ -117,14 +115,24 @@ def pack_gate_up(
         DTypeError, DeviceError: As `pack`.
     """
     backend = backend_for(device, threads, isa)
-    gate_source = weight_array("pack_gate_up", "gate", gate, dtype)
-    up_source = weight_array("pack_gate_up", "up", up, dtype)
+    gate_source = _weight_array("pack_gate_up", "gate", gate, dtype)
+    up_source = _weight_array("pack_gate_up", "up", up, dtype)
     if gate_source.shape != up_source.shape:
         raise ShapeError(
             f"pack_gate_up: gate and up must have one shape, got {gate_source.shape} and {up_source.shape}"
         )
     handle = backend.gate_up_matrix(gate_source, up_source, dtype)
     return Matrix(backend, handle, (gate_source.shape[0], gate_source.shape[1]), gate_up=True)
+
+
+def pack_for(backend: _core.Backend, op: str, what: str, weight: Array, dtype: str) -> Matrix:
+    """The body of `pack`, for a backend that is there already.
+
+    Raises:
+        ShapeError, DTypeError: As `pack`; the message names `op` and `what`.
+    """
+    source = _weight_array(op, what, weight, dtype)
+    return Matrix(backend, backend.matrix(source, dtype), (source.shape[0], source.shape[1]), gate_up=False)
 
 
 def as_matrix(
@@ -136,10 +144,7 @@ def as_matrix(
         OptionError: An option contradicts what `weight` was packed for, or it is a gate-up pair.
     """
     if not isinstance(weight, Matrix):
-        backend = backend_for(device, threads, isa)
-        kept = dtype or "float32"
-        source = weight_array(op, "weight", weight, kept)
-        return Matrix(backend, backend.matrix(source, kept), (source.shape[0], source.shape[1]), gate_up=False)
+        return pack_for(backend_for(device, threads, isa), op, "weight", weight, dtype or "float32")
     if weight.gate_up:
         raise OptionError(f"{op}: needs a matrix from pack, got {weight!r}")
     return check_packed(op, weight, dtype, threads, isa, device)
@@ -188,7 +193,7 @@ def _cached_backend(device: str, threads: int, isa: str, forced: str) -> _core.B
     return _core.Backend(device, threads, isa)
 
 
-def weight_array(op: str, what: str, value: object, dtype: str) -> Array:
+def _weight_array(op: str, what: str, value: object, dtype: str) -> Array:
     """A weight as the core takes it: a contiguous (N, K) array of float32, float16 or the bits of bfloat16.
 
     Raises:

@@ -17,8 +17,8 @@ import numpy as np
 
 from llama_ext import _core
 from llama_ext._arrays import is_whole
-from llama_ext.errors import CheckpointError, FormatError, OptionError, UnsupportedError
-from llama_ext.io.atomic import atomic_write
+from llama_ext.errors import CheckpointError, FormatError, OptionError
+from llama_ext.io.atomic import atomic_write, remove
 from llama_ext.io.checkpoint import Checkpoint, TensorSource, open_checkpoint, write_sharded
 from llama_ext.io.gguf import gguf_error
 from llama_ext.io.hub import resolve
@@ -29,38 +29,16 @@ from llama_ext.models.fields import shown
 from llama_ext.models.generation_config import GenerationDefaults
 from llama_ext.runtime.progress import ProgressBar
 from llama_ext.runtime.tokenizer import Tokenizer
+from llama_ext.runtime.weight_types import WeightTypes, choose_types
 
 if TYPE_CHECKING:
     from llama_ext.runtime.model import LlamaForCausalLM
 
-__all__ = ["ModelFiles", "choose_dtype", "core_config", "load_random", "open_model", "save_model"]
+__all__ = ["ModelFiles", "core_config", "load_random", "open_model", "save_model"]
 
-_DTYPES = ("float32", "bfloat16")
-_LATER = ("float16", "int8", "int4")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-
-
-def choose_dtype(requested: str, stored: str | None) -> str:
-    """How to keep the matrices.
-
-    Args:
-        requested: What the caller asks for.
-        stored: The dtype of the checkpoint, or None for random weights.
-
-    Returns:
-        "float32" or "bfloat16".
-
-    Raises:
-        UnsupportedError: A dtype of another version.
-        OptionError: Not a dtype.
-    """
-    if requested == "auto":
-        return "bfloat16" if stored == "bfloat16" else "float32"
-    if requested in _LATER:
-        raise UnsupportedError(f"dtype={requested!r} is not in this version; there are {' and '.join(_DTYPES)}")
-    if requested not in _DTYPES:
-        raise OptionError(f"dtype must be auto, {' or '.join(_DTYPES)}, got {requested!r}")
-    return requested
+_CONFIG_FILE = "config.json"
+_GENERATION_FILE = "generation_config.json"
 
 
 def core_config(config: LlamaConfig) -> dict[str, Any]:
@@ -99,12 +77,16 @@ class ModelFiles:
             self._checkpoint.close()
             raise
 
+    def types(self, requested: str, group_size: int | None, symmetric: bool | None) -> WeightTypes:
+        """How to keep each matrix; see `choose_types`."""
+        return choose_types(requested, self.stored_dtype, self._specs, group_size=group_size, symmetric=symmetric)
+
     def warn_of_ignored(self) -> None:
         """Tells the caller of this method's caller what generation_config.json asks for in vain."""
         ignored = self.generation_defaults.ignored
         if ignored:
             names = ", ".join(f"{name}={shown(value)}" for name, value in ignored.items())
-            file = self._folder / "generation_config.json"
+            file = self._folder / _GENERATION_FILE
             warnings.warn(f"{file} asks for {names}, which this version does not do", UserWarning, stacklevel=3)
 
     def load_into(self, core: _core.Model) -> None:
@@ -187,7 +169,11 @@ def load_random(core: _core.Model, config: LlamaConfig, seed: int) -> None:
 
 
 def save_model(model: LlamaForCausalLM, directory: str | os.PathLike[str]) -> None:
-    """The body of `LlamaForCausalLM.save_pretrained`."""
+    """The body of `LlamaForCausalLM.save_pretrained`.
+
+    Nothing loads without config.json: it goes before the first file of an older model is replaced, and comes last. So a
+    save that is cut short leaves the older model, the new one or none, but never some files of each.
+    """
     # A copy that is not checked again: it may have been read with larger limits than the default ones.
     config = copy.copy(model.config)
     object.__setattr__(config, "dtype", model.dtype)
@@ -199,11 +185,18 @@ def save_model(model: LlamaForCausalLM, directory: str | os.PathLike[str]) -> No
         dtype = model.dtype if spec.slot in matrices else _vector_dtype(core, spec.slot, model.dtype)
         tensors.append((spec.name, dtype, spec.shape, _reader(core, spec.slot, dtype)))
     folder = Path(directory)
-    write_sharded(folder, tensors)
-    config.save_pretrained(folder)
-    _save_generation_defaults(model.generation_defaults, folder)
+    # What may be refused is so before anything is written.
+    config.to_json()
+    defaults = _generation_json(model.generation_defaults, folder / _GENERATION_FILE)
+    write_sharded(folder, tensors, replacing=lambda: remove(folder / _CONFIG_FILE))
+    # One that an earlier save left would speak for this model.
+    remove(folder / _GENERATION_FILE)
+    if defaults is not None:
+        with atomic_write(folder / _GENERATION_FILE) as file:
+            file.write(defaults.encode("utf-8"))
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(folder)
+    config.save_pretrained(folder)
 
 
 def _vector_dtype(core: _core.Model, slot: str, dtype: str) -> str:
@@ -223,18 +216,14 @@ def _reader(core: _core.Model, slot: str, dtype: str) -> Any:
     return read
 
 
-def _save_generation_defaults(defaults: GenerationDefaults, folder: Path) -> None:
+def _generation_json(defaults: GenerationDefaults, path: Path) -> str | None:
+    """The text of generation_config.json, or None when there is nothing to say; `path` is for messages."""
     values = dataclasses.asdict(defaults)
     values.update(values.pop("ignored"))
     said = {name: value for name, value in values.items() if value is not None}
-    path = folder / "generation_config.json"
     if not said:
-        # One that an earlier save left would speak for this model.
-        path.unlink(missing_ok=True)
-        return
+        return None
     try:
-        text = json.dumps(said, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        return json.dumps(said, indent=2, sort_keys=True, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise FormatError(f"the generation defaults cannot be written as JSON: {error}", path=str(path)) from error
-    with atomic_write(path) as file:
-        file.write(text.encode("utf-8"))

@@ -14,6 +14,7 @@ from llama_ext import _core
 from llama_ext._arrays import FloatArray, IntArray, as_whole
 from llama_ext.errors import OptionError
 from llama_ext.limits import DEFAULT_LIMITS, Limits
+from llama_ext.models import ARCHITECTURES
 from llama_ext.models.config import LlamaConfig
 from llama_ext.models.generation_config import GenerationDefaults
 from llama_ext.runtime import generation, loading, logits, scoring
@@ -23,6 +24,7 @@ from llama_ext.runtime.scoring import LogLikelihood, Perplexity
 from llama_ext.runtime.session import Session, load_session, new_session
 from llama_ext.runtime.threads import checked_threads
 from llama_ext.runtime.tokenizer import Tokenizer
+from llama_ext.runtime.weight_types import WeightTypes, choose_types
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -52,13 +54,16 @@ class LlamaForCausalLM:
             (eos_token_id=None) keeps it so when the model is saved and loaded.
         seed: Of the random weights, in [0, 2^64): normal with the config's initializer_range, norms 1, biases 0. Each tensor
             has a random stream of its own, so a tensor depends on the seed, its name and shape, and nothing else.
-        dtype: How matrices are kept: "float32" ("auto") or "bfloat16". Norms and biases are float32.
+        dtype: How matrices are kept: "float32" ("auto"), "bfloat16", "float16", or quantised: "int8" or "int4", the embedding and
+            the head of int4 models as int8. Norms and biases are float32.
+        group_size: Of quantised weights: how many of a row share a scale, 128, 64 or 32. None: the largest that divides.
+        symmetric: Of quantised weights: whether a group has a scale alone (None, True) or also a minimum (False).
         device: "cpu", or "reference" for the float64 loops that the fast kernels are tested against.
-        compute: "auto": the fastest arithmetic for these weights, which for bfloat16 ones may round activations to bfloat16.
-            "exact": float32 products of the stored weights.
+        compute: "auto": the fastest arithmetic for these weights, which for bfloat16 ones may round activations to bfloat16, and
+            for quantised ones to int8. "exact": float32 products of the stored weights.
         threads: None: the physical cores that affinity and cgroup quota allow, or what `set_num_threads` said.
         kv_dtype: How generations and sessions keep keys and values: "float32" or "bfloat16". "auto" is bfloat16 for bfloat16
-            weights unless compute is "exact", else float32. Logits of whole sequences and scores always use float32.
+            and quantised weights unless compute is "exact", else float32. Logits of whole sequences and scores always use float32.
 
     Raises:
         OptionError: An option is unknown or out of range, or an argument is of another type.
@@ -80,6 +85,8 @@ class LlamaForCausalLM:
         seed: int = 0,
         *,
         dtype: str = "auto",
+        group_size: int | None = None,
+        symmetric: bool | None = None,
         device: str = "cpu",
         compute: str = "auto",
         threads: int | None = None,
@@ -97,7 +104,13 @@ class LlamaForCausalLM:
             config,
             tokenizer,
             GenerationDefaults(),
-            dtype=loading.choose_dtype(dtype, None),
+            types=choose_types(
+                dtype,
+                None,
+                ARCHITECTURES[config.model_type].tensor_specs(config),
+                group_size=group_size,
+                symmetric=symmetric,
+            ),
             device=device,
             compute=compute,
             threads=threads,
@@ -113,6 +126,8 @@ class LlamaForCausalLM:
         path_or_hub_id: str | os.PathLike[str],
         *,
         dtype: str = "auto",
+        group_size: int | None = None,
+        symmetric: bool | None = None,
         device: str = "cpu",
         compute: str = "auto",
         threads: int | None = None,
@@ -125,8 +140,8 @@ class LlamaForCausalLM:
         Args:
             path_or_hub_id: A directory with config.json and *.safetensors, sharded or not, and the tokenizer's files if there
                 are any; or the id of a model on the Hugging Face Hub.
-            dtype: "auto" keeps a bfloat16 checkpoint as bfloat16 and any other as float32.
-            device, compute, threads, kv_dtype: See the class.
+            dtype: "auto" keeps a bfloat16 or float16 checkpoint as it is and any other as float32.
+            group_size, symmetric, device, compute, threads, kv_dtype: See the class.
             revision: Of the Hub: a branch, tag or commit.
             limits: What a file may ask for.
 
@@ -155,7 +170,7 @@ class LlamaForCausalLM:
                 files.config,
                 files.tokenizer,
                 files.generation_defaults,
-                dtype=loading.choose_dtype(dtype, files.stored_dtype),
+                types=files.types(dtype, group_size, symmetric),
                 device=device,
                 compute=compute,
                 threads=threads,
@@ -170,7 +185,7 @@ class LlamaForCausalLM:
         tokenizer: Tokenizer | None,
         defaults: GenerationDefaults,
         *,
-        dtype: str,
+        types: WeightTypes,
         device: str,
         compute: str,
         threads: int | None,
@@ -182,7 +197,7 @@ class LlamaForCausalLM:
         if kv_dtype not in _KV_DTYPES:
             raise OptionError(f"kv_dtype must be one of {', '.join(_KV_DTYPES)}, got {kv_dtype!r}")
         if kv_dtype == "auto":
-            kv_dtype = "bfloat16" if dtype == "bfloat16" and compute != "exact" else "float32"
+            kv_dtype = "bfloat16" if types[""][0] not in ("float32", "float16") and compute != "exact" else "float32"
         self.config = config
         self.tokenizer = tokenizer
         self.generation_defaults = defaults
@@ -191,11 +206,11 @@ class LlamaForCausalLM:
         self._kv_dtype = kv_dtype
         self._fingerprint: str | None = None  # of the weights, once a session is saved or loaded
         backend = _core.Backend(device, checked_threads(threads))
-        self._core = _core.Model(backend, loading.core_config(config), dtype, compute)
+        self._core = _core.Model(backend, loading.core_config(config), types, compute=compute)
 
     @property
     def dtype(self) -> str:
-        """How matrices are kept: "float32" or "bfloat16"."""
+        """How matrices are kept: "float32", "bfloat16", "float16", or an encoding of whole numbers such as "int8" or "int4"."""
         return self._core.dtype
 
     @property
@@ -254,13 +269,15 @@ class LlamaForCausalLM:
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes a checkpoint that this package and transformers read: weights, config and tokenizer.
 
-        Weights are written one by one, in the dtype they are kept in; each file is whole or not there.
+        Weights are written one by one, in the dtype they are kept in. A save that is cut short leaves what was there
+        before, or the new model, or a directory without config.json, which does not load: save again.
 
         Args:
             directory: Created if it does not exist; files of the same names are replaced.
 
         Raises:
             OSError: It cannot be written.
+            OptionError: The config's `extra` holds something that JSON cannot.
         """
         loading.save_model(self, directory)
 
@@ -320,7 +337,7 @@ class LlamaForCausalLM:
             frequency_penalty: Subtracted as often as the token is in the output. Default 0.
             logit_bias: {token id: number} added to logits; -inf forbids a token.
             stop: A string or strings that end a row; they are not part of the returned text.
-            num_beams: > 1: beam search; without sampling, penalties or stop strings. Default 1.
+            num_beams: > 1: beam search; without sampling, penalties, logit_bias or stop strings. Default 1.
             length_penalty: Of beam search: score = sum of log probabilities / tokens ** length_penalty. Default 1.
             early_stopping: Of beam search: end as soon as num_beams sequences are complete. Default False.
             num_return_sequences: Sequences per prompt, of sampling or of beam search. Default 1.
@@ -338,15 +355,17 @@ class LlamaForCausalLM:
 
         Returns:
             For one prompt a text, a list of ids, or an int64 array (T'); for several a list of them, or an int64 array (B, T'):
-            the block as it was given, the new tokens, and padding on the right. With num_return_sequences > 1 always
-            several: those of the first prompt first. With return_details `GenerationOutput`s in the same arrangement.
+            the block as it was given, the new tokens, and padding on the right: the first pad token that is named by the
+            generation config, the config or the tokenizer, else the first end token of this call, else 0. With
+            num_return_sequences > 1 always several: those of the first prompt first. With return_details
+            `GenerationOutput`s in the same arrangement.
 
         Raises:
             OptionError: An option is unknown, out of range or contradicts another; a text without a tokenizer.
             ContextLengthError: A prompt, or a prompt with the tokens asked for, is longer than the context.
             TokenIdError: An id outside the vocabulary.
             ShapeError, DTypeError: `prompts` is none of the above.
-            UnsupportedError: Beam search together with penalties, stop strings, speculation or max_batch_size.
+            UnsupportedError: Beam search together with penalties, logit_bias, stop strings, speculation or max_batch_size.
             NumericError: A logit is not finite.
             OutOfMemoryError: The KV caches do not fit into memory.
         """
@@ -408,6 +427,9 @@ class LlamaForCausalLM:
         **options: Unpack[GenerateOptions],
     ) -> str | Iterator[Piece]:
         """Answers a conversation, written down as the tokenizer's chat template says.
+
+        The tokenizer's EOS ends the answer as well as the model's: it is what chat formats end a turn with. `eos_token_id`
+        stands instead of both.
 
         Args:
             messages: {"role": "system" | "user" | "assistant", "content": text} in order.

@@ -102,9 +102,8 @@ def perplexity(
     sums = []
     with ProgressBar("Scoring", total, "tokens") as bar:
         for document, (begin, first, end) in planned:
-            scores, _ = model._core.score(document[begin:end], first - begin)
+            scores, _ = model._core.score(document[begin:end], first - begin, bar.advance)
             sums.append(math.fsum(scores.tolist()))
-            bar.advance(end - first)
     nats = -math.fsum(sums)
     loss = nats / total
     return Perplexity(

@@ -22,7 +22,14 @@ from llama_ext.runtime.precompiled_charsmap import check_charsmap
 if TYPE_CHECKING:
     import tokenizers
 
-__all__ = ["SentencePieceModel", "build_tokenizer", "parse_sentencepiece", "read_sentencepiece"]
+__all__ = [
+    "SentencePieceModel",
+    "build_tokenizer",
+    "check_sentencepiece",
+    "merges_of",
+    "parse_sentencepiece",
+    "read_sentencepiece",
+]
 
 MAX_FILE_BYTES = 64 * 2**20
 MAX_PIECES = 2**20
@@ -189,7 +196,7 @@ def parse_sentencepiece(data: bytes, path: str = "tokenizer.model") -> SentenceP
         elif number == 3:
             reader.expect(_BYTES, wire, "normalizer_spec", offset)
             _read_normalizer_spec(reader, model, offset, offset + value)
-    _check(model, path)
+    check_sentencepiece(model, path)
     return model
 
 
@@ -246,8 +253,16 @@ def _read_normalizer_spec(reader: _Reader, model: SentencePieceModel, start: int
             setattr(model, flags[number], value != 0)
 
 
-def _check(model: SentencePieceModel, path: str) -> None:
-    """The conditions `sentencepiece` itself puts on a model."""
+def check_sentencepiece(model: SentencePieceModel, path: str) -> None:
+    """Checks the conditions that `sentencepiece` itself puts on a model.
+
+    Args:
+        model: A model from anywhere.
+        path: Its file, for messages.
+
+    Raises:
+        FormatError: There are no pieces, one is there twice, there is not one unknown piece, or not all byte pieces.
+    """
 
     def fail(message: str, name: str) -> NoReturn:
         raise FormatError(f"{message}. Not a SentencePiece model, or a damaged download?", path=path, field=name)
@@ -273,12 +288,21 @@ def _check(model: SentencePieceModel, path: str) -> None:
         fail(f"there are {bytes_found} byte pieces, but byte_fallback is off", "pieces")
 
 
-def _merges(model: SentencePieceModel) -> list[tuple[str, str]]:
+def merges_of(model: SentencePieceModel) -> list[tuple[str, str]]:
     """The merges that reproduce SentencePiece's choice, the best-scoring piece first.
 
     SentencePiece stores no merges: it joins the two neighbours whose concatenation is the best-scoring piece. Every
     way of writing a piece as two pieces is therefore a merge with that piece's score; ties are ordered as transformers'
     converter orders them. Only normal pieces take part, so text can never be merged into a control or byte piece.
+
+    Args:
+        model: A BPE model.
+
+    Returns:
+        Pairs of pieces.
+
+    Raises:
+        LimitError: The pieces have more than 4,194,304 splits.
     """
     scores = {p: s for p, s, t in zip(model.pieces, model.scores, model.types, strict=True) if t == NORMAL}
     candidates = 0
@@ -293,6 +317,21 @@ def _merges(model: SentencePieceModel) -> list[tuple[str, str]]:
                 found.append((score, len(left), len(right), left, right))
     found.sort(key=lambda merge: merge[:3], reverse=True)
     return [(left, right) for _, _, _, left, right in found]
+
+
+def _unused_is_reachable(model: SentencePieceModel) -> bool:
+    """Whether merging could give an unused piece, which SentencePiece would then split again.
+
+    Those that a converter adds to fill the vocabulary up ("[PAD32000]") are out of reach: no two pieces make them.
+    """
+    unused = [p for p, t in zip(model.pieces, model.types, strict=True) if t == UNUSED]
+    known = set(model.pieces) if unused else set()
+    return any(
+        model.model_type != BPE
+        or len(piece) == 1
+        or any(piece[:at] in known and piece[at:] in known for at in range(1, len(piece)))
+        for piece in unused
+    )
 
 
 def build_tokenizer(model: SentencePieceModel, path: str = "tokenizer.model") -> tokenizers.Tokenizer:
@@ -312,8 +351,8 @@ def build_tokenizer(model: SentencePieceModel, path: str = "tokenizer.model") ->
     Raises:
         FormatError: The normalisation table is malformed.
         LimitError: The pieces have more than 4,194,304 splits.
-        UnsupportedError: The model type is word or character, or the model has unused pieces, writes its spaces
-            behind words, or leaves spaces unescaped.
+        UnsupportedError: The model type is word or character, or the model has unused pieces that text could become,
+            writes its spaces behind words, or leaves spaces unescaped.
     """
     import tokenizers
     from tokenizers import models, normalizers, pre_tokenizers
@@ -322,7 +361,7 @@ def build_tokenizer(model: SentencePieceModel, path: str = "tokenizer.model") ->
         kind = _MODEL_NAMES.get(model.model_type, str(model.model_type))
         raise UnsupportedError(f"{path}: a SentencePiece model of type {kind}; BPE and unigram are supported")
     for present, what in (
-        (UNUSED in model.types, "unused pieces"),
+        (_unused_is_reachable(model), "unused pieces"),
         (model.whitespace_as_suffix, "treat_whitespace_as_suffix"),
         (not model.escape_whitespaces, "escape_whitespaces = false"),
     ):
@@ -337,7 +376,7 @@ def build_tokenizer(model: SentencePieceModel, path: str = "tokenizer.model") ->
     if model.model_type == BPE:
         core = models.BPE(
             vocab={piece: index for index, piece in enumerate(model.pieces)},
-            merges=_merges(model),
+            merges=merges_of(model),
             unk_token=unknown,
             fuse_unk=True,
             byte_fallback=model.byte_fallback,

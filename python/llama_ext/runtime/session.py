@@ -71,9 +71,11 @@ class Session:
             float32: (V) of the last token; (T, V) for "all"; (0, V) for "none".
 
         Raises:
+            OptionError: No ids, or another word for `logits`.
+            DTypeError: The ids are not integers.
+            ShapeError: An array that is not one-dimensional.
             TokenIdError: An id outside the vocabulary.
             ContextLengthError: There is no room for them.
-            ShapeError: No ids, or an array that is not one-dimensional.
             NumericError: A logit is not finite.
         """
         if logits not in ("last", "all", "none"):
@@ -132,7 +134,8 @@ class Session:
             The text generated, without the prompt.
 
         Raises:
-            OptionError: More than one prompt or sequence, beam search, or as `LlamaForCausalLM.generate`.
+            OptionError: More than one prompt or sequence, no tokenizer, or as `LlamaForCausalLM.generate`.
+            UnsupportedError: Beam search.
         """
         if self._model.tokenizer is None:
             raise OptionError("Session.generate gives text and this model has no tokenizer: use stream_generate")
@@ -142,6 +145,9 @@ class Session:
         self, prompt: str | Sequence[int] | IntArray, **options: Unpack[GenerateOptions]
     ) -> Iterator[Piece]:
         """Goes on with the session after a prompt, piece by piece.
+
+        It ends where `LlamaForCausalLM.generate` does, whatever the session holds. For turns of a conversation pass
+        eos_token_id=[*model.eos_token_ids, model.tokenizer.eos_token_id]: `LlamaForCausalLM.chat` ends at all of these.
 
         Args:
             prompt: A text, encoded without the BOS token unless the session is empty, or ids.

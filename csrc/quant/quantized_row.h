@@ -1,0 +1,33 @@
+// One row of a quantised matrix, laid out plainly: what encoders make, decoders read, and each backend packs in its own way.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "quant/weight_type.h"
+
+namespace llama_ext {
+
+/// Everything covers K rounded up to `type.unit()`; codes beyond K are `zero`. Float16 numbers are their bits, and finite.
+struct QuantizedRow {
+  std::vector<uint8_t> codes;       // (K)
+  std::vector<uint16_t> scales;     // per group, or per superblock
+  std::vector<uint16_t> mins;       // the same, with has_min (of superblocks: d_min)
+  std::vector<uint8_t> sub_scales;  // per group of a superblock; q6_k: the bits of int8
+  std::vector<uint8_t> sub_mins;    // the same, with has_min
+
+  /// Sizes for K = cols, all zero.
+  void resize(const WeightType& type, int64_t cols);
+};
+
+/// Rounds a row to the nearest codes. type: an encoding without superblocks. w: (cols) f32, finite.
+/// importance: (cols) weights of the squared errors, or nullptr for equal ones.
+/// Without minima a group's scale is the one of several candidates around |w|max / (the largest code) that leaves the least
+/// squared error; with them, min and scale are fitted to the codes by least squares, starting from the group's range.
+/// Throws NumericError for a weight that is not finite or too large for float16 scales, naming its index.
+void quantize_row(const WeightType& type, const float* w, int64_t cols, const float* importance, QuantizedRow& row);
+
+/// The exact weights. out: (cols).
+void dequantize_row(const WeightType& type, const QuantizedRow& row, int64_t cols, double* out);
+
+}  // namespace llama_ext
