@@ -51,3 +51,24 @@ def cached(isa: str, threads: int, dtype: str, compute: str = "auto", group: int
 
 def tokens(length: int, seed: int = 0) -> Any:
     return np.random.default_rng(seed).integers(0, CONFIG["vocabulary"], length).astype(np.int32)
+
+
+def repeating(model: _core.Model, period: int) -> _core.Model:
+    """`model`, changed so that token t is nearly always followed by the next one of its `period` neighbours, cyclically: a text
+    that repeats itself at the cost of one that does not.
+    """
+    rng = np.random.default_rng(5)
+    vocabulary, width = next(shape for name, shape, _ in model.slots() if name == "embedding")
+    embedding = rng.standard_normal((vocabulary, width), np.float32)
+    head = np.zeros_like(embedding)
+    for token in range(vocabulary):
+        first = token // period * period
+        head[first + (token + 1 - first) % min(period, vocabulary - first)] = embedding[token]
+    for name, shape, _ in model.slots():
+        if name == "embedding":
+            model.load(name, embedding, "float32")
+        elif name == "head":
+            model.load(name, head, "float32")
+        elif name.endswith((".o", ".down", ".o.bias", ".down.bias")):
+            model.load(name, rng.standard_normal(shape, np.float32) * np.float32(1e-3), "float32")
+    return model

@@ -41,7 +41,9 @@ std::unique_ptr<PyGeneration> make_generation(const std::shared_ptr<Model>& mode
                                               const py::dict& sampling, const std::vector<int64_t>& max_new_tokens,
                                               const std::vector<int32_t>& eos, uint64_t seed,
                                               const std::string& kv_dtype, int64_t copies,
-                                              const std::shared_ptr<PySession>& session) {
+                                              const std::shared_ptr<PySession>& session, int64_t max_batch_size,
+                                              int64_t draft_tokens, const std::shared_ptr<Model>& draft_model,
+                                              const std::string& draft_kv_dtype) {
   GenerationOptions options;
   options.sampling = sampling_from_dict(sampling);
   options.max_new_tokens = max_new_tokens;
@@ -49,6 +51,10 @@ std::unique_ptr<PyGeneration> make_generation(const std::shared_ptr<Model>& mode
   options.seed = seed;
   options.kv_dtype = kv_dtype_from_name(kv_dtype);
   options.copies = copies;
+  options.max_batch_size = max_batch_size;
+  options.speculation.tokens = draft_tokens;
+  options.speculation.model = draft_model;
+  options.speculation.kv_dtype = kv_dtype_from_name(draft_kv_dtype);
   std::vector<std::vector<int32_t>> ids = token_id_lists(prompts, "generate", "prompts");
 
   auto self = std::make_unique<PyGeneration>();
@@ -59,6 +65,27 @@ std::unique_ptr<PyGeneration> make_generation(const std::shared_ptr<Model>& mode
                                         session ? session->session.get() : nullptr);
   });
   return self;
+}
+
+py::dict counts(PyGeneration& self) {
+  const BusyScope busy(self.busy, "Generation");
+  const GenerationCounts counts = self.generation->counts();
+  py::dict dict;
+  dict["passes"] = counts.passes;
+  dict["tokens_run"] = counts.tokens_run;
+  dict["draft_tokens_run"] = counts.draft_tokens_run;
+  return dict;
+}
+
+py::dict row_counts(PyGeneration& self, int64_t row) {
+  const BusyScope busy(self.busy, "Generation");
+  const RowCounts counts = self.generation->row_counts(row);
+  py::dict dict;
+  dict["prompt_run"] = counts.prompt_run;
+  dict["prompt_shared"] = counts.prompt_shared;
+  dict["drafted"] = counts.drafted;
+  dict["accepted"] = counts.accepted;
+  return dict;
 }
 
 py::list run(PyGeneration& self, int64_t steps) {
@@ -77,13 +104,16 @@ void bind_generation(py::module_& module) {
   py::class_<PyGeneration>(module, "Generation")
       .def(py::init(&make_generation), py::arg("model"), py::arg("prompts"), py::kw_only(), py::arg("sampling"),
            py::arg("max_new_tokens"), py::arg("eos"), py::arg("seed"), py::arg("kv_dtype"), py::arg("copies") = 1,
-           py::arg("session") = py::none())
+           py::arg("session") = py::none(), py::arg("max_batch_size") = 16, py::arg("draft_tokens") = 0,
+           py::arg("draft_model") = py::none(), py::arg("draft_kv_dtype") = "float32")
       .def_property_readonly("done",
                              [](PyGeneration& self) {
                                const BusyScope busy(self.busy, "Generation");
                                return self.generation->done();
                              })
       .def_property_readonly("rows", [](const PyGeneration& self) { return self.generation->rows(); })
+      .def_property_readonly("counts", &counts)
+      .def("row_counts", &row_counts, py::arg("row"))
       .def("step", [](PyGeneration& self) { return run(self, 1); })
       .def("run", &run, py::arg("steps"))
       .def(

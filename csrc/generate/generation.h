@@ -12,13 +12,25 @@ namespace llama_ext {
 
 enum class Finish : uint8_t { kNone, kEos, kLength, kStopped };
 
+/// Guessing tokens that one pass of the model then checks together. What is generated does not depend on it, bit for
+/// bit: a guess stands only when it is the token that would have been drawn.
+struct SpeculationOptions {
+  int64_t tokens = 0;                  // guesses a step, at most, in [0, kMostDrafted]; 0 is no speculation
+  std::shared_ptr<const Model> model;  // guesses with this one; none: with what followed in the row's own text
+  DType kv_dtype = DType::kF32;        // of `model`
+};
+
+inline constexpr int64_t kMostDrafted = 64;
+
 struct GenerationOptions {
   SamplingOptions sampling;
   std::vector<int64_t> max_new_tokens;  // one per row, each >= 0
   std::vector<int32_t> eos;             // any of them ends a row; the token itself is reported
   uint64_t seed = 0;
   DType kv_dtype = DType::kF32;
-  int64_t copies = 1;  // sequences per prompt (num_return_sequences); the prompt is computed once
+  int64_t copies = 1;           // sequences per prompt (num_return_sequences)
+  int64_t max_batch_size = 16;  // rows that run at once, >= 1; fewer when memory does not hold as many
+  SpeculationOptions speculation;
 };
 
 struct GenerationEvent {
@@ -28,8 +40,27 @@ struct GenerationEvent {
   Finish finish = Finish::kNone;
 };
 
+/// What one row has cost.
+struct RowCounts {
+  int64_t prompt_run = 0;     // tokens of its prompt that ran through the model for it
+  int64_t prompt_shared = 0;  // those whose keys and values were copied from another row
+  int64_t drafted = 0;        // guesses that were checked
+  int64_t accepted = 0;       // those that were right
+};
+
+/// What a generation has cost so far.
+struct GenerationCounts {
+  int64_t passes = 0;            // calls of forward()
+  int64_t tokens_run = 0;        // tokens that ran through the model, guesses that were wrong included
+  int64_t draft_tokens_run = 0;  // those that ran through the draft model
+};
+
 /// rows = prompts x copies, row = prompt * copies + copy. Row r draws from the random stream (seed, r, token index), so
 /// its tokens do not depend on the rest of the batch. Tokens equal those of each row alone, bit for bit.
+///
+/// At most max_batch_size rows run at once; where one ends the next begins, and its prompt runs together with the next
+/// tokens of the others. What a prompt shares with one that has run is copied: rows are begun in the order of
+/// prefix_order(), so that prompts with a common beginning follow each other.
 class Generation {
  public:
   /// Every prompt has at least one token, and prompt + max_new_tokens fits the context. `continued`, when given, is a
@@ -45,13 +76,17 @@ class Generation {
 
   int64_t rows() const;
   bool done() const;
-  /// One token for every unfinished row (the first call runs the prompts). Empty when done. On a throw (Interrupted,
-  /// NumericError) no row has advanced, and the call may be repeated.
+  /// One token, or with speculation at least one, for every row that decodes or has read its prompt; those of one row
+  /// in order. With a continued session exactly one. Empty when done. On a throw (Interrupted, NumericError,
+  /// OutOfMemoryError) no row has advanced, and the call may be repeated.
   std::vector<GenerationEvent> step();
   /// Up to `steps` steps in one call. On a throw the steps before stand, and the next call returns their events first.
   std::vector<GenerationEvent> run(int64_t steps);
   /// Ends a row from outside (a stop string was seen); no effect on a row that has ended.
   void stop(int64_t row);
+
+  RowCounts row_counts(int64_t row) const;
+  GenerationCounts counts() const;
 
  private:
   struct State;

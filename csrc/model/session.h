@@ -9,6 +9,16 @@
 
 namespace llama_ext {
 
+class Session;
+
+/// Tokens to append to one of several sessions, and which of their logits to compute.
+struct SessionChunk {
+  Session* session = nullptr;
+  const int32_t* tokens = nullptr;
+  int64_t count = 0;
+  LogitsRows logits = LogitsRows::kLast;
+};
+
 /// Not for use by two threads at once; any number of sessions may share a model.
 class Session {
  public:
@@ -30,17 +40,23 @@ class Session {
   void append(const int32_t* tokens, int64_t count, LogitsRows rows, float* logits);
 
   /// Appends to several sessions of one model at once (a batch): counts may differ. All or nothing.
-  static void append_batch(const std::vector<Session*>& sessions, const std::vector<std::vector<int32_t>>& tokens,
-                           LogitsRows rows, float* logits);
+  static void append_batch(const std::vector<SessionChunk>& chunks, float* logits);
 
   /// Forgets everything from position `length` on; 0 <= length <= length(). Throws OptionError.
   void rewind(int64_t length);
 
+  /// Takes back a part of a rewind: `token` ran at this position before, and since then nothing was stored in the
+  /// cache, which `writes()` tells. Costs nothing.
+  void readmit(int32_t token);
+  /// How often something was stored in the cache.
+  uint64_t writes() const { return writes_; }
+
   /// An independent copy, with room for `capacity` positions (>= length()).
   std::unique_ptr<Session> fork(int64_t capacity) const;
 
-  /// Becomes a copy of `source`, a session of the same model and dtype, within its own capacity.
-  void copy_from(const Session& source);
+  /// Becomes a copy of the first `length` tokens of `source`, a session of the same model and dtype, within its own
+  /// capacity.
+  void copy_from(const Session& source, int64_t length);
 
   /// Puts saved state in place: the tokens whose keys and values the caller has stored in `cache()`, layer by layer.
   /// Throws ContextLengthError, TokenIdError.
@@ -50,6 +66,7 @@ class Session {
   std::shared_ptr<const Model> model_;
   std::unique_ptr<KvCache> cache_;
   std::vector<int32_t> tokens_;
+  uint64_t writes_ = 0;
 };
 
 }  // namespace llama_ext

@@ -176,7 +176,9 @@ class Session:
 class Generation:
     """finish: "" | "eos" | "length" | "stop"; an event is (row, token, logprob, finish), token -1: none.
 
-    A continued session holds what has run: the prompt and every generated token but the newest.
+    A continued session holds what has run: the prompt and every generated token but the newest. draft_tokens > 0: guesses so
+    many tokens a step, with `draft_model` or from the row's own text. `counts`: passes, tokens_run, draft_tokens_run;
+    `row_counts`: prompt_run, prompt_shared, drafted, accepted.
     """
 
     def __init__(
@@ -191,11 +193,18 @@ class Generation:
         kv_dtype: str,
         copies: int = 1,
         session: Session | None = None,
+        max_batch_size: int = 16,
+        draft_tokens: int = 0,
+        draft_model: Model | None = None,
+        draft_kv_dtype: str = "float32",
     ) -> None: ...
     @property
     def done(self) -> bool: ...
     @property
     def rows(self) -> int: ...
+    @property
+    def counts(self) -> dict[str, int]: ...
+    def row_counts(self, row: int) -> dict[str, int]: ...
     def step(self) -> list[tuple[int, int, float, str]]: ...
     def run(self, steps: int) -> list[tuple[int, int, float, str]]: ...
     def stop(self, row: int) -> None: ...

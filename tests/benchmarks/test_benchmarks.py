@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from benchmarks import limits, measure, model, ops, report
+from benchmarks import generation, limits, measure, model, ops, report
 from benchmarks.accounting import TINYLLAMA_1_1B, ModelShape, gguf_decode_bytes
 from benchmarks.limits import Limits
 from benchmarks.random_model import ensure_model
+from llama_ext import _core
 
 # V 10, C 4, F 6, one layer, 2 heads of 2 and 1 key/value head. Matrices: q 4x4, k and v 2x4, o 4x4, gate and up 6x4,
 # down 4x6: 16 + 8 + 8 + 16 + 24 + 24 + 24 = 120 weights; head 10x4 = 40.
@@ -262,3 +263,26 @@ def test_results_are_never_overwritten(tmp_path: Path) -> None:
     text = files[1].read_text(encoding="utf-8")
     assert text.startswith("# Title\n")
     assert "| x\\|y | 1 |" in text
+
+
+def test_the_cases_of_generation_do_the_same_work_in_other_ways() -> None:
+    shape = ModelShape(vocabulary=300, width=64, ffn_width=40, layers=2, heads=4, kv_heads=2, head_dim=16)
+    backend = _core.Backend("cpu", 1)
+    large = generation.repeating_model(backend, shape, "float32")
+    small = generation.repeating_model(backend, ModelShape(**{**vars(shape), "layers": 1}), "float32")
+    found: dict[str, list[Any]] = {}
+    passes: dict[str, list[int]] = {}
+    for case in generation.cases(large, small, shape.vocabulary, 12):
+        made = case.make()
+        rows: dict[int, list[int]] = {}
+        for row, token, _, _ in made.run(1 << 20):
+            rows.setdefault(row, []).append(token)
+        found.setdefault(case.group, []).append(rows)
+        passes.setdefault(case.group, []).append(made.counts["passes"])
+    text, batch, shared, _ = found.values()
+    assert all(rows == text[0] for rows in text)
+    assert all(rows == batch[0] for rows in batch)
+    assert len(shared) == 2
+    plain, *guessed = next(iter(passes.values()))
+    assert plain == 24
+    assert max(guessed) < 8

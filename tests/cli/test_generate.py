@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -211,3 +212,37 @@ def test_text_comes_out_while_it_is_made(slow_model: Path) -> None:
         assert process.poll() is None
         process.kill()
     assert text.startswith(b"ROMEO:")
+
+
+# Speculation.
+
+
+@pytest.mark.parametrize("guess", [["--prompt-lookup", "6"], ["--draft-model", "demo"]])
+@pytest.mark.parametrize("more", [[], ["--no-stream"], ["--temperature", "0.6", "--seed", "4", "--json"]])
+def test_guesses_change_nothing_that_is_printed_and_are_counted(guess: list[str], more: list[str], run: Run) -> None:
+    arguments = ["generate", "To be or not to be, to be or not", "--max-new-tokens", 60, "--seed", 3, *more]
+    expected = run(*arguments)
+    found = run(*arguments, *guess, "-v")
+    if "--json" in more:
+        told, record = json.loads(expected.out), json.loads(found.out)
+        assert 0 < record.pop("accepted_tokens") <= record.pop("drafted_tokens")
+        assert record == told
+    else:
+        assert found.out == expected.out
+    assert re.search(r"guessed: \d+ tokens, \d+ of them right \(\d+%\)", found.err)
+    assert "guessed" not in run(*arguments, "-v").err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt-lookup", "99"], "--prompt-lookup must be at most 64"),
+        (["--prompt-lookup", "3", "--draft-model", "demo"], "not allowed with argument --prompt-lookup"),
+        (["--num-beams", "2", "--draft-model", "demo"], "--draft-model is not supported with beam search"),
+        (["--num-beams", "2", "--prompt-lookup", "2"], "--prompt-lookup is not supported with beam search"),
+    ],
+)
+def test_speculation_that_cannot_be_is_an_error(options: list[str], message: str, run: Run) -> None:
+    done = run("generate", "ROMEO:", *options)
+    assert done.code == 2
+    assert message in done.err

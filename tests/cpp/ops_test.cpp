@@ -347,6 +347,7 @@ int main() {
   test_feed_forward_check();
   test_sample();
   test_reference();
+  test_generate();
   std::printf("%s: %d failed\n", failures == 0 ? "ok" : "FAILED", failures);
   return failures == 0 ? 0 : 1;
 }

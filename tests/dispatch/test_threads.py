@@ -361,6 +361,20 @@ def logits():
 def generate():
     generation(ids[:5], 8000).run(8000)
 
+def speculate():
+    # The draft is the model itself: half of the time is its own.
+    _core.Generation(
+        model, [ids[:5], ids[:9]], sampling={}, max_new_tokens=[8000, 8000], eos=[], seed=0, kv_dtype="float32",
+        draft_tokens=16, draft_model=model,
+    ).run(8000)
+
+def newcomers():
+    # Long prompts that begin while others decode.
+    prompts = [ids[index : 3000 + 9 * index] for index in range(40)]
+    _core.Generation(
+        model, prompts, sampling={}, max_new_tokens=[3] * 40, eos=[], seed=0, kv_dtype="float32", max_batch_size=3
+    ).run(8000)
+
 def beams():
     model.beam_search(
         ids[:5], beams=4, returned=1, max_new_tokens=8000, length_penalty=1.0, early_stopping=False, eos=[],
@@ -399,7 +413,7 @@ print(json.dumps(latencies))
 """
 
 
-@pytest.mark.parametrize("what", ["prefill", "logits", "generate", "beams", "score"])
+@pytest.mark.parametrize("what", ["prefill", "logits", "generate", "speculate", "newcomers", "beams", "score"])
 def test_ctrl_c_raises_at_once_and_the_next_result_is_unharmed(
     what: str, record_property: Callable[[str, object], None]
 ) -> None:

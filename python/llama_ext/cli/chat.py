@@ -12,8 +12,10 @@ from llama_ext.cli.common import (
     add_length_options,
     add_model_options,
     add_sampling_options,
+    add_speculation_options,
     generation_options,
     in_words_of_the_command,
+    load_draft_model,
     load_model,
     plan_options,
     report,
@@ -76,6 +78,7 @@ def add_to(commands: Commands) -> None:
     add_length_options(parser, default="what the model says, else up to the end of its turn")
     parser.add_argument("-v", "--verbose", action="store_true", help="say after each answer how fast it was")
     add_sampling_options(parser)
+    add_speculation_options(parser)
     add_model_options(parser)
 
 
@@ -88,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
     if plan.num_beams > 1:
         # The checkpoint's wish; an answer is shown as it comes, which beam search cannot do.
         options["num_beams"] = 1
+        plan = plan_options(args, options)
+    load_draft_model(args, plan, options)
     model = load_model(args)
     if model.tokenizer is None:
         raise OptionError("this model has no tokenizer, so it cannot chat: `llama-ext generate --ids` takes token ids")

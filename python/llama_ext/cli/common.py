@@ -28,8 +28,10 @@ __all__ = [
     "add_length_options",
     "add_model_options",
     "add_sampling_options",
+    "add_speculation_options",
     "generation_options",
     "in_words_of_the_command",
+    "load_draft_model",
     "load_model",
     "plan_options",
     "read_stdin",
@@ -60,11 +62,14 @@ _OPTIONS = (
     "early_stopping",
     "num_return_sequences",
     "seed",
+    "prompt_lookup_num_tokens",
 )
+# Those that have a shorter name here.
+_SHORT = {"prompt_lookup_num_tokens": "prompt_lookup"}
 # A name with an underscore is an option wherever it stands; one without is an ordinary word unless a value follows.
 _OPTION_IN_TEXT = re.compile(
     r"(?<![-\w])("
-    + "|".join(name for name in _OPTIONS if "_" in name)
+    + "|".join(name for name in (*_OPTIONS, "draft_model") if "_" in name)
     + r"|(?:temperature|stop|seed|stride|context|threads)(?==| must)"
     + r")\b(?!=\S+ of the checkpoint)"
 )
@@ -174,6 +179,21 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_speculation_options(parser: argparse.ArgumentParser) -> None:
+    """Adds how to guess tokens ahead."""
+    group = parser.add_argument_group(
+        "speculation",
+        "Guess tokens and check them together: faster where guesses are right, and the\nsame text in any case.",
+    )
+    one = group.add_mutually_exclusive_group()
+    one.add_argument(
+        "--prompt-lookup", type=int, metavar="N", help="guess up to N tokens from what followed the same words before"
+    )
+    one.add_argument(
+        "--draft-model", metavar="MODEL", help="guess with this smaller model, which has the same vocabulary"
+    )
+
+
 def _token_bias(text: str) -> tuple[int, float]:
     token, equals, bias = text.partition("=")
     try:
@@ -190,7 +210,7 @@ def _unescaped(text: str) -> str:
 
 def generation_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options that were given, by the names of `LlamaForCausalLM.generate`."""
-    options = {name: getattr(args, name, None) for name in _OPTIONS}
+    options = {name: getattr(args, _SHORT.get(name, name), None) for name in _OPTIONS}
     given = {name: value for name, value in options.items() if value is not None}
     if "logit_bias" in given:
         given["logit_bias"] = dict(given["logit_bias"])
@@ -202,7 +222,7 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
 def in_words_of_the_command(message: str) -> str:
     """A message of the library with its options spelled as on the command line."""
     message = message.replace("do_sample=False", "--greedy")
-    return _OPTION_IN_TEXT.sub(lambda match: "--" + match.group().replace("_", "-"), message)
+    return _OPTION_IN_TEXT.sub(lambda match: "--" + _SHORT.get(match[1], match[1]).replace("_", "-"), message)
 
 
 # -- the model --------------------------------------------------------------------------------------------------------
@@ -254,6 +274,23 @@ def load_model(args: argparse.Namespace, dtype: str | None = None) -> LlamaForCa
             device=args.device,
             compute=args.compute,
             threads=args.threads,
+        )
+
+
+def load_draft_model(args: argparse.Namespace, plan: GenerationPlan, options: dict[str, Any]) -> None:
+    """Loads what --draft-model names, into `options`; it computes as the model does."""
+    if args.draft_model is None:
+        return
+    from llama_ext.io.hub import resolve
+    from llama_ext.runtime.model import LlamaForCausalLM
+
+    if plan.num_beams > 1:
+        raise OptionError("draft_model is not supported with beam search in this version")
+    with warnings.catch_warnings():
+        # How it would be sampled by itself is of no interest.
+        warnings.filterwarnings("ignore", message=r".*generation_config\.json asks for", category=UserWarning)
+        options["draft_model"] = LlamaForCausalLM.from_pretrained(
+            resolve(args.draft_model), device=args.device, compute=args.compute, threads=args.threads
         )
 
 

@@ -14,7 +14,9 @@ from llama_ext.cli.common import (
     add_length_options,
     add_model_options,
     add_sampling_options,
+    add_speculation_options,
     generation_options,
+    load_draft_model,
     load_model,
     plan_options,
     read_stdin,
@@ -41,6 +43,7 @@ examples:
   llama-ext generate "ROMEO:" --max-new-tokens 80 --temperature 0.7 --seed 1
   echo "JULIET:" | llama-ext generate --stop "\n\n" -v
   llama-ext generate "To be, or" --num-beams 4 --max-new-tokens 20
+  llama-ext generate "ROMEO:" --prompt-lookup 10 -v
   llama-ext generate "KING" --num-return-sequences 3 --top-p 0.9 --json
 """
 
@@ -65,6 +68,7 @@ def add_to(commands: Commands) -> None:
     add_length_options(parser, default="what the model says, else 256, and never more than its context")
     parser.add_argument("--max-length", type=int, metavar="N", help="the same with the tokens of the prompt counted")
     add_sampling_options(parser)
+    add_speculation_options(parser)
     several = parser.add_argument_group("several texts")
     several.add_argument("--num-return-sequences", type=int, metavar="N", help="texts to generate (default: 1)")
     several.add_argument("--num-beams", type=int, metavar="N", help="more than 1: beam search with so many beams")
@@ -95,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
     options = generation_options(args)
     plan = plan_options(args, options)
     started = time.perf_counter()
+    load_draft_model(args, plan, options)
     model = load_model(args)
     if args.verbose:
         seconds = time.perf_counter() - started
@@ -138,7 +143,9 @@ def _ids(prompt: str, model: LlamaForCausalLM) -> list[int]:
 def _stream(
     model: LlamaForCausalLM, prompt: str | list[int], options: dict[str, Any], args: argparse.Namespace
 ) -> None:
-    pieces = model.stream_generate(prompt, **options)
+    from llama_ext.runtime.generation import stream_with_counts
+
+    pieces, counts = stream_with_counts(model, prompt, options)
     started = time.perf_counter()
     write(prompt if isinstance(prompt, str) else " ".join(map(str, prompt)))
     first, tokens, finish = started, 0, ""
@@ -163,6 +170,8 @@ def _stream(
         count = _prompt_tokens(model, prompt)
         line = f"prefill: {_rate(count, first - started)}; decode: {_rate(max(tokens - 1, 0), ended - first)}"
         report(f"{line}; {tokens} new tokens in {ended - started:.2f} s, ended by {finish}")
+        found = counts()
+        _report_guesses(found["drafted"], found["accepted"])
 
 
 def _complete(
@@ -187,6 +196,13 @@ def _complete(
         tokens = sum(len(output.token_ids) for output in outputs)
         ends = ", ".join(sorted({output.finish_reason for output in outputs}))
         report(f"prefill and decode: {_rate(tokens, seconds)} generated, ended by {ends}")
+        drafted = sum(output.drafted_tokens for output in outputs)
+        _report_guesses(drafted, sum(output.accepted_tokens for output in outputs))
+
+
+def _report_guesses(drafted: int, accepted: int) -> None:
+    if drafted:
+        report(f"guessed: {drafted} tokens, {accepted} of them right ({accepted / drafted:.0%})")
 
 
 def _as_json(output: GenerationOutput) -> dict[str, Any]:
@@ -199,6 +215,8 @@ def _as_json(output: GenerationOutput) -> dict[str, Any]:
         "finish_reason": output.finish_reason,
         "prompt_ids": output.prompt_ids,
     }
+    if output.drafted_tokens:
+        result.update(drafted_tokens=output.drafted_tokens, accepted_tokens=output.accepted_tokens)
     if output.score is not None:
         result["score"] = output.score
     return result

@@ -52,6 +52,7 @@ class GenerationDefaults:
         num_beams: Beams, 1 is none.
         length_penalty: Exponent of the length in a beam's score.
         early_stopping: Whether beam search ends with the first finished beams. transformers' "never" is in `ignored`.
+        prompt_lookup_num_tokens: Tokens to guess at a time from what followed earlier in the text; 0 is none.
         bos_token_id: The id that begins a text.
         eos_token_id: The ids that end one.
         pad_token_id: The id that fills up a batch.
@@ -69,6 +70,7 @@ class GenerationDefaults:
     num_beams: int | None = None
     length_penalty: float | None = None
     early_stopping: bool | None = None
+    prompt_lookup_num_tokens: int | None = None
     bos_token_id: int | None = None
     eos_token_id: list[int] | None = field(default=None, hash=False)
     pad_token_id: int | None = None
@@ -113,6 +115,9 @@ class GenerationDefaults:
             "num_beams": reader.optional_integer("num_beams", maximum=_MOST_TOKENS),
             "length_penalty": reader.optional_number("length_penalty"),
             "early_stopping": None if never else reader.optional_boolean("early_stopping"),
+            "prompt_lookup_num_tokens": reader.optional_integer(
+                "prompt_lookup_num_tokens", minimum=0, maximum=_MOST_TOKENS
+            ),
             "bos_token_id": reader.token_id("bos_token_id", None),
             "eos_token_id": [eos] if isinstance(eos, int) else eos,
             "pad_token_id": reader.token_id("pad_token_id", None),

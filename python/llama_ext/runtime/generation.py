@@ -5,7 +5,7 @@ The token loop runs in the core; Python only looks at tokens when somebody waits
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,18 +16,22 @@ from llama_ext._arrays import Array
 from llama_ext.errors import OptionError, UnsupportedError
 from llama_ext.runtime.options import GenerationPlan, plan_generation
 from llama_ext.runtime.prompts import Prompts, read_prompts
+from llama_ext.runtime.speculation import check_draft_tokenizer
 from llama_ext.runtime.text_stream import StopStrings, TextStream
 from llama_ext.runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llama_ext.runtime.model import LlamaForCausalLM
 
-__all__ = ["FinishReason", "GenerationOutput", "Piece", "chat", "generate", "stream"]
+__all__ = ["FinishReason", "GenerationOutput", "Piece", "chat", "generate", "stream", "stream_with_counts"]
 
 FinishReason = Literal["stop", "length"]
 
 # What ends a row, in the core's words and in ours.
 _FINISH: dict[str, FinishReason] = {"eos": "stop", "stop": "stop", "length": "length"}
+
+# Steps that the core runs before their tokens are fetched: few enough that those of a step do not add up in memory.
+_STEPS_PER_CALL = 256
 
 # Sequences of one call: beyond any memory for their KV caches, and short of what only the bookkeeping would take.
 _MOST_ROWS = 65_536
@@ -65,6 +69,9 @@ class GenerationOutput:
         prompt: The prompt as it was given, when it was a text.
         prompt_ids: The tokens of the prompt.
         score: Of beam search: sum of log probabilities / tokens ** length_penalty. Else None.
+        shared_prompt_tokens: Tokens of the prompt that were not computed for this sequence but copied from another one.
+        drafted_tokens: Of speculation: tokens that were guessed and checked.
+        accepted_tokens: Of speculation: guesses that were right, each of which saved a step.
     """
 
     text: str | None
@@ -74,6 +81,9 @@ class GenerationOutput:
     prompt: str | None
     prompt_ids: list[int]
     score: float | None = None
+    shared_prompt_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class _RowText:
@@ -140,7 +150,9 @@ class _Run:
         lengths = new_token_counts(prompts, plan, context, len(before))
         copies = plan.num_return_sequences
         _refuse_many(prompts, copies)
-        self._steps = max(lengths)
+        draft = plan.speculation.model
+        if draft is not None:
+            check_draft_tokenizer(model, draft)
         self._core = _core.Generation(
             model._core,
             prompts.rows,
@@ -151,6 +163,10 @@ class _Run:
             kv_dtype=model.kv_dtype,
             copies=copies,
             session=session,
+            max_batch_size=plan.max_batch_size,
+            draft_tokens=plan.speculation.tokens,
+            draft_model=None if draft is None else draft._core,
+            draft_kv_dtype=model.kv_dtype if draft is None else draft.kv_dtype,
         )
         # After the core has found room for the KV caches: else nothing of this is needed.
         self._rows = []
@@ -168,8 +184,7 @@ class _Run:
                 pass
         else:
             while not self._core.done:
-                # One more than the tokens of the longest row, for rows that end without a token.
-                for event in self._core.run(self._steps + 1):
+                for event in self._core.run(_STEPS_PER_CALL):
                     self._take(event)
         return [self._output(index) for index in range(len(self._rows))]
 
@@ -208,6 +223,7 @@ class _Run:
     def _output(self, index: int) -> GenerationOutput:
         row = self._rows[index]
         prompt = index // self._plan.num_return_sequences
+        counts = self.counts(index)
         return GenerationOutput(
             text=None if row.text is None else "".join(row.parts),
             token_ids=row.tokens,
@@ -215,7 +231,14 @@ class _Run:
             finish_reason=row.finish or "length",
             prompt=None if self._prompts.texts is None else self._prompts.texts[prompt],
             prompt_ids=self._prompts.rows[prompt].tolist(),
+            shared_prompt_tokens=counts["prompt_shared"],
+            drafted_tokens=counts["drafted"],
+            accepted_tokens=counts["accepted"],
         )
+
+    def counts(self, index: int) -> dict[str, int]:
+        """What one row has cost: see RowCounts of the core."""
+        return self._core.row_counts(index)
 
 
 def _refuse_many(prompts: Prompts, copies: int) -> None:
@@ -281,6 +304,16 @@ def stream(
     _refuse_beams(plan)
     batch = read_for(model, prompts, attention_mask)
     return _Run(model, batch, plan, with_text=True).pieces() if batch.rows else iter(())
+
+
+def stream_with_counts(
+    model: LlamaForCausalLM, prompt: object, options: Mapping[str, Any]
+) -> tuple[Iterator[Piece], Callable[[], dict[str, int]]]:
+    """`stream` of one prompt, and what tells its counts at any time."""
+    plan = plan_for(model, options)
+    _refuse_beams(plan)
+    run = _Run(model, read_for(model, prompt, None), plan, with_text=True)
+    return run.pieces(), lambda: run.counts(0)
 
 
 def chat(

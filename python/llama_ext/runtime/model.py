@@ -343,6 +343,14 @@ class LlamaForCausalLM:
             num_return_sequences: Sequences per prompt, of sampling or of beam search. Default 1.
             seed: In [0, 2^64): the same seed gives the same result. Default: a new one each call.
             eos_token_id: Token id or ids that end a row, instead of the checkpoint's; [] for none.
+            max_batch_size: Sequences that run at once, >= 1; where one ends the next begins. Fewer when memory does not hold
+                their KV caches. Beginnings that prompts share are computed once. Default 16.
+            prompt_lookup_num_tokens: In [0, 64]: guess so many tokens at most from what followed the same words earlier in
+                the text, and check them in one pass. Faster where texts repeat themselves; results stay the same, bit for
+                bit. Default 0.
+            draft_model: A smaller model with the same vocabulary that guesses tokens, with the same promise.
+            num_assistant_tokens: In [1, 64]: guesses of the draft model in one pass, at most; fewer after wrong ones.
+                Default 8.
             generation_config: A mapping to use in place of the checkpoint's generation_config.json.
 
         Returns:
@@ -357,7 +365,7 @@ class LlamaForCausalLM:
             ContextLengthError: A prompt, or a prompt with the tokens asked for, is longer than the context.
             TokenIdError: An id outside the vocabulary.
             ShapeError, DTypeError: `prompts` is none of the above.
-            UnsupportedError: Beam search together with penalties, logit_bias or stop strings.
+            UnsupportedError: Beam search together with penalties, logit_bias, stop strings, speculation or max_batch_size.
             NumericError: A logit is not finite.
             OutOfMemoryError: The KV caches do not fit into memory.
         """
@@ -369,7 +377,8 @@ class LlamaForCausalLM:
         """Generates piece by piece: each piece is a token and the text it adds.
 
         Args:
-            prompts: As `generate`; of several, the pieces come interleaved and `piece.row` tells them apart.
+            prompts: As `generate`; of several, the pieces come interleaved and `piece.row` tells them apart. Beyond
+                max_batch_size rows begin as others end.
             attention_mask: As `generate`.
             **options: As `generate`, without beam search.
 

@@ -12,14 +12,24 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
 from llama_ext.errors import ContextLengthError, OptionError, TokenIdError, UnsupportedError
+from llama_ext.runtime.speculation import (
+    DEFAULT_DRAFT_TOKENS,
+    MOST_DRAFT_TOKENS,
+    NO_SPECULATION,
+    Speculation,
+    read_speculation,
+)
 
 if TYPE_CHECKING:
     from llama_ext.models.generation_config import GenerationDefaults
+    from llama_ext.runtime.model import LlamaForCausalLM
 
-__all__ = ["DEFAULT_NEW_TOKENS", "GenerateOptions", "GenerationPlan", "plan_generation"]
+__all__ = ["DEFAULT_BATCH_SIZE", "DEFAULT_NEW_TOKENS", "GenerateOptions", "GenerationPlan", "plan_generation"]
 
 # Tokens that are generated when neither the caller nor the checkpoint says how many.
 DEFAULT_NEW_TOKENS = 256
+# Sequences that run at once: with more, a step takes longer than the reading of the weights that they share.
+DEFAULT_BATCH_SIZE = 16
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -43,6 +53,10 @@ class GenerateOptions(TypedDict, total=False):
     num_return_sequences: int | None
     seed: int | None
     eos_token_id: int | Sequence[int] | None
+    max_batch_size: int | None
+    prompt_lookup_num_tokens: int | None
+    draft_model: LlamaForCausalLM | None
+    num_assistant_tokens: int | None
     generation_config: GenerationDefaults | Mapping[str, object] | None
 
 
@@ -64,6 +78,8 @@ class GenerationPlan:
         seed: In [0, 2^64).
         eos: Token ids that end a row.
         pad: The token that fills up a batch, where the checkpoint's or the caller's generation config names one.
+        max_batch_size: Sequences that run at once.
+        speculation: How to guess tokens ahead.
     """
 
     max_new_tokens: int | None
@@ -79,6 +95,8 @@ class GenerationPlan:
     seed: int
     eos: tuple[int, ...]
     pad: int | None
+    max_batch_size: int = DEFAULT_BATCH_SIZE
+    speculation: Speculation = NO_SPECULATION
 
     def new_tokens(self, prompt: int, context: int, what: str = "the prompt") -> int:
         """How many tokens to generate after a prompt of `prompt` tokens.
@@ -139,6 +157,7 @@ def plan_generation(
     Raises:
         OptionError: An option is unknown, of the wrong type, out of range, or contradicts another one.
         TokenIdError: An id in `eos_token_id` or `logit_bias` is outside the vocabulary.
+        UnsupportedError: Beam search together with something that it does not do.
     """
     _refuse_unknown(given)
     options = {name: value for name, value in given.items() if value is not None}
@@ -159,6 +178,7 @@ def plan_generation(
     beams = asked_beams if "num_beams" in options else 1 if sampled else (defaults.num_beams or 1)
     stop = _stop_strings(options.get("stop"))
     returned = _whole(options, "num_return_sequences", 1, at_least=1)
+    hint = ""
     if beams > 1:
         # What nobody wrote into the call has to be told with where it is from and how to do without it.
         hint = "" if "num_beams" in options else f" (num_beams={beams} is from {origin}; pass num_beams=1)"
@@ -166,6 +186,8 @@ def plan_generation(
             value = sampling["repetition_penalty"]
             hint += f" (repetition_penalty={value} is from {origin}; pass repetition_penalty=1.0)"
         _check_beams(beams, returned, sampling, stop, hint)
+        if "max_batch_size" in options:
+            raise UnsupportedError(f"max_batch_size is not supported with beam search in this version{hint}")
     else:
         for name in ("length_penalty", "early_stopping"):
             if name in options:
@@ -193,6 +215,19 @@ def plan_generation(
         seed=_seed(options),
         eos=_eos(options.get("eos_token_id"), eos, vocabulary),
         pad=defaults.pad_token_id,
+        max_batch_size=_whole(options, "max_batch_size", DEFAULT_BATCH_SIZE, at_least=1),
+        speculation=read_speculation(
+            options,
+            _whole(
+                options,
+                "prompt_lookup_num_tokens",
+                min(_or(defaults.prompt_lookup_num_tokens, 0), MOST_DRAFT_TOKENS),
+                at_least=0,
+            ),
+            _whole(options, "num_assistant_tokens", DEFAULT_DRAFT_TOKENS, at_least=1),
+            vocabulary=vocabulary,
+            beam_search=hint if beams > 1 else None,
+        ),
     )
 
 
