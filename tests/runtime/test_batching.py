@@ -291,12 +291,15 @@ def test_after_ctrl_c_a_batch_goes_on_where_it_was(draft: int) -> None:
     expected = everything(generation(model, prompts, 12, **options))
     rng = random.Random(1)
     interrupts = 0
-    for _ in range(6):
+    attempts = 0
+    while interrupts <= 3:
+        # The clock decides what is interrupted: a quick run may be over before its signal.
+        attempts += 1
+        assert attempts <= 60, f"{interrupts} interrupts in 60 runs"
         made = generation(model, prompts, 12, max_batch_size=5, **options)
-        found, seen = interrupted_everything(made, lambda: rng.uniform(0.001, 0.05))
+        found, seen = interrupted_everything(made, lambda: rng.uniform(0.001, 0.02))
         assert found == expected
         interrupts += seen
-    assert interrupts > 3
 
 
 # Options.
