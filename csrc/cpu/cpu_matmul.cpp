@@ -15,6 +15,8 @@ namespace {
 constexpr int64_t kPackedRows = 512;  // packed at a time
 // Panels of a task with few rows: about a megabyte, so that a thread which is held up leaves the rest to the others.
 constexpr int64_t kDecodePanels = 4;
+// Kernels of up to so many rows ask for what they read by themselves.
+constexpr int64_t kStreamedRows = 4;
 // When there are fewer groups of panels than threads, rows are split, too, into this many tasks for each thread.
 constexpr int64_t kTasksPerThread = 2;
 
@@ -102,7 +104,7 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
       for (int64_t panel = first; panel < last; ++panel) {
         // What is read next: the same k of the next panel, or the next k of the first one.
         const bool is_last = panel + 1 == last;
-        const bool has_next = tiles > 1 && (!is_last || k0 + depth < k_padded);
+        const bool has_next = (tiles > 1 || count > kStreamedRows) && (!is_last || k0 + depth < k_padded);
         const void* next = !has_next ? nullptr
                            : is_last ? weight.panel_at(first, k0 + depth)
                                      : weight.panel_at(panel + 1, k0);

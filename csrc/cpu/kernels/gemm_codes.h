@@ -43,9 +43,21 @@ static inline void finish_group(const uint8_t* unit, int64_t group, int64_t colu
   }
 }
 
+/// What a tile asks for while it computes: some lines with each strip, so that reading and multiplying overlap.
+constexpr int64_t kSpreadTiles = 6;
+struct Ahead {
+  const uint8_t* line = nullptr;  // none
+  int64_t per_strip = 0;
+
+  void operator()() {
+    if (line == nullptr) return;
+    for (int64_t i = 0; i < per_strip; ++i, line += 64) __builtin_prefetch(line, 0, 2);
+  }
+};
+
 /// R rows by NV vectors of columns from `column` on.
 template <CodeFormat F, int R, int NV>
-static inline void tile_codes(const PanelProduct& p, const uint8_t* a, int64_t column, float* c) {
+static inline void tile_codes(const PanelProduct& p, const uint8_t* a, int64_t column, float* c, Ahead ahead) {
   const int64_t unit = F.unit(p.group);
   const uint8_t* header = static_cast<const uint8_t*>(p.b);
   const uint8_t* strip = header + F.header_bytes();
@@ -69,6 +81,7 @@ static inline void tile_codes(const PanelProduct& p, const uint8_t* a, int64_t c
       start_sums<F>(starts, sum);
       if constexpr (F.group == 16) {
         prefetch_strip<F, R>(strip);
+        ahead();
         dot_strip<F, R, NV, 0, 4>(strip, column, codes, sum);
         finish_group<F>(header, index, column, starts, sum, total);
         // The scales of the superblock are loaded again rather than kept: no register is free.
@@ -83,6 +96,7 @@ static inline void tile_codes(const PanelProduct& p, const uint8_t* a, int64_t c
       } else {
         do {
           prefetch_strip<F, R>(strip);
+          ahead();
           dot_strip<F, R, NV, 0, 8>(strip, column, codes, sum);
           codes += kStrip * static_cast<int64_t>(sizeof(Activation)) * R;
           strip += F.strip_bytes();
@@ -111,14 +125,17 @@ static inline void tile_codes(const PanelProduct& p, const uint8_t* a, int64_t c
 }
 
 template <CodeFormat F, int R>
-static void tile_codes_rows(const PanelProduct& p, const uint8_t* a, float* c) {
+static void tile_codes_rows(const PanelProduct& p, const uint8_t* a, float* c, const Ahead& ahead) {
   constexpr int NV = code_vectors(R);
-  for (int64_t column = 0; column < kPanel; column += NV * kWidth) tile_codes<F, R, NV>(p, a, column, c);
+  tile_codes<F, R, NV>(p, a, 0, c, ahead);
+  for (int64_t column = NV * kWidth; column < kPanel; column += NV * kWidth) {
+    tile_codes<F, R, NV>(p, a, column, c, {});
+  }
 }
 
 template <CodeFormat F>
 static void panel_codes(const PanelProduct& p) {
-  using Tile = void (*)(const PanelProduct&, const uint8_t*, float*);
+  using Tile = void (*)(const PanelProduct&, const uint8_t*, float*, const Ahead&);
   static constexpr Tile kTiles[6] = {
       tile_codes_rows<F, 1>, tile_codes_rows<F, 2>, tile_codes_rows<F, 3>,
       tile_codes_rows<F, 4>, tile_codes_rows<F, 5>, tile_codes_rows<F, kCodeRows>,
@@ -126,11 +143,20 @@ static void panel_codes(const PanelProduct& p) {
   const uint8_t* tiles = static_cast<const uint8_t*>(p.a);
   const int64_t row_bytes = packed_bytes_codes<Activation>(p.depth, p.group);
   const int64_t parts = (p.rows + kCodeRows - 1) / kCodeRows;
+  // Few tiles have to ask for much of the next block each: a burst would hold them up.
+  const bool spreads = p.next != nullptr && parts <= kSpreadTiles;
+  const int64_t lines = p.next_bytes / 64;
+  const int64_t per_strip = spreads ? (lines + parts * (p.depth / kStrip) - 1) / (parts * (p.depth / kStrip)) : 0;
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t row = part * kCodeRows;
     const int64_t height = p.rows - row < kCodeRows ? p.rows - row : kCodeRows;
-    prefetch_next(p, part, parts);
-    kTiles[height - 1](p, tiles + row * row_bytes, p.c + row * p.ldc);
+    Ahead ahead;
+    if (spreads) {
+      ahead = {static_cast<const uint8_t*>(p.next) + 64 * part * per_strip * (p.depth / kStrip), per_strip};
+    } else {
+      prefetch_next(p, part, parts);
+    }
+    kTiles[height - 1](p, tiles + row * row_bytes, p.c + row * p.ldc, ahead);
   }
 }
 
