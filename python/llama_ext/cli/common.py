@@ -217,18 +217,12 @@ def plan_options(args: argparse.Namespace, options: dict[str, Any]) -> Generatio
         OptionError: An option is out of range, or contradicts another one.
         FormatError and others: A file of the model cannot be read.
     """
-    from llama_ext.io.gguf import gguf_error
     from llama_ext.io.hub import resolve
-    from llama_ext.models.config import LlamaConfig
-    from llama_ext.models.generation_config import GenerationDefaults
+    from llama_ext.runtime.loading import read_configs
     from llama_ext.runtime.options import plan_generation
 
     path = resolve(args.model)
-    if path.suffix == ".gguf":
-        raise gguf_error(path)
-    folder = path.parent if path.is_file() else path
-    config = LlamaConfig.from_pretrained(folder)
-    defaults = GenerationDefaults.from_pretrained(folder)
+    config, defaults = read_configs(path)
     args.path = path
     try:
         plan = plan_generation(options, defaults, eos=(), vocabulary=config.vocab_size)
