@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from llama_ext import ops
     from llama_ext.limits import Limits
     from llama_ext.models.config import LlamaConfig
+    from llama_ext.runtime.conversion import convert
     from llama_ext.runtime.generation import GenerationOutput, Piece
     from llama_ext.runtime.model import LlamaForCausalLM
     from llama_ext.runtime.scoring import LogLikelihood, Perplexity
@@ -63,6 +64,7 @@ __all__ = [
     "Tokenizer",
     "UnsupportedError",
     "__version__",
+    "convert",
     "get_num_threads",
     "info",
     "ops",
@@ -81,6 +83,7 @@ _LAZY = {
     "Piece": "llama_ext.runtime.generation",
     "Session": "llama_ext.runtime.session",
     "Tokenizer": "llama_ext.runtime.tokenizer",
+    "convert": "llama_ext.runtime.conversion",
     "get_num_threads": "llama_ext.runtime.threads",
     "info": "llama_ext.system_info",
     "set_num_threads": "llama_ext.runtime.threads",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     Commands = argparse._SubParsersAction["Parser"]
 
 __all__ = [
+    "MODEL_HELP",
     "Parser",
     "Spinner",
     "add_length_options",
@@ -40,7 +41,8 @@ __all__ = [
     "write",
 ]
 
-DTYPES = ("auto", "float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "int4")
+MODEL_HELP = 'a directory, a .gguf file, a Hub id like "organisation/name", or "demo"'
 
 # Options of `generate` in the library's words; on the command line they have dashes.
 _OPTIONS = (
@@ -101,7 +103,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, several_dtypes: bool =
         required: The command needs a model: it has a default.
     """
     group = parser.add_argument_group("model")
-    known = 'a directory, a Hub id like "organisation/name", or "demo"'
+    known = MODEL_HELP
     group.add_argument(
         "--model",
         metavar="MODEL",
@@ -115,6 +117,12 @@ def add_model_options(parser: argparse.ArgumentParser, *, several_dtypes: bool =
             nargs="+" if several_dtypes else None,
             default=["auto"] if several_dtypes else "auto",
             help="how weights are kept in memory (default: as in the file)" + (", one row each" * several_dtypes),
+        )
+        group.add_argument(
+            "--group-size",
+            type=int,
+            choices=(128, 64, 32),
+            help="of int8 and int4: weights of a row that share a scale (default: the largest that divides)",
         )
         group.add_argument(
             "--compute",
@@ -245,6 +253,7 @@ def load_model(args: argparse.Namespace, dtype: str | None = None) -> LlamaForCa
         return LlamaForCausalLM.from_pretrained(
             getattr(args, "path", args.model),
             dtype=args.dtype if dtype is None else dtype,
+            group_size=args.group_size,
             device=args.device,
             compute=args.compute,
             threads=args.threads,

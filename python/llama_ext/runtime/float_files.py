@@ -43,6 +43,7 @@ class DirectoryFiles(ModelFiles):
             self.tokenizer = Tokenizer.from_pretrained(folder, limits=limits)
         self.architecture = ARCHITECTURES[config.model_type]
         self.checkpoint: Checkpoint = open_checkpoint(path, limits)
+        self.nbytes = sum(info.nbytes for info in self.checkpoint.tensors.values())
         try:
             self._match()
         except BaseException:
@@ -59,6 +60,8 @@ class DirectoryFiles(ModelFiles):
 
 class FloatFiles(DirectoryFiles):
     """Floating-point safetensors, one file or several."""
+
+    format = "safetensors"
 
     def _match(self) -> None:
         infos = self.checkpoint.tensors

@@ -44,6 +44,8 @@ class GgufFiles(ModelFiles):
         limits: The bounds.
     """
 
+    format = "GGUF"
+
     def __init__(self, path: Path, limits: Limits) -> None:
         self.path = path
         self._file = GgufFile(path, limits)
@@ -64,6 +66,7 @@ class GgufFiles(ModelFiles):
             for spec in specs
             for tensor in (self._file.tensors[spec.gguf_name],)
         ]
+        self.nbytes = sum(tensor.nbytes for tensor in self.tensors)
 
     def stored_types(self) -> WeightTypes:
         types = {tensor.slot: _kept(tensor.type) for tensor in self.tensors if len(tensor.shape) == 2}

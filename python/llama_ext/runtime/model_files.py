@@ -57,13 +57,17 @@ class ModelFiles(abc.ABC):
 
     Attributes:
         path: What was opened, for messages.
+        format: What kind of files they are, in a few words.
+        nbytes: Of all tensors, as they lie in the files.
         config: The model.
         tokenizer: None when there is none.
         generation_defaults: What the files suggest for `generate`.
         tensors: What is to be loaded, in the order of the files.
     """
 
+    format: str
     path: Path
+    nbytes: int
     config: LlamaConfig
     tokenizer: Tokenizer | None
     generation_defaults: GenerationDefaults

@@ -32,6 +32,8 @@ Array = npt.NDArray[Any]
 class PackedFiles(DirectoryFiles):
     """Packed safetensors, one file or several."""
 
+    format = "packed safetensors"
+
     def _match(self) -> None:
         path = os.fspath(self.path)
         specs = list(self.architecture.tensor_specs(self.config))
