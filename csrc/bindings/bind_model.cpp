@@ -129,6 +129,11 @@ void load_blocks(Model& model, const std::string& slot, const py::object& blocks
 /// The type of weights that keeps blocks of a ggml type.
 py::tuple type_of_blocks(const std::string& ggml_name) { return type_tuple(ggml_type(ggml_name).type); }
 
+/// The type in the core's own spelling; throws for one that no weights are kept as.
+py::tuple checked_type(const std::string& encoding, int64_t group) {
+  return type_tuple(weight_type(encoding, group, "weight type"));
+}
+
 py::array read(const Model& model, const std::string& name) {
   const std::vector<Weights::Slot>& slots = model.weights().slots();
   const auto slot = std::find_if(slots.begin(), slots.end(), [&](const Weights::Slot& s) { return s.name == name; });
@@ -229,6 +234,7 @@ void bind_model(py::module_& module) {
            py::arg("kv_dtype"));
 
   module.def("type_of_blocks", &type_of_blocks, py::arg("ggml_type"));
+  module.def("weight_type", &checked_type, py::arg("encoding"), py::arg("group"));
 }
 
 }  // namespace llama_ext

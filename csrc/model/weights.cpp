@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <set>
 #include <utility>
 
 #include "core/half.h"
@@ -74,11 +75,18 @@ class Weights::Builder {
   std::unique_ptr<Matrix> matrix(const std::string& name, int64_t rows, int64_t cols, WeightType type) {
     const auto found = packed_.find(name);
     if (only_counts_) {
-      if (found == packed_.end()) {
-        nbytes_ = checked_add(nbytes_, w_.backend_.matrix_nbytes(rows, cols, type), "weights");
-      } else {
-        ++used_;
+      const int64_t nbytes = w_.backend_.matrix_nbytes(rows, cols, type);
+      if (packed_.empty()) {
+        nbytes_ = checked_add(nbytes_, nbytes, "weights");
+        return nullptr;
       }
+      require(found != packed_.end(), ErrorKind::kCheckpoint, "weights: the packed matrix '", name,
+              "' is missing among ", packed_.size(), ". Do the config and the checkpoint belong together?");
+      require(static_cast<int64_t>(found->second.bytes.size()) == nbytes, ErrorKind::kCheckpoint,
+              "weights: the packed matrix '", name, "' of shape ", shape_text({rows, cols}), " as ", type.text(),
+              " takes ", nbytes, " bytes, got ", found->second.bytes.size(),
+              ". Do the config and the checkpoint belong together?");
+      used_.insert(name);
       return nullptr;
     }
     std::unique_ptr<Matrix> made =
@@ -124,8 +132,10 @@ class Weights::Builder {
 
   /// Throws when a packed matrix found no place.
   void check_packed() const {
-    require(used_ == packed_.size(), ErrorKind::kCheckpoint, "weights: ", packed_.size(), " packed matrices, of which ",
-            used_, " belong to this model. Do the config and the checkpoint belong together?");
+    for (const auto& [name, bytes] : packed_) {
+      require(used_.contains(name), ErrorKind::kCheckpoint, "weights: the packed matrix '", name,
+              "' has no place in this model. Do the config and the checkpoint belong together?");
+    }
   }
 
  private:
@@ -145,7 +155,7 @@ class Weights::Builder {
   const PackedWeights& packed_;
   bool only_counts_;
   int64_t nbytes_ = 0;
-  size_t used_ = 0;
+  std::set<std::string, std::less<>> used_;  // names of packed matrices that found their place
 };
 
 Weights::Weights(Backend& backend, const ModelConfig& config, const WeightPlan& plan, const PackedWeights& packed)

@@ -67,8 +67,9 @@ using PackedWeights = std::map<std::string, PackedBytes, std::less<>>;
 /// after them: "layers.{i}.qkv", or "layers.{i}.qk" and "layers.{i}.v", and "layers.{i}.gate_up".
 class Weights {
  public:
-  /// All zero, but for the matrices in `packed`, which are those of a file and not copied. Norms and biases are f32.
-  /// Throws CheckpointError for a name in `packed` that is no matrix of this model, or a wrong number of bytes.
+  /// All zero; or, where `packed` is not empty, with its matrices, which are those of a file, complete, and not copied. Norms and
+  /// biases are f32. Throws CheckpointError, with the name, for a matrix that `packed` lacks, or that is not of this model or has
+  /// another number of bytes.
   Weights(Backend& backend, const ModelConfig& config, const WeightPlan& plan, const PackedWeights& packed);
 
   /// Fills a slot from host memory (f32 | f16 | bf16 | f64); a matrix is rounded to its type, quantised ones with the errors of

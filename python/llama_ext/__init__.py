@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     from llama_ext import ops
     from llama_ext.limits import Limits
     from llama_ext.models.config import LlamaConfig
+    from llama_ext.runtime.conversion import convert
     from llama_ext.runtime.generation import GenerationOutput, Piece
     from llama_ext.runtime.model import LlamaForCausalLM
+    from llama_ext.runtime.quantization import QuantizationReport, QuantizedTensor, quantize
     from llama_ext.runtime.scoring import LogLikelihood, Perplexity
     from llama_ext.runtime.session import Session
     from llama_ext.runtime.threads import get_num_threads, set_num_threads
@@ -57,15 +59,19 @@ __all__ = [
     "OutOfMemoryError",
     "Perplexity",
     "Piece",
+    "QuantizationReport",
+    "QuantizedTensor",
     "Session",
     "ShapeError",
     "TokenIdError",
     "Tokenizer",
     "UnsupportedError",
     "__version__",
+    "convert",
     "get_num_threads",
     "info",
     "ops",
+    "quantize",
     "set_num_threads",
 ]
 
@@ -79,10 +85,14 @@ _LAZY = {
     "LogLikelihood": "llama_ext.runtime.scoring",
     "Perplexity": "llama_ext.runtime.scoring",
     "Piece": "llama_ext.runtime.generation",
+    "QuantizationReport": "llama_ext.runtime.quantization",
+    "QuantizedTensor": "llama_ext.runtime.quantization",
     "Session": "llama_ext.runtime.session",
     "Tokenizer": "llama_ext.runtime.tokenizer",
+    "convert": "llama_ext.runtime.conversion",
     "get_num_threads": "llama_ext.runtime.threads",
     "info": "llama_ext.system_info",
+    "quantize": "llama_ext.runtime.quantization",
     "set_num_threads": "llama_ext.runtime.threads",
 }
 

@@ -99,13 +99,14 @@ class Matrix:
     def to_array(self) -> FloatArray: ...
 
 def type_of_blocks(ggml_type: str) -> tuple[str, int]: ...
+def weight_type(encoding: str, group: int) -> tuple[str, int]: ...
 def rope_angles(rope: dict[str, Any], positions: npt.NDArray[np.int64]) -> tuple[FloatArray, FloatArray]: ...
 
 class Model:
     """config: the fields of csrc/model/config.h by name; config["rope"]: those of RopeConfig, kind as a word.
 
     types: by slot, the encoding (csrc/quant/weight_type.h) and how many k share a scale, 0 for floating point; "" stands for
-    the slots that are not named. packed: matrices by name, as `packed` gave them, uint8, which are used where they lie.
+    the slots that are not named. packed: all matrices by name, as `packed` gave them, uint8, which are used where they lie.
     A bfloat16 tensor is a uint16 array of its bits. `read` gives matrices in their dtype, or quantised ones in float32, norms
     and biases in float32.
     """
@@ -115,7 +116,7 @@ class Model:
         backend: Backend,
         config: dict[str, Any],
         types: Mapping[str, tuple[str, int]],
-        packed: Mapping[str, npt.NDArray[np.uint8]] = ...,
+        packed: Mapping[str, npt.NDArray[np.uint8]] = {},
         compute: str = "auto",
     ) -> None: ...
     @property

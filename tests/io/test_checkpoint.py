@@ -341,7 +341,7 @@ def test_a_file_can_be_opened_by_itself(tmp_path: Path) -> None:
         ),
         (["consolidated.00.pth"], "save_pretrained"),
         (["adapter_config.json", "adapter_model.safetensors"], "PEFT adapter, which this version does not load"),
-        (["x.gguf"], "GGUF is not read by this version"),
+        (["x.gguf"], "A GGUF file is no part of such a checkpoint"),
         ([f"{index:02}" for index in range(20)], "and 12 more"),
     ],
 )

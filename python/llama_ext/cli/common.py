@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     Commands = argparse._SubParsersAction["Parser"]
 
 __all__ = [
+    "MODEL_HELP",
     "Parser",
     "Spinner",
     "add_length_options",
@@ -42,7 +43,8 @@ __all__ = [
     "write",
 ]
 
-DTYPES = ("auto", "float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "int4")
+MODEL_HELP = 'a directory, a .gguf file, a Hub id like "organisation/name", or "demo"'
 
 # Options of `generate` in the library's words; on the command line they have dashes.
 _OPTIONS = (
@@ -106,7 +108,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, several_dtypes: bool =
         required: The command needs a model: it has a default.
     """
     group = parser.add_argument_group("model")
-    known = 'a directory, a Hub id like "organisation/name", or "demo"'
+    known = MODEL_HELP
     group.add_argument(
         "--model",
         metavar="MODEL",
@@ -120,6 +122,12 @@ def add_model_options(parser: argparse.ArgumentParser, *, several_dtypes: bool =
             nargs="+" if several_dtypes else None,
             default=["auto"] if several_dtypes else "auto",
             help="how weights are kept in memory (default: as in the file)" + (", one row each" * several_dtypes),
+        )
+        group.add_argument(
+            "--group-size",
+            type=int,
+            choices=(128, 64, 32),
+            help="of int8 and int4: weights of a row that share a scale (default: the largest that divides)",
         )
         group.add_argument(
             "--compute",
@@ -237,18 +245,12 @@ def plan_options(args: argparse.Namespace, options: dict[str, Any]) -> Generatio
         OptionError: An option is out of range, or contradicts another one.
         FormatError and others: A file of the model cannot be read.
     """
-    from llama_ext.io.gguf import gguf_error
     from llama_ext.io.hub import resolve
-    from llama_ext.models.config import LlamaConfig
-    from llama_ext.models.generation_config import GenerationDefaults
+    from llama_ext.runtime.loading import read_configs
     from llama_ext.runtime.options import plan_generation
 
     path = resolve(args.model)
-    if path.suffix == ".gguf":
-        raise gguf_error(path)
-    folder = path.parent if path.is_file() else path
-    config = LlamaConfig.from_pretrained(folder)
-    defaults = GenerationDefaults.from_pretrained(folder)
+    config, defaults = read_configs(path)
     args.path = path
     try:
         plan = plan_generation(options, defaults, eos=(), vocabulary=config.vocab_size)
@@ -271,6 +273,7 @@ def load_model(args: argparse.Namespace, dtype: str | None = None) -> LlamaForCa
         return LlamaForCausalLM.from_pretrained(
             getattr(args, "path", args.model),
             dtype=args.dtype if dtype is None else dtype,
+            group_size=args.group_size,
             device=args.device,
             compute=args.compute,
             threads=args.threads,

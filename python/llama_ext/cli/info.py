@@ -64,30 +64,31 @@ def describe_model(name: str) -> dict[str, Any]:
     """What a model is, from its files.
 
     Args:
-        name: A directory, "demo" or a Hub id.
+        name: A directory, a GGUF file, "demo" or a Hub id.
 
     Returns:
-        Facts by name, for JSON.
+        Facts by name, for JSON; of "types", how many tensors and how many numbers.
 
     Raises:
         FormatError, CheckpointError, UnsupportedError, LimitError: As `LlamaForCausalLM.from_pretrained`.
     """
-    from llama_ext.io.checkpoint import open_checkpoint
-    from llama_ext.io.hub import resolve
-    from llama_ext.limits import DEFAULT_LIMITS
-    from llama_ext.models import ARCHITECTURES
     from llama_ext.runtime.loading import open_model
 
-    path = resolve(name)
-    with open_model(path, revision=None, limits=DEFAULT_LIMITS) as files, open_checkpoint(path) as checkpoint:
+    with open_model(name) as files:
         config, tokenizer = files.config, files.tokenizer
-        specs = ARCHITECTURES[config.model_type].tensor_specs(config)
+        types: dict[str, list[int]] = {}
+        for tensor in files.tensors:
+            count = types.setdefault(tensor.type, [0, 0])
+            count[0] += 1
+            count[1] += math.prod(tensor.shape)
         return {
-            "path": str(path),
+            "path": str(files.path),
+            "format": files.format,
             "model_type": config.model_type,
-            "parameters": sum(math.prod(spec.shape) for spec in specs),
-            "bytes": sum(tensor.nbytes for tensor in checkpoint.tensors.values()),
+            "parameters": sum(numbers for _, numbers in types.values()),
+            "bytes": files.nbytes,
             "dtype": files.stored_dtype,
+            "types": dict(sorted(types.items(), key=lambda item: -item[1][1])),
             "layers": config.num_hidden_layers,
             "hidden_size": config.hidden_size,
             "intermediate_size": config.intermediate_size,
@@ -119,7 +120,8 @@ def _shown(name: str, model: dict[str, Any]) -> str:
         f"{model['layers']} layers, width {model['hidden_size']:,}, feed-forward {model['intermediate_size']:,}, "
         f"{heads} heads of {model['head_dim']}{shared}{tied}"
     )
-    wide = 2 if model["dtype"] == "bfloat16" else 4
+    # As the model decides on kv_dtype.
+    wide = 4 if model["dtype"] in ("float64", "float32", "float16", "F32", "F16") else 2
     cache = wide * model["kv_cache_numbers_a_token"]
     tokenizer = "none: token ids only"
     if model["tokenizer"] is not None:
@@ -127,6 +129,7 @@ def _shown(name: str, model: dict[str, Any]) -> str:
     sampling = ", ".join(f"{key}={value}" for key, value in model["generation_defaults"].items())
     rows = [
         ("files", model["path"]),
+        ("format", model["format"]),
         ("parameters", f"{model['parameters']:,} in {shown_bytes(model['bytes'])} of {model['dtype']}"),
         ("shape", shape),
         ("vocabulary", f"{model['vocabulary']:,}"),
@@ -138,5 +141,8 @@ def _shown(name: str, model: dict[str, Any]) -> str:
     ]
     if model["ignored_generation_defaults"]:
         rows.append(("not done here", ", ".join(model["ignored_generation_defaults"])))
+    if len(model["types"]) > 1:
+        listed = "; ".join(f"{name} {numbers:,} in {count}" for name, (count, numbers) in model["types"].items())
+        rows.insert(3, ("types", f"{listed} tensors"))
     width = max(len(key) for key, _ in rows)
     return "\n".join([f"model {name}", *(f"  {key:<{width}}  {value}" for key, value in rows)])

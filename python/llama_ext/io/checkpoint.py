@@ -17,12 +17,12 @@ import numpy.typing as npt
 
 from llama_ext.errors import CheckpointError, DTypeError, FormatError, LimitError, OptionError, ShapeError
 from llama_ext.io.atomic import atomic_write, remove
-from llama_ext.io.gguf import GGUF_ADVICE
 from llama_ext.io.json_file import read_json_object
 from llama_ext.io.safetensors_file import DTYPES, SafetensorsFile, TensorInfo
 from llama_ext.limits import DEFAULT_LIMITS, Limits
 
 __all__ = [
+    "BYTES",
     "INDEX_FILE",
     "SINGLE_FILE",
     "Checkpoint",
@@ -38,7 +38,12 @@ INDEX_FILE = "model.safetensors.index.json"
 # A tensor to write: name, dtype (the format's word or the core's), shape, and what yields its bytes in order.
 TensorSource = tuple[str, str, Sequence[int], Callable[[], Iterable[Any]]]
 
-_FORMAT_WORDS = {core: word for word, (core, _) in DTYPES.items()} | {word: word for word in DTYPES}
+# Packed matrices: bytes that mean nothing to other readers.
+BYTES = "U8"
+# Where tensors begin in a file. Bytes come first and are whole cache lines, so a matrix can be used in the map as it lies.
+_ALIGNMENT = 64
+
+_FORMAT_WORDS = {core: word for word, (core, _) in DTYPES.items()} | {word: word for word in (*DTYPES, BYTES)}
 _SHARD = re.compile(r"model(-\d+)?-\d{5}-of-\d{5}\.safetensors")
 # What a kill leaves of `atomic_write`, as large as a shard and of use to nobody.
 _LEFTOVER = re.compile(rf"\.({_SHARD.pattern}|{re.escape(SINGLE_FILE)}|{re.escape(INDEX_FILE)})\.[0-9a-f]{{16}}\.tmp")
@@ -89,6 +94,20 @@ class Checkpoint:
             UnsupportedError: Its dtype is not F64, F32, F16 or BF16.
         """
         return self._owner(name).read(name)
+
+    def read_bytes(self, name: str) -> npt.NDArray[Any]:
+        """A tensor's bytes as they lie in its file; see `SafetensorsFile.read_bytes`.
+
+        Args:
+            name: The tensor.
+
+        Returns:
+            (bytes,) uint8.
+
+        Raises:
+            FormatError: There is no such tensor, or its file has shrunk.
+        """
+        return self._owner(name).read_bytes(name)
 
     def release(self, name: str) -> None:
         """Gives the memory of a tensor's pages back to the system; see `SafetensorsFile.release`.
@@ -224,7 +243,7 @@ def _nothing_to_open(directory: Path) -> FormatError:
     elif "adapter_model.safetensors" in names:
         advice = " This is a PEFT adapter, which this version does not load: merge it into its base with peft first."
     elif any(name.endswith(".gguf") for name in names):
-        advice = f" {GGUF_ADVICE}"
+        advice = " A GGUF file is no part of such a checkpoint: it is loaded by its own path."
     expected = f"{SINGLE_FILE} or {INDEX_FILE}"
     return FormatError(
         f"expected {expected}, found {found}.{advice}", path=str(directory), expected=expected, got=found
@@ -236,7 +255,8 @@ def write_safetensors(
 ) -> int:
     """Writes a safetensors file, whole or not at all, with one tensor in memory at a time.
 
-    Tensors lie in descending order of their element size and otherwise in the given order, so that each is aligned.
+    Tensors lie in descending order of their element size and otherwise in the given order, so that each is aligned; bytes
+    (U8) come before all others, and the first tensor begins at a multiple of 64 bytes.
 
     Args:
         path: The file, replaced when it exists; a memory map of the old one stays valid.
@@ -249,7 +269,7 @@ def write_safetensors(
 
     Raises:
         OptionError: A name is empty, reserved or given twice, or the metadata is not text.
-        DTypeError: A dtype is not F64, F32, F16 or BF16.
+        DTypeError: A dtype is not F64, F32, F16, BF16 or U8.
         ShapeError: A function yields more or fewer bytes than its shape and dtype say.
         LimitError: The header is larger than the format allows.
         OSError: The file cannot be written.
@@ -273,9 +293,13 @@ def _planned(tensors: Iterable[TensorSource]) -> list[_Planned]:
         if any(size < 0 for size in dimensions):
             raise ShapeError(f"cannot write tensor {name} of shape {dimensions}: a dimension is negative.")
         word = _FORMAT_WORDS[dtype]
-        nbytes = math.prod(dimensions) * DTYPES[word][1].itemsize
+        nbytes = math.prod(dimensions) * (1 if word == BYTES else DTYPES[word][1].itemsize)
         result[name] = (name, word, dimensions, nbytes, source)
-    return sorted(result.values(), key=lambda tensor: -DTYPES[tensor[1]][1].itemsize)
+    return sorted(result.values(), key=lambda tensor: -_rank(tensor[1]))
+
+
+def _rank(word: str) -> int:
+    return _ALIGNMENT if word == BYTES else DTYPES[word][1].itemsize
 
 
 def _write(file: BinaryIO, tensors: Sequence[_Planned], metadata: Mapping[str, str] | None) -> int:
@@ -288,7 +312,7 @@ def _write(file: BinaryIO, tensors: Sequence[_Planned], metadata: Mapping[str, s
         header[name] = {"dtype": word, "shape": list(shape), "data_offsets": [end, end + nbytes]}
         end += nbytes
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    encoded += b" " * (-len(encoded) % 8)  # the data begins at a multiple of 8
+    encoded += b" " * (-(len(encoded) + 8) % _ALIGNMENT)
     if len(encoded) > DEFAULT_LIMITS.safetensors_header_bytes:  # the format's own bound: no reader would accept it
         raise LimitError(
             f"the header has {len(encoded)} bytes, the format allows {DEFAULT_LIMITS.safetensors_header_bytes}."

@@ -137,6 +137,22 @@ class SafetensorsFile:
             raise UnsupportedError(f"{self.path}: tensor {name[:120]} of shape {info.shape}: {error}.") from error
         return array if array.flags.aligned else array.copy()
 
+    def read_bytes(self, name: str) -> npt.NDArray[np.uint8]:
+        """A tensor's bytes as they lie in the file, whatever its dtype; the view stays valid after `close`.
+
+        Args:
+            name: The tensor.
+
+        Returns:
+            (bytes,) uint8, read-only and never a copy.
+
+        Raises:
+            FormatError: There is no such tensor, or the file has shrunk since it was opened.
+        """
+        info = self._info(name)
+        self._file.check(name)
+        return self._file.array(np.uint8, info.nbytes, info.offset) if info.nbytes else np.empty(0, np.uint8)
+
     def release(self, name: str) -> None:
         """Gives the memory of a tensor's pages back to the system; reading it again reads the file again.
 

@@ -10,12 +10,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llama_ext.models.fields import FieldReader, shown
+from llama_ext.models.quantization_config import is_ours
 
 __all__ = ["refuse_unimplemented"]
 
 
 def _off(value: Any) -> bool:
     return not value
+
+
+def _off_or_ours(value: Any) -> bool:
+    return not value or is_ours(value)
 
 
 def _one(value: Any) -> bool:
@@ -41,7 +46,7 @@ def _full_attention(value: Any) -> bool:
 # Key -> (which values change nothing, what any other one is). null never changes anything.
 _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     # weights that are not plain numbers
-    "quantization_config": (_off, "quantised weights; load the original float checkpoint"),
+    "quantization_config": (_off_or_ours, "quantised weights; load the original float checkpoint"),
     "compression_config": (_off, "compressed weights; load the original float checkpoint"),
     # attention: who sees whom
     "sliding_window": (_off, "sliding-window attention"),

@@ -17,8 +17,9 @@ from llama_ext.limits import DEFAULT_LIMITS, Limits
 from llama_ext.models import ARCHITECTURES
 from llama_ext.models.config import LlamaConfig
 from llama_ext.models.generation_config import GenerationDefaults
-from llama_ext.runtime import generation, loading, logits, scoring
+from llama_ext.runtime import generation, loading, logits, saving, scoring
 from llama_ext.runtime.generation import Piece
+from llama_ext.runtime.model_files import ModelFiles
 from llama_ext.runtime.options import GenerateOptions
 from llama_ext.runtime.scoring import LogLikelihood, Perplexity
 from llama_ext.runtime.session import Session, load_session, new_session
@@ -139,8 +140,10 @@ class LlamaForCausalLM:
 
         Args:
             path_or_hub_id: A directory with config.json and *.safetensors, sharded or not, and the tokenizer's files if there
-                are any; or the id of a model on the Hugging Face Hub.
-            dtype: "auto" keeps a bfloat16 or float16 checkpoint as it is and any other as float32.
+                are any, or one that `save_pretrained` wrote of quantised weights, whose file is mapped and used as it lies; a
+                GGUF file, or a directory with one; or the id of a model on the Hugging Face Hub.
+            dtype: "auto" keeps a bfloat16 or float16 checkpoint as it is, any other one of floats as float32, and quantised
+                weights in the blocks and groups they come in, each matrix in its own type. Any other dtype converts.
             group_size, symmetric, device, compute, threads, kv_dtype: See the class.
             revision: Of the Hub: a branch, tag or commit.
             limits: What a file may ask for.
@@ -166,16 +169,18 @@ class LlamaForCausalLM:
         with loading.open_model(path_or_hub_id, revision=revision, limits=limits) as files:
             files.warn_of_ignored()
             model = cls.__new__(cls)
-            model._prepare(
-                files.config,
-                files.tokenizer,
-                files.generation_defaults,
-                types=files.types(dtype, group_size, symmetric),
-                device=device,
-                compute=compute,
-                threads=threads,
-                kv_dtype=kv_dtype,
-            )
+            with files.named_in_errors():
+                model._prepare(
+                    files.config,
+                    files.tokenizer,
+                    files.generation_defaults,
+                    types=files.types(dtype, group_size, symmetric),
+                    files=files,
+                    device=device,
+                    compute=compute,
+                    threads=threads,
+                    kv_dtype=kv_dtype,
+                )
             files.load_into(model._core)
         return model
 
@@ -190,6 +195,7 @@ class LlamaForCausalLM:
         compute: str,
         threads: int | None,
         kv_dtype: str,
+        files: ModelFiles | None = None,
     ) -> None:
         """Everything but the weights: the arguments are checked before any of them is read."""
         if compute not in _COMPUTE:
@@ -206,7 +212,8 @@ class LlamaForCausalLM:
         self._kv_dtype = kv_dtype
         self._fingerprint: str | None = None  # of the weights, once a session is saved or loaded
         backend = _core.Backend(device, checked_threads(threads))
-        self._core = _core.Model(backend, loading.core_config(config), types, compute=compute)
+        packed = {} if files is None else files.packed(backend.matrix_layout, types)
+        self._core = _core.Model(backend, loading.core_config(config), types, packed, compute=compute)
 
     @property
     def dtype(self) -> str:
@@ -269,7 +276,8 @@ class LlamaForCausalLM:
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes a checkpoint that this package and transformers read: weights, config and tokenizer.
 
-        Weights are written one by one, in the dtype they are kept in. A save that is cut short leaves what was there
+        Weights are written one by one, in the dtype they are kept in. Quantised ones are written as they lie in memory, for
+        this package alone: loading them maps the file and does nothing else. A save that is cut short leaves what was there
         before, or the new model, or a directory without config.json, which does not load: save again.
 
         Args:
@@ -278,8 +286,9 @@ class LlamaForCausalLM:
         Raises:
             OSError: It cannot be written.
             OptionError: The config's `extra` holds something that JSON cannot.
+            UnsupportedError: Quantised weights on a device that does not pack them.
         """
-        loading.save_model(self, directory)
+        saving.save_model(self, directory)
 
     def __call__(
         self, input_ids: npt.NDArray[np.integer[Any]] | Sequence[Sequence[int]], attention_mask: object = None

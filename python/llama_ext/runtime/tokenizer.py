@@ -90,7 +90,8 @@ class Tokenizer:
         `tokenizer.model` alone, BOS is added unless the config says otherwise, as Llama's reference code does.
 
         Args:
-            path: A directory, or a `tokenizer.json` or `tokenizer.model` file.
+            path: A directory, or a `tokenizer.json`, `tokenizer.model` or GGUF file. A directory with neither of the first
+                two may have one GGUF file, whose tokenizer it is.
             limits: Bounds on what the files may ask for.
 
         Returns:
@@ -99,7 +100,8 @@ class Tokenizer:
         Raises:
             FormatError: There is no tokenizer at `path`, or one of its files is malformed.
             LimitError: A file, or the vocabulary, is larger than `limits` allow.
-            UnsupportedError: A GGUF file, a tiktoken file, or a kind of SentencePiece model that is not supported.
+            UnsupportedError: A tiktoken file, or a kind of SentencePiece model or of a GGUF file's tokenizer that is not
+                supported.
         """
         return load_tokenizer(cls, Path(path), limits)
 

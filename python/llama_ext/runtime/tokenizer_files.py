@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from llama_ext.errors import FormatError, LimitError, LlamaExtError, UnsupportedError
 from llama_ext.io.atomic import atomic_write
-from llama_ext.io.gguf import gguf_error
+from llama_ext.io.gguf import find_gguf
+from llama_ext.io.gguf_file import GgufFile
 from llama_ext.io.json_file import open_regular, parse_json_object, read_json_object
 from llama_ext.limits import Limits
 from llama_ext.runtime.precompiled_charsmap import check_charsmaps_in
@@ -46,6 +47,11 @@ _NO_MAX_LENGTH = 10**15
 def load_tokenizer(cls: type[Tokenizer], path: Path, limits: Limits) -> Tokenizer:
     """The body of `Tokenizer.from_pretrained`."""
     main = _main_file(path)
+    if find_gguf(main) is not None:
+        from llama_ext.runtime.gguf_tokenizer import load_gguf_tokenizer  # it imports this module
+
+        with GgufFile(main, limits) as file:
+            return load_gguf_tokenizer(cls, file.metadata, path=str(main), limits=limits)
     folder = main.parent
     config = _read_optional(folder / "tokenizer_config.json", "the tokenizer's config", limits)
     special = {**_read_optional(folder / "special_tokens_map.json", "the map of special tokens", limits), **config}
@@ -81,13 +87,12 @@ def _main_file(path: Path) -> Path:
         for name in ("tokenizer.json", "tokenizer.model"):
             if (path / name).is_file():
                 return path / name
-        if any(path.glob("*.gguf")):
-            raise gguf_error(path)
+        gguf = find_gguf(path)
+        if gguf is not None:
+            return gguf
         raise FormatError("there is no tokenizer here: expected tokenizer.json or tokenizer.model", path=str(path))
-    with open_regular(path, what="a tokenizer.json or tokenizer.model file, or a model directory") as file:
-        if path.suffix == ".gguf" or file.read(4) == b"GGUF":
-            raise gguf_error(path)
-    return path
+    with open_regular(path, what="a tokenizer.json, tokenizer.model or GGUF file, or a model directory"):
+        return path
 
 
 def _read_bytes(path: Path, what: str, most: int, limit: str) -> bytes:
