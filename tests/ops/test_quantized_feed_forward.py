@@ -108,22 +108,22 @@ def check(device: Device, kinds: Kinds, shape: tuple[int, int, int], *, is_one: 
             assert relative_rms(result, p.expected) < CLAIM["auto" if rounds else "exact"], (compute, shape)
 
 
-@pytest.mark.parametrize("kept", [kept for kept in OURS if kept.group in (0, 64)], ids=str)
 @each_isa
+@pytest.mark.parametrize("kept", [kept for kept in OURS if kept.group in (0, 64)], ids=str)
 def test_quantized_feed_forward_matches_float64(isa: str, kept: Kept) -> None:
     for index, shape in enumerate(SHAPES):
         check(Device(isa, 1 + index % 3), Kinds(kept, kept, kept), shape, is_one=True)
 
 
-@pytest.mark.parametrize("kept", [kept for kept in OURS if kept.group not in (0, 64)], ids=str)
 @all_devices
+@pytest.mark.parametrize("kept", [kept for kept in OURS if kept.group not in (0, 64)], ids=str)
 def test_quantized_feed_forward_matches_float64_with_any_group(device: Device, kept: Kept) -> None:
     for shape in SMALL_SHAPES:
         check(device, Kinds(kept, kept, kept), shape, is_one=True)
 
 
-@pytest.mark.parametrize("kinds", APART, ids=str)
 @all_devices
+@pytest.mark.parametrize("kinds", APART, ids=str)
 def test_feed_forward_takes_gate_and_up_apart_and_kept_in_different_ways(device: Device, kinds: Kinds) -> None:
     for shape in (*SMALL_SHAPES, (0, 64, 64), (33, 64, 257)):
         check(device, kinds, shape, is_one=False)

@@ -45,7 +45,7 @@ def _shapes() -> list[Shape]:
 SHAPES = _shapes()
 
 
-@functools.lru_cache(maxsize=4 * len(SHAPES))
+@functools.lru_cache(maxsize=len(SHAPES))
 def problem(kept: Kept, shape: Shape) -> tuple[Array, Weights, Array, Array, Array]:
     """x for the most rows there are, the weights, the exact product and the bounds of float32 sums and of int8 rounding."""
     rng = np.random.default_rng([shape.n, shape.k])
@@ -99,14 +99,14 @@ def check_shapes(device: Device, kept: Kept, shapes: list[Shape]) -> None:
     assert error <= 1e-2**2 * size
 
 
-@each_layout
 @each_tier_and_thread_count
+@each_layout
 def test_quantized_matmul_matches_float64(device: Device, kept: Kept) -> None:
     check_shapes(device, kept, SHAPES)
 
 
-@pytest.mark.parametrize("kept", [kept for kept in ALL if kept not in LAYOUTS], ids=str)
 @each_isa
+@pytest.mark.parametrize("kept", [kept for kept in ALL if kept not in LAYOUTS], ids=str)
 def test_quantized_matmul_matches_float64_with_any_group_and_block(isa: str, kept: Kept) -> None:
     check_shapes(Device(isa, 2), kept, SHAPES[::3])
 
