@@ -58,6 +58,7 @@ def _params(devices: list[Device]) -> list[object]:
 
 # The kernels and the reference, which NumPy checks; each set of kernels once.
 all_devices = pytest.mark.parametrize("device", _params([REFERENCE, *CPU]))
+each_tier_and_thread_count = pytest.mark.parametrize("device", _params(CPU))
 each_isa = pytest.mark.parametrize("isa", [*ISAS, *[_skipped(isa, isa) for isa in _missing]])
 
 # The arithmetics of a product: float32, bfloat16 weights as fast as can be, and the same with float32 products.

@@ -29,10 +29,16 @@ CONFIG: dict[str, Any] = {
 
 
 def build(
-    backend: _core.Backend, dtype: str = "float32", compute: str = "auto", group: int = 0, **changes: Any
+    backend: _core.Backend,
+    dtype: str = "float32",
+    compute: str = "auto",
+    group: int = 0,
+    types: dict[str, tuple[str, int]] | None = None,
+    packed: dict[str, Any] | None = None,
+    **changes: Any,
 ) -> _core.Model:
-    """A model of CONFIG with `changes`; the same weights for every backend."""
-    model = _core.Model(backend, {**CONFIG, **changes}, {"": (dtype, group)}, compute=compute)
+    """A model of CONFIG with `changes`; the same weights for every backend. types: by slot, instead of one for all."""
+    model = _core.Model(backend, {**CONFIG, **changes}, types or {"": (dtype, group)}, packed or {}, compute)
     rng = np.random.default_rng(11)
     for name, shape, is_matrix in model.slots():
         values = rng.standard_normal(shape, np.float32)
@@ -40,7 +46,8 @@ def build(
             values *= 1.0 if name == "embedding" else shape[-1] ** -0.5
         elif name.endswith("norm"):
             values = 1 + values / 10
-        model.load(name, values, "float32")
+        if not is_matrix or packed is None:
+            model.load(name, values, "float32")
     return model
 
 

@@ -1,5 +1,7 @@
 // Backend and Matrix: every operation by itself, on NumPy arrays.
 #include <algorithm>
+#include <utility>
+#include <variant>
 
 #include "bindings/bindings.h"
 #include "ops/argument_checks.h"
@@ -54,17 +56,18 @@ PyMatrix make_block_matrix(const BackendPtr& backend, const py::object& blocks, 
 }
 
 PyMatrix make_gate_up_matrix(const BackendPtr& backend, const py::object& gate, const py::object& up,
-                             const std::string& dtype, int64_t group) {
+                             const std::string& dtype, int64_t group, const py::object& importance) {
   const TensorView gate_view = weight_view(gate, "gate_up_matrix", "gate");
   const TensorView up_view = weight_view(up, "gate_up_matrix", "up");
   require_shape(gate_view, {-1, -1}, "gate_up_matrix", "gate");
   require_shape(up_view, {gate_view.dim(0), gate_view.dim(1)}, "gate_up_matrix", "up");
   const WeightType type = weight_type(dtype, group, "gate_up_matrix");
+  const TensorView weights = optional_view(importance, 1, "gate_up_matrix", "importance");
   PyMatrix matrix{backend, nullptr};
   run_op(backend, [&] {
     matrix.matrix = backend->create_matrix(gate_up_size(gate_view.dim(0)), gate_view.dim(1), type);
-    backend->write_rows(*matrix.matrix, gate_rows(), gate_view, {});
-    backend->write_rows(*matrix.matrix, up_rows(), up_view, {});
+    backend->write_rows(*matrix.matrix, gate_rows(), gate_view, weights);
+    backend->write_rows(*matrix.matrix, up_rows(), up_view, weights);
   });
   return matrix;
 }
@@ -190,31 +193,48 @@ void attention(const BackendPtr& backend, const py::object& q, const py::object&
   });
 }
 
-void feed_forward(const BackendPtr& backend, const py::object& x, const PyMatrix& gate_up, const py::object& gate_bias,
-                  const py::object& up_bias, const PyMatrix& down, const py::object& down_bias, const py::object& out,
-                  bool accumulate, const std::string& compute) {
-  const Matrix* gate_up_matrix = matrix_of(backend, gate_up, "feed_forward", "gate_up");
-  const Matrix* down_matrix = matrix_of(backend, down, "feed_forward", "down");
+/// The two biases as one, in the order of gate_up's rows; empty when there is none.
+std::vector<float> interleaved_bias(const TensorView& gate, const TensorView& up, int64_t width, int64_t rows) {
+  std::vector<float> bias;
+  if (!gate && !up) return bias;
+  bias.resize(static_cast<size_t>(rows));
+  const auto place = [&](const TensorView& half, const RowMap& map, const char* what) {
+    if (!half) return;
+    require_shape(half, {width}, "feed_forward", what);
+    require(gate_up_size(half.size()) == rows, ErrorKind::kShape, "feed_forward: ", what, " has ", half.size(),
+            " entries, which does not fit gate_up's ", rows, " rows");
+    for (int64_t i = 0; i < half.size(); ++i) bias[static_cast<size_t>(map(i))] = half.f32()[i];
+  };
+  place(gate, gate_rows(), "gate_bias");
+  place(up, up_rows(), "up_bias");
+  return bias;
+}
+
+/// gate_up: a gate-up matrix, or the two matrices apart, which may be kept as different types.
+void feed_forward(const BackendPtr& backend, const py::object& x,
+                  const std::variant<const PyMatrix*, std::pair<const PyMatrix*, const PyMatrix*>>& gate_up,
+                  const py::object& gate_bias, const py::object& up_bias, const PyMatrix& down,
+                  const py::object& down_bias, const py::object& out, bool accumulate, const std::string& compute) {
+  const auto own = [&](const PyMatrix* matrix, const char* what) {
+    require(matrix != nullptr, ErrorKind::kDType, "feed_forward: ", what, " must be a Matrix, got None");
+    return matrix_of(backend, *matrix, "feed_forward", what);
+  };
   const TensorView gate = optional_view(gate_bias, 1, "feed_forward", "gate_bias");
   const TensorView up = optional_view(up_bias, 1, "feed_forward", "up_bias");
   std::vector<float> bias;
-  if (gate || up) {
-    bias.resize(static_cast<size_t>(gate_up_matrix->rows()));
-    const auto place = [&](const TensorView& half, const RowMap& rows, const char* what) {
-      if (!half) return;
-      require_shape(half, {down_matrix->cols()}, "feed_forward", what);
-      require(gate_up_size(half.size()) == gate_up_matrix->rows(), ErrorKind::kShape, "feed_forward: ", what, " has ",
-              half.size(), " entries, which does not fit gate_up's ", gate_up_matrix->rows(), " rows");
-      for (int64_t i = 0; i < half.size(); ++i) bias[static_cast<size_t>(rows(i))] = half.f32()[i];
-    };
-    place(gate, gate_rows(), "gate_bias");
-    place(up, up_rows(), "up_bias");
-  }
   FeedForwardArgs args;
   args.x = read_view(x, DType::kF32, 2, "feed_forward", "x");
-  args.gate_up = gate_up_matrix;
-  if (!bias.empty()) args.gate_up_bias = TensorView(bias.data(), DType::kF32, {static_cast<int64_t>(bias.size())});
-  args.down = down_matrix;
+  args.down = own(&down, "down");
+  if (const auto* pair = std::get_if<1>(&gate_up)) {
+    args.gate = own(pair->first, "gate");
+    args.gate_bias = gate;
+    args.up = own(pair->second, "up");
+    args.up_bias = up;
+  } else {
+    args.gate_up = own(std::get<0>(gate_up), "gate_up");
+    bias = interleaved_bias(gate, up, args.down->cols(), args.gate_up->rows());
+    if (!bias.empty()) args.gate_up_bias = TensorView(bias.data(), DType::kF32, {static_cast<int64_t>(bias.size())});
+  }
   args.down_bias = optional_view(down_bias, 1, "feed_forward", "down_bias");
   args.y = write_view(out, DType::kF32, 2, "feed_forward", "out");
   args.accumulate = accumulate;
@@ -289,7 +309,7 @@ void bind_backend(py::module_& module) {
            py::arg("importance") = py::none())
       .def("block_matrix", &make_block_matrix, py::arg("blocks"), py::arg("ggml_type"), py::arg("cols"))
       .def("gate_up_matrix", &make_gate_up_matrix, py::arg("gate"), py::arg("up"), py::arg("dtype") = "float32",
-           py::arg("group") = 0)
+           py::arg("group") = 0, py::arg("importance") = py::none())
       .def("embedding", &embedding, py::arg("ids"), py::arg("table"), py::arg("out"))
       .def("matmul", &matmul, py::arg("x"), py::arg("weight"), py::arg("bias").none(true), py::arg("out"),
            py::arg("accumulate") = false, py::arg("compute") = "auto")

@@ -29,6 +29,7 @@ namespace py = pybind11;
 
 void bind_errors();
 void bind_backend(py::module_& module);
+void bind_quantize(py::module_& module);
 void bind_model(py::module_& module);
 void bind_session(py::module_& module);
 void bind_generation(py::module_& module);

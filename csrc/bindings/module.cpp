@@ -62,6 +62,7 @@ PYBIND11_MODULE(_core, module) {
       py::arg("seed"), py::arg("stream"), py::arg("counter"));
 
   bind_backend(module);
+  bind_quantize(module);
   bind_model(module);
   bind_session(module);
   bind_generation(module);

@@ -142,7 +142,7 @@ std::span<const std::byte> CpuBackend::packed_bytes(const Matrix& matrix) const 
 void CpuBackend::write_rows(Matrix& matrix, const RowMap& map, const TensorView& source, const TensorView& importance) {
   PanelMatrix& panels = panel_matrix(matrix);
   check_rows(matrix, map, source, "source");
-  if (importance) require_tensor(importance, DType::kF32, {matrix.cols()}, Rows::kContiguous, "matrix", "importance");
+  check_importance(importance, matrix.cols());
   const bool quantizes = matrix.type().is_quantized();
   const int64_t rows = source.rows();
   visit_dtype(source.dtype(), [&]<DType kFrom>() {

@@ -139,6 +139,20 @@ void QuantizedRow::resize(const WeightType& type, int64_t cols) {
   sub_mins.assign(info.has_min ? sub_scales.size() : 0, 0);
 }
 
+void check_importance(const TensorView& importance, int64_t cols) {
+  if (!importance) return;
+  require(importance.dtype() == DType::kF32, ErrorKind::kDType, "quantize: importance must be float32, got ",
+          name_of(importance.dtype()));
+  require(importance.rank() == 1 && importance.dim(0) == cols && importance.is_contiguous(), ErrorKind::kShape,
+          "quantize: importance must have shape ", shape_text({cols}), ", one number for each column, got ",
+          importance.shape_text());
+  for (int64_t k = 0; k < cols; ++k) {
+    const float value = importance.f32()[k];
+    require(std::isfinite(value) && value >= 0, ErrorKind::kNumeric, "quantize: importance ", k, " is ", value,
+            "; it must be finite and not negative");
+  }
+}
+
 void quantize_row(const WeightType& type, const float* w, int64_t cols, const float* importance, QuantizedRow& row) {
   const EncodingInfo& info = info_of(type.encoding);
   require(type.is_quantized() && info.superblock == 0, ErrorKind::kDType, "weights cannot be rounded to ", type.text());

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/tensor_view.h"
 #include "quant/weight_type.h"
 
 namespace llama_ext {
@@ -26,6 +27,9 @@ struct QuantizedRow {
 /// squared error; with them, min and scale are fitted to the codes by least squares, starting from the group's range.
 /// Throws NumericError for a weight that is not finite or too large for float16 scales, naming its index.
 void quantize_row(const WeightType& type, const float* w, int64_t cols, const float* importance, QuantizedRow& row);
+
+/// Throws unless `importance` is empty or (cols) f32, contiguous, finite and not negative: ShapeError, DTypeError, NumericError.
+void check_importance(const TensorView& importance, int64_t cols);
 
 /// The exact weights. out: (cols).
 void dequantize_row(const WeightType& type, const QuantizedRow& row, int64_t cols, double* out);

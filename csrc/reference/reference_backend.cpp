@@ -84,6 +84,7 @@ void ReferenceBackend::write_rows(Matrix& matrix, const RowMap& map, const Tenso
   require(source.dtype() != DType::kI32, ErrorKind::kDType,
           "write_rows: rows must be float32, float16, bfloat16 or float64, got ", name_of(source.dtype()));
   check_rows(matrix, map, source, "write_rows");
+  check_importance(importance, matrix.cols());
   const int64_t cols = matrix.cols();
   std::vector<float> widened(static_cast<size_t>(cols));
   QuantizedRow codes;

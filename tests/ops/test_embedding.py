@@ -9,6 +9,7 @@ import numpy_ops
 from devices import REFERENCE, Device, all_devices
 from guarded import guarded, guarded_empty
 from llama_ext import DTypeError, ShapeError, TokenIdError
+from quantized import Kept, each_kept, weights
 
 # T, V, C
 SHAPES = [
@@ -37,6 +38,21 @@ def test_embedding_copies_rows(device: Device, dtype: str, shape: tuple[int, int
     out = guarded_empty((count, width))
     device.backend.embedding(guarded(ids), device.backend.matrix(guarded(table), dtype), out)
     np.testing.assert_array_equal(out, numpy_ops.as_kept(table, dtype)[ids])
+
+
+@each_kept
+@all_devices
+def test_embedding_widens_the_rows_of_quantised_tables_and_rounds_once(device: Device, kept: Kept) -> None:
+    rng = np.random.default_rng(4)
+    for count, vocabulary, width in [(1, 1, 1), (7, 33, 31), (33, 65, 130), (3, 40, 257), (2, 3, 14336)]:
+        table = weights(kept, rng, vocabulary, kept.columns(width))
+        ids = rng.integers(0, vocabulary, count).astype(np.int32)
+        ids[-1] = vocabulary - 1
+        out = guarded_empty((count, table.exact.shape[1]))
+        matrix = table.on(device.backend)
+        device.backend.embedding(guarded(ids), matrix, out)
+        np.testing.assert_array_equal(out, table.exact[ids].astype(np.float32))
+        np.testing.assert_array_equal(matrix.to_array(), table.exact.astype(np.float32))
 
 
 @pytest.mark.parametrize("token", [-1, 5, 2**31 - 1, -(2**31)])

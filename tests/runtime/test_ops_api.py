@@ -230,8 +230,8 @@ def test_bits_of_bfloat16_need_to_be_called_that(normal: Any) -> None:
     bits = np.zeros((4, 8), dtype=np.uint16)
     with pytest.raises(llama_ext.DTypeError, match="dtype='bfloat16'"):
         ops.pack(bits)
-    with pytest.raises(llama_ext.DTypeError, match="int8"):
-        ops.pack(normal(4, 8), "int8")
+    with pytest.raises(llama_ext.DTypeError, match="int4"):
+        ops.pack(normal(4, 8), "int3")
     with pytest.raises(llama_ext.DTypeError, match="list"):
         ops.softmax([1.0, 2.0])  # type: ignore[arg-type]
 

@@ -140,6 +140,13 @@ static void panel_codes(const PanelProduct& p) {
       tile_codes_rows<F, 1>, tile_codes_rows<F, 2>, tile_codes_rows<F, 3>,
       tile_codes_rows<F, 4>, tile_codes_rows<F, 5>, tile_codes_rows<F, kCodeRows>,
   };
+  if (p.depth == 0 && !p.accumulate) {
+    // No block of k will write the sums.
+    for (int64_t r = 0; r < p.rows; ++r) {
+      for (int64_t column = 0; column < kPanel; column += kWidth) vstore(p.c + r * p.ldc + column, vzero());
+    }
+    return;
+  }
   const uint8_t* tiles = static_cast<const uint8_t*>(p.a);
   const int64_t row_bytes = packed_bytes_codes<Activation>(p.depth, p.group);
   const int64_t parts = (p.rows + kCodeRows - 1) / kCodeRows;

@@ -13,7 +13,7 @@ Options that all operations share:
 from __future__ import annotations
 
 from llama_ext.ops.dense import feed_forward, matmul, rms_norm
-from llama_ext.ops.packing import Matrix, pack, pack_gate_up
+from llama_ext.ops.packing import Matrix, pack, pack_blocks, pack_gate_up, quantize
 from llama_ext.ops.sequence import attention, rope, rope_angles
 from llama_ext.ops.vocabulary import cross_entropy, embedding, sample, softmax
 
@@ -25,7 +25,9 @@ __all__ = [
     "feed_forward",
     "matmul",
     "pack",
+    "pack_blocks",
     "pack_gate_up",
+    "quantize",
     "rms_norm",
     "rope",
     "rope_angles",

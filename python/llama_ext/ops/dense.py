@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llama_ext import _core
 from llama_ext._arrays import (
     Array,
     FloatArray,
@@ -40,9 +41,9 @@ def matmul(
         weight: (N, K): an array, packed for this call, or the result of `pack`.
         bias: (N) float32, or None.
         residual: (..., N) float32, added to the product; may be `out`.
-        dtype: How an array `weight` is kept for this call: "float32" (None) or "bfloat16". A `Matrix` has its own.
-        compute: "auto": the fastest arithmetic, which may round `x` to bfloat16 when the weights are bfloat16. "exact":
-            float32 products of the stored weights.
+        dtype: How an array `weight` is kept for this call: as in `pack`, "float32" when None. A `Matrix` has its own.
+        compute: "auto": the fastest arithmetic, which may round `x` to bfloat16 when the weights are bfloat16, and to int8 with
+            one scale for 128 numbers when they are whole numbers. "exact": float32 products of the stored weights.
         out, threads, isa, device: See `llama_ext.ops`; a `Matrix` brings the last three with it.
 
     Returns:
@@ -50,7 +51,8 @@ def matmul(
 
     Raises:
         ShapeError: The shapes do not fit together.
-        DTypeError: An array is not float32.
+        DTypeError: An array is not float32, or an unknown `dtype`.
+        NumericError: As `pack`, for an array `weight`.
         OptionError: `dtype`, `threads`, `isa` or `device` contradict a `Matrix`; unknown `compute`.
     """
     matrix = as_matrix("matmul", weight, dtype, threads, isa, device)
@@ -104,7 +106,7 @@ def rms_norm(
 
 def feed_forward(
     x: FloatArray,
-    gate_up: Matrix | tuple[Array, Array],
+    gate_up: Matrix | tuple[Array | Matrix, Array | Matrix],
     down: Matrix | Array,
     *,
     gate_bias: FloatArray | None = None,
@@ -122,7 +124,8 @@ def feed_forward(
 
     Args:
         x: (..., C) float32.
-        gate_up: The result of `pack_gate_up`, or the arrays (gate, up), (F, C) each, packed for this call.
+        gate_up: The result of `pack_gate_up`; or (gate, up), (F, C) each: arrays, packed for this call, or two results of
+            `pack`, which may be kept in different ways.
         down: (C, F): the result of `pack`, or an array, packed for this call.
         gate_bias: (F) float32, or None; with `up_bias` or not at all.
         up_bias: (F) float32, or None.
@@ -142,21 +145,14 @@ def feed_forward(
     Source: Shazeer, "GLU Variants Improve Transformer", 2020.
     """
     op = "feed_forward"
-    if isinstance(gate_up, Matrix):
-        pair = check_packed(op, gate_up, dtype, threads, isa, device)
-        if not pair.gate_up:
-            raise OptionError(f"{op}: gate_up must come from pack_gate_up, got {pair!r}")
-    else:
-        gate, up = gate_up
-        pair = pack_gate_up(gate, up, dtype or "float32", threads=threads, isa=isa, device=device)
-    if isinstance(down, Matrix) or not isinstance(gate_up, Matrix):
+    pair, first, inner, width = _gate_and_up(op, gate_up, dtype, threads, isa, device)
+    if isinstance(down, Matrix) or not (isinstance(gate_up, Matrix) or isinstance(gate_up[0], Matrix)):
         down_matrix = as_matrix(op, down, dtype, threads, isa, device)
     else:
         # An array beside a packed pair goes where the pair is.
-        down_matrix = pack_for(pair.backend, op, "down", down, pair.dtype)
-    if pair.backend is not down_matrix.backend:
-        raise OptionError(f"{op}: {pair!r} and {down_matrix!r} were packed for different backends; pack both alike")
-    inner, width = pair.shape
+        down_matrix = pack_for(first.backend, op, "down", down, first.dtype)
+    if first.backend is not down_matrix.backend:
+        raise OptionError(f"{op}: {first!r} and {down_matrix!r} were packed for different backends; pack both alike")
     if down_matrix.shape != (width, inner):
         raise ShapeError(f"{op}: down must have shape {(width, inner)}, got {down_matrix.shape}")
     x = float32_array(op, "x", x)
@@ -166,9 +162,9 @@ def feed_forward(
     down_bias = None if down_bias is None else vector(op, "down_bias", down_bias, width)
     target = destination(op, out, x.shape, (x, gate_bias, up_bias, down_bias, residual))
     accumulate = _begin_with(residual, target, op)
-    pair.backend.feed_forward(
+    first.backend.feed_forward(
         flat(x, width),
-        pair.handle,
+        pair,
         gate_bias,
         up_bias,
         down_matrix.handle,
@@ -178,6 +174,34 @@ def feed_forward(
         compute,
     )
     return finish(out, target)
+
+
+def _gate_and_up(
+    op: str,
+    gate_up: Matrix | tuple[Array | Matrix, Array | Matrix],
+    dtype: str | None,
+    threads: int | None,
+    isa: str | None,
+    device: str,
+) -> tuple[_core.Matrix | tuple[_core.Matrix, _core.Matrix], Matrix, int, int]:
+    """What the core takes; a matrix of it, which knows the backend; F and C."""
+    if isinstance(gate_up, Matrix):
+        pair = check_packed(op, gate_up, dtype, threads, isa, device)
+        if not pair.gate_up:
+            raise OptionError(f"{op}: gate_up must come from pack_gate_up, got {pair!r}")
+        return pair.handle, pair, *pair.shape
+    gate, up = gate_up
+    if isinstance(gate, Matrix) and isinstance(up, Matrix):
+        gate, up = (as_matrix(op, each, dtype, threads, isa, device) for each in (gate, up))
+        if gate.backend is not up.backend:
+            raise OptionError(f"{op}: {gate!r} and {up!r} were packed for different backends; pack both alike")
+        if gate.shape != up.shape:
+            raise ShapeError(f"{op}: gate and up must have one shape, got {gate.shape} and {up.shape}")
+        return (gate.handle, up.handle), gate, *gate.shape
+    if isinstance(gate, Matrix) or isinstance(up, Matrix):
+        raise OptionError(f"{op}: gate and up must both be arrays, or both be packed")
+    pair = pack_gate_up(gate, up, dtype or "float32", threads=threads, isa=isa, device=device)
+    return pair.handle, pair, *pair.shape
 
 
 def _begin_with(residual: FloatArray | None, target: FloatArray, op: str) -> bool:

@@ -7,16 +7,30 @@ import os
 import threading
 
 import numpy as np
+import numpy.typing as npt
 
 from llama_ext import _core
-from llama_ext._arrays import Array, FloatArray, is_bfloat16
+from llama_ext._arrays import Array, FloatArray, as_whole, is_bfloat16, vector, widen_bfloat16
 from llama_ext.errors import DTypeError, OptionError, ShapeError
 from llama_ext.runtime.threads import checked_threads, get_num_threads
+from llama_ext.runtime.weight_types import GROUP_SIZES, group_for
 
-__all__ = ["Matrix", "as_matrix", "backend_for", "check_packed", "pack", "pack_for", "pack_gate_up"]
+__all__ = [
+    "Matrix",
+    "as_matrix",
+    "backend_for",
+    "check_packed",
+    "pack",
+    "pack_blocks",
+    "pack_for",
+    "pack_gate_up",
+    "quantize",
+]
 
 _CREATING = threading.Lock()
-_WEIGHT_DTYPES = ("float32", "bfloat16")
+_FLOATS = ("float32", "bfloat16", "float16")
+_CODES = ("int8", "int5", "int4")
+_WITH_MINIMA = "_min"  # of the core's names for weights that have them
 
 
 class Matrix:
@@ -25,7 +39,9 @@ class Matrix:
     It belongs to the device, threads and instruction set it was packed for. Immutable, so threads may share it.
     """
 
-    def __init__(self, backend: _core.Backend, handle: _core.Matrix, shape: tuple[int, int], *, gate_up: bool) -> None:
+    def __init__(
+        self, backend: _core.Backend, handle: _core.Matrix, shape: tuple[int, int], *, gate_up: bool = False
+    ) -> None:
         self.backend = backend
         self.handle = handle
         self._shape = shape
@@ -38,8 +54,18 @@ class Matrix:
 
     @property
     def dtype(self) -> str:
-        """How the weights are kept: "float32" or "bfloat16"."""
-        return self.handle.dtype
+        """How the weights are kept: as in `pack`; of GGUF's K-quants "q4_k", "q5_k" or "q6_k"."""
+        return self.handle.dtype.removesuffix(_WITH_MINIMA)
+
+    @property
+    def group_size(self) -> int | None:
+        """How many weights of a row share a scale; None for floating-point weights."""
+        return self.handle.group or None
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether a weight is scale times code, without a minimum: so of floating-point weights, too."""
+        return not self.handle.dtype.endswith(_WITH_MINIMA) and self.handle.dtype not in ("q4_k", "q5_k")
 
     @property
     def nbytes(self) -> int:
@@ -55,19 +81,26 @@ class Matrix:
         """The weights as float32, (rows, columns); of a gate-up pair, the interleaved rows.
 
         Returns:
-            A new array; bfloat16 widens exactly.
+            A new array; floating-point and symmetric weights widen exactly, others are rounded once.
         """
         return self.handle.to_array()
 
     def __repr__(self) -> str:
         kind = "gate-up Matrix" if self.gate_up else "Matrix"
-        return f"<{kind} {self._shape[0]} x {self._shape[1]} {self.dtype} on {self.device} ({self.backend.isa})>"
+        groups = f" in groups of {self.group_size}" if self.group_size else ""
+        return (
+            f"<{kind} {self._shape[0]} x {self._shape[1]} {self.handle.dtype}{groups} "
+            f"on {self.device} ({self.backend.isa})>"
+        )
 
 
 def pack(
     weight: Array,
     dtype: str = "float32",
     *,
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    importance: FloatArray | None = None,
     threads: int | None = None,
     isa: str | None = None,
     device: str = "cpu",
@@ -75,19 +108,29 @@ def pack(
     """Puts a weight matrix into the layout of the fastest kernel.
 
     Args:
-        weight: (N, K) float32 or float16; with dtype="bfloat16" also bfloat16, as ml_dtypes' or as uint16 bit patterns.
-        dtype: How to keep it: "float32", or "bfloat16" (rounded to nearest, ties to even).
+        weight: (N, K) float32, float16, or bfloat16 as ml_dtypes'; with dtype="bfloat16" also its bits as uint16.
+        dtype: How to keep it: "float32"; "bfloat16" or "float16", rounded to nearest, ties to even; or as whole numbers with a
+            float16 scale per group: "int8", "int5" or "int4".
+        group_size: Of whole numbers: how many weights of a row share a scale, 128, 64 or 32. None: 128, or the largest that
+            divides K, and 32 when none does.
+        symmetric: Of whole numbers: True (None) for weight = scale * code, False for scale * code + minimum, which costs two
+            bytes a group more and fits weights that do not lie around zero.
+        importance: Of whole numbers: (K) float32, finite, not negative: how much the squared error of each column counts,
+            such as the mean square of what it is multiplied with. None: all columns alike.
         threads, isa, device: See `llama_ext.ops`.
 
     Returns:
         A matrix to pass to `matmul`, `embedding` or `feed_forward`.
 
     Raises:
-        ShapeError: `weight` does not have two dimensions.
+        ShapeError: `weight` does not have two dimensions, or `importance` is not (K,).
         DTypeError: Another element type, or an unknown `dtype`.
+        OptionError: Another group size, or one of the options of whole numbers with floating-point weights.
+        NumericError: A weight is to be rounded to whole numbers and is not finite, or too large for a float16 scale.
         DeviceError: There is no such device or instruction set here.
     """
-    return pack_for(backend_for(device, threads, isa), "pack", "weight", weight, dtype)
+    backend = backend_for(device, threads, isa)
+    return pack_for(backend, "pack", "weight", weight, dtype, group_size, symmetric, importance)
 
 
 def pack_gate_up(
@@ -95,6 +138,9 @@ def pack_gate_up(
     up: Array,
     dtype: str = "float32",
     *,
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    importance: FloatArray | None = None,
     threads: int | None = None,
     isa: str | None = None,
     device: str = "cpu",
@@ -104,35 +150,118 @@ def pack_gate_up(
     Args:
         gate: (F, C), element types as in `pack`.
         up: (F, C), likewise.
-        dtype: "float32" or "bfloat16".
+        dtype, group_size, symmetric, importance: As in `pack`, for both; importance is (C).
         threads, isa, device: See `llama_ext.ops`.
 
     Returns:
         A matrix to pass to `feed_forward`.
 
     Raises:
-        ShapeError: The two are not matrices of one shape.
-        DTypeError, DeviceError: As `pack`.
+        ShapeError: The two are not matrices of one shape, or `importance` is not (C,).
+        DTypeError, OptionError, NumericError, DeviceError: As `pack`.
     """
+    op = "pack_gate_up"
     backend = backend_for(device, threads, isa)
-    gate_source = _weight_array("pack_gate_up", "gate", gate, dtype)
-    up_source = _weight_array("pack_gate_up", "up", up, dtype)
+    gate_source = _weight_array(op, "gate", gate, dtype)
+    up_source = _weight_array(op, "up", up, dtype)
     if gate_source.shape != up_source.shape:
-        raise ShapeError(
-            f"pack_gate_up: gate and up must have one shape, got {gate_source.shape} and {up_source.shape}"
-        )
-    handle = backend.gate_up_matrix(gate_source, up_source, dtype)
+        raise ShapeError(f"{op}: gate and up must have one shape, got {gate_source.shape} and {up_source.shape}")
+    name, group = _encoding(op, dtype, gate_source.shape[1], group_size, symmetric, importance)
+    handle = backend.gate_up_matrix(gate_source, up_source, name, group, _importance(op, importance, gate_source))
     return Matrix(backend, handle, (gate_source.shape[0], gate_source.shape[1]), gate_up=True)
 
 
-def pack_for(backend: _core.Backend, op: str, what: str, weight: Array, dtype: str) -> Matrix:
+def pack_blocks(
+    blocks: npt.NDArray[np.uint8],
+    ggml_type: str,
+    columns: int,
+    *,
+    threads: int | None = None,
+    isa: str | None = None,
+    device: str = "cpu",
+) -> Matrix:
+    """Packs a quantised tensor of a GGUF file, whose codes and scales are kept as they are.
+
+    Args:
+        blocks: uint8 of any shape: the bytes of N rows, one after another.
+        ggml_type: Their format: "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K" or "Q6_K".
+        columns: K, the weights of a row: a multiple of the format's block, 32 or, with _K, 256.
+        threads, isa, device: See `llama_ext.ops`.
+
+    Returns:
+        A matrix to pass to `matmul`, `embedding` or `feed_forward`. Its dtype is the one that holds the format: "int8" with groups
+        of 32 for Q8_0, "q4_k" for Q4_K, and so on.
+
+    Raises:
+        ShapeError: `columns` is not a number of blocks, or the bytes are not a number of rows.
+        DTypeError: `blocks` is not uint8, or an unknown format.
+        CheckpointError: A scale is not a finite number.
+        DeviceError: There is no such device or instruction set here.
+    """
+    op = "pack_blocks"
+    given: object = blocks
+    if not isinstance(given, np.ndarray) or given.dtype != np.uint8:
+        found = given.dtype if isinstance(given, np.ndarray) else type(given).__name__
+        raise DTypeError(f"{op}: blocks must be a NumPy array of uint8, got {found}")
+    width = as_whole(columns)
+    if width is None:
+        raise DTypeError(f"{op}: columns must be a whole number, got {columns!r}")
+    backend = backend_for(device, threads, isa)
+    handle = backend.block_matrix(np.ascontiguousarray(blocks), ggml_type, width)
+    return Matrix(backend, handle, handle.shape)
+
+
+def quantize(
+    weight: Array,
+    dtype: str,
+    *,
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    importance: FloatArray | None = None,
+) -> tuple[Array, npt.NDArray[np.float16], npt.NDArray[np.float16] | None]:
+    """Rounds weights to whole numbers with scales, as `pack` does, into plain arrays.
+
+    Args:
+        weight, group_size, symmetric, importance: As in `pack`.
+        dtype: "int8", "int5" or "int4".
+
+    Returns:
+        codes: (N, K) int8, or with symmetric=False uint8.
+        scales: (N, ceil(K / group_size)) float16.
+        minima: The same shape, or None when symmetric.
+        A weight is scale * code, plus the minimum of its group where there is one.
+
+    Raises:
+        ShapeError, OptionError, NumericError: As `pack`.
+        DTypeError: As `pack`, and for a `dtype` of no whole numbers.
+    """
+    op = "quantize"
+    if dtype not in _CODES:
+        raise DTypeError(f"{op}: dtype must be one of {', '.join(_CODES)}, got {dtype!r}")
+    source = _weight_array(op, "weight", weight, dtype).astype(np.float32, copy=False)
+    name, group = _encoding(op, dtype, source.shape[1], group_size, symmetric, importance)
+    return _core.quantize(source, name, group, _importance(op, importance, source))
+
+
+def pack_for(
+    backend: _core.Backend,
+    op: str,
+    what: str,
+    weight: Array,
+    dtype: str,
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    importance: FloatArray | None = None,
+) -> Matrix:
     """The body of `pack`, for a backend that is there already.
 
     Raises:
-        ShapeError, DTypeError: As `pack`; the message names `op` and `what`.
+        ShapeError, DTypeError, OptionError, NumericError: As `pack`; the message names `op` and `what`.
     """
     source = _weight_array(op, what, weight, dtype)
-    return Matrix(backend, backend.matrix(source, dtype), (source.shape[0], source.shape[1]), gate_up=False)
+    name, group = _encoding(op, dtype, source.shape[1], group_size, symmetric, importance)
+    handle = backend.matrix(source, name, group, _importance(op, importance, source))
+    return Matrix(backend, handle, (source.shape[0], source.shape[1]))
 
 
 def as_matrix(
@@ -200,21 +329,46 @@ def _weight_array(op: str, what: str, value: object, dtype: str) -> Array:
         DTypeError: `dtype` is unknown, or the array holds neither.
         ShapeError: Not two dimensions.
     """
-    if dtype not in _WEIGHT_DTYPES:
-        raise DTypeError(
-            f"{op}: weights are kept as {' or '.join(_WEIGHT_DTYPES)} in this version, got dtype={dtype!r}"
-        )
+    if dtype not in _FLOATS + _CODES:
+        raise DTypeError(f"{op}: dtype must be one of {', '.join(_FLOATS + _CODES)}, got {dtype!r}")
     if not isinstance(value, np.ndarray):
         raise DTypeError(f"{op}: {what} must be a NumPy array or a packed Matrix, got {type(value).__name__}")
     if value.ndim != 2:
         raise ShapeError(f"{op}: {what} must have shape (rows, columns), got {value.shape}")
     if value.dtype in (np.float32, np.float16):
         return np.ascontiguousarray(value)
-    if is_bfloat16(value.dtype) or value.dtype == np.uint16:
+    if is_bfloat16(value.dtype):
+        return np.ascontiguousarray(value).view(np.uint16) if dtype == "bfloat16" else widen_bfloat16(value)
+    if value.dtype == np.uint16:
         if dtype == "bfloat16":
-            return np.ascontiguousarray(value).view(np.uint16)
+            return np.ascontiguousarray(value)
         raise DTypeError(f"{op}: {what} is {value.dtype}; pass dtype='bfloat16' if these are bfloat16 numbers")
     raise DTypeError(
         f"{op}: {what} must be float32, float16 or bfloat16, got {value.dtype}. "
         f"Convert it first: {what}.astype(numpy.float32)"
     )
+
+
+def _encoding(
+    op: str, dtype: str, columns: int, group_size: int | None, symmetric: bool | None, importance: object
+) -> tuple[str, int]:
+    """The core's name for a way to keep weights, and its group.
+
+    Raises:
+        OptionError: An option that `dtype` does not have, or no group size.
+    """
+    if dtype in _FLOATS:
+        for name, value in (("group_size", group_size), ("symmetric", symmetric), ("importance", importance)):
+            if value is not None:
+                raise OptionError(
+                    f"{op}: {name} belongs to dtype={' or '.join(map(repr, _CODES))}, got dtype={dtype!r}"
+                )
+        return dtype, 0
+    group = group_for(columns) if group_size is None else as_whole(group_size)
+    if group not in GROUP_SIZES:
+        raise OptionError(f"{op}: group_size must be one of {', '.join(map(str, GROUP_SIZES))}, got {group_size!r}")
+    return dtype + ("" if symmetric in (None, True) else _WITH_MINIMA), group
+
+
+def _importance(op: str, importance: FloatArray | None, weight: Array) -> FloatArray | None:
+    return None if importance is None else vector(op, "importance", importance, weight.shape[1])

@@ -8,7 +8,7 @@ from llama_ext._arrays import is_whole
 from llama_ext.errors import OptionError
 from llama_ext.models.llama import TensorSpec
 
-__all__ = ["DTYPES", "GROUP_SIZES", "WeightType", "WeightTypes", "choose_types", "float_types"]
+__all__ = ["DTYPES", "GROUP_SIZES", "WeightType", "WeightTypes", "choose_types", "float_types", "group_for"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "int4")
 GROUP_SIZES = (128, 64, 32)
@@ -67,12 +67,13 @@ def choose_types(
     for spec in specs:
         if len(spec.shape) == 2:
             kept = "int8" if spec.slot in _KEPT_AT_INT8 else requested
-            types[spec.slot] = (kept + suffix, group_size or _group_for(spec.shape[1]))
+            types[spec.slot] = (kept + suffix, group_size or group_for(spec.shape[1]))
     types[""] = (requested + suffix, group_size or GROUP_SIZES[0])
     return types
 
 
-def _group_for(columns: int) -> int:
+def group_for(columns: int) -> int:
+    """The default group of a matrix: the largest size that divides its rows, or the smallest."""
     return next((size for size in GROUP_SIZES if columns % size == 0), GROUP_SIZES[-1])
 
 

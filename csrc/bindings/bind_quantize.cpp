@@ -1,0 +1,50 @@
+// quantize: codes and scales as plain arrays, in no backend's layout.
+#include <algorithm>
+
+#include "bindings/bindings.h"
+#include "core/checked.h"
+#include "quant/quantized_row.h"
+
+namespace llama_ext {
+namespace {
+
+/// (codes, scales, mins): int8 or, with minima, uint8 (N, K); float16 (N, groups); the same, or None.
+py::tuple quantize(const py::object& source, const std::string& dtype, int64_t group, const py::object& importance) {
+  const TensorView view = read_view(source, DType::kF32, 2, "quantize", "source");
+  const WeightType type = weight_type(dtype, group, "quantize");
+  const EncodingInfo& info = info_of(type.encoding);
+  require(type.is_quantized() && info.superblock == 0, ErrorKind::kDType, "quantize: weights cannot be rounded to ",
+          type.text());
+  const TensorView weights = optional_view(importance, 1, "quantize", "importance");
+  check_importance(weights, view.dim(1));
+  const int64_t rows = view.dim(0);
+  const int64_t cols = view.dim(1);
+  const int64_t groups = ceil_div(cols, type.group);
+  py::array codes(py::dtype(info.has_min ? "uint8" : "int8"), std::vector<int64_t>{rows, cols});
+  py::array scales = new_array(DType::kF16, {rows, groups}, "quantize");
+  py::array mins = new_array(DType::kF16, {info.has_min ? rows : 0, groups}, "quantize");
+  auto* code = static_cast<uint8_t*>(codes.mutable_data());
+  auto* scale = static_cast<uint16_t*>(scales.mutable_data());
+  auto* min = static_cast<uint16_t*>(mins.mutable_data());
+  without_gil([&] {
+    QuantizedRow row;
+    for (int64_t i = 0; i < rows; ++i) {
+      quantize_row(type, view.row<float>(i), cols, weights ? weights.f32() : nullptr, row);
+      for (int64_t k = 0; k < cols; ++k) {
+        *code++ = static_cast<uint8_t>(row.codes[static_cast<size_t>(k)] - info.zero);  // the bits of int8
+      }
+      scale = std::copy_n(row.scales.data(), groups, scale);
+      if (info.has_min) min = std::copy_n(row.mins.data(), groups, min);
+    }
+  });
+  return py::make_tuple(codes, scales, info.has_min ? py::object(mins) : py::none());
+}
+
+}  // namespace
+
+void bind_quantize(py::module_& module) {
+  module.def("quantize", &quantize, py::arg("source"), py::arg("dtype"), py::arg("group"),
+             py::arg("importance") = py::none());
+}
+
+}  // namespace llama_ext
