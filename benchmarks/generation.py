@@ -45,7 +45,7 @@ class Case:
 def repeating_model(backend: _core.Backend, shape: ModelShape, dtype: str) -> _core.Model:
     """A model whose texts have a period of 48 tokens: layers add little, and the head answers with the next token."""
     config: dict[str, Any] = {**dataclasses.asdict(shape), "context": 2048, "rope": {}}
-    model = _core.Model(backend, config, dtype)
+    model = _core.Model(backend, config, {"": (dtype, 0)})
     rng = np.random.default_rng(0)
     embedding = rng.standard_normal((shape.vocabulary, shape.width), np.float32)
     token = np.arange(shape.vocabulary)

@@ -17,9 +17,9 @@ struct FeedForwardArgs {
   const Matrix* gate_up = nullptr;
   TensorView gate_up_bias;
   const Matrix* gate = nullptr;
-  TensorView gate_bias;
+  TensorView gate_bias = {};
   const Matrix* up = nullptr;
-  TensorView up_bias;
+  TensorView up_bias = {};
   const Matrix* down = nullptr;
   TensorView down_bias;
   TensorView y;

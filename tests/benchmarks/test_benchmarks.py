@@ -182,19 +182,21 @@ def test_every_engine_is_planned_or_its_absence_explained() -> None:
         ("llama_ext", "float32", "f32"),
         ("llama_ext", "bfloat16", "bf16"),
         ("llama_ext", "bfloat16 exact", "f32"),
+        ("llama_ext", "int8", "int8"),
+        ("llama_ext", "int4", "int8"),
         ("transformers", "float32", "f32"),
         ("transformers", "bfloat16", "bf16"),
         ("llama.cpp", "a-q4_0", "int8"),
         ("llama.cpp", "a-bf16", "bf16"),
         ("onnxruntime-genai", "", "f32"),
     ]
-    assert runs[3].command[0] == "other"
+    assert runs[5].command[0] == "other"
     assert runs[-1].error == "not run: no --genai given"
 
 
 def test_engines_can_be_chosen_by_name() -> None:
     runs = model.planned_engines(model.parse_arguments(["--only", "llama_ext"]), Path("m"))
-    assert [run.engine for run in runs] == ["llama_ext"] * 3
+    assert [run.engine for run in runs] == ["llama_ext"] * 5
 
 
 def test_a_row_shows_shares_of_the_best_probe() -> None:

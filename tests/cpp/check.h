@@ -39,6 +39,7 @@ void expect_error(ErrorKind kind, std::string_view text, const char* file, int l
 void test_sample();
 void test_reference();
 void test_generate();
+void test_quant();
 
 }  // namespace llama_ext::test
 

@@ -164,7 +164,7 @@ struct Tensors {
 void test_matmul_check() {
   const auto backend = make_reference_backend();
   Tensors t;
-  const auto weight = backend->create_matrix(5, 3, DType::kF32);
+  const auto weight = backend->create_matrix(5, 3, {Encoding::kF32, 0});
   const MatmulArgs good{.x = t.at(0, {2, 3}), .weight = weight.get(), .bias = t.at(100, {5}), .y = t.at(200, {2, 5})};
   check(good);
   const auto refuse = [&](ErrorKind kind, const char* text, auto&& change) {
@@ -205,7 +205,7 @@ void test_embedding_check() {
   const auto backend = make_reference_backend();
   Tensors t;
   std::vector<int32_t> ids = {0, 3};
-  const auto table = backend->create_matrix(4, 3, DType::kBF16);
+  const auto table = backend->create_matrix(4, 3, {Encoding::kBF16, 0});
   EmbeddingArgs args{
       .ids = {static_cast<void*>(ids.data()), DType::kI32, {2}}, .table = table.get(), .y = t.at(0, {2, 3})};
   check(args);
@@ -307,8 +307,8 @@ void test_attention_checks() {
 void test_feed_forward_check() {
   const auto backend = make_reference_backend();
   Tensors t;
-  const auto gate_up = backend->create_matrix(gate_up_size(17), 3, DType::kF32);
-  const auto down = backend->create_matrix(3, 17, DType::kF32);
+  const auto gate_up = backend->create_matrix(gate_up_size(17), 3, {Encoding::kF32, 0});
+  const auto down = backend->create_matrix(3, 17, {Encoding::kF32, 0});
   FeedForwardArgs args{.x = t.at(0, {2, 3}),
                        .gate_up = gate_up.get(),
                        .gate_up_bias = t.at(300, {64}),
@@ -323,7 +323,7 @@ void test_feed_forward_check() {
   args.gate_up_bias = t.at(300, {34});
   CHECK_ERROR(ErrorKind::kShape, "gate_up_bias must have shape (64,), got (34,)", check(args));
   args.gate_up_bias = {};
-  const auto wrong = backend->create_matrix(3, 33, DType::kF32);
+  const auto wrong = backend->create_matrix(3, 33, {Encoding::kF32, 0});
   args.down = wrong.get();
   CHECK_ERROR(ErrorKind::kShape, "gate_up must have shape (96, 3), got (64, 3)", check(args));
 }
@@ -348,6 +348,7 @@ int main() {
   test_sample();
   test_reference();
   test_generate();
+  test_quant();
   std::printf("%s: %d failed\n", failures == 0 ? "ok" : "FAILED", failures);
   return failures == 0 ? 0 : 1;
 }

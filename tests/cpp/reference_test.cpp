@@ -28,8 +28,8 @@ TensorView view(std::vector<float>& data, std::initializer_list<int64_t> shape, 
 
 std::unique_ptr<Matrix> matrix_of(Backend& backend, int64_t rows, int64_t cols, std::vector<float> values,
                                   DType dtype = DType::kF32) {
-  auto matrix = backend.create_matrix(rows, cols, dtype);
-  backend.write_rows(*matrix, {}, view(values, {rows, cols}));
+  auto matrix = backend.create_matrix(rows, cols, weight_type(dtype, "matrix"));
+  backend.write_rows(*matrix, {}, view(values, {rows, cols}), {});
   return matrix;
 }
 
@@ -46,11 +46,10 @@ void test_memory(Backend& backend) {
     CHECK(nbytes == 0 || std::memcmp(buffer->data(), bytes.data(), nbytes) == 0);
   }
   CHECK_ERROR(ErrorKind::kOutOfMemory, "cannot allocate", backend.allocate(SIZE_MAX));
-  CHECK_ERROR(ErrorKind::kDType, "a matrix must be float32 or bfloat16, got float16",
-              backend.create_matrix(1, 1, DType::kF16));
+  CHECK_ERROR(ErrorKind::kDType, "weights are not kept as float64", weight_type(DType::kF64, "matrix"));
   CHECK_ERROR(ErrorKind::kLimit, "out of range",
-              backend.create_matrix(int64_t{1} << 32, int64_t{1} << 32, DType::kF32));
-  CHECK(backend.create_matrix(0, 5, DType::kF32)->nbytes() == 0);
+              backend.create_matrix(int64_t{1} << 32, int64_t{1} << 32, {Encoding::kF32, 0}));
+  CHECK(backend.create_matrix(0, 5, {Encoding::kF32, 0})->nbytes() == 0);
 }
 
 void test_write_rows_rounds_once(Backend& backend) {
@@ -74,24 +73,24 @@ void test_write_rows_rounds_once(Backend& backend) {
   source.insert(source.end(), {1e300, -1e300, HUGE_VAL, 1e-300});
   expected.insert(expected.end(), {0x7f80, 0xff80, 0x7f80, 0});
   const int64_t count = static_cast<int64_t>(source.size());
-  const auto matrix = backend.create_matrix(1, count, DType::kBF16);
-  backend.write_rows(*matrix, {}, view(source, DType::kF64, {1, count}));
+  const auto matrix = backend.create_matrix(1, count, {Encoding::kBF16, 0});
+  backend.write_rows(*matrix, {}, view(source, DType::kF64, {1, count}), {});
   std::vector<uint16_t> read(source.size());
   backend.read_rows(*matrix, {}, view(read, DType::kBF16, {1, count}));
   CHECK(read == expected);
 
   std::vector<double> nan = {std::nan("")};
-  const auto one = backend.create_matrix(1, 1, DType::kBF16);
-  backend.write_rows(*one, {}, view(nan, DType::kF64, {1, 1}));
+  const auto one = backend.create_matrix(1, 1, {Encoding::kBF16, 0});
+  backend.write_rows(*one, {}, view(nan, DType::kF64, {1, 1}), {});
   std::vector<float> widened = {0.0f};
   backend.read_rows(*one, {}, view(widened, {1, 1}));
   CHECK(std::isnan(widened[0]));
 }
 
 void test_rows_are_mapped(Backend& backend) {
-  const auto matrix = backend.create_matrix(6, 1, DType::kF32);
+  const auto matrix = backend.create_matrix(6, 1, {Encoding::kF32, 0});
   std::vector<uint16_t> halves = {0x3c00, 0x4000, 0xc200};  // float16: 1, 2, -3
-  backend.write_rows(*matrix, {.begin = 1, .group = 2, .stride = 3}, view(halves, DType::kF16, {3, 1}));
+  backend.write_rows(*matrix, {.begin = 1, .group = 2, .stride = 3}, view(halves, DType::kF16, {3, 1}), {});
   std::vector<float> read(6);
   backend.read_rows(*matrix, {}, view(read, {6, 1}));
   CHECK(read == (std::vector<float>{0, 1, 2, 0, -3, 0}));
@@ -99,13 +98,13 @@ void test_rows_are_mapped(Backend& backend) {
   backend.read_rows(*matrix, {.begin = 1, .group = 2, .stride = 3}, view(mapped, {3, 1}));
   CHECK(mapped == (std::vector<float>{1, 2, -3}));
   CHECK_ERROR(ErrorKind::kShape, "row 0 belongs at row 6",
-              backend.write_rows(*matrix, {.begin = 6}, view(mapped, {3, 1})));
+              backend.write_rows(*matrix, {.begin = 6}, view(mapped, {3, 1}), {}));
   CHECK_ERROR(ErrorKind::kShape, "rows must have shape (any, 1)",
-              backend.write_rows(*matrix, {}, view(mapped, {1, 3})));
+              backend.write_rows(*matrix, {}, view(mapped, {1, 3}), {}));
   CHECK_ERROR(ErrorKind::kLimit, "out of range",
-              backend.write_rows(*matrix, {.begin = INT64_MAX}, view(mapped, {3, 1})));
+              backend.write_rows(*matrix, {.begin = INT64_MAX}, view(mapped, {3, 1}), {}));
   std::vector<int32_t> integers = {1};
-  CHECK_ERROR(ErrorKind::kDType, "got int32", backend.write_rows(*matrix, {}, view(integers, DType::kI32, {1, 1})));
+  CHECK_ERROR(ErrorKind::kDType, "got int32", backend.write_rows(*matrix, {}, view(integers, DType::kI32, {1, 1}), {}));
   CHECK_ERROR(ErrorKind::kDType, "read_rows", backend.read_rows(*matrix, {}, view(halves, DType::kBF16, {3, 1})));
 }
 
@@ -131,7 +130,7 @@ void test_matmul(Backend& backend) {
   backend.matmul(args);
   CHECK(y[0] == 16 && y[1] == 34 && y[6] == 25);
   // No inputs: the bias alone.
-  const auto empty = backend.create_matrix(3, 0, DType::kF32);
+  const auto empty = backend.create_matrix(3, 0, {Encoding::kF32, 0});
   std::vector<float> z(3, kNan);
   backend.matmul({.x = view(x, {1, 0}), .weight = empty.get(), .bias = view(bias, {3}), .y = view(z, {1, 3})});
   CHECK(z == bias);
@@ -230,15 +229,15 @@ void test_attention(Backend& backend) {
 
 void test_feed_forward(Backend& backend) {
   // F = 17 crosses into a second group of 16, most of which is padding. Only widths 0 and 16 are in use.
-  const auto gate_up = backend.create_matrix(gate_up_size(17), 1, DType::kF32);
+  const auto gate_up = backend.create_matrix(gate_up_size(17), 1, {Encoding::kF32, 0});
   std::vector<float> gate(17, 0.0f);
   std::vector<float> up(17, 0.0f);
   gate[0] = 1;
   up[0] = 3;
   gate[16] = -1;
   up[16] = 5;
-  backend.write_rows(*gate_up, gate_rows(), view(gate, {17, 1}));
-  backend.write_rows(*gate_up, up_rows(), view(up, {17, 1}));
+  backend.write_rows(*gate_up, gate_rows(), view(gate, {17, 1}), {});
+  backend.write_rows(*gate_up, up_rows(), view(up, {17, 1}), {});
   std::vector<float> weights(17, 1.0f);
   const auto down = matrix_of(backend, 1, 17, weights);
   std::vector<float> gate_up_bias(64, 0.0f);
@@ -297,7 +296,7 @@ void test_long_operations_can_be_interrupted(Backend& backend) {
     int calls = 0;
     bool requested() override { return ++calls == 2; }
   } handler;
-  const auto weight = backend.create_matrix(2048, 1024, DType::kF32);
+  const auto weight = backend.create_matrix(2048, 1024, {Encoding::kF32, 0});
   std::vector<float> x(256 * 1024, 0.0f);
   std::vector<float> y(256 * 2048, 0.0f);
   const InterruptScope scope(&handler);
@@ -312,7 +311,7 @@ void test_long_operations_can_be_interrupted(Backend& backend) {
 
 void test_matrices_of_another_backend_are_refused(Backend& backend) {
   struct Foreign final : Matrix {
-    Foreign() : Matrix(1, 1, DType::kF32) {}
+    Foreign() : Matrix(1, 1, {Encoding::kF32, 0}) {}
     int64_t nbytes() const override { return 0; }
   } foreign;
   std::vector<float> x = {1};

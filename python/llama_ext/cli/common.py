@@ -119,9 +119,11 @@ def add_model_options(parser: argparse.ArgumentParser, *, several_dtypes: bool =
         group.add_argument(
             "--dtype",
             choices=DTYPES,
+            metavar="DTYPE",
             nargs="+" if several_dtypes else None,
             default=["auto"] if several_dtypes else "auto",
-            help="how weights are kept in memory (default: as in the file)" + (", one row each" * several_dtypes),
+            help=f"how weights are kept in memory: {', '.join(DTYPES)} (default: auto, as in the file)"
+            + ("; one row each" * several_dtypes),
         )
         group.add_argument(
             "--group-size",
