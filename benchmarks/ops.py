@@ -22,7 +22,7 @@ from benchmarks.limits import Limits
 __all__ = ["main", "parse_arguments", "share_of_limit"]
 
 _OPS = ("matmul", "feed_forward", "attention", "small")
-_VARIANTS = ("float32", "bfloat16", "bfloat16 exact")
+_VARIANTS = ("float32", "bfloat16", "bfloat16 exact", "int8", "int8 exact", "int4", "int4 exact")
 _DEFAULT_ROWS = "1,2,4,8,16,64,512"
 _DEFAULT_LENGTHS = "128,512,2048"
 

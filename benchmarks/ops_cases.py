@@ -16,7 +16,10 @@ __all__ = ["Case", "attention_cases", "feed_forward_cases", "matrix_cases", "sma
 
 FloatArray = npt.NDArray[np.float32]
 
-_ITEM = {"float32": 4, "bfloat16": 2}
+# Bytes of a number, in a cache and as weights; those of whole numbers with their scales, in groups of 128.
+_GROUP = 128
+_ITEM = {"float32": 4, "bfloat16": 2, "int8": 1 + 2 / _GROUP, "int4": 0.5 + 2 / _GROUP}
+_KINDS = {"float32": "f32", "bfloat16": "bf16", "int8": "int8", "int4": "int8"}
 
 
 @dataclasses.dataclass
@@ -26,8 +29,9 @@ class Case:
     Attributes:
         op: Its name, as in llama_ext.ops.
         size: What of it, for people.
-        variant: "float32", "bfloat16" or "bfloat16 exact": weights or cache, and arithmetic.
-        kind: "f32" or "bf16": the peak it is compared with; None compares with nothing, as for work in a cache.
+        variant: "float32", "bfloat16", "int8", "int4", and of the last three also "bfloat16 exact" and so on: weights or cache,
+            and arithmetic.
+        kind: "f32", "bf16" or "int8": the peak it is compared with; None compares with nothing, as for work in a cache.
         flop: Operations of one run; a multiply-add is two.
         bytes: What one run has to read and write when nothing is cached.
         run: Does it once.
@@ -58,8 +62,8 @@ def matrix_cases(
             wanted = [variant for variant in variants if variant.split()[0] == dtype]
             if not wanted:
                 continue
-            nbytes = outputs * inputs * _ITEM[dtype]
-            copies = [backend.matrix(source, dtype) for _ in range(max(2, -(-rotate_bytes // nbytes)))]
+            nbytes = int(outputs * inputs * _ITEM[dtype])
+            copies = [backend.matrix(source, dtype, _group(dtype)) for _ in range(max(2, -(-rotate_bytes // nbytes)))]
             for variant in wanted:
                 for count in rows:
                     x = generator.standard_normal((count, inputs), dtype=np.float32)
@@ -90,8 +94,11 @@ def feed_forward_cases(
         wanted = [variant for variant in variants if variant.split()[0] == dtype]
         if not wanted:
             continue
-        count = max(2, -(-rotate_bytes // (weights * _ITEM[dtype])))
-        pairs = [(backend.gate_up_matrix(gate, up, dtype), backend.matrix(down, dtype)) for _ in range(count)]
+        nbytes, group = int(weights * _ITEM[dtype]), _group(dtype)
+        count = max(2, -(-rotate_bytes // nbytes))
+        pairs = [
+            (backend.gate_up_matrix(gate, up, dtype, group), backend.matrix(down, dtype, group)) for _ in range(count)
+        ]
         for variant in wanted:
             for tokens in rows:
                 x = generator.standard_normal((tokens, shape.width), dtype=np.float32)
@@ -102,7 +109,7 @@ def feed_forward_cases(
                     variant,
                     _kind(variant),
                     2 * tokens * weights,
-                    weights * _ITEM[dtype] + x.nbytes + out.nbytes,
+                    nbytes + x.nbytes + out.nbytes,
                     _feed_forward(backend, pairs, x, out, variant),
                 )
         del pairs
@@ -129,7 +136,7 @@ def attention_cases(
             f"cache {cache}",
             "f32" if prefill else None,
             one.attention_flop(tokens, length - tokens),
-            2 * q.nbytes + (k.nbytes + v.nbytes) + 2 * (k.size + v.size) * _ITEM[cache],
+            2 * q.nbytes + (k.nbytes + v.nbytes) + int(2 * (k.size + v.size) * _ITEM[cache]),
             _attention(backend, q, k, v, cache),
         )
 
@@ -179,8 +186,12 @@ def _weights(generator: np.random.Generator, rows: int, columns: int) -> FloatAr
     return values
 
 
+def _group(dtype: str) -> int:
+    return _GROUP if dtype in ("int8", "int4") else 0
+
+
 def _kind(variant: str) -> str:
-    return "bf16" if variant == "bfloat16" else "f32"
+    return _KINDS.get(variant, "f32")
 
 
 def _compute(variant: str) -> str:
