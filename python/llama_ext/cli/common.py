@@ -116,7 +116,9 @@ def add_model_options(parser: argparse.ArgumentParser, *, several_dtypes: bool =
             choices=DTYPES,
             nargs="+" if several_dtypes else None,
             default=["auto"] if several_dtypes else "auto",
-            help="how weights are kept in memory (default: as in the file)" + (", one row each" * several_dtypes),
+            metavar="DTYPE",
+            help=f"how weights are kept in memory{', one row each' * several_dtypes}: {', '.join(DTYPES[1:])} (default: auto, "
+            "as in the file)",
         )
         group.add_argument(
             "--group-size",

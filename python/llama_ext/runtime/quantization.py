@@ -225,7 +225,7 @@ def _quantize_one(core: _core.Model, slot: str, values: FloatArray, x: FloatArra
     measured = x[:: max(1, len(x) // _MEASURED_ROWS)][:_MEASURED_ROWS]
     exact = measured @ values.T
     before = _ratio(measured @ off.T, exact)
-    importance = np.mean(np.square(x), axis=0, dtype=np.float64).astype(np.float32)
+    importance: FloatArray = np.asarray(np.mean(np.square(x), axis=0, dtype=np.float64), dtype=np.float32)
     core.load(slot, values, "float32", importance)
     off = _difference(core, slot, values)
     after = _ratio(measured @ off.T, exact)
