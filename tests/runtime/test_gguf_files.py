@@ -152,7 +152,7 @@ def test_a_truncated_file_is_a_typed_error(tmp_path: Path) -> None:
     whole, cut = tmp_path / "x.gguf", tmp_path / "cut.gguf"
     llama_ext.convert(SHARED / "stories260K", whole, dtype="q8_0")
     data = whole.read_bytes()
-    points = {*range(0, 64), *np.linspace(64, len(data) - 33, 60).astype(int).tolist()}
+    points = {*range(64), *np.linspace(64, len(data) - 33, 60).astype(int).tolist()}
     for point in sorted(points):
         cut.write_bytes(data[:point])
         with pytest.raises((FormatError, UnsupportedError, LimitError)):
