@@ -119,11 +119,11 @@ def add_model_options(parser: argparse.ArgumentParser, *, several_dtypes: bool =
         group.add_argument(
             "--dtype",
             choices=DTYPES,
-            metavar="DTYPE",
             nargs="+" if several_dtypes else None,
             default=["auto"] if several_dtypes else "auto",
-            help=f"how weights are kept in memory: {', '.join(DTYPES)} (default: auto, as in the file)"
-            + ("; one row each" * several_dtypes),
+            metavar="DTYPE",
+            help=f"how weights are kept in memory{', one row each' * several_dtypes}: {', '.join(DTYPES[1:])} (default: auto, "
+            "as in the file)",
         )
         group.add_argument(
             "--group-size",

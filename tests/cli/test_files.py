@@ -1,0 +1,104 @@
+"""`llama-ext quantize`, `convert` and `info` of what they write; GGUF and packed models in the other commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gguf_models
+import llama_ext
+from command_line import Run
+from shared_data import SHARED, requires_shared
+
+TEXT = "ROMEO: what is it that you would have of me? " * 30
+
+
+def test_quantize_prints_each_matrix_and_writes_a_model(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "play.txt").write_text(TEXT)
+    code, out, err = run(
+        "quantize", "demo", tmp_path / "int4", "--dtype", "int4", "--group-size", 64, "--asymmetric", "--calibrate",
+        tmp_path / "play.txt",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    for part in ("layers.0.q", "int4_min x 64", "outputs before", "lower", f"wrote {tmp_path / 'int4'}"):
+        assert part in out
+    described = run("info", "--model", tmp_path / "int4").out
+    for part in ("packed safetensors", "of int4_min", "int8_min 8,448 in 1"):
+        assert part in described
+    assert run("generate", "ROMEO:", "--model", tmp_path / "int4", "--max-new-tokens", 5, "--seed", 1).code == 0
+    assert run("perplexity", "-", "--model", tmp_path / "int4", stdin=TEXT).code == 0
+
+
+def test_quantize_as_json(run: Run, tmp_path: Path) -> None:
+    record = json.loads(run("quantize", "demo", tmp_path / "int8", "--dtype", "int8", "--json").out)
+    assert record["calibration_tokens"] == 0
+    assert record["improvement"] is None
+    assert len(record["tensors"]) == 4 * 7 + 1
+
+
+@requires_shared
+def test_convert_there_and_back(run: Run, tmp_path: Path) -> None:
+    code, out, _ = run("convert", SHARED / "stories260K", tmp_path / "x.gguf", "--dtype", "q8_0")
+    assert code == 0
+    assert "31 x Q8_0, 5 x F16, 11 x F32" in out
+    described = json.loads(run("info", "--model", tmp_path / "x.gguf", "--json").out)["model"]
+    assert (described["format"], described["dtype"], described["parameters"]) == ("GGUF", "Q8_0", 260_032)
+    assert described["types"]["F32"] == [11, 704]
+    assert run("convert", tmp_path / "x.gguf", tmp_path / "back", "--dtype", "bf16").code == 0
+    prompt = ("generate", "Once upon a time", "--max-new-tokens", 20, "--greedy", "--model")
+    assert run(*prompt, tmp_path / "back").out == run(*prompt, tmp_path / "x.gguf").out
+
+
+@requires_shared
+def test_dtypes_and_group_sizes_of_loading(run: Run) -> None:
+    base = ("generate", "Once", "--max-new-tokens", 3, "--greedy", "--model", SHARED / "stories260K")
+    for dtype in ("float16", "int8", "int4"):
+        assert run(*base, "--dtype", dtype).code == 0
+    assert run(*base, "--dtype", "int4", "--group-size", 32).code == 0
+    code, _, err = run(*base, "--group-size", 32)
+    assert code == 2
+    assert "int8" in err
+
+
+@pytest.mark.parametrize("command", ["generate", "info", "perplexity", "bench", "quantize", "convert"])
+def test_a_damaged_file_is_exit_code_3(command: str, run: Run, tmp_path: Path) -> None:
+    gguf_models.write(tmp_path / "x.gguf", gguf_models.config(), "Q8_0")
+    data = (tmp_path / "x.gguf").read_bytes()
+    llama_ext.quantize(tmp_path / "x.gguf", tmp_path / "packed", "int4")
+    weights = (tmp_path / "packed" / "model.safetensors").read_bytes()
+    arguments = {
+        "generate": ("generate", "x", "--model"),
+        "perplexity": ("perplexity", "-", "--model"),
+        "quantize": ("quantize", "--dtype", "int8", tmp_path / "out"),
+        "convert": ("convert", tmp_path / "out"),
+    }.get(command, (command, "--model"))
+    for part in np.linspace(0, 0.99, 4):
+        (tmp_path / "x.gguf").write_bytes(data[: int(part * len(data))])
+        (tmp_path / "packed" / "model.safetensors").write_bytes(weights[: int(part * len(weights))])
+        for model in (tmp_path / "x.gguf", tmp_path / "packed"):
+            line = [*arguments, model]
+            if command in ("quantize", "convert"):
+                line = [command, model, *(each for each in arguments[1:])]
+            code, out, err = run(*line, stdin="text")
+            assert (code, out) == (3, ""), err
+            assert err.startswith("llama-ext: ")
+            assert str(tmp_path) in err
+            assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_usage(run: Run, tmp_path: Path) -> None:
+    for line in (
+        ("quantize", "demo", tmp_path / "x"),
+        ("quantize", "demo", tmp_path / "x", "--dtype", "float16"),
+        ("convert", "demo", tmp_path / "x", "--dtype", "q8_0"),
+        ("convert", "demo"),
+    ):
+        assert run(*line).code == 2
+    assert run("convert", "demo", tmp_path / "x.gguf").code == 3  # GGUF has no kind for its tokenizer
+    assert run("quantize", tmp_path / "nothing", tmp_path / "x", "--dtype", "int8").code == 3
+    assert run("quantize", "demo", tmp_path / "x", "--dtype", "int8", "--calibrate", tmp_path / "nothing").code == 3
+    assert list(tmp_path.iterdir()) == []
