@@ -132,6 +132,21 @@ def blocks(name: str, rng: np.random.Generator, rows: int, columns: int, size: f
     return made.reshape(rows, columns // kind.block * kind.block_bytes)
 
 
+def largest(kept: Kept, rows: int, columns: int) -> Weights:
+    """Weights whose codes are nearly all the largest there is: what sums of products could overflow with."""
+    if kept.is_gguf:
+        kind = gguf_types.BY_NAME[kept.name]
+        made = np.full((rows * columns // kind.block, kind.block_bytes), 0xFF, np.uint8)
+        for at in _HALVES[kept.name]:
+            if at is not None:
+                made[:, at : at + 2] = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
+        source = made.reshape(rows, columns // kind.block * kind.block_bytes)
+        return Weights(kept, source, gguf_types.dequantize(source, kind).astype(np.float64))
+    source = np.ones((rows, columns), np.float32)
+    source[:, :: kept.group or columns] = -1.0  # a minimum for those that have one
+    return Weights(kept, source, exact(kept, source))
+
+
 def rounding_bound(x: Array, exact_weights: F64) -> F64:
     """How far rounding (M, K) activations to int8 can move a product with (N, K) weights: half a step of each block of 128,
     or all of a block whose numbers are below 1e-30."""

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 MERGEABLE = set("WwVvuC")
-PRODUCT = re.compile(r"\b(vfmadd\w*ps|vdpbf16ps|tdpbf16ps|vpdpbusd)\b")
+PRODUCT = re.compile(r"\b(vfmadd\w*ps|vdpbf16ps|tdpbf16ps|vpdpbusd|vpmaddwd|vpmaddubsw)\b")
 JUMP = re.compile(r"^\s*([0-9a-f]+):\s+(j\w+)\s+([0-9a-f]+)")
 STACK = re.compile(r"\(%r[sb]p")
 

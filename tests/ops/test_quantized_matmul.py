@@ -15,7 +15,7 @@ import numpy_ops
 from devices import CPU, REFERENCE, Device, all_devices, each_isa, each_tier_and_thread_count
 from guarded import guarded, guarded_empty, guarded_rows, guarded_rows_empty
 from llama_ext import _core
-from quantized import ALL, LAYOUTS, Kept, Weights, each_kept, each_layout, rounding_bound, weights
+from quantized import ALL, LAYOUTS, Kept, Weights, each_kept, each_layout, largest, rounding_bound, weights
 from tolerances import TINY, U32, assert_same_bits, assert_within, relative_rms, units
 
 Array = npt.NDArray[Any]
@@ -229,6 +229,20 @@ def test_quantized_matmul_of_uncommon_activations_stays_within_half_a_step(isa: 
         result = multiply(device.backend, x, matrix, compute)
         assert_within(result, expected, bound, compute)
         assert name != "zero" or not result.any()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@each_kept
+@each_isa
+def test_quantized_matmul_of_the_largest_codes_and_activations_does_not_overflow(
+    isa: str, kept: Kept, sign: int
+) -> None:
+    device = Device(isa, 1)
+    made = largest(kept, 35, kept.columns(256))
+    x = np.full((8, made.exact.shape[1]), sign * 0.3, np.float32)  # 127 when rounded
+    expected, scale = numpy_ops.matmul(x, made.exact, None, None)
+    result = multiply(device.backend, x, made.on(device.backend), "auto")
+    assert_within(result, expected, (x.shape[1] + 4) * U32 * scale, str(kept))
 
 
 @pytest.mark.parametrize("side", ["end", "start"])

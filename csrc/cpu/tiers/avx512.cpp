@@ -3,7 +3,7 @@
 #define LLAMA_EXT_ISA_NAMESPACE isa_avx512
 
 #include "cpu/simd/vec_avx512.h"
-#include "cpu/kernels/dot_vnni.h"
+#include "cpu/kernels/codes_vnni.h"
 #include "cpu/kernels/gemm_codes.h"
 #include "cpu/kernels/table.h"
 

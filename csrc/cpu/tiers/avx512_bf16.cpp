@@ -4,7 +4,7 @@
 
 #include "cpu/simd/vec_avx512.h"
 #include "cpu/kernels/attention_bf16_dot.h"
-#include "cpu/kernels/dot_vnni.h"
+#include "cpu/kernels/codes_vnni.h"
 #include "cpu/kernels/gemm.h"
 #include "cpu/kernels/gemm_bf16_dot.h"
 #include "cpu/kernels/gemm_codes.h"

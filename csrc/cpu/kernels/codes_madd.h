@@ -1,0 +1,179 @@
+// Tiles of quantised products for AVX2, which has no instruction that sums four products of bytes.
+//
+// Codes of 4 to 6 bits: VPMADDUBSW sums two products in int16, and as many of those sums are added up as cannot overflow (8, 4 or
+// 2 instructions) before VPMADDWD by ones widens them. Codes of 8 bits would saturate: codes and activations are widened to int16
+// for VPMADDWD, two instructions for four k.
+// A tile is six rows by one vector of columns: int32 sums, and for narrow codes int16 sums beside them, fill the registers, so the
+// float32 totals lie in memory, which a group touches once. All columns of a group are done before the next group: a panel is
+// read in one stream, whatever the number of rows.
+// Bound: four vector instructions a cycle on Zen 3: 54 multiply-adds a cycle with 4 bits and groups of 128, 29 with 8.
+#pragma once
+
+#include "cpu/kernels/tile_codes.h"
+
+namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE {
+
+constexpr const char* kDotNote = "VPMADDUBSW (8 bits: VPMADDWD), activations rounded to int8";
+constexpr int kCodeRows = 6;
+
+template <int kBits>
+struct ActivationOf {
+  using type = int8_t;
+};
+template <>
+struct ActivationOf<8> {
+  using type = int16_t;
+};
+template <CodeFormat F>
+using Activation = typename ActivationOf<F.bits>::type;
+
+// Inline and volatile: g++ 12 computes the products of a whole strip before it adds them up, and spills them all.
+
+/// products = codes (unsigned bytes) x the four activations at `a`, two of each in int16.
+static inline void first_products(vi& products, vi codes, const uint8_t* a) {
+  asm volatile("vpbroadcastd %1, %0\n\tvpmaddubsw %0, %2, %0"
+               : "=&x"(products)
+               : "m"(*reinterpret_cast<const uint32_t*>(a)), "x"(codes));
+}
+
+/// products += the same.
+static inline void add_products(vi& products, vi codes, const uint8_t* a) {
+  vi more;
+  asm volatile("vpbroadcastd %2, %1\n\tvpmaddubsw %1, %3, %1\n\tvpaddw %1, %0, %0"
+               : "+x"(products), "=&x"(more)
+               : "m"(*reinterpret_cast<const uint32_t*>(a)), "x"(codes));
+}
+
+/// sum += pairs of int16 x the pair at `a`, or x 1.
+static inline void add_pairs(vi& sum, vi pairs, const uint8_t* a) {
+  vi more;
+  asm volatile("vpbroadcastd %2, %1\n\tvpmaddwd %1, %3, %1\n\tvpaddd %1, %0, %0"
+               : "+x"(sum), "=&x"(more)
+               : "m"(*reinterpret_cast<const uint32_t*>(a)), "x"(pairs));
+}
+static inline void add_pairs(vi& sum, vi pairs) {
+  vi more;
+  asm volatile("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0"
+               : "+x"(sum), "=&x"(more)
+               : "x"(iset1(0x00010001)), "x"(pairs));
+}
+
+/// sum += the products of quads [kFirst, kFirst + kCount) of a strip. a: its activations, [8][R][4]; of 8-bit codes a quad of one
+/// row is the pairs 0 and 2, 1 and 3.
+template <CodeFormat F, int R, int kFirst, int kCount>
+static inline void dot_strip(const uint8_t* strip, int64_t column, const uint8_t* a, vi (&sum)[R][1]) {
+  if constexpr (F.bits == 8) {
+#pragma GCC unroll 8
+    for (int quad = kFirst; quad < kFirst + kCount; ++quad) {
+      const vi codes = codes_of<F>(strip, quad, column);
+      const vi even = iand(codes, iset1(0x00ff00ff));
+      const vi odd = _mm256_srli_epi16(codes, 8);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        add_pairs(sum[r][0], even, a + 8 * (quad * R + r));
+        add_pairs(sum[r][0], odd, a + 8 * (quad * R + r) + 4);
+      }
+    }
+  } else {
+    // The largest code x 127, twice, so many times: 30,480, 31,496 and 32,004.
+    constexpr int kRun = F.bits == 4 ? 8 : F.bits == 5 ? 4 : 2;
+    static_assert(kCount % kRun == 0 || kCount < kRun);
+#pragma GCC unroll 4
+    for (int begin = kFirst; begin < kFirst + kCount; begin += kRun) {
+      vi products[R];
+#pragma GCC unroll 8
+      for (int i = 0; i < (kRun < kCount ? kRun : kCount); ++i) {
+        const vi codes = codes_of<F>(strip, begin + i, column);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          const uint8_t* four = a + 4 * ((begin + i) * R + r);
+          if (i == 0) {
+            first_products(products[r], codes, four);
+          } else {
+            add_products(products[r], codes, four);
+          }
+        }
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) add_pairs(sum[r][0], products[r]);
+    }
+  }
+}
+
+/// R rows by a panel's columns.
+template <CodeFormat F, int R>
+static void tile_codes_rows(const PanelProduct& p, const uint8_t* a, float* c, const Ahead& next) {
+  Ahead ahead = next;
+  const int64_t unit = F.unit(p.group);
+  const int64_t group = F.has_superblocks ? F.group : p.group;
+  // Groups of 16 come in pairs, a strip.
+  const int64_t step = group < kStrip ? kStrip : group;
+  constexpr int64_t kActivationBytes = kStrip * static_cast<int64_t>(sizeof(Activation<F>)) * R;  // of a strip
+  const uint8_t* header = static_cast<const uint8_t*>(p.b);
+  const uint8_t* strip = header + F.header_bytes();
+  int64_t in_unit = 0;  // k since the unit began
+  for (int64_t k0 = 0; k0 < p.depth; k0 += kActivationBlock) {
+    const float* scales = reinterpret_cast<const float*>(a);
+    const uint8_t* starts = a + 4 * R;
+    const uint8_t* codes = starts + 4 * (kActivationBlock / p.group) * R;
+    a = codes + kActivationBlock / kStrip * kActivationBytes;
+    const int64_t end = p.depth - k0 < kActivationBlock ? p.depth - k0 : kActivationBlock;
+    alignas(32) float totals[R][kPanel] = {};
+    for (int64_t k = 0; k < end; k += step) {
+      const int64_t index = F.has_superblocks ? in_unit / group : 0;
+      for (int64_t column = 0; column < kPanel; column += kWidth) {
+        vi sum[R][1];
+        vf total[R][1];
+        start_sums<F>(starts, sum);
+        if constexpr (F.group == 16) {
+          if (column == 0) {
+            prefetch_strip<F, R>(strip);
+            ahead();
+          }
+          dot_strip<F, R, 0, 4>(strip, column, codes, sum);
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) total[r][0] = vload(&totals[r][column]);
+          finish_group<F>(header, index, column, starts, sum, total);
+          start_sums<F>(starts + 4 * R, sum);
+          dot_strip<F, R, 4, 4>(strip, column, codes, sum);
+          finish_group<F>(header, index + 1, column, starts + 4 * R, sum, total);
+        } else {
+          const uint8_t* at = strip;
+          const uint8_t* with = codes;
+          for (int64_t i = 0; i < step; i += kStrip) {
+            if (column == 0) {
+              prefetch_strip<F, R>(at);
+              ahead();
+            }
+            dot_strip<F, R, 0, 8>(at, column, with, sum);
+            at += F.strip_bytes();
+            with += kActivationBytes;
+          }
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r) total[r][0] = vload(&totals[r][column]);
+          finish_group<F>(header, index, column, starts, sum, total);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) vstore(&totals[r][column], total[r][0]);
+      }
+      strip += step / kStrip * F.strip_bytes();
+      codes += step / kStrip * kActivationBytes;
+      starts += 4 * R * (step / group);
+      in_unit += step;
+      if (in_unit == unit) {
+        header = strip;
+        strip += F.header_bytes();
+        in_unit = 0;
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      const vf scale = vset1(scales[r]);
+      for (int64_t column = 0; column < kPanel; column += kWidth) {
+        float* to = c + r * p.ldc + column;
+        vstore(to, vfma(scale, vload(&totals[r][column]), p.accumulate || k0 > 0 ? vload(to) : vzero()));
+      }
+    }
+  }
+}
+
+}  // namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE

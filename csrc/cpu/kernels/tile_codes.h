@@ -1,0 +1,52 @@
+// What the tiles of quantised products share: where a group's sums start, how they end, and what is fetched meanwhile.
+#pragma once
+
+#include "cpu/kernels/codes.h"
+
+namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE {
+
+template <CodeFormat F, int R, int NV>
+static inline void start_sums(const uint8_t* starts, vi (&sum)[R][NV]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      sum[r][v] = iset1(F.has_min ? 0 : reinterpret_cast<const int32_t*>(starts)[r]);
+      // Each zero by itself: g++ 12 spills copies of a common one.
+      if constexpr (F.has_min) asm volatile("" : "+v"(sum[r][v]));
+    }
+  }
+}
+
+/// total += scale x sum (+ min x sum of activations)
+template <CodeFormat F, int R, int NV>
+static inline void finish_group(const uint8_t* unit, int64_t group, int64_t column, const uint8_t* starts,
+                                const vi (&sum)[R][NV], vf (&total)[R][NV]) {
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) {
+    const vf scale = group_scale<F>(unit, group, column + kWidth * v);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) total[r][v] = vfma(vfloat(sum[r][v]), scale, total[r][v]);
+    if constexpr (F.has_min) {
+      const vf min = group_min<F>(unit, group, column + kWidth * v);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        total[r][v] = vfma(vset1(reinterpret_cast<const float*>(starts)[r]), min, total[r][v]);
+      }
+    }
+  }
+}
+
+/// What a tile asks for while it computes: some lines with each strip, so that reading and multiplying overlap.
+constexpr int64_t kSpreadTiles = 6;
+struct Ahead {
+  const uint8_t* line = nullptr;  // none
+  int64_t per_strip = 0;
+
+  void operator()() {
+    if (line == nullptr) return;
+    for (int64_t i = 0; i < per_strip; ++i, line += 64) __builtin_prefetch(line, 0, 2);
+  }
+};
+
+}  // namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE
