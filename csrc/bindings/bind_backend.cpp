@@ -89,13 +89,15 @@ void embedding(const BackendPtr& backend, const py::object& ids, const PyMatrix&
 }
 
 void matmul(const BackendPtr& backend, const py::object& x, const PyMatrix& weight, const py::object& bias,
-            const py::object& out, bool accumulate, const std::string& compute) {
+            const py::object& out, bool accumulate, const std::string& compute, const py::object& norm_weight,
+            double norm_eps) {
   const MatmulArgs args{.x = read_view(x, DType::kF32, 2, "matmul", "x"),
                         .weight = matrix_of(backend, weight, "matmul", "weight"),
                         .bias = optional_view(bias, 1, "matmul", "bias"),
                         .y = write_view(out, DType::kF32, 2, "matmul", "out"),
                         .accumulate = accumulate,
-                        .compute = compute_from_name(compute)};
+                        .compute = compute_from_name(compute),
+                        .norm = {optional_view(norm_weight, 1, "matmul", "norm_weight"), norm_eps}};
   run_op(backend, [&] { backend->matmul(args); });
 }
 
@@ -214,7 +216,8 @@ std::vector<float> interleaved_bias(const TensorView& gate, const TensorView& up
 void feed_forward(const BackendPtr& backend, const py::object& x,
                   const std::variant<const PyMatrix*, std::pair<const PyMatrix*, const PyMatrix*>>& gate_up,
                   const py::object& gate_bias, const py::object& up_bias, const PyMatrix& down,
-                  const py::object& down_bias, const py::object& out, bool accumulate, const std::string& compute) {
+                  const py::object& down_bias, const py::object& out, bool accumulate, const std::string& compute,
+                  const py::object& norm_weight, double norm_eps) {
   const auto own = [&](const PyMatrix* matrix, const char* what) {
     require(matrix != nullptr, ErrorKind::kDType, "feed_forward: ", what, " must be a Matrix, got None");
     return matrix_of(backend, *matrix, "feed_forward", what);
@@ -239,6 +242,7 @@ void feed_forward(const BackendPtr& backend, const py::object& x,
   args.y = write_view(out, DType::kF32, 2, "feed_forward", "out");
   args.accumulate = accumulate;
   args.compute = compute_from_name(compute);
+  args.norm = {optional_view(norm_weight, 1, "feed_forward", "norm_weight"), norm_eps};
   run_op(backend, [&] { backend->feed_forward(args); });
 }
 
@@ -312,7 +316,8 @@ void bind_backend(py::module_& module) {
            py::arg("group") = 0, py::arg("importance") = py::none())
       .def("embedding", &embedding, py::arg("ids"), py::arg("table"), py::arg("out"))
       .def("matmul", &matmul, py::arg("x"), py::arg("weight"), py::arg("bias").none(true), py::arg("out"),
-           py::arg("accumulate") = false, py::arg("compute") = "auto")
+           py::arg("accumulate") = false, py::arg("compute") = "auto", py::arg("norm_weight") = py::none(),
+           py::arg("norm_eps") = 1e-6)
       .def("rms_norm", &rms_norm, py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("out"),
            py::arg("inv_rms") = py::none())
       .def("rope", &rope, py::arg("x"), py::arg("cos"), py::arg("sin"))
@@ -320,7 +325,8 @@ void bind_backend(py::module_& module) {
            py::arg("scale"), py::arg("cache_dtype"), py::arg("out"), py::arg("compute") = "auto")
       .def("feed_forward", &feed_forward, py::arg("x"), py::arg("gate_up"), py::arg("gate_bias").none(true),
            py::arg("up_bias").none(true), py::arg("down"), py::arg("down_bias").none(true), py::arg("out"),
-           py::arg("accumulate") = false, py::arg("compute") = "auto")
+           py::arg("accumulate") = false, py::arg("compute") = "auto", py::arg("norm_weight") = py::none(),
+           py::arg("norm_eps") = 1e-6)
       .def("softmax", &softmax, py::arg("x"), py::arg("out"))
       .def("cross_entropy", &cross_entropy, py::arg("logits"), py::arg("labels"), py::arg("out"))
       .def("sample", &sample, py::arg("logits"), py::arg("options"), py::arg("prompt"), py::arg("output"),

@@ -59,6 +59,7 @@ class CpuBackend final : public Backend {
     EpilogueKind epilogue;
     TensorView y;
     Compute compute;
+    InputNorm norm = {};
   };
   void multiply(const Product& product);
   void multiply_rows(const Product& product, int64_t begin, int64_t count);

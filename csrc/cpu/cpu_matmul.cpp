@@ -1,6 +1,6 @@
 // Products: which rows and columns are multiplied when, and by whom. The arithmetic is in kernels/gemm*.h.
 //
-// Activations are packed once into tiles of rows. A task is a group of panels by all rows, or a part of them: for each block of
+// Activations are packed once into tiles of rows, normalised on the way where a norm goes before the product. A task is a group of panels by all rows, or a part of them: for each block of
 // k, each panel of the group passes over the tiles. The block of activations and the sums of the group stay in the L2 cache, the
 // weights come from memory once, a block ahead; the epilogue writes finished sums. Neither blocks nor tasks change an
 // output's order of summation.
@@ -71,22 +71,37 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
 
   const int64_t packed_bytes = round_up(count * kernel.packed_bytes(k_padded, group), 64);
   const int64_t sums = std::min(count, block_rows) * kPanel;
+  // Rows of a tile must not meet in the same sets of a cache.
+  const int64_t normed_stride = round_up(k, kPanel) + kPanel / 2;
+  const int64_t normed_size = product.norm ? kernel.tile_rows * normed_stride : 0;
+  const int64_t floats = threads * std::max(group_panels * sums, normed_size);
   auto* packed = static_cast<char*>(thread_scratch(
-      Scratch::kProduct,
-      static_cast<size_t>(packed_bytes + threads * group_panels * sums * static_cast<int64_t>(sizeof(float)))));
-  auto* all_sums = reinterpret_cast<float*>(packed + packed_bytes);
+      Scratch::kProduct, static_cast<size_t>(packed_bytes + floats * static_cast<int64_t>(sizeof(float)))));
+  // Of each thread: a tile's normalised rows, then, once all are packed, its sums.
+  auto* all_floats = reinterpret_cast<float*>(packed + packed_bytes);
 
   // Block after block of k, and in each the tiles of all rows.
   const auto packed_at = [&](int64_t row, int64_t k0) {
     const int64_t depth = std::min(k_block, k_padded - k0);
     return packed + count * kernel.packed_bytes(k0, group) + row * kernel.packed_bytes(depth, group);
   };
-  parallel_for(tiles > 1 ? threads : 1, tiles, [&](int64_t tile, int) {
+  parallel_for(tiles > 1 ? threads : 1, tiles, [&](int64_t tile, int worker) {
     const int64_t row = tile * kernel.tile_rows;
+    const int64_t height = std::min(kernel.tile_rows, count - row);
+    const float* x = product.x.row<float>(begin + row);
+    int64_t stride = product.x.row_stride();
+    if (product.norm) {
+      float* normed = all_floats + worker * normed_size;
+      for (int64_t r = 0; r < height; ++r) {
+        kernels_.rms_norm(x + r * stride, product.norm.weight.f32(), k, static_cast<float>(product.norm.eps),
+                          normed + r * normed_stride, nullptr);
+      }
+      x = normed;
+      stride = normed_stride;
+    }
     for (int64_t k0 = 0; k0 < k_padded; k0 += k_block) {
-      kernel.pack({product.x.row<float>(begin + row) + k0, product.x.row_stride(),
-                   std::min(kernel.tile_rows, count - row), std::min(k_block, k - k0), std::min(k_block, k_padded - k0),
-                   group, packed_at(row, k0)});
+      kernel.pack({x + k0, stride, height, std::min(k_block, k - k0), std::min(k_block, k_padded - k0), group,
+                   packed_at(row, k0)});
     }
   });
 
@@ -97,7 +112,7 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
     const int64_t rows = std::min(block_rows, count - row);
     const int64_t first = task / row_blocks * group_panels;
     const int64_t last = std::min(panels, first + group_panels);
-    float* c = all_sums + worker * group_panels * sums;
+    float* c = all_floats + worker * group_panels * sums;
     int64_t k0 = 0;
     do {  // once even for k = 0, which zeroes the sums
       const int64_t depth = std::min(k_block, k_padded - k0);
@@ -125,7 +140,7 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
 void CpuBackend::matmul(const MatmulArgs& args) {
   check(args);
   multiply({args.x, &panel_matrix(*args.weight), args.bias ? args.bias.f32() : nullptr,
-            args.accumulate ? EpilogueKind::kAdd : EpilogueKind::kStore, args.y, args.compute});
+            args.accumulate ? EpilogueKind::kAdd : EpilogueKind::kStore, args.y, args.compute, args.norm});
 }
 
 void CpuBackend::feed_forward(const FeedForwardArgs& args) {
@@ -139,11 +154,13 @@ void CpuBackend::feed_forward(const FeedForwardArgs& args) {
     void* memory = thread_scratch(Scratch::kActivation, static_cast<size_t>(rows * width) * sizeof(float));
     const TensorView activation(memory, DType::kF32, {rows, width});
     if (args.gate_up != nullptr) {
-      multiply(
-          {x, &panel_matrix(*args.gate_up), bias(args.gate_up_bias), EpilogueKind::kSwiGlu, activation, args.compute});
+      multiply({x, &panel_matrix(*args.gate_up), bias(args.gate_up_bias), EpilogueKind::kSwiGlu, activation,
+                args.compute, args.norm});
     } else {
-      multiply({x, &panel_matrix(*args.gate), bias(args.gate_bias), EpilogueKind::kStore, activation, args.compute});
-      multiply({x, &panel_matrix(*args.up), bias(args.up_bias), EpilogueKind::kSiluGate, activation, args.compute});
+      multiply({x, &panel_matrix(*args.gate), bias(args.gate_bias), EpilogueKind::kStore, activation, args.compute,
+                args.norm});
+      multiply({x, &panel_matrix(*args.up), bias(args.up_bias), EpilogueKind::kSiluGate, activation, args.compute,
+                args.norm});
     }
     multiply({activation, &down, bias(args.down_bias), args.accumulate ? EpilogueKind::kAdd : EpilogueKind::kStore,
               args.y.slice_rows(row, rows), args.compute});

@@ -10,8 +10,13 @@ TensorView head_slice(const Model& model, const TensorView& qkv, int64_t begin, 
   return {qkv.f32() + begin, DType::kF32, {qkv.rows(), heads, model.config().head_dim}, qkv.row_stride()};
 }
 
-/// y = x W^T + b, or y += x W^T + b.
-void project(const Model& model, const TensorView& x, const Linear& linear, const TensorView& y, bool accumulate) {
+InputNorm input_norm(const Model& model, const Norm& norm) {
+  return {.weight = norm.weight, .eps = model.config().norm_eps};
+}
+
+/// y = x W^T + b, or y += x W^T + b; x normalised first, where a norm is given.
+void project(const Model& model, const TensorView& x, const InputNorm& norm, const Linear& linear, const TensorView& y,
+             bool accumulate) {
   MatmulArgs args;
   args.x = x;
   args.weight = linear.weight.get();
@@ -19,6 +24,7 @@ void project(const Model& model, const TensorView& x, const Linear& linear, cons
   args.y = y;
   args.accumulate = accumulate;
   args.compute = model.compute();
+  args.norm = norm;
   model.backend().matmul(args);
 }
 
@@ -52,8 +58,8 @@ void attend(const Model& model, int64_t layer, const Pass& pass) {
   backend.attention(attention);
 }
 
-/// y += SwiGLU(x)
-void feed_forward(const Model& model, const BlockWeights& weights, const TensorView& x, const TensorView& y) {
+/// x += SwiGLU(norm(x))
+void feed_forward(const Model& model, const BlockWeights& weights, const TensorView& x) {
   FeedForwardArgs args;
   args.x = x;
   args.gate_up = weights.gate_up.weight.get();
@@ -64,9 +70,10 @@ void feed_forward(const Model& model, const BlockWeights& weights, const TensorV
   args.up_bias = weights.up.bias;
   args.down = weights.down.weight.get();
   args.down_bias = weights.down.bias;
-  args.y = y;
+  args.y = x;
   args.accumulate = true;
   args.compute = model.compute();
+  args.norm = input_norm(model, weights.ffn_norm);
   model.backend().feed_forward(args);
 }
 
@@ -79,17 +86,16 @@ void normalize(const Model& model, const TensorView& x, const Norm& norm, const 
 void block(const Model& model, int64_t layer, const Pass& pass) {
   const BlockWeights& weights = model.weights().block(layer);
 
-  normalize(model, pass.x, weights.attention_norm, pass.normed);
+  const InputNorm norm = input_norm(model, weights.attention_norm);
   for (const Projection& part : weights.qkv) {
     const TensorView y(pass.qkv.f32() + part.begin, DType::kF32, {pass.qkv.rows(), part.linear.weight->rows()},
                        pass.qkv.row_stride());
-    project(model, pass.normed, part.linear, y, /*accumulate=*/false);
+    project(model, pass.x, norm, part.linear, y, /*accumulate=*/false);
   }
   attend(model, layer, pass);
-  project(model, pass.attended, weights.o, pass.x, /*accumulate=*/true);
+  project(model, pass.attended, {}, weights.o, pass.x, /*accumulate=*/true);
 
-  normalize(model, pass.x, weights.ffn_norm, pass.normed);
-  feed_forward(model, weights, pass.normed, pass.x);
+  feed_forward(model, weights, pass.x);
 }
 
 }  // namespace llama_ext

@@ -22,7 +22,7 @@ struct Span {
 struct Pass {
   std::vector<Span> spans;
   TensorView x;         // (M, C) the residual stream
-  TensorView normed;    // (M, C)
+  TensorView normed;    // (M, C) the final norm of the rows whose logits are asked for
   TensorView qkv;       // (M, (H + 2 K) D) a row is its Q, then its K, then its V
   TensorView attended;  // (M, H D)
   TensorView cos;       // (M, D/2) of each row's position

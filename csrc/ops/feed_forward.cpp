@@ -9,6 +9,7 @@ void check(const FeedForwardArgs& args) {
   const bool is_split = args.gate_up == nullptr && args.gate != nullptr;
   const Matrix& first = is_split ? *args.gate : require_present(args.gate_up, "feed_forward", "gate_up");
   require_tensor(args.x, DType::kF32, {-1, first.cols()}, Rows::kStrided, "feed_forward", "x");
+  check(args.norm, args.x, "feed_forward");
   if (is_split) {
     const Matrix& up = require_present(args.up, "feed_forward", "up");
     require_matrix_shape(*args.gate, down.cols(), first.cols(), "feed_forward", "gate");
@@ -24,7 +25,7 @@ void check(const FeedForwardArgs& args) {
   require_matrix_shape(down, first.cols(), down.cols(), "feed_forward", "down");
   require_optional_vector(args.down_bias, down.rows(), "feed_forward", "down_bias");
   require_tensor(args.y, DType::kF32, {args.x.rows(), down.rows()}, Rows::kStrided, "feed_forward", "y");
-  require_disjoint(args.y, args.x, "feed_forward", "y", "x");
+  require_same_or_disjoint(args.y, args.x, "feed_forward", "y", "x");
 }
 
 }  // namespace llama_ext

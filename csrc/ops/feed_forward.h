@@ -2,14 +2,17 @@
 
 #include "core/tensor_view.h"
 #include "ops/matrix.h"
+#include "ops/rms_norm.h"
 
 namespace llama_ext {
 
-/// SwiGLU: y = (silu(x G^T + b_g) * (x U^T + b_u)) D^T + b_d, or y += ... with `accumulate`; silu(z) = z / (1 + e^-z)
+/// SwiGLU: y = (silu(x G^T + b_g) * (x U^T + b_u)) D^T + b_d, or y += ... with `accumulate`; silu(z) = z / (1 + e^-z);
+/// with `norm`, of rms_norm(x) instead of x
 /// x: (M, C) f32. gate_up: Matrix (2 F', C), gate and up interleaved as `gate_rows` and `up_rows` say, F' = F rounded up to
 /// kGateGroup, the surplus rows zero. gate_up_bias: (2 F') f32 in the same order, or none. down: Matrix (C, F).
 /// Or, instead of gate_up, where the two are kept as different types: gate, up: Matrix (F, C); gate_bias, up_bias: (F) or none.
-/// down_bias: (C) or none. y: (M, C) f32, must not overlap x.
+/// down_bias: (C) or none. y: (M, C) f32, x itself (a residual connection)
+/// or disjoint from it.
 /// Saves (when training) the two pre-activations. Throws ShapeError, DTypeError.
 /// Source: Shazeer, "GLU Variants Improve Transformer", 2020.
 struct FeedForwardArgs {
@@ -25,6 +28,7 @@ struct FeedForwardArgs {
   TensorView y;
   bool accumulate = false;
   Compute compute = Compute::kAuto;
+  InputNorm norm = {};
 };
 
 void check(const FeedForwardArgs& args);

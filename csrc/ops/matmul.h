@@ -2,10 +2,11 @@
 
 #include "core/tensor_view.h"
 #include "ops/matrix.h"
+#include "ops/rms_norm.h"
 
 namespace llama_ext {
 
-/// y = x W^T + bias, or y += x W^T + bias with `accumulate` (a residual connection)
+/// y = x W^T + bias, or y += x W^T + bias with `accumulate` (a residual connection); with `norm`, of rms_norm(x) instead of x
 /// x: (M, K) f32, rows may be strided. weight: Matrix (N, K), f32 | bf16. bias: (N) f32 or none. y: (M, N) f32, rows
 /// may be strided, must not overlap x or bias. Every sum runs in f32 over k in one fixed order that depends on nothing but the
 /// ISA, the weights' dtype and `compute`: not on M, N or threads. K = 0 gives the bias alone.
@@ -18,6 +19,7 @@ struct MatmulArgs {
   TensorView y;
   bool accumulate = false;
   Compute compute = Compute::kAuto;
+  InputNorm norm = {};
 };
 
 void check(const MatmulArgs& args);

@@ -6,13 +6,26 @@
 
 namespace llama_ext {
 
+namespace {
+
+void require_eps(double eps, const char* op) {
+  require(std::isfinite(eps) && eps > 0, ErrorKind::kOption, op, ": eps must be a number above 0, got ", eps);
+}
+
+}  // namespace
+
+void check(const InputNorm& norm, const TensorView& x, const char* op) {
+  if (!norm && norm.weight.rank() == 0) return;
+  require_vector(norm.weight, x.dim(1), op, "the norm's weight");
+  require_eps(norm.eps, op);
+}
+
 void check(const RmsNormArgs& args) {
   require_tensor(args.x, DType::kF32, {-1, -1}, Rows::kStrided, "rms_norm", "x");
   const int64_t rows = args.x.dim(0);
   const int64_t width = args.x.dim(1);
   require_vector(args.weight, width, "rms_norm", "weight");
-  require(std::isfinite(args.eps) && args.eps > 0, ErrorKind::kOption, "rms_norm: eps must be a number above 0, got ",
-          args.eps);
+  require_eps(args.eps, "rms_norm");
   require_tensor(args.y, DType::kF32, {rows, width}, Rows::kStrided, "rms_norm", "y");
   require_same_or_disjoint(args.y, args.x, "rms_norm", "y", "x");
   if (args.inv_rms || args.inv_rms.rank() != 0) {

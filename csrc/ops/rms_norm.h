@@ -19,4 +19,16 @@ struct RmsNormArgs {
 
 void check(const RmsNormArgs& args);
 
+/// What a product applies to the rows of its x first, so that they are read and written once less: rms_norm(x) with this weight,
+/// (K) f32; none: x as it is. The same bits as rms_norm by itself.
+struct InputNorm {
+  TensorView weight;
+  double eps = 1e-6;
+
+  explicit operator bool() const { return static_cast<bool>(weight); }
+};
+
+/// x: of the product `op`. Throws ShapeError, DTypeError, OptionError.
+void check(const InputNorm& norm, const TensorView& x, const char* op);
+
 }  // namespace llama_ext

@@ -26,7 +26,9 @@ void ReferenceBackend::feed_forward(const FeedForwardArgs& args) {
   const TensorView& gate_bias = is_split ? args.gate_bias : args.gate_up_bias;
   const TensorView& up_bias = is_split ? args.up_bias : args.gate_up_bias;
   const ReferenceMatrix& down = own(*args.down, "feed_forward");
-  const int64_t rows = args.x.rows();
+  std::vector<float> memory;
+  const TensorView input = normalized(args.norm, args.x, memory);
+  const int64_t rows = input.rows();
   const int64_t width = down.cols();  // F
   const auto bias = [](const TensorView& view, int64_t i) { return view ? static_cast<double>(view.f32()[i]) : 0.0; };
   InterruptPoll interrupt;
@@ -40,7 +42,7 @@ void ReferenceBackend::feed_forward(const FeedForwardArgs& args) {
     gates.load_row(gate_row, gate.data());
     ups.load_row(up_row, up.data());
     for (int64_t m = 0; m < rows; ++m) {
-      const float* x = args.x.row<float>(m);
+      const float* x = input.row<float>(m);
       const double g = dot(x, gate) + bias(gate_bias, gate_row);
       const double u = dot(x, up) + bias(up_bias, up_row);
       hidden[static_cast<size_t>(m * width + f)] = silu(g) * u;

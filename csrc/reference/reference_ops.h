@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "backend/backend.h"
 
@@ -49,6 +50,10 @@ class ReferenceBackend final : public Backend {
   void softmax(const SoftmaxArgs& args) override;
   void cross_entropy(const CrossEntropyArgs& args) override;
   SampleResult sample(const SampleArgs& args) override;
+
+ private:
+  /// rms_norm(x) in `memory`, or x itself when there is no norm.
+  TensorView normalized(const InputNorm& norm, const TensorView& x, std::vector<float>& memory);
 };
 
 }  // namespace llama_ext::reference

@@ -25,4 +25,12 @@ void ReferenceBackend::rms_norm(const RmsNormArgs& args) {
   }
 }
 
+TensorView ReferenceBackend::normalized(const InputNorm& norm, const TensorView& x, std::vector<float>& memory) {
+  if (!norm) return x;
+  memory.resize(static_cast<size_t>(x.size()));
+  const TensorView y(memory.data(), DType::kF32, {x.rows(), x.dim(1)});
+  rms_norm({.x = x, .weight = norm.weight, .eps = norm.eps, .y = y, .inv_rms = {}});
+  return y;
+}
+
 }  // namespace llama_ext::reference

@@ -47,6 +47,8 @@ class Backend:
         out: FloatArray,
         accumulate: bool = False,
         compute: str = "auto",
+        norm_weight: FloatArray | None = None,
+        norm_eps: float = 1e-6,
     ) -> None: ...
     def rms_norm(
         self, x: FloatArray, weight: FloatArray, eps: float, out: FloatArray, inv_rms: FloatArray | None = None
@@ -75,6 +77,8 @@ class Backend:
         out: FloatArray,
         accumulate: bool = False,
         compute: str = "auto",
+        norm_weight: FloatArray | None = None,
+        norm_eps: float = 1e-6,
     ) -> None: ...
     def softmax(self, x: FloatArray, out: FloatArray) -> None: ...
     def cross_entropy(self, logits: FloatArray, labels: IntArray, out: FloatArray) -> None: ...

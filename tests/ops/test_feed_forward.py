@@ -167,7 +167,8 @@ def test_feed_forward_refuses_what_does_not_fit(device: Device) -> None:
         backend.feed_forward(x, down, None, None, down, None, out)
     with pytest.raises(ShapeError):
         backend.feed_forward(x, gate_up, None, None, gate_up, None, out)
+    both = np.ones((3, 3), np.float32)
     with pytest.raises(ShapeError, match="overlap"):
-        backend.feed_forward(x, gate_up, None, None, down, None, x)
+        backend.feed_forward(both[:2], gate_up, None, None, down, None, both[1:])
     with pytest.raises(LlamaExtError, match="compute"):
         backend.feed_forward(x, gate_up, None, None, down, None, out, False, "best")
