@@ -180,9 +180,8 @@ void attention(const BackendPtr& backend, const py::object& q, const py::object&
       const auto keys_of_row = [&](const TensorView& all) {
         return TensorView(all.row<float>(b) + start * kv_heads * head_dim, DType::kF32, {length, kv_heads, head_dim});
       };
-      backend->kv_store({.cache = caches.back().get(),
+      backend->kv_store({.segments = {{.cache = caches.back().get(), .row = 0, .tokens = length, .position = 0}},
                          .layer = 0,
-                         .position = 0,
                          .k = keys_of_row(k_view),
                          .v = keys_of_row(v_view)});
       args.segments.push_back({.cache = caches.back().get(),

@@ -83,7 +83,7 @@ void restore(PySession& self, const py::object& tokens, const py::function& laye
     const py::object k = pair[py::int_(0)];
     const py::object v = pair[py::int_(1)];
     KvStoreArgs args;
-    args.cache = &session.cache();
+    args.segments = {{.cache = &session.cache(), .row = 0, .tokens = length, .position = 0}};
     args.layer = layer;
     args.k = read_view(k, DType::kF32, 3, "restore", "k");
     args.v = read_view(v, DType::kF32, 3, "restore", "v");

@@ -12,7 +12,7 @@ namespace {
 
 /// Rows of queries that share a key/value head: `tokens` consecutive tokens times the heads of the group.
 struct Unit {
-  const AttentionSegment* segment;
+  const KvSegment* segment;
   int64_t kv_head;
   int64_t token;
   int64_t tokens;
@@ -95,25 +95,53 @@ void store_position_int8(PanelKvCache& cache, int64_t layer, int64_t head, int64
 
 void CpuBackend::kv_store(const KvStoreArgs& args) {
   check(args);
-  PanelKvCache& cache = panel_cache(*args.cache);
-  const int64_t dim = cache.shape().head_dim;
-  parallel_for(threads_for(copy_microseconds(args.k)), cache.shape().kv_heads, [&](int64_t head, int) {
-    std::vector<int8_t> codes(cache.shape().dtype == DType::kI8 ? static_cast<size_t>(dim) : 0);
-    for (int64_t t = 0; t < args.k.rows(); ++t) {
-      const float* k = args.k.row<float>(t) + head * dim;
-      const float* v = args.v.row<float>(t) + head * dim;
-      const int64_t position = args.position + t;
-      if (cache.shape().dtype == DType::kI8) {
+  const int64_t dim = args.k.dim(2);
+  const int64_t kv_heads = args.k.dim(1);
+  const int64_t group = args.q && kv_heads > 0 ? args.q.dim(1) / kv_heads : 0;
+  // Tasks of one head and a panel of positions: no two write the same cache line of keys.
+  struct Task {
+    const KvSegment* segment;
+    int64_t begin;
+    int64_t end;
+    int64_t head;
+  };
+  std::vector<Task> tasks;
+  for (const KvSegment& segment : args.segments) {
+    for (int64_t begin = 0; begin < segment.tokens;) {
+      const int64_t end = std::min(segment.tokens, begin + kPanel - (segment.position + begin) % kPanel);
+      for (int64_t head = 0; head < kv_heads; ++head) tasks.push_back({&segment, begin, end, head});
+      begin = end;
+    }
+  }
+  const double microseconds = copy_microseconds(args.k) + static_cast<double>(args.q.size()) / 2000.0;
+  parallel_for(threads_for(microseconds), static_cast<int64_t>(tasks.size()), [&](int64_t index, int) {
+    const auto& [segment, begin, last, head] = tasks[static_cast<size_t>(index)];
+    PanelKvCache& cache = panel_cache(*segment->cache);
+    const DType dtype = cache.shape().dtype;
+    std::vector<int8_t> codes(dtype == DType::kI8 ? static_cast<size_t>(dim) : 0);
+    for (int64_t t = begin; t < last; ++t) {
+      const int64_t row = segment->row + t;
+      float* k = args.k.row<float>(row) + head * dim;
+      const float* v = args.v.row<float>(row) + head * dim;
+      if (args.cos) {
+        const auto rotate = [&](float* x) {
+          kernels_.rope(x, dim / 2, args.cos.row<float>(row), args.sin.row<float>(row));
+        };
+        rotate(k);
+        for (int64_t h = head * group; h < (head + 1) * group; ++h) rotate(args.q.row<float>(row) + h * dim);
+      }
+      const int64_t position = segment->position + t;
+      if (dtype == DType::kI8) {
         store_position_int8(cache, args.layer, head, position, k, v, codes.data());
-      } else if (cache.shape().dtype == DType::kBF16) {
+      } else if (dtype == DType::kBF16) {
         store_position<uint16_t>(cache, args.layer, head, position, k, v, f32_to_bf16);
       } else {
         store_position<float>(cache, args.layer, head, position, k, v, [](float x) { return x; });
       }
     }
     // The other half of the last pair is read with weight 0: what an earlier text left there must not be infinite.
-    const int64_t end = args.position + args.k.rows();
-    if (cache.shape().dtype != DType::kBF16 || end % 2 == 0) return;
+    const int64_t end = segment->position + segment->tokens;
+    if (last < segment->tokens || dtype != DType::kBF16 || end % 2 == 0) return;
     for (int64_t d = 0; d < dim; ++d) cache.values<uint16_t>(args.layer, head)[cache.value_offset(end, d)] = 0;
   });
 }
@@ -166,14 +194,14 @@ void CpuBackend::attention(const AttentionArgs& args) {
   const int64_t q_depth = round_up(dim, kernel.depth_multiple);
   // Four tiles of rows share each read of keys and values, when there are so many.
   int64_t most_tokens = 1;
-  for (const AttentionSegment& segment : args.segments) most_tokens = std::max(most_tokens, segment.tokens);
+  for (const KvSegment& segment : args.segments) most_tokens = std::max(most_tokens, segment.tokens);
   const int64_t unit_tokens = std::clamp<int64_t>(4 * kernel.tile_rows / group, 1, most_tokens);
   const int64_t unit_rows = unit_tokens * group;
 
   std::vector<Unit> units;
   int64_t longest = 0;  // in tiles of keys
   double multiply_adds = 0;
-  for (const AttentionSegment& segment : args.segments) {
+  for (const KvSegment& segment : args.segments) {
     for (int64_t head = 0; head < shape.kv_heads; ++head) {
       for (int64_t token = 0; token < segment.tokens; token += unit_tokens) {
         units.push_back({&segment, head, token, std::min(unit_tokens, segment.tokens - token)});

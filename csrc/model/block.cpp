@@ -33,24 +33,18 @@ void attend(const Model& model, int64_t layer, const Pass& pass) {
   const ModelConfig& config = model.config();
   Backend& backend = model.backend();
 
-  // Q and K lie side by side, so one rotation turns the heads of both.
-  backend.rope({.x = head_slice(model, pass.qkv, 0, config.heads + config.kv_heads), .cos = pass.cos, .sin = pass.sin});
+  const TensorView q = head_slice(model, pass.qkv, 0, config.heads);
+  backend.kv_store({.segments = pass.segments,
+                    .layer = layer,
+                    .k = head_slice(model, pass.qkv, config.q_size(), config.kv_heads),
+                    .v = head_slice(model, pass.qkv, config.q_size() + config.kv_size(), config.kv_heads),
+                    .q = q,
+                    .cos = pass.cos,
+                    .sin = pass.sin});
 
-  const TensorView k = head_slice(model, pass.qkv, config.q_size(), config.kv_heads);
-  const TensorView v = head_slice(model, pass.qkv, config.q_size() + config.kv_size(), config.kv_heads);
   AttentionArgs attention;
-  attention.segments.reserve(pass.spans.size());
-  for (const Span& span : pass.spans) {
-    backend.kv_store({.cache = span.cache,
-                      .layer = layer,
-                      .position = span.position,
-                      .k = k.slice_rows(span.row, span.tokens),
-                      .v = v.slice_rows(span.row, span.tokens)});
-    attention.segments.push_back(
-        {.cache = span.cache, .row = span.row, .tokens = span.tokens, .position = span.position});
-  }
-
-  attention.q = head_slice(model, pass.qkv, 0, config.heads);
+  attention.segments = pass.segments;
+  attention.q = q;
   attention.layer = layer;
   attention.compute = model.compute();
   attention.scale = 1.0 / std::sqrt(static_cast<double>(config.head_dim));

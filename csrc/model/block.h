@@ -8,19 +8,10 @@
 
 namespace llama_ext {
 
-/// Rows [row, row + tokens) of a pass: consecutive tokens of one sequence, at positions from `position` on of its
-/// cache.
-struct Span {
-  KvCache* cache = nullptr;
-  int64_t row = 0;
-  int64_t tokens = 0;
-  int64_t position = 0;
-};
-
 /// What runs through all layers together: M rows of one or several sequences, and where their activations live.
 /// All tensors are f32 on the device.
 struct Pass {
-  std::vector<Span> spans;
+  std::vector<KvSegment> segments;
   TensorView x;         // (M, C) the residual stream
   TensorView normed;    // (M, C) the final norm of the rows whose logits are asked for
   TensorView qkv;       // (M, (H + 2 K) D) a row is its Q, then its K, then its V

@@ -182,10 +182,10 @@ class ForwardCall {
     Pass pass;
     for (const Part& part : parts) {
       const Chunk& chunk = chunks_[part.chunk];
-      pass.spans.push_back({.cache = chunk.cache,
-                            .row = static_cast<int64_t>(ids_.size()),
-                            .tokens = part.count,
-                            .position = chunk.position + part.begin});
+      pass.segments.push_back({.cache = chunk.cache,
+                               .row = static_cast<int64_t>(ids_.size()),
+                               .tokens = part.count,
+                               .position = chunk.position + part.begin});
       for (int64_t i = part.begin; i < part.begin + part.count; ++i) {
         ids_.push_back(chunk.tokens[i]);
         positions_.push_back(chunk.position + i);
@@ -223,7 +223,7 @@ class ForwardCall {
     for (size_t i = 0; i < parts.size(); ++i) {
       const int64_t asked = rows_asked(chunks_[parts[i].chunk], parts[i]);
       if (asked == 0) continue;
-      const int64_t end = pass.spans[i].row + parts[i].count;
+      const int64_t end = pass.segments[i].row + parts[i].count;
       if (end - asked != run_end) {
         flush();
         run_begin = end - asked;

@@ -9,17 +9,9 @@
 
 namespace llama_ext {
 
-/// T consecutive tokens of one sequence: rows [row, row + tokens) of q and y, at positions [position, position + tokens)
-/// of `cache`, whose keys and values up to there are stored already.
-struct AttentionSegment {
-  const KvCache* cache = nullptr;
-  int64_t row = 0;
-  int64_t tokens = 0;
-  int64_t position = 0;
-};
-
 /// Causal grouped-query attention over KV caches; head h reads key/value head h / (H / K). For each token at position p:
 ///   y[h] = softmax_j(scale * q[h] . k[j]) v[j],   j = 0 .. p of its own sequence
+/// The caches hold the keys and values of the segments already (kv_store).
 /// q, y: (M, H, D) f32, rows may be strided; H a multiple of K; y must not overlap q. Sequences are ragged, so padding
 /// never enters. Softmax runs in f32 over tiles of keys that start at absolute multiples and are merged in order: a row's bits depend
 /// neither on M, nor on how a prompt was cut into segments, nor on threads.
@@ -28,7 +20,7 @@ struct AttentionSegment {
 /// Source: Vaswani et al. 2017; Ainslie et al., "GQA", 2023; tiles merged as in Dao et al., "FlashAttention", 2022.
 struct AttentionArgs {
   TensorView q;
-  std::vector<AttentionSegment> segments;
+  std::vector<KvSegment> segments;
   int64_t layer = 0;
   double scale = 1.0;
   TensorView y;

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <string_view>
+#include <vector>
 
 #include "core/dtype.h"
 #include "core/tensor_view.h"
@@ -30,16 +32,28 @@ class KvCache {
   KvCacheShape shape_;
 };
 
-/// Writes T positions of one layer: cache[layer, :, position + t, :] = k[t], v[t], rounded to the cache's dtype; for
-/// int8 with a scale for each position and head (quant/kv_row.h).
-/// k, v: (T, K, D) f32, rows may be strided. position >= 0, position + T <= capacity. Overwrites what was there.
+/// Consecutive tokens of one sequence: rows [row, row + tokens) of a pass, at positions [position, position + tokens) of `cache`.
+struct KvSegment {
+  KvCache* cache = nullptr;
+  int64_t row = 0;
+  int64_t tokens = 0;
+  int64_t position = 0;
+};
+
+/// Writes the keys and values of a pass: cache[layer, :, position + t, :] = k[row + t], v[row + t] of each segment, rounded to
+/// the cache's dtype; for int8 with a scale for each position and head (quant/kv_row.h). With cos and sin, k and q are rotated
+/// first, in place (rope.h), so that a row is met once.
+/// k, v: (M, K, D) f32, rows may be strided. q: (M, H, D) likewise, H a multiple of K, or none. cos, sin: (M, D/2), or none.
+/// Segments' rows are disjoint; rows of no segment are left alone. Overwrites what was there.
 /// Throws ShapeError, DTypeError, ContextLengthError.
 struct KvStoreArgs {
-  KvCache* cache = nullptr;
+  std::vector<KvSegment> segments;
   int64_t layer = 0;
-  int64_t position = 0;
   TensorView k;
   TensorView v;
+  TensorView q = {};
+  TensorView cos = {};
+  TensorView sin = {};
 };
 
 /// The same places read back as float32 (bf16 and i8 widen exactly): k, v: (T, K, D) f32, contiguous. For saving a session
@@ -54,5 +68,10 @@ struct KvLoadArgs {
 
 void check(const KvStoreArgs& args);
 void check(const KvLoadArgs& args);
+
+/// What operations on segments share: caches of (kv_heads, head_dim) and one dtype that have `layer` and the positions; rows below
+/// `rows`, none in two segments.
+void check_segments(const std::vector<KvSegment>& segments, int64_t layer, int64_t rows, int64_t head_dim,
+                    std::string_view op);
 
 }  // namespace llama_ext

@@ -59,7 +59,7 @@ void ReferenceBackend::attention(const AttentionArgs& args) {
   const int64_t heads = args.q.dim(1);
   const int64_t head_dim = args.q.dim(2);
   InterruptPoll interrupt;
-  for (const AttentionSegment& segment : args.segments) {
+  for (const KvSegment& segment : args.segments) {
     const ReferenceKvCache& cache = own(*segment.cache, "attention");
     for (int64_t h = 0; h < heads; ++h) {
       const int64_t kv_head = h / (heads / cache.shape().kv_heads);

@@ -52,21 +52,32 @@ void ReferenceBackend::copy_kv_cache(KvCache& target, const KvCache& source, int
 
 void ReferenceBackend::kv_store(const KvStoreArgs& args) {
   check(args);
-  const ReferenceKvCache& cache = own(*args.cache, "kv_store");
-  const DType dtype = kv_storage_dtype(cache.shape().dtype);
   const int64_t size = args.k.inner_size();
-  for (int64_t t = 0; t < args.k.rows(); ++t) {
-    const int64_t offset = cache.offset(args.layer, args.position + t);
-    if (cache.shape().dtype == DType::kI8) {
-      for (int64_t head = 0; head < cache.shape().kv_heads; ++head) {
-        const int64_t begin = head * cache.shape().head_dim;
-        store_int8(cache, offset + begin, args.k.row<float>(t) + begin, args.v.row<float>(t) + begin);
+  const auto rotate = [&](const TensorView& x, int64_t row) {
+    const auto one = [row](const TensorView& view) { return view.slice_rows(row, 1); };
+    if (args.cos && x) rope({.x = one(x), .cos = one(args.cos), .sin = one(args.sin)});
+  };
+  for (const KvSegment& segment : args.segments) {
+    const ReferenceKvCache& cache = own(*segment.cache, "kv_store");
+    const DType dtype = kv_storage_dtype(cache.shape().dtype);
+    for (int64_t t = 0; t < segment.tokens; ++t) {
+      const int64_t row = segment.row + t;
+      rotate(args.k, row);
+      rotate(args.q, row);
+      const float* k = args.k.row<float>(row);
+      const float* v = args.v.row<float>(row);
+      const int64_t offset = cache.offset(args.layer, segment.position + t);
+      if (cache.shape().dtype == DType::kI8) {
+        for (int64_t head = 0; head < cache.shape().kv_heads; ++head) {
+          const int64_t begin = head * cache.shape().head_dim;
+          store_int8(cache, offset + begin, k + begin, v + begin);
+        }
+        continue;
       }
-      continue;
-    }
-    for (int64_t i = 0; i < size; ++i) {
-      store_element(cache.keys(), dtype, offset + i, static_cast<double>(args.k.row<float>(t)[i]));
-      store_element(cache.values(), dtype, offset + i, static_cast<double>(args.v.row<float>(t)[i]));
+      for (int64_t i = 0; i < size; ++i) {
+        store_element(cache.keys(), dtype, offset + i, static_cast<double>(k[i]));
+        store_element(cache.values(), dtype, offset + i, static_cast<double>(v[i]));
+      }
     }
   }
 }

@@ -40,6 +40,7 @@ void test_sample();
 void test_reference();
 void test_generate();
 void test_quant();
+void test_kv_store();
 
 }  // namespace llama_ext::test
 

@@ -264,19 +264,29 @@ void test_attention_checks() {
   Tensors t;
   const auto cache = backend->create_kv_cache({.layers = 2, .kv_heads = 2, .head_dim = 4, .capacity = 8});
   const KvStoreArgs store{
-      .cache = cache.get(), .layer = 1, .position = 5, .k = t.at(0, {3, 2, 4}), .v = t.at(100, {3, 2, 4})};
+      .segments = {{cache.get(), 0, 3, 5}}, .layer = 1, .k = t.at(0, {3, 2, 4}), .v = t.at(100, {3, 2, 4})};
   check(store);
   const auto refuse_store = [&](ErrorKind kind, const char* text, auto&& change) {
     KvStoreArgs args = store;
     change(args);
     CHECK_ERROR(kind, text, check(args));
   };
-  refuse_store(ErrorKind::kContextLength, "3 tokens from position 6 on do not fit", [](auto& a) { a.position = 6; });
-  refuse_store(ErrorKind::kContextLength, "do not fit", [](auto& a) { a.position = -1; });
-  refuse_store(ErrorKind::kContextLength, "do not fit", [](auto& a) { a.position = INT64_MAX; });
+  refuse_store(ErrorKind::kContextLength, "3 tokens from position 6 on do not fit",
+               [](auto& a) { a.segments[0].position = 6; });
+  refuse_store(ErrorKind::kContextLength, "do not fit", [](auto& a) { a.segments[0].position = -1; });
+  refuse_store(ErrorKind::kContextLength, "do not fit", [](auto& a) { a.segments[0].position = INT64_MAX; });
   refuse_store(ErrorKind::kShape, "layer 2 does not exist", [](auto& a) { a.layer = 2; });
   refuse_store(ErrorKind::kShape, "v must have shape (3, 2, 4)", [&](auto& a) { a.v = t.at(0, {2, 2, 4}); });
-  refuse_store(ErrorKind::kInternal, "cache is missing", [](auto& a) { a.cache = nullptr; });
+  refuse_store(ErrorKind::kInternal, "has no cache", [](auto& a) { a.segments[0].cache = nullptr; });
+  refuse_store(ErrorKind::kShape, "covers rows [1", [](auto& a) { a.segments[0].row = 1; });
+  refuse_store(ErrorKind::kShape, "row 1 belongs to two segments",
+               [](auto& a) { a.segments = {{a.segments[0].cache, 0, 2, 0}, {a.segments[0].cache, 1, 1, 4}}; });
+  refuse_store(ErrorKind::kShape, "k has 1 heads", [&](auto& a) { a.k = a.v = t.at(0, {3, 1, 4}); });
+  refuse_store(ErrorKind::kShape, "cos must have shape (3, 2)", [&](auto& a) { a.cos = t.at(0, {3, 4}); });
+  refuse_store(ErrorKind::kShape, "q must not overlap k", [&](auto& a) {
+    a.cos = a.sin = t.at(200, {3, 2});
+    a.q = a.k;
+  });
   const KvLoadArgs load{
       .cache = cache.get(), .layer = 0, .position = 0, .k = t.at(0, {3, 2, 4}), .v = t.at(8, {3, 2, 4})};
   CHECK_ERROR(ErrorKind::kShape, "v must not overlap k", check(load));
@@ -317,8 +327,10 @@ void test_feed_forward_check() {
                        .y = t.at(100, {2, 3})};
   CHECK(gate_up_size(17) == 64);
   check(args);
-  args.y = args.x;
-  CHECK_ERROR(ErrorKind::kShape, "y must not overlap x", check(args));
+  args.y = args.x;  // a residual connection
+  check(args);
+  args.y = t.at(1, {2, 3});
+  CHECK_ERROR(ErrorKind::kShape, "y must be x itself or not overlap it", check(args));
   args.y = t.at(100, {2, 3});
   args.gate_up_bias = t.at(300, {34});
   CHECK_ERROR(ErrorKind::kShape, "gate_up_bias must have shape (64,), got (34,)", check(args));
@@ -349,6 +361,7 @@ int main() {
   test_reference();
   test_generate();
   test_quant();
+  test_kv_store();
   std::printf("%s: %d failed\n", failures == 0 ? "ok" : "FAILED", failures);
   return failures == 0 ? 0 : 1;
 }

@@ -176,7 +176,7 @@ void test_kv_cache(Backend& backend) {
     std::vector<float> k = {1, 2, 3, 4};
     std::vector<float> v = {5, 6, 7, 8.001953125f};  // 8 + 2^-9 rounds to 8 in bfloat16
     backend.kv_store(
-        {.cache = cache.get(), .layer = 1, .position = 2, .k = view(k, {2, 1, 2}), .v = view(v, {2, 1, 2})});
+        {.segments = {{cache.get(), 0, 2, 2}}, .layer = 1, .k = view(k, {2, 1, 2}), .v = view(v, {2, 1, 2})});
     std::vector<float> k2(8, kNan);
     std::vector<float> v2(8, kNan);
     const auto load = [&](const KvCache& from, int64_t layer) {
@@ -207,7 +207,8 @@ void test_attention(Backend& backend) {
   const auto cache = backend.create_kv_cache({.layers = 1, .kv_heads = 1, .head_dim = 2, .capacity = 2});
   std::vector<float> k = {0, 0, 2 * std::log(3.0f), 0};
   std::vector<float> v = {4, 8, 0, -8};
-  backend.kv_store({.cache = cache.get(), .layer = 0, .position = 0, .k = view(k, {2, 1, 2}), .v = view(v, {2, 1, 2})});
+  backend.kv_store(
+      {.segments = {{cache.get(), 0, 2, 0}}, .layer = 0, .k = view(k, {2, 1, 2}), .v = view(v, {2, 1, 2})});
   std::vector<float> q = {1, 0, 0, 1, 1, 0, 0, 1};  // (2 tokens, 2 heads, 2)
   std::vector<float> y(8, kNan);
   AttentionArgs args{
