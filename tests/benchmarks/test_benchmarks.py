@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ PRINTED: dict[str, Any] = {
         "f32_fma_256": {"1": 50.0, "2": 100.0},
         "f32_fma_512": {"1": 60.0, "2": 120.0},
         "bf16_dot_512": {"1": 55.0, "2": 110.0},
+        "int8_madd_256": {"1": 90.0, "2": 180.0},
+        "int8_maddubs_256": {"1": 170.0, "2": 340.0},
         "int8_dot_512": {"1": 200.0, "2": 400.0},
     },
 }
@@ -134,11 +137,19 @@ def test_limits_refuse_what_the_probe_does_not_print(change: dict[str, Any], mes
         ("f32", "x86-64-v2", ("f32_mul_add_128", 50.0)),
         ("bf16", None, ("f32_fma_512", 120.0)),  # here widening is faster than the instruction for bfloat16
         ("int8", "avx512-bf16", ("int8_dot_512", 400.0)),
-        ("int8", "avx2", ("f32_fma_256", 100.0)),
+        ("int8", "avx2", ("int8_maddubs_256", 340.0)),
+        ("int8", "x86-64-v2", ("f32_mul_add_128", 50.0)),
     ],
 )
 def test_the_best_instruction_is_one_that_the_isa_has(kind: str, isa: str | None, expected: tuple[str, float]) -> None:
     assert Limits.from_dict(PRINTED).best_peak(kind, 2, isa) == expected
+
+
+def test_every_probed_instruction_belongs_to_an_isa() -> None:
+    table = limits.SOURCE.read_text(encoding="utf-8").split("peaks(const Features& f) {")[1].split("};")[0]
+    probed = re.findall(r'\{"(\w+)", ', table)
+    assert len(probed) == 10
+    assert sorted(probed) == sorted(limits.instructions("amx"))
 
 
 def test_best_of_probes_takes_each_rate_where_it_was_largest() -> None:
