@@ -14,7 +14,8 @@ import pytest
 from safetensors import safe_open
 
 from benchmarks import generation, limits, measure, model, ops, report
-from benchmarks.accounting import TINYLLAMA_1_1B, ModelShape, gguf_decode_bytes
+from benchmarks.accounting import TINYLLAMA_1_1B, ModelShape
+from benchmarks.file_bytes import gguf_decode_bytes
 from benchmarks.limits import Limits
 from benchmarks.random_model import ensure_model
 from llama_ext import _core
@@ -169,10 +170,13 @@ def test_thread_counts(threads: int, counts: list[int]) -> None:
 def test_the_command_for_models_has_sound_defaults() -> None:
     options = model.parse_arguments([])
     assert (options.prompt, options.tokens, options.threads, options.save) == (512, 32, 2, False)
-    assert (options.gguf, options.genai) == ([], [])
+    assert (options.gguf, options.openvino, options.genai, options.ctranslate2) == ([], [], [], [])
 
 
-@pytest.mark.parametrize("arguments", [["--prompt", "0"], ["--threads", "two"], ["--model", "x", "--layers", "2"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--prompt", "0"], ["--threads", "two"], ["--model", "x", "--layers", "2"], ["--model", "x", "--prepared"]],
+)
 def test_the_command_for_models_refuses(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         model.parse_arguments(arguments)
@@ -195,19 +199,39 @@ def test_every_engine_is_planned_or_its_absence_explained() -> None:
         ("llama_ext", "bfloat16 exact", "f32"),
         ("llama_ext", "int8", "int8"),
         ("llama_ext", "int4", "int8"),
+        ("llama_ext", "int4 g32", "int8"),
+        ("llama_ext", "a-q4_0 (GGUF)", "int8"),  # the other file holds what the checkpoint holds
         ("transformers", "float32", "f32"),
         ("transformers", "bfloat16", "bf16"),
         ("llama.cpp", "a-q4_0", "int8"),
         ("llama.cpp", "a-bf16", "bf16"),
+        ("OpenVINO GenAI", "", "f32"),
         ("onnxruntime-genai", "", "f32"),
+        ("CTranslate2", "", "f32"),
     ]
-    assert runs[5].command[0] == "other"
-    assert runs[-1].error == "not run: no --genai given"
+    assert runs[7].command[0] == "other"
+    assert [run.error for run in runs[-3:]] == [
+        f"not run: no --{name} given" for name in ("openvino", "genai", "ctranslate2")
+    ]
+
+
+def test_our_engine_is_told_what_to_load_and_how() -> None:
+    runs = model.planned_engines(model.parse_arguments(["--gguf", "a-q4_0.gguf", "--only", "llama_ext"]), Path("m"))
+    told = {run.weights: " ".join(run.command[3:]) for run in runs}
+    assert told["bfloat16 exact"] == "--model m --dtype bfloat16 --compute exact"
+    assert told["int4"] == "--model m --dtype int4"
+    assert told["int4 g32"] == "--model m --dtype int4 --group-size 32"
+    assert told["a-q4_0 (GGUF)"] == f"--model {Path('a-q4_0.gguf').resolve()} --dtype auto"
+    assert [run.weights for run in runs if run.bytes_per_weight is not None] == [
+        "float32",
+        "bfloat16",
+        "bfloat16 exact",
+    ]
 
 
 def test_engines_can_be_chosen_by_name() -> None:
     runs = model.planned_engines(model.parse_arguments(["--only", "llama_ext"]), Path("m"))
-    assert [run.engine for run in runs] == ["llama_ext"] * 5
+    assert [run.engine for run in runs] == ["llama_ext"] * 6
 
 
 def test_a_row_shows_shares_of_the_best_probe() -> None:
