@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+import llama_ext
 from benchmarks import generation, limits, measure, model, ops, report
 from benchmarks.accounting import TINYLLAMA_1_1B, ModelShape
 from benchmarks.file_bytes import gguf_decode_bytes
@@ -316,10 +317,61 @@ def test_the_cases_of_generation_do_the_same_work_in_other_ways() -> None:
             rows.setdefault(row, []).append(token)
         found.setdefault(case.group, []).append(rows)
         passes.setdefault(case.group, []).append(made.counts["passes"])
-    text, batch, shared, _ = found.values()
+    text, rows_after_prompts, batch, shared, _ = found.values()
     assert all(rows == text[0] for rows in text)
+    # More rows of the same prompts: what one row gives does not depend on the others.
+    assert [len(rows) for rows in rows_after_prompts] == [1, 4, 8, 16]
+    assert all(rows == {row: rows_after_prompts[-1][row] for row in rows} for rows in rows_after_prompts)
     assert all(rows == batch[0] for rows in batch)
     assert len(shared) == 2
     plain, *guessed = next(iter(passes.values()))
     assert plain == 24
     assert max(guessed) < 8
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_tokens_of_several_rows_are_timed_after_their_prompts(dtype: str) -> None:
+    shape = ModelShape(vocabulary=300, width=64, ffn_width=96, layers=1, heads=4, kv_heads=2, head_dim=16)
+    made = generation.repeating_model(_core.Backend("cpu", 1), shape, dtype)
+    kept = made.types()
+    assert kept["head"] == kept["embedding"] == ("int8", 64)
+    assert (kept["layers.0.q"], kept["layers.0.o"], kept["layers.0.down"]) == ((dtype, 64), (dtype, 64), (dtype, 32))
+    timed = {
+        case.name: generation.time_case(case)
+        for case in generation.cases(made, made, shape.vocabulary, 12)
+        if case.group == generation.GROUPS["rows"]
+    }
+    # The first token of each row comes from its prompt. The others: a pass gives every row one.
+    assert {name: case["tokens"] for name, case in timed.items()} == {
+        "1 row": 11,
+        "4 rows": 4 * 11,
+        "8 rows": 8 * 11,
+        "16 rows": 16 * 11,
+    }
+    assert {case["passes"] for case in timed.values()} == {11}
+    assert timed["16 rows"]["tokens_run"] == 16 * 11
+
+
+def test_a_model_as_from_pretrained_keeps_it() -> None:
+    shape = ModelShape(vocabulary=300, width=64, ffn_width=96, layers=2, heads=4, kv_heads=2, head_dim=16)
+    config = llama_ext.LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    for dtype in ("int8", "int4"):
+        expected = llama_ext.LlamaForCausalLM(config, dtype=dtype)._core.types()
+        found = generation.repeating_model(_core.Backend("cpu", 1), shape, dtype).types()
+        del expected[""], found[""]
+        assert found == expected
+
+
+@pytest.mark.parametrize("arguments", [["--dtype", "int3"], ["--only", "rows,columns"]])
+def test_the_command_for_generation_refuses(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        generation.parse_arguments(arguments)
+    assert "unknown" in capsys.readouterr().err
