@@ -61,7 +61,7 @@ STEPS = (
     Step("genai-int8", "genai", "genai", "int8"),
     Step("genai-int4", "genai", "genai", "int4"),
     Step("genai-f32", "genai", "genai", "fp32"),
-    Step("ctranslate2-int8", "ctranslate2", "ctranslate2", "int8"),
+    Step("ctranslate2-int8", "ctranslate2", "ctranslate2", "int8_float32"),
 )
 
 

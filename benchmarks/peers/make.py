@@ -159,7 +159,7 @@ def quantize_gguf(source: Path, out: Path, kind: str) -> None:
 
 
 def convert_ctranslate2(model: Path, out: Path, kind: str) -> None:
-    """A directory of CTranslate2, of type "int8" or another that it knows."""
+    """A directory of CTranslate2, of type "int8_float32" (floats where it does not quantise) or another that it knows."""
     import torch  # the converter needs both, and would only say so late
     import transformers
     from ctranslate2.converters import TransformersConverter
