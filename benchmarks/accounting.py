@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-__all__ = ["TINYLLAMA_1_1B", "ModelShape", "gguf_decode_bytes"]
+__all__ = ["TINYLLAMA_1_1B", "ModelShape"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,65 +80,3 @@ class ModelShape:
 
 
 TINYLLAMA_1_1B = ModelShape(vocabulary=32000, width=2048, ffn_width=5632, layers=22, heads=32, kv_heads=4, head_dim=64)
-
-
-# ---------------------------------------------------------------------------------------------------------- GGUF
-
-_GGUF_STRING, _GGUF_ARRAY = 8, 9
-_GGUF_SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes by type
-_DEFAULT_ALIGNMENT = 32
-
-
-def gguf_decode_bytes(path: Path) -> int:
-    """The weights that one token reads of a GGUF file: its tensors, less the embedding when the head is another tensor.
-
-    A tensor's size is the distance to the next one, which needs no table of block formats and counts at most
-    the alignment too much. The file is trusted: it is the caller's own.
-
-    Raises:
-        ValueError: Not a little-endian GGUF file of version 2 or later.
-    """
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF" or _number(file, "<I") not in (2, 3):
-            raise ValueError(f"{path.name}: not a GGUF file of version 2 or 3")
-        tensors, entries = _number(file, "<Q"), _number(file, "<Q")
-        alignment = _DEFAULT_ALIGNMENT
-        for _ in range(entries):
-            key = _string(file)
-            kind = _number(file, "<I")
-            if key == b"general.alignment":
-                alignment = _number(file, "<I")
-            else:
-                _skip(file, kind)
-        offsets = {}
-        for _ in range(tensors):
-            name = _string(file)
-            file.seek(8 * _number(file, "<I") + 4, 1)  # dimensions and type
-            offsets[name] = _number(file, "<Q")
-        data = -(-file.tell() // alignment) * alignment
-    order = sorted(offsets, key=offsets.__getitem__)
-    ends = [offsets[name] for name in order[1:]] + [path.stat().st_size - data]
-    sizes = {name: end - offsets[name] for name, end in zip(order, ends, strict=True)}
-    return sum(sizes.values()) - (sizes[b"token_embd.weight"] if b"output.weight" in sizes else 0)
-
-
-def _number(file: BinaryIO, layout: str) -> int:
-    return int(struct.unpack(layout, file.read(struct.calcsize(layout)))[0])
-
-
-def _string(file: BinaryIO) -> bytes:
-    return file.read(_number(file, "<Q"))
-
-
-def _skip(file: BinaryIO, kind: int) -> None:
-    if kind == _GGUF_STRING:
-        file.seek(_number(file, "<Q"), 1)
-    elif kind == _GGUF_ARRAY:
-        element, count = _number(file, "<I"), _number(file, "<Q")
-        if element in _GGUF_SCALARS:
-            file.seek(count * _GGUF_SCALARS[element], 1)
-        else:
-            for _ in range(count):
-                _skip(file, element)
-    else:
-        file.seek(_GGUF_SCALARS[kind], 1)

@@ -116,6 +116,38 @@ LLAMA_EXT_VECTOR_PEAK(fma_512, "vfmadd231ps", "zmm")
 LLAMA_EXT_VECTOR_PEAK(bf16_512, "vdpbf16ps", "zmm")
 LLAMA_EXT_VECTOR_PEAK(int8_512, "vpdpbusd", "zmm")
 
+// What AVX2 has for whole numbers takes two instructions: products of neighbours, added in pairs, and their addition to
+// the sum. The product goes to one register by turns with another, which renaming makes as many as are needed.
+// clang-format off
+#define LLAMA_EXT_PAIR(product, add, to, sum)            \
+  product " %%ymm14, %%ymm15, %%ymm" to "\n"             \
+  add " %%ymm" to ", %%ymm" sum ", %%ymm" sum "\n"
+#define LLAMA_EXT_TWO_PAIRS(product, add, even, odd) \
+  LLAMA_EXT_PAIR(product, add, "12", even) LLAMA_EXT_PAIR(product, add, "13", odd)
+#define LLAMA_EXT_PAIR_PEAK(name, product, add)                                                                  \
+  void name(int64_t rounds) {                                                                                   \
+    const uint32_t pattern = 0x3c3c3c3c;                                                                        \
+    __asm__ volatile(                                                                                           \
+        "vpbroadcastd %1, %%ymm14\n"                                                                            \
+        "vpbroadcastd %1, %%ymm15\n"                                                                            \
+        "vxorps %%xmm13, %%xmm13, %%xmm13\n"                                                                    \
+        LLAMA_EXT_TWELVE("vxorps ", "%%xmm13, %%xmm13, ", "%%xmm")                                               \
+        "1:\n"                                                                                                  \
+        LLAMA_EXT_TWO_PAIRS(product, add, "0", "1") LLAMA_EXT_TWO_PAIRS(product, add, "2", "3")                 \
+        LLAMA_EXT_TWO_PAIRS(product, add, "4", "5") LLAMA_EXT_TWO_PAIRS(product, add, "6", "7")                 \
+        LLAMA_EXT_TWO_PAIRS(product, add, "8", "9") LLAMA_EXT_TWO_PAIRS(product, add, "10", "11")               \
+        "dec %0\n jnz 1b\n vzeroupper\n"                                                                       \
+        : "+r"(rounds)                                                                                          \
+        : "m"(pattern)                                                                                          \
+        : LLAMA_EXT_CLOBBERED);                                                                                 \
+  }
+// clang-format on
+
+/// int16 by int16 into int32: any 8-bit codes, exactly.
+LLAMA_EXT_PAIR_PEAK(int8_madd_256, "vpmaddwd", "vpaddd")
+/// uint8 by int8 into int16: twice as many, where a sum of several products fits into 16 bits (codes of 4 bits).
+LLAMA_EXT_PAIR_PEAK(int8_maddubs_256, "vpmaddubsw", "vpaddw")
+
 /// Eight 16 x 64-byte tiles: six accumulators, enough for the latency of 52 cycles at one product per 16, and two
 /// operands.
 __attribute__((target("amx-tile"))) void configure_tiles() {
@@ -174,6 +206,8 @@ std::vector<Peak> peaks(const Features& f) {
       {"f32_fma_512", f.avx512, fma_512, kVector * 16},
       {"bf16_dot_512", f.bf16, bf16_512, kVector * 32},
       {"bf16_amx", f.amx_bf16, bf16_amx, 2.0 * 6 * 16 * 16 * 32},
+      {"int8_madd_256", f.avx2_fma, int8_madd_256, kVector * 16},
+      {"int8_maddubs_256", f.avx2_fma, int8_maddubs_256, kVector * 32},
       {"int8_dot_512", f.vnni, int8_512, kVector * 64},
       {"int8_amx", f.amx_int8, int8_amx, 2.0 * 6 * 16 * 16 * 64},
   };

@@ -17,16 +17,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Limits", "best_of", "build", "default_thread_counts", "probe"]
+__all__ = ["Limits", "best_of", "build", "default_thread_counts", "instructions", "probe"]
 
 SOURCE = Path(__file__).with_name("limits.cpp")
 _FLAGS = ("-std=c++20", "-O3", "-pthread")
 _COMPILERS = ("c++", "g++", "clang++")
 
-# What the instruction sets of `llama_ext.info()` may use, weakest first; each has also what is before it.
+# What the instruction sets of `llama_ext.info()` may use, weakest first; each has also what is before it. The two int8 ones of
+# AVX2 are pairs with an addition: VPMADDWD is exact for all codes of 8 bits, VPMADDUBSW does twice as much, and is within
+# reach only of codes of 4 bits, whose sums fit into 16 bits for some steps.
 _INSTRUCTIONS_OF_ISA = {
     "x86-64-v2": ("f32_mul_add_128",),
-    "avx2": ("f32_fma_128", "f32_fma_256"),
+    "avx2": ("f32_fma_128", "f32_fma_256", "int8_madd_256", "int8_maddubs_256"),
     "avx512": ("f32_fma_512",),
     "avx512-bf16": ("bf16_dot_512", "int8_dot_512"),
     "amx": ("bf16_amx", "int8_amx"),
@@ -88,7 +90,8 @@ class Limits:
         """The fastest instruction for products of `kind`.
 
         Args:
-            kind: "f32", "bf16" or "int8": what the products are made of. Wider instructions count too.
+            kind: "f32", "bf16" or "int8": what the products are made of. Wider instructions count too. For "int8" without
+                VPDPBUSD that is VPMADDUBSW, a limit that codes of 8 bits cannot reach: at best half of it, with VPMADDWD.
             threads: One of the numbers that were probed.
             isa: Only what this instruction set has; None is all that the processor has.
 
@@ -98,7 +101,7 @@ class Limits:
         Raises:
             KeyError: Nothing was probed with that many threads, or an unknown `kind` or `isa`.
         """
-        allowed = None if isa is None else _instructions(isa)
+        allowed = None if isa is None else instructions(isa)
         candidates = {
             name: rates[threads]
             for name, rates in self.peak.items()
@@ -108,7 +111,12 @@ class Limits:
         return name, candidates[name]
 
 
-def _instructions(isa: str) -> set[str]:
+def instructions(isa: str) -> set[str]:
+    """What limits.cpp probes and an instruction set of `llama_ext.info()` may use.
+
+    Raises:
+        KeyError: There is no such instruction set.
+    """
     order = list(_INSTRUCTIONS_OF_ISA)
     if isa not in order:
         raise KeyError(f"unknown instruction set {isa!r}; known: {', '.join(order)}")

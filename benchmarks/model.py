@@ -3,6 +3,7 @@
 Example:
     python -m benchmarks.model --save
     python -m benchmarks.model --peer-python ../peers/bin/python --gguf model-q4_0.gguf --genai genai-int4
+    python -m benchmarks.model --peer-python ../peers/bin/python --prepared
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 from benchmarks import hardware, limits, measure, report
 from benchmarks.accounting import TINYLLAMA_1_1B, ModelShape
 from benchmarks.limits import Limits
+from benchmarks.prepare_peers import prepared
 from benchmarks.random_model import ensure_model
 
 __all__ = ["EngineRun", "main", "parse_arguments", "planned_engines", "row_of"]
@@ -29,6 +31,13 @@ __all__ = ["EngineRun", "main", "parse_arguments", "planned_engines", "row_of"]
 ROOT = Path(__file__).resolve().parents[1]
 _BYTES = {"float32": 4.0, "bfloat16": 2.0}
 _KIND = {"float32": "f32", "bfloat16": "bf16", "int8": "int8", "int4": "int8"}
+# Engines with files of their own: a name for people, the runner, and the option of it and of this command.
+_PEERS = (
+    ("llama.cpp", "llama_cpp_runner", "gguf"),
+    ("OpenVINO GenAI", "openvino_genai_runner", "openvino"),
+    ("onnxruntime-genai", "onnxruntime_genai_runner", "genai"),
+    ("CTranslate2", "ctranslate2_runner", "ctranslate2"),
+)
 
 
 @dataclasses.dataclass
@@ -83,13 +92,18 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--isa", help="instruction set of llama_ext; without it the best")
     parser.add_argument("--only", default="", help="engines, by words of their names, with commas: llama_ext,llama.cpp")
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has the other engines")
-    parser.add_argument("--gguf", type=Path, action="append", default=[], help="for llama.cpp; may be repeated")
-    parser.add_argument("--genai", type=Path, action="append", default=[], help="for onnxruntime-genai; likewise")
+    parser.add_argument("--gguf", type=Path, action="append", default=[], help="a file for llama.cpp, may be repeated")
+    parser.add_argument("--openvino", type=Path, action="append", default=[], help="a directory for OpenVINO GenAI")
+    parser.add_argument("--genai", type=Path, action="append", default=[], help="a directory for onnxruntime-genai")
+    parser.add_argument("--ctranslate2", type=Path, action="append", default=[], help="a directory for CTranslate2")
+    parser.add_argument("--prepared", action="store_true", help="also whatever benchmarks.prepare_peers has made")
     parser.add_argument("--save", action="store_true", help="write JSON and Markdown to benchmarks/results")
     parser.add_argument("--results", type=Path, default=report.RESULTS, help="another directory for --save")
     options = parser.parse_args(arguments)
     if options.model is not None and options.layers is not None:
         parser.error("--layers is of the generated model; it does not go with --model")
+    if options.model is not None and options.prepared:
+        parser.error("--prepared files are of the generated model; they do not go with --model")
     return options
 
 
@@ -103,33 +117,44 @@ def _positive(text: str) -> int:
 def planned_engines(options: argparse.Namespace, model: Path) -> list[EngineRun]:
     """What to run, in order."""
     runs = []
-    for weights, dtype, compute in (
-        ("float32", "float32", "auto"),
-        ("bfloat16", "bfloat16", "auto"),
-        ("bfloat16 exact", "bfloat16", "exact"),
-        ("int8", "int8", "auto"),
-        ("int4", "int4", "auto"),
+    for weights, dtype, more in (
+        ("float32", "float32", ()),
+        ("bfloat16", "bfloat16", ()),
+        ("bfloat16 exact", "bfloat16", ("--compute", "exact")),
+        ("int8", "int8", ()),
+        ("int4", "int4", ()),
+        ("int4 g32", "int4", ("--group-size", "32")),
     ):
-        command = [sys.executable, "-m", "benchmarks.engines.llama_ext_runner", "--model", str(model)]
-        command += ["--dtype", dtype, "--compute", compute]
-        kind = "f32" if compute == "exact" else _KIND[dtype]
-        runs.append(EngineRun("llama_ext", weights, kind, _BYTES.get(dtype), command))
+        kind = "f32" if "exact" in more else _KIND[dtype]
+        runs.append(EngineRun("llama_ext", weights, kind, _BYTES.get(dtype), _ours(model, dtype, *more)))
+    for path in options.gguf:
+        # Others of these files hold the same floating-point weights as the checkpoint.
+        if _kind_of_name(_stem(path)) == "int8":
+            command = _ours(path.resolve(), "auto")
+            runs.append(EngineRun("llama_ext", f"{_stem(path)} (GGUF)", "int8", None, command))
     for dtype in _BYTES:
         command = [options.peer_python, "-m", "benchmarks.peers.transformers_runner", "--model", str(model)]
         runs.append(EngineRun("transformers", dtype, _KIND[dtype], _BYTES[dtype], [*command, "--dtype", dtype]))
-    for name, module, option, paths in (
-        ("llama.cpp", "llama_cpp_runner", "--gguf", options.gguf),
-        ("onnxruntime-genai", "onnxruntime_genai_runner", "--genai", options.genai),
-    ):
-        for path in paths:
-            command = [options.peer_python, "-m", f"benchmarks.peers.{module}", option, str(path.resolve())]
-            runs.append(EngineRun(name, path.stem, _kind_of_name(path.stem), None, command))
-        if not paths:
+    for name, module, option in _PEERS:
+        for path in getattr(options, option):
+            command = [options.peer_python, "-m", f"benchmarks.peers.{module}", f"--{option}", str(path.resolve())]
+            runs.append(EngineRun(name, _stem(path), _kind_of_name(_stem(path)), None, command))
+        if not getattr(options, option):
             note = EngineRun(name, "", "f32", None, [])
-            note.results.append({"error": f"not run: no {option} given"})
+            note.results.append({"error": f"not run: no --{option} given"})
             runs.append(note)
     wanted = [word.strip() for word in options.only.split(",") if word.strip()]
     return [run for run in runs if not wanted or any(word in f"{run.engine} {run.weights}" for word in wanted)]
+
+
+def _ours(model: Path, dtype: str, *more: str) -> list[str]:
+    command = [sys.executable, "-m", "benchmarks.engines.llama_ext_runner", "--model", str(model), "--dtype", dtype]
+    return [*command, *more]
+
+
+def _stem(path: Path) -> str:
+    """What people call it: the file without .gguf, the directory whole."""
+    return path.stem if path.suffix == ".gguf" else path.name
 
 
 def _kind_of_name(name: str) -> str:
@@ -257,6 +282,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shape = dataclasses.replace(TINYLLAMA_1_1B, layers=options.layers or TINYLLAMA_1_1B.layers)
     model = options.model.resolve() if options.model else ensure_model(options.cache, shape).resolve()
     shape = ModelShape.from_directory(model)
+    if options.prepared:
+        for option, paths in prepared(options.cache, shape).items():
+            getattr(options, option).extend(paths)
     machine = hardware.describe()
     runs = planned_engines(options, model)
     probes = run_all(runs, options, shape)
@@ -304,7 +332,7 @@ def _versions(records: Sequence[dict[str, Any]]) -> list[str]:
     lines = {}
     for record in records:
         for result in record.get("rounds", [])[:1]:
-            kept = ("version", "torch", "isa", "system", "build")
+            kept = ("version", "torch", "isa", "compute_type", "system", "build")
             lines[record["engine"]] = ", ".join(f"{key} {result[key]}" for key in kept if key in result)
     return [f"{engine}: {line}" for engine, line in lines.items()]
 

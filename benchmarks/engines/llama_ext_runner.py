@@ -21,7 +21,11 @@ class LlamaExt:
         self._core = _core
         self._info = llama_ext.info()
         self._model = llama_ext.LlamaForCausalLM.from_pretrained(
-            options.model, dtype=options.dtype, compute=options.compute, threads=options.threads
+            options.model,
+            dtype=options.dtype,
+            compute=options.compute,
+            threads=options.threads,
+            group_size=options.group_size,
         )
         self._capacity = options.prompt + options.tokens + 8
         self.reset()
@@ -64,9 +68,10 @@ class LlamaExt:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--model", type=Path, required=True, help="a checkpoint or a GGUF file")
     parser.add_argument("--dtype", required=True)
-    parser.add_argument("--compute", required=True)
+    parser.add_argument("--compute", default="auto")
+    parser.add_argument("--group-size", type=int, help="weights that share a scale, of int8 and int4")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import measure
-from benchmarks.accounting import gguf_decode_bytes
+from benchmarks.file_bytes import gguf_decode_bytes
 
 
 class LlamaCpp:

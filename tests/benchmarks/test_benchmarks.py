@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+import llama_ext
 from benchmarks import generation, limits, measure, model, ops, report
-from benchmarks.accounting import TINYLLAMA_1_1B, ModelShape, gguf_decode_bytes
+from benchmarks.accounting import TINYLLAMA_1_1B, ModelShape
+from benchmarks.file_bytes import gguf_decode_bytes
 from benchmarks.limits import Limits
 from benchmarks.random_model import ensure_model
 from llama_ext import _core
@@ -31,6 +34,8 @@ PRINTED: dict[str, Any] = {
         "f32_fma_256": {"1": 50.0, "2": 100.0},
         "f32_fma_512": {"1": 60.0, "2": 120.0},
         "bf16_dot_512": {"1": 55.0, "2": 110.0},
+        "int8_madd_256": {"1": 90.0, "2": 180.0},
+        "int8_maddubs_256": {"1": 170.0, "2": 340.0},
         "int8_dot_512": {"1": 200.0, "2": 400.0},
     },
 }
@@ -134,11 +139,19 @@ def test_limits_refuse_what_the_probe_does_not_print(change: dict[str, Any], mes
         ("f32", "x86-64-v2", ("f32_mul_add_128", 50.0)),
         ("bf16", None, ("f32_fma_512", 120.0)),  # here widening is faster than the instruction for bfloat16
         ("int8", "avx512-bf16", ("int8_dot_512", 400.0)),
-        ("int8", "avx2", ("f32_fma_256", 100.0)),
+        ("int8", "avx2", ("int8_maddubs_256", 340.0)),
+        ("int8", "x86-64-v2", ("f32_mul_add_128", 50.0)),
     ],
 )
 def test_the_best_instruction_is_one_that_the_isa_has(kind: str, isa: str | None, expected: tuple[str, float]) -> None:
     assert Limits.from_dict(PRINTED).best_peak(kind, 2, isa) == expected
+
+
+def test_every_probed_instruction_belongs_to_an_isa() -> None:
+    table = limits.SOURCE.read_text(encoding="utf-8").split("peaks(const Features& f) {")[1].split("};")[0]
+    probed = re.findall(r'\{"(\w+)", ', table)
+    assert len(probed) == 10
+    assert sorted(probed) == sorted(limits.instructions("amx"))
 
 
 def test_best_of_probes_takes_each_rate_where_it_was_largest() -> None:
@@ -158,10 +171,13 @@ def test_thread_counts(threads: int, counts: list[int]) -> None:
 def test_the_command_for_models_has_sound_defaults() -> None:
     options = model.parse_arguments([])
     assert (options.prompt, options.tokens, options.threads, options.save) == (512, 32, 2, False)
-    assert (options.gguf, options.genai) == ([], [])
+    assert (options.gguf, options.openvino, options.genai, options.ctranslate2) == ([], [], [], [])
 
 
-@pytest.mark.parametrize("arguments", [["--prompt", "0"], ["--threads", "two"], ["--model", "x", "--layers", "2"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--prompt", "0"], ["--threads", "two"], ["--model", "x", "--layers", "2"], ["--model", "x", "--prepared"]],
+)
 def test_the_command_for_models_refuses(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         model.parse_arguments(arguments)
@@ -184,19 +200,39 @@ def test_every_engine_is_planned_or_its_absence_explained() -> None:
         ("llama_ext", "bfloat16 exact", "f32"),
         ("llama_ext", "int8", "int8"),
         ("llama_ext", "int4", "int8"),
+        ("llama_ext", "int4 g32", "int8"),
+        ("llama_ext", "a-q4_0 (GGUF)", "int8"),  # the other file holds what the checkpoint holds
         ("transformers", "float32", "f32"),
         ("transformers", "bfloat16", "bf16"),
         ("llama.cpp", "a-q4_0", "int8"),
         ("llama.cpp", "a-bf16", "bf16"),
+        ("OpenVINO GenAI", "", "f32"),
         ("onnxruntime-genai", "", "f32"),
+        ("CTranslate2", "", "f32"),
     ]
-    assert runs[5].command[0] == "other"
-    assert runs[-1].error == "not run: no --genai given"
+    assert runs[7].command[0] == "other"
+    assert [run.error for run in runs[-3:]] == [
+        f"not run: no --{name} given" for name in ("openvino", "genai", "ctranslate2")
+    ]
+
+
+def test_our_engine_is_told_what_to_load_and_how() -> None:
+    runs = model.planned_engines(model.parse_arguments(["--gguf", "a-q4_0.gguf", "--only", "llama_ext"]), Path("m"))
+    told = {run.weights: " ".join(run.command[3:]) for run in runs}
+    assert told["bfloat16 exact"] == "--model m --dtype bfloat16 --compute exact"
+    assert told["int4"] == "--model m --dtype int4"
+    assert told["int4 g32"] == "--model m --dtype int4 --group-size 32"
+    assert told["a-q4_0 (GGUF)"] == f"--model {Path('a-q4_0.gguf').resolve()} --dtype auto"
+    assert [run.weights for run in runs if run.bytes_per_weight is not None] == [
+        "float32",
+        "bfloat16",
+        "bfloat16 exact",
+    ]
 
 
 def test_engines_can_be_chosen_by_name() -> None:
     runs = model.planned_engines(model.parse_arguments(["--only", "llama_ext"]), Path("m"))
-    assert [run.engine for run in runs] == ["llama_ext"] * 5
+    assert [run.engine for run in runs] == ["llama_ext"] * 6
 
 
 def test_a_row_shows_shares_of_the_best_probe() -> None:
@@ -281,10 +317,61 @@ def test_the_cases_of_generation_do_the_same_work_in_other_ways() -> None:
             rows.setdefault(row, []).append(token)
         found.setdefault(case.group, []).append(rows)
         passes.setdefault(case.group, []).append(made.counts["passes"])
-    text, batch, shared, _ = found.values()
+    text, rows_after_prompts, batch, shared, _ = found.values()
     assert all(rows == text[0] for rows in text)
+    # More rows of the same prompts: what one row gives does not depend on the others.
+    assert [len(rows) for rows in rows_after_prompts] == [1, 4, 8, 16]
+    assert all(rows == {row: rows_after_prompts[-1][row] for row in rows} for rows in rows_after_prompts)
     assert all(rows == batch[0] for rows in batch)
     assert len(shared) == 2
     plain, *guessed = next(iter(passes.values()))
     assert plain == 24
     assert max(guessed) < 8
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_tokens_of_several_rows_are_timed_after_their_prompts(dtype: str) -> None:
+    shape = ModelShape(vocabulary=300, width=64, ffn_width=96, layers=1, heads=4, kv_heads=2, head_dim=16)
+    made = generation.repeating_model(_core.Backend("cpu", 1), shape, dtype)
+    kept = made.types()
+    assert kept["head"] == kept["embedding"] == ("int8", 64)
+    assert (kept["layers.0.q"], kept["layers.0.o"], kept["layers.0.down"]) == ((dtype, 64), (dtype, 64), (dtype, 32))
+    timed = {
+        case.name: generation.time_case(case)
+        for case in generation.cases(made, made, shape.vocabulary, 12)
+        if case.group == generation.GROUPS["rows"]
+    }
+    # The first token of each row comes from its prompt. The others: a pass gives every row one.
+    assert {name: case["tokens"] for name, case in timed.items()} == {
+        "1 row": 11,
+        "4 rows": 4 * 11,
+        "8 rows": 8 * 11,
+        "16 rows": 16 * 11,
+    }
+    assert {case["passes"] for case in timed.values()} == {11}
+    assert timed["16 rows"]["tokens_run"] == 16 * 11
+
+
+def test_a_model_as_from_pretrained_keeps_it() -> None:
+    shape = ModelShape(vocabulary=300, width=64, ffn_width=96, layers=2, heads=4, kv_heads=2, head_dim=16)
+    config = llama_ext.LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    for dtype in ("int8", "int4"):
+        expected = llama_ext.LlamaForCausalLM(config, dtype=dtype)._core.types()
+        found = generation.repeating_model(_core.Backend("cpu", 1), shape, dtype).types()
+        del expected[""], found[""]
+        assert found == expected
+
+
+@pytest.mark.parametrize("arguments", [["--dtype", "int3"], ["--only", "rows,columns"]])
+def test_the_command_for_generation_refuses(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        generation.parse_arguments(arguments)
+    assert "unknown" in capsys.readouterr().err
