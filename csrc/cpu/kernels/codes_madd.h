@@ -3,9 +3,9 @@
 // Codes of 4 to 6 bits: VPMADDUBSW sums two products in int16, and as many of those sums are added up as cannot overflow (8, 4 or
 // 2 instructions) before VPMADDWD by ones widens them. Codes of 8 bits would saturate: codes and activations are widened to int16
 // for VPMADDWD, two instructions for four k.
-// A tile is six rows by one vector of columns: int32 sums, and for narrow codes int16 sums beside them, fill the registers, so the
-// float32 totals lie in memory, which a group touches once. All columns of a group are done before the next group: a panel is
-// read in one stream, whatever the number of rows.
+// A tile is six rows by one vector of columns, or fewer by more: int32 sums, and for narrow codes int16 sums beside them, fill the
+// registers, so the float32 totals lie in memory, which a group touches once. All columns of a group are done before the next
+// group, those of one row at once: what waits for memory reads a panel in one stream.
 // Bound: four vector instructions a cycle on Zen 3: 54 multiply-adds a cycle with 4 bits and groups of 128, 29 with 8.
 #pragma once
 
@@ -15,6 +15,8 @@ namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE {
 
 constexpr const char* kDotNote = "VPMADDUBSW (8 bits: VPMADDWD), activations rounded to int8";
 constexpr int kCodeRows = 6;
+/// Vectors of columns that a tile of so many rows spans.
+constexpr int code_vectors(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 
 template <int kBits>
 struct ActivationOf {
@@ -29,80 +31,113 @@ using Activation = typename ActivationOf<F.bits>::type;
 
 // Inline and volatile: g++ 12 computes the products of a whole strip before it adds them up, and spills them all.
 
-/// products = codes (unsigned bytes) x the four activations at `a`, two of each in int16.
-static inline void first_products(vi& products, vi codes, const uint8_t* a) {
-  asm volatile("vpbroadcastd %1, %0\n\tvpmaddubsw %0, %2, %0"
-               : "=&x"(products)
-               : "m"(*reinterpret_cast<const uint32_t*>(a)), "x"(codes));
+static inline vi broadcast(const uint8_t* four) {
+  vi all;
+  asm volatile("vpbroadcastd %1, %0" : "=x"(all) : "m"(*reinterpret_cast<const uint32_t*>(four)));
+  return all;
+}
+
+/// products = codes (unsigned bytes) x activations (signed), two of each in int16.
+static inline void first_products(vi& products, vi codes, vi activations) {
+  asm volatile("vpmaddubsw %2, %1, %0" : "=x"(products) : "x"(codes), "x"(activations));
 }
 
 /// products += the same.
-static inline void add_products(vi& products, vi codes, const uint8_t* a) {
+static inline void add_products(vi& products, vi codes, vi activations) {
   vi more;
-  asm volatile("vpbroadcastd %2, %1\n\tvpmaddubsw %1, %3, %1\n\tvpaddw %1, %0, %0"
+  asm volatile("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0"
                : "+x"(products), "=&x"(more)
-               : "m"(*reinterpret_cast<const uint32_t*>(a)), "x"(codes));
+               : "x"(codes), "x"(activations));
 }
 
-/// sum += pairs of int16 x the pair at `a`, or x 1.
-static inline void add_pairs(vi& sum, vi pairs, const uint8_t* a) {
+/// sum += pairs of int16 x pairs of int16.
+static inline void add_pairs(vi& sum, vi pairs, vi others) {
   vi more;
-  asm volatile("vpbroadcastd %2, %1\n\tvpmaddwd %1, %3, %1\n\tvpaddd %1, %0, %0"
-               : "+x"(sum), "=&x"(more)
-               : "m"(*reinterpret_cast<const uint32_t*>(a)), "x"(pairs));
-}
-static inline void add_pairs(vi& sum, vi pairs) {
-  vi more;
-  asm volatile("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0"
-               : "+x"(sum), "=&x"(more)
-               : "x"(iset1(0x00010001)), "x"(pairs));
+  asm volatile("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(more) : "x"(pairs), "x"(others));
 }
 
 /// sum += the products of quads [kFirst, kFirst + kCount) of a strip. a: its activations, [8][R][4]; of 8-bit codes a quad of one
 /// row is the pairs 0 and 2, 1 and 3.
-template <CodeFormat F, int R, int kFirst, int kCount>
-static inline void dot_strip(const uint8_t* strip, int64_t column, const uint8_t* a, vi (&sum)[R][1]) {
+template <CodeFormat F, int R, int NV, int kFirst, int kCount>
+static inline void dot_strip(const uint8_t* strip, int64_t column, const uint8_t* a, vi (&sum)[R][NV]) {
   if constexpr (F.bits == 8) {
 #pragma GCC unroll 8
     for (int quad = kFirst; quad < kFirst + kCount; ++quad) {
-      const vi codes = codes_of<F>(strip, quad, column);
-      const vi even = iand(codes, iset1(0x00ff00ff));
-      const vi odd = _mm256_srli_epi16(codes, 8);
+      vi even[NV], odd[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        const vi codes = codes_of<F>(strip, quad, column + kWidth * v);
+        even[v] = iand(codes, iset1(0x00ff00ff));
+        odd[v] = _mm256_srli_epi16(codes, 8);
+      }
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        add_pairs(sum[r][0], even, a + 8 * (quad * R + r));
-        add_pairs(sum[r][0], odd, a + 8 * (quad * R + r) + 4);
+        const uint8_t* pairs = a + 8 * (quad * R + r);
+        const vi first = broadcast(pairs);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) add_pairs(sum[r][v], even[v], first);
+        const vi second = broadcast(pairs + 4);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) add_pairs(sum[r][v], odd[v], second);
       }
     }
   } else {
     // The largest code x 127, twice, so many times: 30,480, 31,496 and 32,004.
-    constexpr int kRun = F.bits == 4 ? 8 : F.bits == 5 ? 4 : 2;
-    static_assert(kCount % kRun == 0 || kCount < kRun);
+    constexpr int kLongest = F.bits == 4 ? 8 : F.bits == 5 ? 4 : 2;
+    constexpr int kRun = kCount < kLongest ? kCount : kLongest;
+    static_assert(kCount % kRun == 0);
 #pragma GCC unroll 4
     for (int begin = kFirst; begin < kFirst + kCount; begin += kRun) {
-      vi products[R];
+      vi products[R][NV];
 #pragma GCC unroll 8
-      for (int i = 0; i < (kRun < kCount ? kRun : kCount); ++i) {
-        const vi codes = codes_of<F>(strip, begin + i, column);
+      for (int i = 0; i < kRun; ++i) {
+        vi codes[NV];
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) codes[v] = codes_of<F>(strip, begin + i, column + kWidth * v);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-          const uint8_t* four = a + 4 * ((begin + i) * R + r);
-          if (i == 0) {
-            first_products(products[r], codes, four);
-          } else {
-            add_products(products[r], codes, four);
+          const vi four = broadcast(a + 4 * ((begin + i) * R + r));
+#pragma GCC unroll 4
+          for (int v = 0; v < NV; ++v) {
+            if (i == 0) {
+              first_products(products[r][v], codes[v], four);
+            } else {
+              add_products(products[r][v], codes[v], four);
+            }
           }
         }
       }
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) add_pairs(sum[r][0], products[r]);
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) add_pairs(sum[r][v], products[r][v], iset1(0x00010001));
+      }
     }
+  }
+}
+
+/// Totals of R rows by NV vectors, between memory and registers.
+template <int R, int NV>
+static inline void load_totals(const float (&from)[R][kPanel], int64_t column, vf (&total)[R][NV]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) total[r][v] = vload(&from[r][column + kWidth * v]);
+  }
+}
+template <int R, int NV>
+static inline void store_totals(const vf (&total)[R][NV], int64_t column, float (&to)[R][kPanel]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) vstore(&to[r][column + kWidth * v], total[r][v]);
   }
 }
 
 /// R rows by a panel's columns.
 template <CodeFormat F, int R>
 static void tile_codes_rows(const PanelProduct& p, const uint8_t* a, float* c, const Ahead& next) {
+  constexpr int NV = code_vectors(R);
   Ahead ahead = next;
   const int64_t unit = F.unit(p.group);
   const int64_t group = F.has_superblocks ? F.group : p.group;
@@ -121,21 +156,20 @@ static void tile_codes_rows(const PanelProduct& p, const uint8_t* a, float* c, c
     alignas(32) float totals[R][kPanel] = {};
     for (int64_t k = 0; k < end; k += step) {
       const int64_t index = F.has_superblocks ? in_unit / group : 0;
-      for (int64_t column = 0; column < kPanel; column += kWidth) {
-        vi sum[R][1];
-        vf total[R][1];
+      for (int64_t column = 0; column < kPanel; column += NV * kWidth) {
+        vi sum[R][NV];
+        vf total[R][NV];
         start_sums<F>(starts, sum);
         if constexpr (F.group == 16) {
           if (column == 0) {
             prefetch_strip<F, R>(strip);
             ahead();
           }
-          dot_strip<F, R, 0, 4>(strip, column, codes, sum);
-#pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) total[r][0] = vload(&totals[r][column]);
+          dot_strip<F, R, NV, 0, 4>(strip, column, codes, sum);
+          load_totals(totals, column, total);
           finish_group<F>(header, index, column, starts, sum, total);
           start_sums<F>(starts + 4 * R, sum);
-          dot_strip<F, R, 4, 4>(strip, column, codes, sum);
+          dot_strip<F, R, NV, 4, 4>(strip, column, codes, sum);
           finish_group<F>(header, index + 1, column, starts + 4 * R, sum, total);
         } else {
           const uint8_t* at = strip;
@@ -145,16 +179,14 @@ static void tile_codes_rows(const PanelProduct& p, const uint8_t* a, float* c, c
               prefetch_strip<F, R>(at);
               ahead();
             }
-            dot_strip<F, R, 0, 8>(at, column, with, sum);
+            dot_strip<F, R, NV, 0, 8>(at, column, with, sum);
             at += F.strip_bytes();
             with += kActivationBytes;
           }
-#pragma GCC unroll 8
-          for (int r = 0; r < R; ++r) total[r][0] = vload(&totals[r][column]);
+          load_totals(totals, column, total);
           finish_group<F>(header, index, column, starts, sum, total);
         }
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) vstore(&totals[r][column], total[r][0]);
+        store_totals(total, column, totals);
       }
       strip += step / kStrip * F.strip_bytes();
       codes += step / kStrip * kActivationBytes;
