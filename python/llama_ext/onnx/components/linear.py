@@ -1,0 +1,288 @@
+"""linear: y = x w^T + bias, for weights of floats and, in each profile's form, for quantised ones.
+
+Quantised weights are w = scale (code - zero) + min by groups of g columns. The scales go where the profile has a place for them:
+
+    portable  int8: Cast, Mul by the scales, MatMul, which a runtime computes once (opset 17 knows no groups); int4 graphs:
+              DequantizeLinear as in `standard`
+    standard  DequantizeLinear of (K, N) along axis 0 in blocks of g, then MatMul: the one form that onnxruntime joins with the
+              product for 4 bits, and computes on the codes
+    ort       MatMulNBits, which rounds activations to int8 (accuracy_level 4)
+
+No form has a place for minima. Their share of the product is (sum of the group's x) @ mins^T, a small product that is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llama_ext.onnx.graph import MICROSOFT, Graph, Value
+from llama_ext.onnx.weights import Codes, FloatMatrix, Matrix, QuantizedMatrix, Weights, narrowed
+
+__all__ = ["Stored", "linear", "packed_linear", "store_columns", "vector"]
+
+# 4: activations are rounded to int8, as the core does.
+_ACCURACY_LEVEL = 4
+
+
+def linear(g: Graph, x: Value, weights: Weights, slot: str, *, output: Value | None = None) -> Value:
+    """A projection of the model.
+
+    Args:
+        g: The graph.
+        x: (B, S, K).
+        weights: Of the model.
+        slot: Of the matrix; its bias, if there is one, is slot.bias.
+        output: The name of the result.
+
+    Returns:
+        (B, S, N).
+    """
+    bias = slot + ".bias" if weights.has(slot + ".bias") else None
+    with g.scope(slot.rsplit(".", 1)[-1]):
+        y = _product(g, x, weights.matrix(slot), weights.name(slot), None if bias else output)
+        return g.op("Add", y, vector(g, weights, bias), output=output) if bias else y
+
+
+def packed_linear(g: Graph, x: Value, weights: Weights, slots: Sequence[str]) -> tuple[Value, Value, Value]:
+    """Q, K and V for GroupQueryAttention: one product with the rows of all three, or three where their weights are of
+    different types.
+
+    Returns:
+        q, k, v; k and v are "" when q holds all.
+    """
+    matrices = [weights.matrix(slot) for slot in slots]
+    joined = _joined(matrices)
+    if joined is None:
+        q, k, v = (linear(g, x, weights, slot) for slot in slots)
+        return q, k, v
+    name = weights.name(slots[0]).replace("q_proj", "qkv_proj")
+    with g.scope("qkv"):
+        y = _product(g, x, joined, name, None)
+        if weights.has(slots[0] + ".bias"):
+            biases = np.concatenate([weights.vector(slot + ".bias") for slot in slots])
+            shape, dtype = biases.shape, g.dtype
+            y = g.op("Add", y, g.weight(name.replace(".weight", ".bias"), dtype, shape, lambda: [narrowed(biases, dtype)]))
+    return y, "", ""
+
+
+def vector(g: Graph, weights: Weights, slot: str) -> Value:
+    """A norm's weight or a bias, in the dtype of the activations."""
+    shape = weights.vector(slot).shape
+    return g.weight(weights.name(slot), g.dtype, shape, lambda: [narrowed(weights.vector(slot), g.dtype)])
+
+
+def _joined(matrices: Sequence[Matrix]) -> Matrix | None:
+    """Matrices below each other, if they are of one type."""
+    first = matrices[0]
+    shape = (sum(matrix.shape[0] for matrix in matrices), first.shape[1])
+    floats = [matrix for matrix in matrices if isinstance(matrix, FloatMatrix)]
+    if len(floats) == len(matrices):
+
+        def read() -> tuple[npt.NDArray[Any], str]:
+            parts = [matrix.read() for matrix in floats]
+            if len({dtype for _, dtype in parts}) == 1:
+                return np.concatenate([values for values, _ in parts]), parts[0][1]
+            return np.concatenate([part for matrix in floats for part in matrix.rows("float32")]), "float32"
+
+        def release() -> None:
+            for matrix in floats:
+                matrix.release()
+
+        return FloatMatrix(shape, read, release)
+    codes = [matrix for matrix in matrices if isinstance(matrix, QuantizedMatrix)]
+    kinds = {(matrix.bits, matrix.zero, matrix.has_min, matrix.group) for matrix in codes}
+    if len(codes) < len(matrices) or len(kinds) > 1:
+        return None
+
+    def read_codes() -> Codes:
+        parts = [matrix.read() for matrix in codes]
+        mins = [part.mins for part in parts if part.mins is not None]
+        return Codes(
+            np.concatenate([part.codes for part in parts]),
+            np.concatenate([part.scales for part in parts]),
+            np.concatenate(mins) if mins else None,
+        )
+
+    bits, zero, has_min, group = next(iter(kinds))
+    return QuantizedMatrix(shape, bits, zero, has_min, group, read_codes)
+
+
+def _product(g: Graph, x: Value, matrix: Matrix, name: str, output: Value | None) -> Value:
+    """x w^T."""
+    if isinstance(matrix, FloatMatrix):
+        rows, columns = matrix.shape
+        return g.op("MatMul", x, g.weight(name, g.dtype, (columns, rows), lambda: matrix.columns(g.dtype)), output=output)
+    last = None if matrix.has_min else output
+    if g.profile.contrib:
+        stored = store_blocks(g, matrix, name)
+        y = g.op(
+            "MatMulNBits",
+            *(x, stored.codes, stored.scales),
+            *((stored.zeros,) if stored.zeros else ()),
+            output=last,
+            domain=MICROSOFT,
+            K=matrix.shape[1],
+            N=matrix.shape[0],
+            bits=stored.bits,
+            block_size=matrix.group,
+            accuracy_level=_ACCURACY_LEVEL,
+        )
+        g.declare(y, "float32", ["batch_size", "sequence_length", matrix.shape[0]])
+    else:
+        stored = store_columns(g, matrix, name)
+        y = g.op("MatMul", x, _dequantized(g, stored, matrix), output=last)
+    if not matrix.has_min:
+        return y
+    with g.scope("mins"):
+        sums = g.once(("group sums", x, matrix.group), lambda: _group_sums(g, x, matrix))
+        mins = g.op("MatMul", sums, _mins_by_column(g, stored, matrix))
+    return g.op("Add", y, mins, output=output)
+
+
+def _group_sums(g: Graph, x: Value, matrix: QuantizedMatrix) -> Value:
+    """(B, S, K) -> (B, S, groups)."""
+    padding = matrix.groups * matrix.group - matrix.shape[1]
+    if padding:
+        x = g.op("Pad", x, g.constant([0, 0, 0, 0, 0, padding]))
+    return g.reduce("ReduceSum", g.reshape(x, [0, 0, matrix.groups, matrix.group]), 3, keepdims=False)
+
+
+# -- how codes are stored ---------------------------------------------------------------------------------------------
+
+
+class Stored:
+    """The tensors of a quantised matrix in the data file. Codes come first, and what goes with them is kept until its turn.
+
+    Args:
+        matrix: The matrix.
+
+    Attributes:
+        codes, scales, mins, zeros: Their names; "" for what there is not.
+        bits: Of a stored code.
+        by_column: Whether they lie as (K, N) and (groups, N), or as (N, ...).
+        padded: Columns that are stored: whole groups, where the form needs them.
+    """
+
+    def __init__(self, matrix: QuantizedMatrix) -> None:
+        self.matrix = matrix
+        self.codes = self.scales = self.mins = self.zeros = ""
+        self.bits = 8
+        self.by_column = False
+        self.padded = matrix.shape[1]
+        self._read: Codes | None = None
+
+    def take_codes(self) -> npt.NDArray[np.uint8]:
+        """(N, K); the scales and minima stay for `take_scales` and `take_mins`."""
+        read = self.matrix.read()
+        self._read = Codes(np.empty((0, 0), np.uint8), read.scales, read.mins)
+        return read.codes
+
+    def take_scales(self) -> npt.NDArray[np.float32]:
+        assert self._read is not None
+        return self._read.scales
+
+    def take_mins(self) -> npt.NDArray[np.float32]:
+        assert self._read is not None
+        assert self._read.mins is not None
+        return self._read.mins
+
+
+def store_columns(g: Graph, matrix: QuantizedMatrix, name: str, *, wide: bool = False) -> Stored:
+    """Codes as (K, N), scales and minima as (groups, N).
+
+    Args:
+        g: The graph.
+        matrix: The matrix.
+        name: Of the codes.
+        wide: Keep 4-bit codes in bytes: for a table that is also looked up in, as Gather takes no 4-bit tensors.
+    """
+    return g.once(("stored", name), lambda: _store_columns(g, matrix, name, wide))
+
+
+def _store_columns(g: Graph, matrix: QuantizedMatrix, name: str, wide: bool) -> Stored:
+    stored = Stored(matrix)
+    stored.by_column = True
+    stored.bits = 4 if matrix.bits == 4 and not wide and g.opset >= 21 else 8
+    rows, columns = matrix.shape
+    stored.padded = columns if columns % matrix.group == 0 else matrix.groups * matrix.group
+
+    def codes() -> Iterator[Any]:
+        values = _signed(stored.take_codes(), matrix)
+        padded = np.zeros((stored.padded, rows), np.uint8)
+        padded[:columns] = values.T
+        del values
+        yield _nibbles(padded) if stored.bits == 4 else padded
+
+    sign = "u" if matrix.has_min else ""
+    stored.codes = g.weight(f"{name}.codes", f"{sign}int{stored.bits}", (stored.padded, rows), codes)
+    transposed: Callable[[npt.NDArray[Any]], npt.NDArray[Any]] = lambda values: np.ascontiguousarray(values.T)  # noqa: E731
+    shape = (matrix.groups, rows)
+    stored.scales = g.weight(f"{name}.scales", "float32", shape, lambda: [transposed(stored.take_scales())])
+    if matrix.has_min:
+        stored.mins = g.weight(f"{name}.mins", "float32", shape, lambda: [transposed(stored.take_mins())])
+    return stored
+
+
+def store_blocks(g: Graph, matrix: QuantizedMatrix, name: str) -> Stored:
+    """Codes as (N, groups, bytes of a group), scales and minima as (N, groups): what MatMulNBits takes."""
+    return g.once(("stored", name), lambda: _store_blocks(g, matrix, name))
+
+
+def _store_blocks(g: Graph, matrix: QuantizedMatrix, name: str) -> Stored:
+    stored = Stored(matrix)
+    stored.bits = 4 if matrix.bits == 4 else 8
+    rows, columns = matrix.shape
+    stored.padded = matrix.groups * matrix.group
+    # What the operator subtracts when it is told nothing. With minima it is told: nothing.
+    zero = 0 if matrix.has_min else 1 << (stored.bits - 1)
+
+    def codes() -> Iterator[Any]:
+        padded = np.full((rows, stored.padded), zero, np.uint8)
+        np.add(stored.take_codes(), np.uint8((zero - matrix.zero) % 256), out=padded[:, :columns])
+        yield _nibbles(padded) if stored.bits == 4 else padded
+
+    blob = matrix.group * stored.bits // 8
+    shape = (rows, matrix.groups)
+    stored.codes = g.weight(f"{name}.codes", "uint8", (rows, matrix.groups, blob), codes)
+    stored.scales = g.weight(f"{name}.scales", "float32", shape, lambda: [stored.take_scales()])
+    if matrix.has_min:
+        stored.mins = g.weight(f"{name}.mins", "float32", shape, lambda: [stored.take_mins()])
+        packed = (rows, (matrix.groups * stored.bits + 7) // 8)
+        stored.zeros = g.weight(f"{name}.zeros", "uint8", packed, lambda: [np.zeros(packed, np.uint8)])
+    return stored
+
+
+def _signed(codes: npt.NDArray[np.uint8], matrix: QuantizedMatrix) -> npt.NDArray[np.uint8]:
+    """code - zero, as the bits of int8; a nibble's are the low four of them."""
+    return codes - np.uint8(matrix.zero)
+
+
+def _nibbles(values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Low four bits of each, two in a byte, the first one low."""
+    flat = values.reshape(-1)
+    if flat.size % 2:
+        flat = np.append(flat, np.uint8(0))
+    return (flat[0::2] & np.uint8(15)) | (flat[1::2] << np.uint8(4))
+
+
+def _dequantized(g: Graph, stored: Stored, matrix: QuantizedMatrix) -> Value:
+    """scale (code - zero), (K, N)."""
+    rows, columns = matrix.shape
+    if g.opset >= 21:
+        value = g.op("DequantizeLinear", stored.codes, stored.scales, axis=0, block_size=matrix.group)
+    else:
+        groups = g.reshape(g.cast(stored.codes, "float32"), [matrix.groups, matrix.group, rows])
+        value = g.op("Mul", groups, g.op("Unsqueeze", stored.scales, g.constant([1])))
+        value = g.reshape(value, [stored.padded, rows])
+    if stored.padded > columns:
+        value = g.op("Slice", value, g.constant([0]), g.constant([columns]), g.constant([0]))
+    return value
+
+
+def _mins_by_column(g: Graph, stored: Stored, matrix: QuantizedMatrix) -> Value:
+    """(groups, N)."""
+    return stored.mins if stored.by_column else g.op("Transpose", stored.mins, perm=[1, 0])
