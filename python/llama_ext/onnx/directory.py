@@ -1,9 +1,9 @@
 """The small files beside a graph: what onnxruntime-genai, optimum, transformers.js and OpenVINO look for.
 
-    config.json, generation_config.json                 of the model, as Hugging Face's
-    tokenizer.json, tokenizer_config.json, chat_template.jinja
-    genai_config.json                                   onnxruntime-genai's
-    onnx/model.onnx, onnx/model.onnx_data               the graph and its weights
+config.json, generation_config.json                 of the model, as Hugging Face's
+tokenizer.json, tokenizer_config.json, chat_template.jinja
+genai_config.json                                   onnxruntime-genai's
+onnx/model.onnx, onnx/model.onnx_data               the graph and its weights
 """
 
 from __future__ import annotations
@@ -27,7 +27,15 @@ _TRANSFORMERS_JS = "transformers.js_config"
 _EXTERNAL = "use_external_data_format"
 
 # Tokens that end a turn, by the text of the special token. A config often names only one of the tokens that end a generation.
-_END_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>")
+_END_OF_TURN = (
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end_of_text|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+)
 
 
 def eos_token_ids(weights: Weights) -> list[int]:

@@ -27,7 +27,7 @@ _LARGE = 1 << 20
 _LARGE_ALIGNMENT = 1 << 16
 _ALIGNMENT = 64
 
-_BITS = {
+_BITS: dict[int, int] = {
     TensorProto.FLOAT: 32,
     TensorProto.FLOAT16: 16,
     TensorProto.BFLOAT16: 16,

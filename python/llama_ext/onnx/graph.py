@@ -96,9 +96,7 @@ class Graph:
         self._declared.append(helper.make_tensor_value_info(value, self.element(dtype), list(shape)))
         return value
 
-    def op(
-        self, kind: str, *inputs: Value, output: Value | None = None, domain: str = "", **attributes: Any
-    ) -> Value:
+    def op(self, kind: str, *inputs: Value, output: Value | None = None, domain: str = "", **attributes: Any) -> Value:
         """Adds a node with one output.
 
         Args:

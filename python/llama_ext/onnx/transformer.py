@@ -64,7 +64,7 @@ def _classifier(g: Graph, config: LlamaConfig, weights: Weights, labels: int) ->
 def _cache(g: Graph, config: LlamaConfig, layer: int) -> Cache:
     names = []
     for kind, length, declare in (("past_key_values", PAST, g.input), ("present", TOTAL, g.output)):
-        shape = [BATCH, config.num_key_value_heads, length, config.head_dim]
+        shape: list[int | str] = [BATCH, config.num_key_value_heads, length, config.head_dim]
         names += [declare(f"{kind}.{layer}.{what}", g.dtype, shape) for what in ("key", "value")]
     return Cache(*names)
 

@@ -133,6 +133,8 @@ class Weights(abc.ABC):
     labels: int | None
     dtype: str
     types: WeightTypes
+    _names: dict[str, str]
+    _shapes: dict[str, tuple[int, ...]]
 
     def name(self, slot: str) -> str:
         """Hugging Face's name of a slot's tensor."""
@@ -176,7 +178,7 @@ class Weights(abc.ABC):
             self.types = {slot: chosen[slot] for slot in slots}
         else:
             choose_types(self.dtype, None, (), group_size=group_size, symmetric=symmetric)  # refuses those two
-            self.types = {slot: (self.dtype, 0) for slot in slots}
+            self.types = dict.fromkeys(slots, (self.dtype, 0))
         if self.labels is not None:
             self.types["score"] = ("float32" if self.dtype in QUANTIZED else self.dtype, 0)
 

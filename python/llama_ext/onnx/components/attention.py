@@ -67,10 +67,6 @@ def attention_mask(g: Graph, input_ids: Value, mask: Value, *, cached: bool) -> 
     """
     with g.scope("attention_mask"):
         total = g.op("Gather", g.op("Shape", mask), g.constant(1), axis=0)
-        if g.profile.contrib and cached:
-            tokens = g.reduce("ReduceSum", mask, 1, keepdims=False)
-            last = g.cast(g.op("Sub", tokens, g.constant(1)), "int32")
-            return Mask(last_key=last, total=g.cast(total, "int32"))
         count = g.op("Gather", g.op("Shape", input_ids), g.constant(1), axis=0)
         key = g.op("Range", g.constant(0), total, g.constant(1))
         query = g.op("Range", g.op("Sub", total, count), total, g.constant(1))
@@ -78,15 +74,26 @@ def attention_mask(g: Graph, input_ids: Value, mask: Value, *, cached: bool) -> 
         real = g.op("Unsqueeze", g.cast(mask, "bool"), g.constant([1, 2]))
         shown = g.op("Or", real, g.op("Equal", key, query))
         visible = g.op("And", g.op("LessOrEqual", key, query), shown)
-        if g.profile.fused:
+        if g.profile.fused and not (g.profile.contrib and cached):
             return Mask(visible=visible)
         least = float(np.finfo(np.float16 if g.dtype == "float16" else np.float32).min)
         added = g.op("Where", visible, g.scalar(0.0), g.scalar(least))
+        if g.profile.contrib:
+            batch = g.op("Slice", g.op("Shape", mask), g.constant([0]), g.constant([1]))
+            last = g.cast(g.op("Expand", g.op("Sub", total, g.constant(1)), batch), "int32")
+            return Mask(added=added, last_key=last, total=g.cast(total, "int32"))
         return Mask(added=g.op("Unsqueeze", added, g.constant([1])))
 
 
 def attention(
-    g: Graph, x: Value, config: LlamaConfig, weights: Weights, prefix: str, rope_cache: RopeCache, mask: Mask, cache: Cache
+    g: Graph,
+    x: Value,
+    config: LlamaConfig,
+    weights: Weights,
+    prefix: str,
+    rope_cache: RopeCache,
+    mask: Mask,
+    cache: Cache,
 ) -> Value:
     """The attention of a layer, with its four projections.
 
@@ -176,18 +183,34 @@ def _unfolded_shape(g: Graph, added: Value, kv_heads: int, group: int) -> Value:
 
 
 def _grouped(
-    g: Graph, x: Value, config: LlamaConfig, weights: Weights, prefix: str, rope_cache: RopeCache, mask: Mask, cache: Cache
+    g: Graph,
+    x: Value,
+    config: LlamaConfig,
+    weights: Weights,
+    prefix: str,
+    rope_cache: RopeCache,
+    mask: Mask,
+    cache: Cache,
 ) -> Value:
-    q, k, v = packed_linear(g, x, weights, [prefix + name for name in "qkv"])
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    y, *presents = g.ops(
+    slots = [prefix + name for name in "qkv"]
+    # What its own rotation can do.
+    rotates = config.head_dim % 16 == 0
+    angles: tuple[Value, ...] = ("", "", "")
+    if rotates:
+        q, k, v = packed_linear(g, x, weights, slots)
+        angles = (rope_cache.cos, rope_cache.sin, rope_cache.position_ids)
+    else:
+        q, k, v = (linear(g, x, weights, slot) for slot in slots)
+        q, k = _rotated(g, q, k, config, rope_cache)
+    y, *_ = g.ops(
         "GroupQueryAttention",
-        *(q, k, v, cache.past_key, cache.past_value, mask.last_key, mask.total, rope_cache.cos, rope_cache.sin),
+        *(q, k, v, cache.past_key, cache.past_value, mask.last_key, mask.total, *angles, mask.added),
         outputs=(None, cache.present_key, cache.present_value),
         domain=MICROSOFT,
         num_heads=heads,
         kv_num_heads=kv_heads,
-        do_rotary=1,
+        do_rotary=int(rotates),
         rotary_interleaved=0,
         scale=1 / math.sqrt(config.head_dim),
     )

@@ -27,7 +27,9 @@ def embedding(g: Graph, input_ids: Value, weights: Weights) -> Value:
         if isinstance(matrix, FloatMatrix):
             table = g.weight(name, g.dtype, matrix.shape, lambda: matrix.rows(g.dtype))
             return g.op("Gather", table, input_ids, axis=0)
-        return _from_blocks(g, input_ids, matrix, name) if g.profile.contrib else _from_columns(g, input_ids, matrix, name)
+        return (
+            _from_blocks(g, input_ids, matrix, name) if g.profile.contrib else _from_columns(g, input_ids, matrix, name)
+        )
 
 
 def _from_columns(g: Graph, input_ids: Value, matrix: QuantizedMatrix, name: str) -> Value:

@@ -65,7 +65,9 @@ def packed_linear(g: Graph, x: Value, weights: Weights, slots: Sequence[str]) ->
         if weights.has(slots[0] + ".bias"):
             biases = np.concatenate([weights.vector(slot + ".bias") for slot in slots])
             shape, dtype = biases.shape, g.dtype
-            y = g.op("Add", y, g.weight(name.replace(".weight", ".bias"), dtype, shape, lambda: [narrowed(biases, dtype)]))
+            y = g.op(
+                "Add", y, g.weight(name.replace(".weight", ".bias"), dtype, shape, lambda: [narrowed(biases, dtype)])
+            )
     return y, "", ""
 
 
@@ -115,7 +117,9 @@ def _product(g: Graph, x: Value, matrix: Matrix, name: str, output: Value | None
     """x w^T."""
     if isinstance(matrix, FloatMatrix):
         rows, columns = matrix.shape
-        return g.op("MatMul", x, g.weight(name, g.dtype, (columns, rows), lambda: matrix.columns(g.dtype)), output=output)
+        return g.op(
+            "MatMul", x, g.weight(name, g.dtype, (columns, rows), lambda: matrix.columns(g.dtype)), output=output
+        )
     last = None if matrix.has_min else output
     if g.profile.contrib:
         stored = store_blocks(g, matrix, name)
@@ -134,7 +138,7 @@ def _product(g: Graph, x: Value, matrix: Matrix, name: str, output: Value | None
         g.declare(y, "float32", ["batch_size", "sequence_length", matrix.shape[0]])
     else:
         stored = store_columns(g, matrix, name)
-        y = g.op("MatMul", x, _dequantized(g, stored, matrix), output=last)
+        y = g.op("MatMul", _padded(g, x, matrix), _dequantized(g, stored, matrix), output=last)
     if not matrix.has_min:
         return y
     with g.scope("mins"):
@@ -143,12 +147,19 @@ def _product(g: Graph, x: Value, matrix: Matrix, name: str, output: Value | None
     return g.op("Add", y, mins, output=output)
 
 
+def _padded(g: Graph, x: Value, matrix: QuantizedMatrix) -> Value:
+    """x with zeros up to whole groups, where the last group of the weights is smaller: runtimes differ in whether they allow that."""
+    padding = matrix.groups * matrix.group - matrix.shape[1]
+    if not padding:
+        return x
+    return g.once(("padded", x, padding), lambda: g.op("Pad", x, g.constant([0, 0, 0, 0, 0, padding])))
+
+
 def _group_sums(g: Graph, x: Value, matrix: QuantizedMatrix) -> Value:
     """(B, S, K) -> (B, S, groups)."""
-    padding = matrix.groups * matrix.group - matrix.shape[1]
-    if padding:
-        x = g.op("Pad", x, g.constant([0, 0, 0, 0, 0, padding]))
-    return g.reduce("ReduceSum", g.reshape(x, [0, 0, matrix.groups, matrix.group]), 3, keepdims=False)
+    return g.reduce(
+        "ReduceSum", g.reshape(_padded(g, x, matrix), [0, 0, matrix.groups, matrix.group]), 3, keepdims=False
+    )
 
 
 # -- how codes are stored ---------------------------------------------------------------------------------------------
@@ -164,7 +175,7 @@ class Stored:
         codes, scales, mins, zeros: Their names; "" for what there is not.
         bits: Of a stored code.
         by_column: Whether they lie as (K, N) and (groups, N), or as (N, ...).
-        padded: Columns that are stored: whole groups, where the form needs them.
+        padded: Columns that are stored: whole groups, the last one filled up with zeros.
     """
 
     def __init__(self, matrix: QuantizedMatrix) -> None:
@@ -173,22 +184,22 @@ class Stored:
         self.bits = 8
         self.by_column = False
         self.padded = matrix.shape[1]
-        self._read: Codes | None = None
+        none = np.empty((0, 0), np.float32)
+        self._left: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] = (none, none)
 
     def take_codes(self) -> npt.NDArray[np.uint8]:
         """(N, K); the scales and minima stay for `take_scales` and `take_mins`."""
         read = self.matrix.read()
-        self._read = Codes(np.empty((0, 0), np.uint8), read.scales, read.mins)
+        self._left = (read.scales, read.scales[:0] if read.mins is None else read.mins)
         return read.codes
 
     def take_scales(self) -> npt.NDArray[np.float32]:
-        assert self._read is not None
-        return self._read.scales
+        """(N, groups), after the codes."""
+        return self._left[0]
 
     def take_mins(self) -> npt.NDArray[np.float32]:
-        assert self._read is not None
-        assert self._read.mins is not None
-        return self._read.mins
+        """(N, groups), after the codes."""
+        return self._left[1]
 
 
 def store_columns(g: Graph, matrix: QuantizedMatrix, name: str, *, wide: bool = False) -> Stored:
@@ -208,7 +219,7 @@ def _store_columns(g: Graph, matrix: QuantizedMatrix, name: str, wide: bool) -> 
     stored.by_column = True
     stored.bits = 4 if matrix.bits == 4 and not wide and g.opset >= 21 else 8
     rows, columns = matrix.shape
-    stored.padded = columns if columns % matrix.group == 0 else matrix.groups * matrix.group
+    stored.padded = matrix.groups * matrix.group
 
     def codes() -> Iterator[Any]:
         values = _signed(stored.take_codes(), matrix)
@@ -270,17 +281,13 @@ def _nibbles(values: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 
 def _dequantized(g: Graph, stored: Stored, matrix: QuantizedMatrix) -> Value:
-    """scale (code - zero), (K, N)."""
-    rows, columns = matrix.shape
+    """scale (code - zero), (K in whole groups, N)."""
     if g.opset >= 21:
-        value = g.op("DequantizeLinear", stored.codes, stored.scales, axis=0, block_size=matrix.group)
-    else:
-        groups = g.reshape(g.cast(stored.codes, "float32"), [matrix.groups, matrix.group, rows])
-        value = g.op("Mul", groups, g.op("Unsqueeze", stored.scales, g.constant([1])))
-        value = g.reshape(value, [stored.padded, rows])
-    if stored.padded > columns:
-        value = g.op("Slice", value, g.constant([0]), g.constant([columns]), g.constant([0]))
-    return value
+        return g.op("DequantizeLinear", stored.codes, stored.scales, axis=0, block_size=matrix.group)
+    rows = matrix.shape[0]
+    groups = g.reshape(g.cast(stored.codes, "float32"), [matrix.groups, matrix.group, rows])
+    values = g.op("Mul", groups, g.op("Unsqueeze", stored.scales, g.constant([1])))
+    return g.reshape(values, [stored.padded, rows])
 
 
 def _mins_by_column(g: Graph, stored: Stored, matrix: QuantizedMatrix) -> Value:
