@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from onnx import helper
 
 from llama_ext._version import __version__
-from llama_ext.errors import OptionError
+from llama_ext.errors import NumericError, OptionError
 from llama_ext.io.atomic import remove
 from llama_ext.limits import DEFAULT_LIMITS, Limits
 from llama_ext.models.config import LlamaConfig
@@ -87,7 +87,7 @@ def export(
             in onnx/, and genai_config.json names the last one.
         profile: "portable": operators of opset 17, for OpenVINO, TensorRT and old versions of onnxruntime. "standard": those of
             opset 23, for onnxruntime 1.23 and later, genai, optimum and transformers.js. "ort": onnxruntime's own, the fastest
-            there; rows of a batch may be padded on the right only.
+            there, and on genai.
         dtype: "float32", "float16", "bfloat16" (for GPUs), or "int8" or "int4", the tables of int4 models as int8. A model that
             is quantised keeps its own codes and scales. None: as the model is quantised, else float32.
         group_size: Of weights that are quantised here: how many of a row share a scale, 128, 64 or 32. None: the largest that
@@ -108,9 +108,9 @@ def export(
     Raises:
         OptionError: An option is unknown, out of range, or contradicts the model or `out_dir`.
         FormatError, CheckpointError, UnsupportedError, LimitError: The model cannot be read.
-        NumericError: A weight is beyond the range of the dtype.
+        NumericError: A weight is beyond the range of the dtype; or the result differs from the model by more than rounding
+            explains.
         OSError: `out_dir` cannot be written.
-        ParityError: The result differs from the model by more than rounding explains.
     """
     chosen = checked_profile(profile, dtype)
     if max_file_bytes is not None and (isinstance(max_file_bytes, bool) or max_file_bytes < 1):
@@ -120,7 +120,7 @@ def export(
         checked_profile(profile, weights.dtype)  # what the model decided
         _check_folder(folder, model_or_path, weights, overwrite)
         result = _write(folder, weights, chosen, max_file_bytes, progress)
-    return _verified(model_or_path, result) if verify else result
+    return _verified(model_or_path, result, limits) if verify else result
 
 
 @contextlib.contextmanager
@@ -239,11 +239,16 @@ def _external(folder: Path) -> dict[str, int]:
     return {path.name: len(_data_files(folder, path.stem)) for path in folder.glob("*.onnx")}
 
 
-def _verified(source: Any, result: ExportResult) -> ExportResult:
+def _verified(source: Any, result: ExportResult, limits: Limits) -> ExportResult:
     if result.dtype == "bfloat16":
         reason = "onnxruntime has no bfloat16 kernels for CPUs"
         return dataclasses.replace(result, not_verified=reason)
     from llama_ext.onnx.verification import verify
 
-    report = verify(source, result.directory)
+    report = verify(source, result.directory, variant=result.graph.stem, limits=limits)
+    if not report.passed:
+        raise NumericError(
+            f"{result.graph}: what onnxruntime computes differs from the model by more than rounding explains. The files are left "
+            f"for a look at them; do not use them.\n{report}"
+        )
     return dataclasses.replace(result, report=report, not_verified=None)

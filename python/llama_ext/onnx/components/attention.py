@@ -1,8 +1,11 @@
 """attention: softmax(q k^T / sqrt(D)) v over the keys of this run and those of the cache, each query head with its group's keys.
 
 Which key a query sees is explicit, (B, 1, S, T): the keys up to its own slot that the attention mask does not hide, and its own
-in any case. So a row of padding is no row without keys, whose softmax would be a NaN and spoil what it touches. GroupQueryAttention,
-of the profile `ort`, knows no such mask: it takes every key of a row as real, which holds without padding on the left.
+in any case. So a row of padding is no row without keys, whose softmax would be a NaN and spoil what it touches.
+
+GroupQueryAttention, of the profile `ort`, is told that every slot holds a token, and gets the mask as a bias: by itself it would
+take padding on the left for tokens. It does not rotate, though it could: in a prefill it takes the positions of the first row
+for all rows, and no heads whose dimension is no multiple of 16.
 """
 
 from __future__ import annotations
@@ -42,8 +45,8 @@ class Mask:
 
     Args:
         visible: `standard`: (B, 1, S, T) bool.
-        added: `portable`: (B, 1, 1, S, T), 0 or the least number.
-        last_key: `ort`: (B,) int32, tokens of each row less one.
+        added: 0 or the least number; `portable`: (B, 1, 1, S, T), `ort`: (B, 1, S, T).
+        last_key: `ort`: (B,) int32, T - 1 for each row.
         total: `ort`: () int32, T.
     """
 
@@ -193,25 +196,16 @@ def _grouped(
     cache: Cache,
 ) -> Value:
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    slots = [prefix + name for name in "qkv"]
-    # What its own rotation can do.
-    rotates = config.head_dim % 16 == 0
-    angles: tuple[Value, ...] = ("", "", "")
-    if rotates:
-        q, k, v = packed_linear(g, x, weights, slots)
-        angles = (rope_cache.cos, rope_cache.sin, rope_cache.position_ids)
-    else:
-        q, k, v = (linear(g, x, weights, slot) for slot in slots)
-        q, k = _rotated(g, q, k, config, rope_cache)
+    q, k, v = packed_linear(g, x, weights, [prefix + name for name in "qkv"])
+    q, k = _rotated(g, q, k, config, rope_cache)
     y, *_ = g.ops(
         "GroupQueryAttention",
-        *(q, k, v, cache.past_key, cache.past_value, mask.last_key, mask.total, *angles, mask.added),
+        *(q, k, v, cache.past_key, cache.past_value, mask.last_key, mask.total, "", "", "", mask.added),
         outputs=(None, cache.present_key, cache.present_value),
         domain=MICROSOFT,
         num_heads=heads,
         kv_num_heads=kv_heads,
-        do_rotary=int(rotates),
-        rotary_interleaved=0,
+        do_rotary=0,
         scale=1 / math.sqrt(config.head_dim),
     )
     return g.declare(y, g.dtype, ["batch_size", "sequence_length", heads * config.head_dim])

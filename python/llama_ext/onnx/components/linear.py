@@ -48,11 +48,16 @@ def linear(g: Graph, x: Value, weights: Weights, slot: str, *, output: Value | N
 
 
 def packed_linear(g: Graph, x: Value, weights: Weights, slots: Sequence[str]) -> tuple[Value, Value, Value]:
-    """Q, K and V for GroupQueryAttention: one product with the rows of all three, or three where their weights are of
-    different types.
+    """Q, K and V, by one product with the rows of all three, or three where their weights are of different types.
+
+    Args:
+        g: The graph.
+        x: (B, S, K).
+        weights: Of the model.
+        slots: Of the three matrices.
 
     Returns:
-        q, k, v; k and v are "" when q holds all.
+        (B, S, N) each.
     """
     matrices = [weights.matrix(slot) for slot in slots]
     joined = _joined(matrices)
@@ -64,11 +69,11 @@ def packed_linear(g: Graph, x: Value, weights: Weights, slots: Sequence[str]) ->
         y = _product(g, x, joined, name, None)
         if weights.has(slots[0] + ".bias"):
             biases = np.concatenate([weights.vector(slot + ".bias") for slot in slots])
-            shape, dtype = biases.shape, g.dtype
-            y = g.op(
-                "Add", y, g.weight(name.replace(".weight", ".bias"), dtype, shape, lambda: [narrowed(biases, dtype)])
-            )
-    return y, "", ""
+            bias = name.replace(".weight", ".bias")
+            y = g.op("Add", y, g.weight(bias, g.dtype, biases.shape, lambda: [narrowed(biases, g.dtype)]))
+        sizes = g.constant([matrix.shape[0] for matrix in matrices])
+        q, k, v = g.ops("Split", y, sizes, outputs=(None, None, None), axis=-1)
+    return q, k, v
 
 
 def vector(g: Graph, weights: Weights, slot: str) -> Value:
