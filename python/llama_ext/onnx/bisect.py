@@ -161,9 +161,11 @@ def find_fault(
         The fault; None when every value that can be compared is within the gates.
     """
     order = places(graph.nodes, reference.config)
-    layer = _first_layer(party, reference, work, gates)
-    near = [each for each in order if each.layer is None or each.layer in (layer - 1, layer)]
-    shown = [each.value for each in near if not each.keys and each.value != "logits"]
+    near = order
+    if party.has_cache:
+        layer = _first_layer(party, reference, work, gates)
+        near = [each for each in order if each.layer is None or each.layer in (layer - 1, layer)]
+    shown = [each.value for each in near if not each.keys and each.name != "logits"]
     session = party.copy(graph.bytes(outputs=shown, float32=float32))
     wanted = {each.reference for each in near} | {f"layers.{each.layer}.{name}" for each in near for name in "qkv"}
     expected = _reference_values(reference, work, wanted)

@@ -24,7 +24,7 @@ from llama_ext.models.rope_parameters import RopeParameters
 from llama_ext.onnx.weights import narrowed
 from llama_ext.runtime.model_files import ModelFiles
 
-__all__ = ["F64", "Probe", "Reference", "Weights", "rope_frequencies", "weights_of_core", "weights_of_files"]
+__all__ = ["F64", "Probe", "Reference", "Weights", "rope_frequencies", "rounded", "weights_of_core", "weights_of_files"]
 
 F64 = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.integer[Any]]
@@ -59,8 +59,8 @@ class Reference:
         self.constants = constants
         self._scale = 1.0 / math.sqrt(config.head_dim)
         if rounds_scale and constants is not None:
-            self._scale = float(_rounded(np.array([self._scale]), constants)[0])
-        self._weights = weights
+            self._scale = float(rounded(np.array([self._scale]), constants)[0])
+        self.weights = weights
         self._frequencies = rope_frequencies(config.rope_parameters, config.head_dim)
         self._amplitude = config.rope_parameters.effective_attention_factor
 
@@ -91,7 +91,7 @@ class Reference:
                 probe(name, index, value)
             return value
 
-        table = self._weights("embedding")
+        table = self.weights("embedding")
         states = [tell("embedding", index, table[ids]) for index, ids in enumerate(sequences)]
         del table  # a head that is tied to it is read again: both at once, in float64, may be much memory
         if positions is None:
@@ -99,7 +99,7 @@ class Reference:
         turns = [self._turns(np.asarray(places, np.float64)) for places in positions]
         for layer in range(self.config.num_hidden_layers):
             self._layer(f"layers.{layer}.", states, turns, tell)
-        norm = self._weights("final_norm")
+        norm = self.weights("final_norm")
         states = [tell("final_norm", index, self._rms_norm(x, norm)) for index, x in enumerate(states)]
         if final is not None:
             return [tell("logits", index, final(index, x)) for index, x in enumerate(states)]
@@ -112,11 +112,11 @@ class Reference:
         turns = np.cos(angles) * self._amplitude, np.sin(angles) * self._amplitude
         if self.constants is None:
             return turns
-        return _rounded(turns[0], self.constants), _rounded(turns[1], self.constants)
+        return rounded(turns[0], self.constants), rounded(turns[1], self.constants)
 
     def head(self) -> F64:
         """The matrix from states to logits, (V, C)."""
-        return self._weights("embedding" if self.config.tie_word_embeddings else "head")
+        return self.weights("embedding" if self.config.tie_word_embeddings else "head")
 
     def _layer(
         self,
@@ -128,7 +128,7 @@ class Reference:
         """One block, in place."""
         config = self.config
         heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        weight = {name: self._weights(layer + name) for name in ("attention_norm", "q", "k", "v", "o")}
+        weight = {name: self.weights(layer + name) for name in ("attention_norm", "q", "k", "v", "o")}
         bias = self._biases(layer, config.attention_bias, ("q", "k", "v", "o"))
         for index, x in enumerate(states):
             normed = tell(layer + "attention_norm", index, self._rms_norm(x, weight["attention_norm"]))
@@ -141,7 +141,7 @@ class Reference:
             mixed = tell(layer + "attention", index, _attention(q, k, v, self._scale))
             added = tell(layer + "o", index, mixed.reshape(len(x), heads * size) @ weight["o"].T + bias["o"])
             states[index] = tell(layer + "attention_residual", index, x + added)
-        weight = {name: self._weights(layer + name) for name in ("feed_forward_norm", "gate", "up", "down")}
+        weight = {name: self.weights(layer + name) for name in ("feed_forward_norm", "gate", "up", "down")}
         bias = self._biases(layer, config.mlp_bias, ("gate", "up", "down"))
         for index, x in enumerate(states):
             normed = tell(layer + "feed_forward_norm", index, self._rms_norm(x, weight["feed_forward_norm"]))
@@ -152,7 +152,7 @@ class Reference:
             states[index] = tell(layer + "feed_forward_residual", index, x + added)
 
     def _biases(self, layer: str, there: bool, names: Sequence[str]) -> dict[str, F64]:
-        return {name: self._weights(f"{layer}{name}.bias") if there else np.zeros(1) for name in names}
+        return {name: self.weights(f"{layer}{name}.bias") if there else np.zeros(1) for name in names}
 
     def _rms_norm(self, x: F64, weight: F64) -> F64:
         scaled: F64 = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + self.config.rms_norm_eps) * weight
@@ -276,6 +276,6 @@ def _widened(values: npt.NDArray[Any], dtype: str) -> F64:
     return values.astype(np.float64)
 
 
-def _rounded(values: F64, dtype: str) -> F64:
+def rounded(values: F64, dtype: str) -> F64:
     """Rounded to float32 and then to `dtype`, as an exporter does."""
     return _widened(narrowed(values.astype(np.float32), dtype), dtype)

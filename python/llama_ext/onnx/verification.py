@@ -28,8 +28,9 @@ from llama_ext.onnx.ort_model_session import find_graph
 from llama_ext.onnx.parity_report import Check, Fault, NotRun, ParityReport
 from llama_ext.onnx.requirements import require
 from llama_ext.onnx.verification_graphs import GraphFile
-from llama_ext.onnx.verification_runs import Verification, Workload
+from llama_ext.onnx.verification_runs import Verification
 from llama_ext.onnx.verification_source import Source, open_source
+from llama_ext.onnx.verification_work import Workload
 from llama_ext.runtime.progress import ProgressBar
 from llama_ext.runtime.threads import checked_threads
 
@@ -167,14 +168,17 @@ def _sequences(texts: object, source: Source) -> list[np.ndarray[Any, np.dtype[n
         if tokenizer is None:
             rng = np.random.default_rng(20)
             lengths = [min(length, context) for length in _RANDOM_LENGTHS]
-            return [rng.integers(0, config.vocab_size, length).astype(np.int32) for length in lengths]
+            found = [rng.integers(0, config.vocab_size, length).astype(np.int32) for length in lengths]
+            # A classifier takes a padding token for padding wherever it is.
+            pad = config.pad_token_id
+            return found if pad is None else [np.where(ids == pad, (pad + 1) % config.vocab_size, ids) for ids in found]
         most = min(_TEXT_TOKENS, context)
         return [_encoded(tokenizer, text, config.vocab_size)[:most] for text in _TEXTS]
     if isinstance(texts, str):
         texts = [texts]
     if not isinstance(texts, (list, tuple)) or not texts:
         raise OptionError("texts must be a text, or a list of texts or of lists of token ids")
-    found = []
+    sequences = []
     for index, text in enumerate(texts):
         if isinstance(text, str):
             if tokenizer is None:
@@ -188,8 +192,8 @@ def _sequences(texts: object, source: Source) -> list[np.ndarray[Any, np.dtype[n
             raise ContextLengthError(
                 f"texts[{index}] has {ids.size} tokens, the model's context is {context}: nothing is cut silently"
             )
-        found.append(ids)
-    return found
+        sequences.append(ids)
+    return sequences
 
 
 def _encoded(tokenizer: Tokenizer, text: str, vocabulary: int) -> np.ndarray[Any, np.dtype[np.int32]]:

@@ -29,12 +29,14 @@ class Pass:
         sequences: The tokens of each row, those of the past included.
         side: "left" or "right": where shorter rows are padded.
         past: Tokens, the same number for each row, that have run before.
+        padding: The token that fills up a row.
         positions: Of each token of each row, past included; None: 0, 1, ...
     """
 
     sequences: tuple[IntArray, ...]
     side: str = "right"
     past: int = 0
+    padding: int = 0
     positions: tuple[npt.NDArray[np.int64], ...] | None = None
 
     @property
@@ -57,7 +59,8 @@ class Pass:
     def inputs(self) -> tuple[Array, Array, Array]:
         """ids, mask and positions, (B, width) each, past included."""
         shape = (len(self.sequences), self.width)
-        ids, mask, positions = (np.zeros(shape, np.int64) for _ in range(3))
+        ids = np.full(shape, self.padding, np.int64)
+        mask, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         for row, tokens in enumerate(self.sequences):
             begin, end = self.columns(row, past=True)
             ids[row, begin:end] = tokens
@@ -165,6 +168,11 @@ class OrtParty:
         self.float32 = float32
 
     @property
+    def has_cache(self) -> bool:
+        """Whether it generates; else it gives each row one set of scores."""
+        return self._session.has_cache
+
+    @property
     def path(self) -> Path:
         """The file of the graph."""
         return self._session.path
@@ -185,6 +193,8 @@ class OrtParty:
 
     def logits(self, work: Pass) -> list[FloatArray]:
         block = self.values(work, ["logits"])[0].astype(np.float32, copy=False)
+        if not self.has_cache:
+            return [row[None] for row in block]
         return [block[row, slice(*work.columns(row, past=False))] for row in range(len(block))]
 
     def pieces(self, tokens: IntArray, sizes: Sequence[int], last: int) -> FloatArray:

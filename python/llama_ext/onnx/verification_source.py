@@ -14,7 +14,7 @@ from llama_ext.limits import DEFAULT_LIMITS, Limits
 from llama_ext.models.config import LlamaConfig
 from llama_ext.onnx.classifier_files import open_exportable
 from llama_ext.onnx.profiles import DTYPES, QUANTIZED
-from llama_ext.onnx.reference import Weights, weights_of_core, weights_of_files
+from llama_ext.onnx.reference import F64, Weights, rounded, weights_of_core, weights_of_files
 from llama_ext.onnx.verification_graphs import GraphFile
 from llama_ext.onnx.weights import CoreWeights, FileWeights, narrowed
 from llama_ext.onnx.weights import Weights as GraphWeights
@@ -47,7 +47,9 @@ class Source:
         types: How the graph stores each matrix, by slot.
         original: The weights as the model has them, for the reference.
         is_exact: Whether the graph stores the same numbers.
-        native: Makes a native model of the weights as the graph stores them, given how it computes: "exact" or "auto".
+        native: Makes a native model of the weights as the graph stores them, given how it computes: "exact" or "auto". Of a
+            classifier it is the part below the scores.
+        stored: The weights of that model for the reference.
     """
 
     config: LlamaConfig
@@ -57,6 +59,7 @@ class Source:
     original: Weights
     is_exact: bool
     native: Callable[[str], _core.Model]
+    stored: Callable[[_core.Model], Weights]
 
 
 @contextlib.contextmanager
@@ -95,25 +98,43 @@ def open_source(
     with open_exportable(model_or_path, limits) as files, files.named_in_errors():
         weights = _as_in(graph, dtype, lambda group, symmetric: FileWeights(files, dtype, group, symmetric))
         stored = files.stored_types()
-        types = _complete(weights.types, stored)
+        types = _complete({slot: kept for slot, kept in weights.types.items() if slot != "score"}, stored)
 
         def native(compute: str) -> _core.Model:
             backend = _core.Backend("cpu", threads)
-            same = all(stored.get(slot, stored[""]) == kept for slot, kept in weights.types.items())
+            same = all(stored.get(slot, stored[""]) == kept for slot, kept in weights.types.items() if slot != "score")
             wanted = dict(stored) if same else types
             packed = files.packed(backend.matrix_layout, wanted)
-            core = _core.Model(backend, core_config(files.config), wanted, packed, compute=compute)
+            config = files.config
+            if weights.labels is not None:
+                # It has no head; a tied one takes nothing from the files.
+                config = dataclasses.replace(config, tie_word_embeddings=True)
+            core = _core.Model(backend, core_config(config), wanted, packed, compute=compute)
             files.load_into(core)
             return _with_narrow_vectors(core, dtype)
+
+        original = weights_of_files(files)
+
+        def stored_weights(core: _core.Model) -> Weights:
+            below = weights_of_core(core)
+
+            def read(slot: str) -> F64:
+                if slot != "score":
+                    return below(slot)
+                kept = weights.types[slot][0]
+                return original(slot) if kept == "float32" else rounded(original(slot), kept)
+
+            return read
 
         yield Source(
             config=files.config,
             tokenizer=files.tokenizer,
             labels=weights.labels,
             types=weights.types,
-            original=weights_of_files(files),
+            original=original,
             is_exact=_is_exact({tensor.slot: tensor.type for tensor in files.tensors}, stored, weights.types, dtype),
             native=native,
+            stored=stored_weights,
         )
 
 
@@ -143,6 +164,7 @@ def _of_model(model: LlamaForCausalLM, graph: GraphFile, dtype: str, threads: in
         original=weights_of_core(core),
         is_exact=_is_exact(slots, stored, weights.types, dtype),
         native=native,
+        stored=weights_of_core,
     )
 
 
