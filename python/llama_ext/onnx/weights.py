@@ -33,24 +33,24 @@ Floats = npt.NDArray[np.float32]
 
 # Weights that are converted at a time.
 _CHUNK = 1 << 22
-# (bits of a code, what is subtracted from it): csrc/quant/weight_type.h.
-_CODES = {"int8": (8, 128), "int5": (5, 16), "int4": (4, 8), "q4_k": (4, 0), "q5_k": (5, 0), "q6_k": (6, 32)}
+# Bits of a code: csrc/quant/weight_type.h.
+_BITS = {"int8": 8, "int5": 5, "int4": 4, "q4_k": 4, "q5_k": 5, "q6_k": 6}
 _WITH_MIN = ("q4_k", "q5_k")
 
 
 @dataclasses.dataclass(frozen=True)
 class Codes:
-    """A quantised matrix: w = scale (code - zero) + min, by groups of columns.
+    """A quantised matrix: w = scale (code - zero) + middle, by groups of columns.
 
     Args:
         codes: (N, K) uint8.
         scales: (N, groups) float32.
-        mins: (N, groups) float32, or None; with them zero is 0.
+        middles: (N, groups) float32, or None: what a group's minimum is to the middle of its codes.
     """
 
     codes: npt.NDArray[np.uint8]
     scales: Floats
-    mins: Floats | None
+    middles: Floats | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,18 +93,21 @@ class QuantizedMatrix:
     Args:
         shape: (N, K).
         bits: Of a code: 4, 5, 6 or 8.
-        zero: Subtracted from each code.
-        has_min: Whether a group has a minimum.
+        has_middle: Whether a group has more than a scale.
         group: Columns that share a scale; the last group may be smaller.
         read: Gives the codes.
     """
 
     shape: tuple[int, int]
     bits: int
-    zero: int
-    has_min: bool
+    has_middle: bool
     group: int
     read: Callable[[], Codes]
+
+    @property
+    def zero(self) -> int:
+        """Subtracted from each code: half of their range, so that sums of products stay small."""
+        return 1 << (self.bits - 1)
 
     @property
     def groups(self) -> int:
@@ -182,13 +185,16 @@ class Weights(abc.ABC):
         if self.labels is not None:
             self.types["score"] = ("float32" if self.dtype in QUANTIZED else self.dtype, 0)
 
+    def _base(self, slot: str) -> str:
+        """The encoding of a matrix, with or without minima."""
+        return self.types[slot][0].removesuffix("_min")
+
     def _quantized(self, slot: str, read: Callable[[], Codes]) -> QuantizedMatrix:
         encoding, group = self.types[slot]
-        base = encoding.removesuffix("_min")
+        base = self._base(slot)
         has_min = base != encoding or base in _WITH_MIN
-        bits, zero = _CODES[base]
         rows, columns = self._shapes[slot]
-        return QuantizedMatrix((rows, columns), bits, 0 if has_min else zero, has_min, group, read)
+        return QuantizedMatrix((rows, columns), _BITS[base], has_min, group, read)
 
 
 class FileWeights(Weights):
@@ -226,7 +232,7 @@ class FileWeights(Weights):
         return self._quantized(slot, lambda: quantized(floats, kept))
 
     def _own_codes(self, tensor: StoredTensor) -> Codes:
-        codes = Codes(*self._files.read_codes(tensor))
+        codes = centred(*self._files.read_codes(tensor), _BITS[self._base(tensor.slot)])
         self._files.release(tensor)
         return codes
 
@@ -273,7 +279,7 @@ class CoreWeights(Weights):
         if not kept[1]:
             return floats
         if stored[1]:
-            return self._quantized(slot, lambda: Codes(*self._core.read_codes(slot)))
+            return self._quantized(slot, lambda: centred(*self._core.read_codes(slot), _BITS[self._base(slot)]))
         return self._quantized(slot, lambda: quantized(floats, kept))
 
 
@@ -282,7 +288,15 @@ def kind_of(types: WeightTypes) -> str:
     encoding = types[""][0]
     if not types[""][1]:  # mostly floats, some matrices quantised
         return "int8"
-    return "int4" if _CODES[encoding.removesuffix("_min")][0] == 4 else "int8"
+    return "int4" if _BITS[encoding.removesuffix("_min")] == 4 else "int8"
+
+
+def centred(codes: npt.NDArray[np.uint8], scales: Floats, mins: Floats | None, bits: int) -> Codes:
+    """Codes as the core has them, w = scale code + min where there are minima, around the middle of their range.
+
+    The sum is rounded to float32, which is 2^-24 of the group's largest weight at most, and nearly always exact.
+    """
+    return Codes(codes, scales, None if mins is None else mins + np.float32(1 << (bits - 1)) * scales)
 
 
 def quantized(matrix: FloatMatrix, kept: WeightType) -> Codes:
@@ -290,7 +304,8 @@ def quantized(matrix: FloatMatrix, kept: WeightType) -> Codes:
     encoding, group = kept
     rows, columns = matrix.shape
     has_min = encoding.endswith("_min")
-    zero = 0 if has_min else _CODES[encoding][1]
+    bits = _BITS[encoding.removesuffix("_min")]
+    zero = 0 if has_min else 1 << (bits - 1)
     codes = np.empty((rows, columns), np.uint8)
     scales = np.empty((rows, -(-columns // group)), np.float32)
     mins = np.empty_like(scales) if has_min else None
@@ -303,7 +318,7 @@ def quantized(matrix: FloatMatrix, kept: WeightType) -> Codes:
         if mins is not None:
             mins[first:last] = minimum
         first = last
-    return Codes(codes, scales, mins)
+    return centred(codes, scales, mins, bits)
 
 
 def converted(values: Array, stored: str, dtype: str) -> Array:

@@ -42,8 +42,8 @@ def _from_columns(g: Graph, input_ids: Value, matrix: QuantizedMatrix, name: str
 
     codes = g.cast(rows(stored.codes, [0, 0, matrix.groups, matrix.group]), "float32")
     values = g.op("Mul", codes, rows(stored.scales, [0, 0, matrix.groups, 1]))
-    if stored.mins:
-        values = g.op("Add", values, rows(stored.mins, [0, 0, matrix.groups, 1]))
+    if stored.middles:
+        values = g.op("Add", values, rows(stored.middles, [0, 0, matrix.groups, 1]))
     return _cut(g, g.reshape(values, [0, 0, stored.padded]), stored.padded, matrix.shape[1])
 
 
@@ -54,7 +54,6 @@ def _from_blocks(g: Graph, input_ids: Value, matrix: QuantizedMatrix, name: str)
     values = g.op(
         "GatherBlockQuantized",
         *(table, input_ids, stored.scales),
-        *((stored.zeros,) if stored.zeros else ()),
         domain=MICROSOFT,
         bits=stored.bits,
         block_size=matrix.group,
@@ -62,10 +61,10 @@ def _from_blocks(g: Graph, input_ids: Value, matrix: QuantizedMatrix, name: str)
         quantize_axis=1,
     )
     g.declare(values, "float32", ["batch_size", "sequence_length", stored.padded])
-    if stored.mins:
-        mins = g.op("Unsqueeze", g.op("Gather", stored.mins, input_ids, axis=0), g.constant([3]))
+    if stored.middles:
+        middles = g.op("Unsqueeze", g.op("Gather", stored.middles, input_ids, axis=0), g.constant([3]))
         groups = g.reshape(values, [0, 0, matrix.groups, matrix.group])
-        values = g.reshape(g.op("Add", groups, mins), [0, 0, stored.padded])
+        values = g.reshape(g.op("Add", groups, middles), [0, 0, stored.padded])
     return _cut(g, values, stored.padded, matrix.shape[1])
 
 

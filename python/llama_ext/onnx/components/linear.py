@@ -1,6 +1,6 @@
 """linear: y = x w^T + bias, for weights of floats and, in each profile's form, for quantised ones.
 
-Quantised weights are w = scale (code - zero) + min by groups of g columns. The scales go where the profile has a place for them:
+Quantised weights are w = scale (code - zero) + middle by groups of g columns. The scales go where the profile has a place for them:
 
     portable  int8: Cast, Mul by the scales, MatMul, which a runtime computes once (opset 17 knows no groups); int4 graphs:
               DequantizeLinear as in `standard`
@@ -8,7 +8,8 @@ Quantised weights are w = scale (code - zero) + min by groups of g columns. The 
               product for 4 bits, and computes on the codes
     ort       MatMulNBits, which rounds activations to int8 (accuracy_level 4)
 
-No form has a place for minima. Their share of the product is (sum of the group's x) @ mins^T, a small product that is added.
+No form has a place for what a group's minimum adds. Its share of the product is (sum of the group's x) @ middles^T, a small
+product that is added.
 """
 
 from __future__ import annotations
@@ -101,21 +102,20 @@ def _joined(matrices: Sequence[Matrix]) -> Matrix | None:
 
         return FloatMatrix(shape, read, release)
     codes = [matrix for matrix in matrices if isinstance(matrix, QuantizedMatrix)]
-    kinds = {(matrix.bits, matrix.zero, matrix.has_min, matrix.group) for matrix in codes}
+    kinds = {(matrix.bits, matrix.has_middle, matrix.group) for matrix in codes}
     if len(codes) < len(matrices) or len(kinds) > 1:
         return None
 
     def read_codes() -> Codes:
         parts = [matrix.read() for matrix in codes]
-        mins = [part.mins for part in parts if part.mins is not None]
+        middles = [part.middles for part in parts if part.middles is not None]
         return Codes(
             np.concatenate([part.codes for part in parts]),
             np.concatenate([part.scales for part in parts]),
-            np.concatenate(mins) if mins else None,
+            np.concatenate(middles) if middles else None,
         )
 
-    bits, zero, has_min, group = next(iter(kinds))
-    return QuantizedMatrix(shape, bits, zero, has_min, group, read_codes)
+    return QuantizedMatrix(shape, *next(iter(kinds)), read_codes)
 
 
 def _product(g: Graph, x: Value, matrix: Matrix, name: str, output: Value | None) -> Value:
@@ -125,13 +125,12 @@ def _product(g: Graph, x: Value, matrix: Matrix, name: str, output: Value | None
         return g.op(
             "MatMul", x, g.weight(name, g.dtype, (columns, rows), lambda: matrix.columns(g.dtype)), output=output
         )
-    last = None if matrix.has_min else output
+    last = None if matrix.has_middle else output
     if g.profile.contrib:
         stored = store_blocks(g, matrix, name)
         y = g.op(
             "MatMulNBits",
             *(x, stored.codes, stored.scales),
-            *((stored.zeros,) if stored.zeros else ()),
             output=last,
             domain=MICROSOFT,
             K=matrix.shape[1],
@@ -144,12 +143,13 @@ def _product(g: Graph, x: Value, matrix: Matrix, name: str, output: Value | None
     else:
         stored = store_columns(g, matrix, name)
         y = g.op("MatMul", _padded(g, x, matrix), _dequantized(g, stored, matrix), output=last)
-    if not matrix.has_min:
+    if not matrix.has_middle:
         return y
-    with g.scope("mins"):
+    with g.scope("middles"):
         sums = g.once(("group sums", x, matrix.group), lambda: _group_sums(g, x, matrix))
-        mins = g.op("MatMul", sums, _mins_by_column(g, stored, matrix))
-    return g.op("Add", y, mins, output=output)
+        middles = stored.middles if stored.by_column else g.op("Transpose", stored.middles, perm=[1, 0])
+        share = g.op("MatMul", sums, middles)
+    return g.op("Add", y, share, output=output)
 
 
 def _padded(g: Graph, x: Value, matrix: QuantizedMatrix) -> Value:
@@ -177,7 +177,7 @@ class Stored:
         matrix: The matrix.
 
     Attributes:
-        codes, scales, mins, zeros: Their names; "" for what there is not.
+        codes, scales, middles: Their names; "" for what there is not.
         bits: Of a stored code.
         by_column: Whether they lie as (K, N) and (groups, N), or as (N, ...).
         padded: Columns that are stored: whole groups, the last one filled up with zeros.
@@ -185,7 +185,7 @@ class Stored:
 
     def __init__(self, matrix: QuantizedMatrix) -> None:
         self.matrix = matrix
-        self.codes = self.scales = self.mins = self.zeros = ""
+        self.codes = self.scales = self.middles = ""
         self.bits = 8
         self.by_column = False
         self.padded = matrix.shape[1]
@@ -193,22 +193,22 @@ class Stored:
         self._left: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] = (none, none)
 
     def take_codes(self) -> npt.NDArray[np.uint8]:
-        """(N, K); the scales and minima stay for `take_scales` and `take_mins`."""
+        """(N, K); the rest stays for `take_scales` and `take_middles`."""
         read = self.matrix.read()
-        self._left = (read.scales, read.scales[:0] if read.mins is None else read.mins)
+        self._left = (read.scales, read.scales[:0] if read.middles is None else read.middles)
         return read.codes
 
     def take_scales(self) -> npt.NDArray[np.float32]:
         """(N, groups), after the codes."""
         return self._left[0]
 
-    def take_mins(self) -> npt.NDArray[np.float32]:
+    def take_middles(self) -> npt.NDArray[np.float32]:
         """(N, groups), after the codes."""
         return self._left[1]
 
 
 def store_columns(g: Graph, matrix: QuantizedMatrix, name: str, *, wide: bool = False) -> Stored:
-    """Codes as (K, N), scales and minima as (groups, N).
+    """Codes as (K, N), the rest as (groups, N).
 
     Args:
         g: The graph.
@@ -233,18 +233,17 @@ def _store_columns(g: Graph, matrix: QuantizedMatrix, name: str, wide: bool) -> 
         del values
         yield _nibbles(padded) if stored.bits == 4 else padded
 
-    sign = "u" if matrix.has_min else ""
-    stored.codes = g.weight(f"{name}.codes", f"{sign}int{stored.bits}", (stored.padded, rows), codes)
+    stored.codes = g.weight(f"{name}.codes", f"int{stored.bits}", (stored.padded, rows), codes)
     transposed: Callable[[npt.NDArray[Any]], npt.NDArray[Any]] = lambda values: np.ascontiguousarray(values.T)  # noqa: E731
     shape = (matrix.groups, rows)
     stored.scales = g.weight(f"{name}.scales", "float32", shape, lambda: [transposed(stored.take_scales())])
-    if matrix.has_min:
-        stored.mins = g.weight(f"{name}.mins", "float32", shape, lambda: [transposed(stored.take_mins())])
+    if matrix.has_middle:
+        stored.middles = g.weight(f"{name}.mins", "float32", shape, lambda: [transposed(stored.take_middles())])
     return stored
 
 
 def store_blocks(g: Graph, matrix: QuantizedMatrix, name: str) -> Stored:
-    """Codes as (N, groups, bytes of a group), scales and minima as (N, groups): what MatMulNBits takes."""
+    """Codes as (N, groups, bytes of a group), the rest as (N, groups): what MatMulNBits takes."""
     return g.once(("stored", name), lambda: _store_blocks(g, matrix, name))
 
 
@@ -253,22 +252,20 @@ def _store_blocks(g: Graph, matrix: QuantizedMatrix, name: str) -> Stored:
     stored.bits = 4 if matrix.bits == 4 else 8
     rows, columns = matrix.shape
     stored.padded = matrix.groups * matrix.group
-    # What the operator subtracts when it is told nothing. With minima it is told: nothing.
-    zero = 0 if matrix.has_min else 1 << (stored.bits - 1)
+    # What the operator subtracts when it is told nothing.
+    zero = 1 << (stored.bits - 1)
 
     def codes() -> Iterator[Any]:
         padded = np.full((rows, stored.padded), zero, np.uint8)
-        np.add(stored.take_codes(), np.uint8((zero - matrix.zero) % 256), out=padded[:, :columns])
+        np.add(stored.take_codes(), np.uint8(zero - matrix.zero), out=padded[:, :columns])
         yield _nibbles(padded) if stored.bits == 4 else padded
 
     blob = matrix.group * stored.bits // 8
     shape = (rows, matrix.groups)
     stored.codes = g.weight(f"{name}.codes", "uint8", (rows, matrix.groups, blob), codes)
     stored.scales = g.weight(f"{name}.scales", "float32", shape, lambda: [stored.take_scales()])
-    if matrix.has_min:
-        stored.mins = g.weight(f"{name}.mins", "float32", shape, lambda: [stored.take_mins()])
-        packed = (rows, (matrix.groups * stored.bits + 7) // 8)
-        stored.zeros = g.weight(f"{name}.zeros", "uint8", packed, lambda: [np.zeros(packed, np.uint8)])
+    if matrix.has_middle:
+        stored.middles = g.weight(f"{name}.mins", "float32", shape, lambda: [stored.take_middles()])
     return stored
 
 
@@ -293,8 +290,3 @@ def _dequantized(g: Graph, stored: Stored, matrix: QuantizedMatrix) -> Value:
     groups = g.reshape(g.cast(stored.codes, "float32"), [matrix.groups, matrix.group, rows])
     values = g.op("Mul", groups, g.op("Unsqueeze", stored.scales, g.constant([1])))
     return g.reshape(values, [stored.padded, rows])
-
-
-def _mins_by_column(g: Graph, stored: Stored, matrix: QuantizedMatrix) -> Value:
-    """(groups, N)."""
-    return stored.mins if stored.by_column else g.op("Transpose", stored.mins, perm=[1, 0])
