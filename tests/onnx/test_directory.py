@@ -61,6 +61,8 @@ def test_everything_the_runtimes_need_is_there(tmp_path: Path) -> None:
         "onnx/model.onnx_data",
     }
     assert read_json(tmp_path / "tokenizer_config.json")["chat_template"] == TEMPLATE
+    # Else transformers' tokenizer gives token_type_ids, which optimum's generate refuses.
+    assert read_json(tmp_path / "tokenizer_config.json")["model_input_names"] == ["input_ids", "attention_mask"]
     assert (tmp_path / "chat_template.jinja").read_text(encoding="utf-8") == TEMPLATE
     genai = read_json(tmp_path / "genai_config.json")
     assert genai["model"]["type"] == "llama"
@@ -114,8 +116,11 @@ def test_an_earlier_export_or_another_model_is_not_written_over(tmp_path: Path) 
     with pytest.raises(OptionError, match="is of another model"):
         export(other, tmp_path, dtype="int8", verify=False)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    export(model, tmp_path, dtype="int4", verify=False)
     export(other, tmp_path, verify=False, overwrite=True)
     assert read_json(tmp_path / "config.json")["intermediate_size"] == 64
+    # What was left of the first model would not fit its config any more.
+    assert sorted(path.name for path in (tmp_path / "onnx").iterdir()) == ["model.onnx", "model.onnx_data"]
 
 
 def test_the_models_own_directory_is_not_written_into(tmp_path: Path) -> None:
@@ -155,6 +160,15 @@ def test_weights_beyond_the_range_of_float16_are_refused(tmp_path: Path) -> None
     with pytest.raises(NumericError, match="too large for float16"):
         export(model, tmp_path, dtype="float16", verify=False)
     assert not list(tmp_path.rglob("*.onnx*"))
+
+
+def test_a_head_that_only_claims_to_be_tied_is_refused(tmp_path: Path) -> None:
+    llama_ext.LlamaForCausalLM(config(), seed=1).save_pretrained(tmp_path / "model")
+    values = read_json(tmp_path / "model" / "config.json")
+    values["tie_word_embeddings"] = True
+    (tmp_path / "model" / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs"):
+        export(tmp_path / "model", tmp_path / "out", verify=False)
 
 
 @requires_shared

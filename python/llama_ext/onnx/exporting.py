@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from onnx import helper
 
 from llama_ext._version import __version__
-from llama_ext.errors import NumericError, OptionError
+from llama_ext.errors import LlamaExtError, NumericError, OptionError
 from llama_ext.io.atomic import remove
 from llama_ext.limits import DEFAULT_LIMITS, Limits
 from llama_ext.models.config import LlamaConfig
@@ -118,8 +118,9 @@ def export(
     folder = Path(out_dir)
     with _weights(model_or_path, dtype, group_size, symmetric, limits) as weights:
         checked_profile(profile, weights.dtype)  # what the model decided
-        _check_folder(folder, model_or_path, weights, overwrite)
-        result = _write(folder, weights, chosen, max_file_bytes, progress)
+        replaces = _check_folder(folder, model_or_path, weights, overwrite)
+        stems = tuple(FILE_STEMS.values()) if replaces else (FILE_STEMS[weights.dtype],)
+        result = _write(folder, weights, chosen, max_file_bytes, stems, progress)
     return _verified(model_or_path, result, limits) if verify else result
 
 
@@ -143,8 +144,8 @@ def _weights(
         yield FileWeights(files, dtype, group_size, symmetric)
 
 
-def _check_folder(folder: Path, source: Any, weights: Weights, overwrite: bool) -> None:
-    """Refuses to mix two models, and to write over the one that is being read."""
+def _check_folder(folder: Path, source: Any, weights: Weights, overwrite: bool) -> bool:
+    """Refuses to mix two models, and to write over the one that is being read; says whether another model's is replaced."""
     if isinstance(source, (str, os.PathLike)) and folder.exists():
         path = Path(source)
         inside = path.parent if path.is_file() else path
@@ -152,24 +153,35 @@ def _check_folder(folder: Path, source: Any, weights: Weights, overwrite: bool) 
             raise OptionError(f"out_dir {os.fspath(folder)} is the directory of the model itself: name another one")
     if folder.exists() and not folder.is_dir():
         raise OptionError(f"out_dir {os.fspath(folder)} is a file, not a directory")
-    if overwrite:
-        return
-    graph = folder / GRAPH_FOLDER / f"{FILE_STEMS[weights.dtype]}.onnx"
-    if graph.exists():
-        raise OptionError(f"{graph} exists: name another directory, or say overwrite=True")
+    weights.config.to_json()  # what cannot be written is refused here
     config = folder / "config.json"
-    if config.exists() and not _same_model(LlamaConfig.from_pretrained(folder), weights.config):
+    replaces = config.exists() and not _same_model(config, weights.config)
+    if replaces and not overwrite:
         raise OptionError(f"{config} is of another model: name another directory, or say overwrite=True")
+    graph = folder / GRAPH_FOLDER / f"{FILE_STEMS[weights.dtype]}.onnx"
+    if graph.exists() and not overwrite:
+        raise OptionError(f"{graph} exists: name another directory, or say overwrite=True")
+    return replaces
 
 
-def _same_model(one: LlamaConfig, other: LlamaConfig) -> bool:
+def _same_model(path: Path, config: LlamaConfig) -> bool:
+    try:
+        found = LlamaConfig.from_pretrained(path)
+    except LlamaExtError:
+        return False
     fields = [field.name for field in dataclasses.fields(LlamaConfig) if field.name not in ("dtype", "extra")]
-    return all(getattr(one, name) == getattr(other, name) for name in fields)
+    return all(getattr(found, name) == getattr(config, name) for name in fields)
 
 
 def _write(
-    folder: Path, weights: Weights, profile: Profile, max_file_bytes: int | None, progress: Progress | None
+    folder: Path,
+    weights: Weights,
+    profile: Profile,
+    max_file_bytes: int | None,
+    stems: Sequence[str],
+    progress: Progress | None,
 ) -> ExportResult:
+    """Writes everything; `stems` are the graphs that give way."""
     opset, ir_version = profile.versions(weights.dtype)
     activations = "float32" if weights.dtype in QUANTIZED else weights.dtype
     g = Graph(profile, opset, activations)
@@ -191,9 +203,9 @@ def _write(
     graphs.mkdir(parents=True, exist_ok=True)
     graph = graphs / f"{stem}.onnx"
     # Nothing opens without its graph: it goes before the first weight is replaced, and comes last.
-    remove(graph)
-    for old in _data_files(graphs, stem):
-        remove(old)
+    for replaced in stems:
+        for old in (graphs / f"{replaced}.onnx", *_data_files(graphs, replaced)):
+            remove(old)
     data = _write_data(graphs, g.weights, placements, progress)
     external = {**_external(graphs), graph.name: len(data)}
     write_small_files(

@@ -22,6 +22,7 @@ from llama_ext.models import ARCHITECTURES
 from llama_ext.models.config import LlamaConfig
 from llama_ext.models.generation_config import GenerationDefaults
 from llama_ext.onnx.profiles import QUANTIZED
+from llama_ext.runtime.float_files import FloatFiles
 from llama_ext.runtime.model_files import ModelFiles, StoredTensor
 from llama_ext.runtime.tokenizer import Tokenizer
 from llama_ext.runtime.weight_types import WeightType, WeightTypes, choose_types, is_quantized
@@ -32,7 +33,9 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 
 # Weights that are converted at a time.
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
+# Rows that are transposed at a time.
+_TILE = 256
 # Bits of a code: csrc/quant/weight_type.h.
 _BITS = {"int8": 8, "int5": 5, "int4": 4, "q4_k": 4, "q5_k": 5, "q6_k": 6}
 _WITH_MIN = ("q4_k", "q5_k")
@@ -81,7 +84,16 @@ class FloatMatrix:
         values, stored = self.read()
         step = max(1, _CHUNK // self.shape[0])
         for first in range(0, self.shape[1], step):
-            yield converted(np.ascontiguousarray(values[:, first : first + step].T), stored, dtype)
+            part = values[:, first : first + step]
+            if stored == "bfloat16" and dtype == "float32":
+                # The upper halves of float32 numbers: written once, where widening afterwards would write them twice.
+                wide = np.zeros((part.shape[1], part.shape[0], 2), np.uint16)
+                transpose(part, wide[:, :, 1])
+                yield wide
+                continue
+            turned = np.empty(part.shape[::-1], part.dtype)
+            transpose(part, turned)
+            yield converted(turned, stored, dtype)
         del values
         self.release()
 
@@ -212,6 +224,8 @@ class FileWeights(Weights):
         self.tokenizer = files.tokenizer
         self.generation_defaults = files.generation_defaults
         self.labels = self._tensors["score"].shape[0] if "score" in self._tensors else None
+        if isinstance(files, FloatFiles):
+            files.architecture.check_tied_head(files.config, files.checkpoint, path=str(files.path))
         self._stored = files.stored_types()
         self._prepare(self._stored, dtype, group_size, symmetric)
 
@@ -319,6 +333,12 @@ def quantized(matrix: FloatMatrix, kept: WeightType) -> Codes:
             mins[first:last] = minimum
         first = last
     return centred(codes, scales, mins, bits)
+
+
+def transpose(values: Array, out: Array) -> None:
+    """out = values^T, by blocks of rows that stay in the cache while their columns are read."""
+    for first in range(0, values.shape[0], _TILE):
+        out[:, first : first + _TILE] = values[first : first + _TILE].T
 
 
 def converted(values: Array, stored: str, dtype: str) -> Array:

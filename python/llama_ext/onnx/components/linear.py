@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llama_ext.onnx.graph import MICROSOFT, Graph, Value
-from llama_ext.onnx.weights import Codes, FloatMatrix, Matrix, QuantizedMatrix, Weights, narrowed
+from llama_ext.onnx.weights import Codes, FloatMatrix, Matrix, QuantizedMatrix, Weights, narrowed, transpose
 
 __all__ = ["Stored", "linear", "packed_linear", "store_columns", "vector"]
 
@@ -229,7 +229,7 @@ def _store_columns(g: Graph, matrix: QuantizedMatrix, name: str, wide: bool) -> 
     def codes() -> Iterator[Any]:
         values = _signed(stored.take_codes(), matrix)
         padded = np.zeros((stored.padded, rows), np.uint8)
-        padded[:columns] = values.T
+        transpose(values, padded[:columns])
         del values
         yield _nibbles(padded) if stored.bits == 4 else padded
 
