@@ -233,8 +233,48 @@ def test_a_classifier_scores_as_transformers_does(exported: Any, profile: str) -
     assert not (result.directory / "genai_config.json").exists()
 
 
-def test_bfloat16_is_a_sound_graph_of_the_same_numbers(tmp_path: Path) -> None:
-    """onnxruntime has no bfloat16 kernels for CPUs, so the bits are compared, not a run."""
+@pytest.mark.parametrize(
+    ("profile", "dtype"),
+    [
+        ("standard", "float32"),
+        ("standard", "bfloat16"),
+        ("standard", "int8"),
+        ("portable", "float32"),
+        ("portable", "int8"),
+    ],
+)
+def test_the_reference_of_onnx_computes_the_same(profile: str, dtype: str, tmp_path: Path) -> None:
+    """NumPy, by the standard's own definitions: another implementation, and the one that has bfloat16 on a CPU."""
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="comes with onnx")
+    reference = pytest.importorskip("onnx.reference")
+    config = llama_ext.LlamaConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
+    model = llama_ext.LlamaForCausalLM(config, seed=1, dtype=dtype, compute="exact")
+    result = export(model, tmp_path, profile=profile, dtype=dtype, verify=False)
+    run = reference.ReferenceEvaluator(str(result.graph))
+    ids = np.random.default_rng(0).integers(0, 32, (2, 11))
+    cache = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32
+    past = {name: np.zeros((2, 2, 0, 8), cache) for name in run.input_names if name.startswith("past")}
+    logits = []
+    for first, last in ((0, 7), (7, 11)):
+        feeds = {"input_ids": ids[:, first:last], "attention_mask": np.ones((2, last), np.int64)}
+        positions = np.tile(np.arange(first, last), (2, 1))
+        part, *present = run.run(None, {**feeds, "position_ids": positions, **past})
+        past = dict(zip(past, present, strict=True))
+        logits.append(part)
+    assert relative_rms(np.concatenate(logits, axis=1), model(ids)) < (3e-2 if dtype == "bfloat16" else 3e-6)
+
+
+def test_bfloat16_keeps_the_bits_and_is_not_run_on_a_cpu(tmp_path: Path) -> None:
+    """Failure elsewhere: an export that onnxruntime cannot load is said to be fine."""
     config = llama_ext.LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
     )
