@@ -314,6 +314,29 @@ def test_yarn_and_a_long_context_from_memory(profile: str, tmp_path: Path) -> No
     assert list(cosines.dims) == [4096, 4]
 
 
+@each_profile
+@pytest.mark.parametrize("head_dim", [2, 6, 10, 12])
+def test_heads_of_any_dimension_run(head_dim: int, profile: str, tmp_path: Path) -> None:
+    """Failure elsewhere: GroupQueryAttention takes multiples of 8 only, and says so when it runs."""
+    config = llama_ext.LlamaConfig(
+        vocab_size=40,
+        hidden_size=30,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=head_dim,
+        initializer_range=0.2,
+    )
+    model = llama_ext.LlamaForCausalLM(config, seed=2, device="reference")
+    result = export(llama_ext.LlamaForCausalLM(config, seed=2), tmp_path, profile=profile, verify=False)
+    ids = np.random.default_rng(4).integers(0, 40, (1, 17))
+    run = Run(result.graph)
+    first, past = run(ids[:, :9])
+    second, _ = run(ids[:, 9:], past=past)
+    assert relative_rms(np.concatenate([first, second], axis=1), model(ids)) < 2e-6
+
+
 def test_one_directory_holds_several_dtypes(tmp_path: Path) -> None:
     config = llama_ext.LlamaConfig(
         vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2

@@ -18,6 +18,7 @@ from llama_ext.io.atomic import remove
 from llama_ext.limits import DEFAULT_LIMITS, Limits
 from llama_ext.models.config import LlamaConfig
 from llama_ext.onnx.classifier_files import open_exportable
+from llama_ext.onnx.components.attention import is_grouped
 from llama_ext.onnx.directory import GRAPH_FOLDER, write_small_files
 from llama_ext.onnx.external_data import ExternalTensor, Placement, place, reference, write
 from llama_ext.onnx.graph import MICROSOFT, Graph
@@ -214,7 +215,7 @@ def _write(
         graph=graph.name,
         dtype=activations,
         external=external,
-        shares_cache=profile.contrib and weights.labels is None,
+        shares_cache=is_grouped(profile, weights.config),
     )
     write_model(graph, model)
     nbytes = sum(path.stat().st_size for path in (graph, *data))

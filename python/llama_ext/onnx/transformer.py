@@ -7,7 +7,7 @@ keys and values after it. A classifier takes input_ids and attention_mask, and g
 from __future__ import annotations
 
 from llama_ext.models.config import LlamaConfig
-from llama_ext.onnx.components.attention import Cache, Mask, attention, attention_mask
+from llama_ext.onnx.components.attention import Cache, Mask, attention, attention_mask, is_grouped
 from llama_ext.onnx.components.embedding import embedding
 from llama_ext.onnx.components.feed_forward import feed_forward
 from llama_ext.onnx.components.head import head, score
@@ -42,7 +42,7 @@ def _language_model(g: Graph, config: LlamaConfig, weights: Weights) -> None:
     position_ids = g.input("position_ids", "int64", [BATCH, SEQUENCE])
     g.output("logits", "float32", [BATCH, SEQUENCE, config.vocab_size])
     caches = [_cache(g, config, layer) for layer in range(config.num_hidden_layers)]
-    visible = attention_mask(g, input_ids, mask, cached=True)
+    visible = attention_mask(g, input_ids, mask, grouped=is_grouped(g.profile, config))
     x = _blocks(g, config, weights, input_ids, visible, position_ids, caches)
     head(g, x, weights)
 
@@ -56,7 +56,7 @@ def _classifier(g: Graph, config: LlamaConfig, weights: Weights, labels: int) ->
         before = g.op("Sub", g.op("CumSum", mask, g.constant(1)), g.constant(1))
         position_ids = g.op("Max", before, g.constant(0))
     caches = [Cache()] * config.num_hidden_layers
-    visible = attention_mask(g, input_ids, mask, cached=False)
+    visible = attention_mask(g, input_ids, mask, grouped=False)
     x = _blocks(g, config, weights, input_ids, visible, position_ids, caches)
     score(g, x, input_ids, mask, weights)
 

@@ -5,7 +5,7 @@ in any case. So a row of padding is no row without keys, whose softmax would be 
 
 GroupQueryAttention, of the profile `ort`, is told that every slot holds a token, and gets the mask as a bias: by itself it would
 take padding on the left for tokens. It does not rotate, though it could: in a prefill it takes the positions of the first row
-for all rows, and no heads whose dimension is no multiple of 16.
+for all rows, and no heads whose dimension is no multiple of 16. Where it is none of 8, and without a cache, `ort` has Attention.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from llama_ext.models.config import LlamaConfig
 from llama_ext.onnx.components.linear import linear, packed_linear
 from llama_ext.onnx.components.rope import RopeCache, rope
 from llama_ext.onnx.graph import MICROSOFT, Graph, Value
+from llama_ext.onnx.profiles import Profile
 from llama_ext.onnx.weights import Weights
 
-__all__ = ["Cache", "Mask", "attention", "attention_mask"]
+__all__ = ["Cache", "Mask", "attention", "attention_mask", "is_grouped"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,14 +57,19 @@ class Mask:
     total: Value = ""
 
 
-def attention_mask(g: Graph, input_ids: Value, mask: Value, *, cached: bool) -> Mask:
+def is_grouped(profile: Profile, config: LlamaConfig) -> bool:
+    """Whether a language model's attention is GroupQueryAttention, whose past and present may be one buffer."""
+    return profile.contrib and config.head_dim % 8 == 0
+
+
+def attention_mask(g: Graph, input_ids: Value, mask: Value, *, grouped: bool) -> Mask:
     """What all layers share.
 
     Args:
         g: The graph.
         input_ids: (B, S).
         mask: (B, T) int64, 1 for a token and 0 for padding, those of the cache first.
-        cached: Whether there is a cache: GroupQueryAttention is made for one.
+        grouped: Whether it is for GroupQueryAttention.
 
     Returns:
         The mask.
@@ -77,11 +83,11 @@ def attention_mask(g: Graph, input_ids: Value, mask: Value, *, cached: bool) -> 
         real = g.op("Unsqueeze", g.cast(mask, "bool"), g.constant([1, 2]))
         shown = g.op("Or", real, g.op("Equal", key, query))
         visible = g.op("And", g.op("LessOrEqual", key, query), shown)
-        if g.profile.fused and not (g.profile.contrib and cached):
+        if g.profile.fused and not grouped:
             return Mask(visible=visible)
         least = float(np.finfo(np.float16 if g.dtype == "float16" else np.float32).min)
         added = g.op("Where", visible, g.scalar(0.0), g.scalar(least))
-        if g.profile.contrib:
+        if grouped:
             batch = g.op("Slice", g.op("Shape", mask), g.constant([0]), g.constant([1]))
             last = g.cast(g.op("Expand", g.op("Sub", total, g.constant(1)), batch), "int32")
             return Mask(added=added, last_key=last, total=g.cast(total, "int32"))
