@@ -5,7 +5,7 @@ Quantised weights are w = scale (code - zero) + middle by groups of g columns. T
     portable  int8: Cast, Mul by the scales, MatMul, which a runtime computes once (opset 17 knows no groups); int4 graphs:
               DequantizeLinear as in `standard`
     standard  DequantizeLinear of (K, N) along axis 0 in blocks of g, then MatMul: the one form that onnxruntime joins with the
-              product for 4 bits, and computes on the codes
+              product, and computes on the codes
     ort       MatMulNBits, which rounds activations to int8 (accuracy_level 4)
 
 No form has a place for what a group's minimum adds. Its share of the product is (sum of the group's x) @ middles^T, a small
@@ -189,22 +189,26 @@ class Stored:
         self.bits = 8
         self.by_column = False
         self.padded = matrix.shape[1]
-        none = np.empty((0, 0), np.float32)
-        self._left: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] = (none, none)
+        self._left: dict[str, npt.NDArray[np.float32] | None] = {}
 
     def take_codes(self) -> npt.NDArray[np.uint8]:
         """(N, K); the rest stays for `take_scales` and `take_middles`."""
         read = self.matrix.read()
-        self._left = (read.scales, read.scales[:0] if read.middles is None else read.middles)
+        self._left = {"scales": read.scales, "middles": read.middles}
         return read.codes
 
     def take_scales(self) -> npt.NDArray[np.float32]:
-        """(N, groups), after the codes."""
-        return self._left[0]
+        """(N, groups), once, after the codes."""
+        return self._take("scales")
 
     def take_middles(self) -> npt.NDArray[np.float32]:
-        """(N, groups), after the codes."""
-        return self._left[1]
+        """(N, groups), once, after the codes."""
+        return self._take("middles")
+
+    def _take(self, what: str) -> npt.NDArray[np.float32]:
+        values = self._left.pop(what)
+        # Never: there is a place for them only where there are some.
+        return np.empty((0, 0), np.float32) if values is None else values
 
 
 def store_columns(g: Graph, matrix: QuantizedMatrix, name: str, *, wide: bool = False) -> Stored:
