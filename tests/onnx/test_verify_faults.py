@@ -10,19 +10,10 @@ import numpy as np
 import pytest
 
 import llama_ext
+from onnx_runs import each_profile, onnx
 
-onnx = pytest.importorskip("onnx", reason="needs the extra 'onnx'")
-pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
-
-from onnx import helper, numpy_helper  # noqa: E402
-
-from llama_ext.onnx.exporting import export  # noqa: E402
-from llama_ext.onnx.verification import ParityReport, verify  # noqa: E402
-
-PROFILES = ["portable", "standard", "ort"]
-each_profile = pytest.mark.parametrize("profile", PROFILES)
-
-Model = Any
+from llama_ext.onnx.exporting import export  # isort: skip
+from llama_ext.onnx.verification import ParityReport, verify  # isort: skip
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +44,7 @@ def nodes_of(graph: Any, scope: str, *kinds: str) -> list[Any]:
 def insert(graph: Any, before: Any, kind: str, inputs: list[str], **attributes: Any) -> str:
     """A node in front of another one; gives its output."""
     output = f"planted_{len(graph.node)}"
-    made = helper.make_node(kind, inputs, [output], output, **attributes)
+    made = onnx.helper.make_node(kind, inputs, [output], output, **attributes)
     nodes = list(graph.node)
     place = next(index for index, node in enumerate(nodes) if node.name == before.name)
     del graph.node[:]
@@ -63,7 +54,7 @@ def insert(graph: Any, before: Any, kind: str, inputs: list[str], **attributes: 
 
 def constant(graph: Any, value: Any) -> str:
     name = f"planted_constant_{len(graph.initializer)}"
-    graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+    graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value), name))
     return name
 
 

@@ -53,6 +53,14 @@ def add_to(commands: Commands) -> None:
     )
     parser.add_argument("--steps", type=int, default=64, metavar="N", help="tokens to generate (default: 64)")
     parser.add_argument("--threads", type=int, metavar="N", help="default: the physical cores there are for us")
+    parser.add_argument(
+        "--runtimes",
+        nargs="+",
+        default=[],
+        choices=("onnxruntime-genai", "openvino"),
+        metavar="NAME",
+        help="others to compare as well: onnxruntime-genai, openvino",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the report there as well, as JSON; - prints it instead")
     parser.add_argument(
         "--no-record",
@@ -73,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
         steps=args.steps,
         variant=args.variant,
         threads=args.threads,
+        runtimes=args.runtimes,
         record=not args.no_record,
     )
     if args.json == "-":

@@ -35,7 +35,6 @@ _OPS = {
     "q": "matmul (q)",
     "k": "matmul (k)",
     "v": "matmul (v)",
-    "qkv": "matmul (q, k, v)",
     "q_rope": "rope",
     "k_rope": "rope",
     "attention": "attention",
@@ -98,7 +97,7 @@ def places(nodes: Sequence[Node], config: LlamaConfig) -> list[Place]:
     found: list[tuple[int, Place]] = []
     for (layer, scope), members in groups.items():
         for order, name, node, value in _values(scope, members):
-            found.append((order, Place(layer, name, value, node.name, keys=value.startswith("present."))))
+            found.append((order, Place(layer, name, value, node.name)))
     last = config.num_hidden_layers - 1
     return [
         # The last residual of a block belongs to the block, though it is made with the norm behind it.
@@ -125,12 +124,10 @@ def _values(scope: str, members: list[tuple[int, Node]]) -> Iterator[tuple[int, 
         for (at, each), name in zip(rotated, ("q_rope", "k_rope"), strict=False):
             yield at, name, each, each.outputs[0]
     elif scope == "attention":
-        if node.op_type == "GroupQueryAttention":
-            # It rotates as well, and shows the rotated keys: they come before what it does with them.
-            keys = next((each for each in node.outputs if each.endswith(".key")), None)
-            if keys is not None:
-                yield order, "k_rope", node, keys
         yield order, "attention", node, node.outputs[0]
+    elif scope == "attention/qkv" and node.op_type == "Split":
+        for name, value in zip("qkv", node.outputs, strict=False):
+            yield order, name, node, value
     elif scope == "embedding":
         yield order, "embedding", node, node.outputs[0]
     elif scope == "head" or scope.startswith("head/"):
@@ -138,7 +135,7 @@ def _values(scope: str, members: list[tuple[int, Node]]) -> Iterator[tuple[int, 
             yield order, "logits", node, "logits"
     else:
         name = scope.rsplit("/", 1)[-1]
-        if scope in ("attention/q", "attention/k", "attention/v", "attention/qkv", "attention/o") or (
+        if scope in ("attention/q", "attention/k", "attention/v", "attention/o") or (
             scope in ("feed_forward/gate", "feed_forward/up", "feed_forward/swiglu", "feed_forward/down")
         ):
             yield order, name, node, node.outputs[0]
@@ -165,10 +162,9 @@ def find_fault(
     if party.has_cache:
         layer = _first_layer(party, reference, work, gates)
         near = [each for each in order if each.layer is None or each.layer in (layer - 1, layer)]
-    shown = [each.value for each in near if not each.keys and each.name != "logits"]
+    shown = [each.value for each in near if each.name != "logits"]
     session = party.copy(graph.bytes(outputs=shown, float32=float32))
-    wanted = {each.reference for each in near} | {f"layers.{each.layer}.{name}" for each in near for name in "qkv"}
-    expected = _reference_values(reference, work, wanted)
+    expected = _reference_values(reference, work, {each.reference for each in near})
     for place in near:
         actual = session.values(work, [place.value])[0]
         found = _compare(actual, place, expected, work, reference.config)
@@ -216,11 +212,7 @@ def _compare(
     """A value of the graph against the reference's, for the real tokens of every row."""
     ours, theirs = [], []
     for row in range(len(work.sequences)):
-        if place.name == "qkv":
-            parts = [expected[f"layers.{place.layer}.{name}", row] for name in "qkv"]
-            value = np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
-        else:
-            value = expected[place.reference, row]
+        value = expected[place.reference, row]
         begin, end = work.columns(row, past=place.keys)
         tokens = _by_token(actual[row], value, config)[begin:end]
         theirs.append(value.reshape(len(value), -1)[len(value) - len(tokens) :])

@@ -251,6 +251,18 @@ class OrtModel:
             if options.get(name):
                 raise UnsupportedError(f"{name}: speculation is not done in onnxruntime by this version: leave it out")
 
+    def begin(self, prompts: Sequence[IntArray], **options: Any) -> OrtGeneration:
+        """The token loop of `generate` by itself, to be stepped through: for those who measure it.
+
+        Args:
+            prompts: Token ids, at least one each.
+            **options: See `OrtGeneration`.
+
+        Returns:
+            A generation that has not begun.
+        """
+        return OrtGeneration(self._session, prompts, **options)
+
     def _new_generation(
         self,
         prompts: Sequence[IntArray],
@@ -260,9 +272,9 @@ class OrtModel:
         draft_tokens: int,
         **options: Any,
     ) -> OrtGeneration:
-        """The token loop of `generate`. Guesses that only the defaults ask for would change nothing but the speed."""
+        """What `generate` asks for. Guesses that only the defaults ask for would change nothing but the speed."""
         del session, draft, draft_tokens  # sessions are the native model's
-        return OrtGeneration(self._session, prompts, **options)
+        return self.begin(prompts, **options)
 
     def _as_native(self) -> LlamaForCausalLM:
         """This model for functions that need no more of a native one than both have."""

@@ -185,9 +185,8 @@ class ParityReport:
             cells = [_cell(check, key) for key, _ in _COLUMNS]
             table.add_row(check.runtime, check.name, *cells, "passed" if check.passed else "FAILED")
         console.print(table)
-        for check in self.checks:
-            if check.note:
-                console.print(f"{check.runtime}, {check.name}: {check.note}", markup=False)
+        for (runtime, note), names in self._notes().items():
+            console.print(f"{runtime}, {', '.join(names)}: {note}", markup=False)
         console.print(f"weights: {self._loss_in_words()}", markup=False)
         for skipped in self.not_run:
             console.print(f"not run: {skipped.runtime}, {skipped.name}: {skipped.reason}", markup=False)
@@ -197,6 +196,14 @@ class ParityReport:
         console.print(f"{'PASSED' if self.passed else 'FAILED'}: {verdicts}", markup=False)
         console.print(f"report {self.hash}", markup=False)
         return "\n".join(line.rstrip() for line in written.getvalue().splitlines())
+
+    def _notes(self) -> dict[tuple[str, str], list[str]]:
+        """What each runtime has to be said of, with the comparisons that it is said of."""
+        result: dict[tuple[str, str], list[str]] = {}
+        for check in self.checks:
+            if check.note:
+                result.setdefault((check.runtime, check.note), []).append(check.name)
+        return result
 
     def _loss_in_words(self) -> str:
         if not self.loss:

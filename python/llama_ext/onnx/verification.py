@@ -28,6 +28,7 @@ from llama_ext.onnx.ort_model_session import find_graph
 from llama_ext.onnx.parity_report import Check, Fault, NotRun, ParityReport
 from llama_ext.onnx.requirements import require
 from llama_ext.onnx.verification_graphs import GraphFile
+from llama_ext.onnx.verification_others import checked_runtimes
 from llama_ext.onnx.verification_runs import Verification
 from llama_ext.onnx.verification_source import Source, open_source
 from llama_ext.onnx.verification_work import Workload
@@ -60,6 +61,7 @@ def verify(
     steps: int = 64,
     variant: str | None = None,
     threads: int | None = None,
+    runtimes: Sequence[str] = (),
     record: bool = True,
     progress: Callable[[str], object] | None = None,
     limits: Limits = DEFAULT_LIMITS,
@@ -78,6 +80,7 @@ def verify(
         steps: Tokens to generate, >= 1; fewer where the context has no room for them.
         variant: Which graph, as for `OrtModel`. None: the one that genai_config.json names, which is the one exported last.
         threads: Of the native model and of onnxruntime. None: as many as a native model gets.
+        runtimes: Others to compare, of "onnxruntime-genai" (its tokens) and "openvino". One that is not installed is not run.
         record: Whether to write the report's hash into the graph's metadata when it has passed, and to remove an older one when
             it has not.
         progress: Told what begins. None: a bar on a terminal.
@@ -99,6 +102,7 @@ def verify(
     if count is None or count < 1:
         raise OptionError(f"steps must be a whole number >= 1, got {steps!r}")
     number = checked_threads(threads)
+    others = checked_runtimes(runtimes)
     folder = Path(out_dir)
     path = _graph(folder, variant)
     graph = GraphFile(path)
@@ -107,7 +111,7 @@ def verify(
     with open_source(model_or_path, graph, dtype, number, limits) as source:
         sequences = _sequences(texts, source)
         work = Workload.of(sequences, count, source.config)
-        verification = Verification(graph, source, work, profile, dtype, number or None)
+        verification = Verification(graph, source, work, profile, dtype, number or None, others)
         with ProgressBar("Verifying", verification.stages, "of the stages") as bar:
             for stage in verification.run():
                 bar.advance(1)
@@ -117,7 +121,7 @@ def verify(
         profile=profile,
         dtype=dtype,
         files=_files(folder, graph),
-        versions=_versions({}),
+        versions=_versions(verification.versions),
         machine=_machine(number),
         texts=_texts_record(sequences, texts is None),
         steps=work.steps,

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from llama_ext import _core
 from llama_ext.onnx.ort_model_session import OrtSession
 from llama_ext.onnx.parity import Gates
+from llama_ext.onnx.verification_others import OpenVinoSession
 
 __all__ = ["Greedy", "NativeParty", "OrtParty", "Party", "Pass"]
 
@@ -152,7 +153,7 @@ class NativeParty:
 
 
 class OrtParty:
-    """A graph in onnxruntime.
+    """A graph in onnxruntime, or in what has the same way to run it.
 
     Args:
         name: For the report.
@@ -161,7 +162,9 @@ class OrtParty:
         float32: Whether activations are float32 throughout.
     """
 
-    def __init__(self, name: str, gates: Gates, session: OrtSession, *, float32: bool = False) -> None:
+    def __init__(
+        self, name: str, gates: Gates, session: OrtSession | OpenVinoSession, *, float32: bool = False
+    ) -> None:
         self.name = name
         self.gates = gates
         self._session = session

@@ -10,6 +10,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from llama_ext import _core
 from llama_ext._arrays import IntArray
 from llama_ext.errors import LlamaExtError
 from llama_ext.onnx.bisect import find_fault
@@ -17,8 +18,9 @@ from llama_ext.onnx.ort_model_session import OrtSession
 from llama_ext.onnx.parity import GATES, Gates, Nearness, compare_logits, nearness
 from llama_ext.onnx.parity_report import Check, Fault, NotRun, Number
 from llama_ext.onnx.profiles import QUANTIZED
-from llama_ext.onnx.reference import Reference, Weights
+from llama_ext.onnx.reference import F64, Reference, Weights
 from llama_ext.onnx.verification_graphs import GraphFile
+from llama_ext.onnx.verification_others import GENAI, OPENVINO, OpenVinoSession, genai_tokens, installed, version_of
 from llama_ext.onnx.verification_parties import Greedy, NativeParty, OrtParty, Party, Pass
 from llama_ext.onnx.verification_source import Source
 from llama_ext.onnx.verification_work import Expectations, Workload
@@ -44,6 +46,7 @@ class _Measured:
         constants: What the constants of its reference are rounded to; None: not at all.
         logits: Of each text; None when it failed.
         greedy: The generation.
+        tokens: Of a generation whose logits the runtime does not show.
         others: By name of the comparison: the pass it is of, how many of its last rows were kept, and the logits of each row.
     """
 
@@ -52,6 +55,7 @@ class _Measured:
     constants: str | None
     logits: list[FloatArray] | None = None
     greedy: Greedy | None = None
+    tokens: IntArray | None = None
     others: dict[str, tuple[Pass, int | None, list[FloatArray]]] = dataclasses.field(default_factory=dict)
 
 
@@ -64,8 +68,10 @@ class Verification:
         work: What every party does.
         profile, dtype: Of the graph.
         threads: Of onnxruntime; None: the default.
+        runtimes: Others, see `OTHERS`.
 
     Attributes:
+        versions: Of those others.
         checks, not_run, fault, loss, loss_note: See `ParityReport`.
     """
 
@@ -77,6 +83,7 @@ class Verification:
         profile: str,
         dtype: str,
         threads: int | None,
+        runtimes: Sequence[str] = (),
     ) -> None:
         self._graph = graph
         self._source = source
@@ -90,7 +97,10 @@ class Verification:
         self.fault: Fault | None = None
         self.loss: dict[str, Number] = {}
         self.loss_note = "the weights are stored exactly"
+        self.versions: dict[str, str] = {}
+        self._runtimes = runtimes
         self._measured: list[_Measured] = []
+        self._errors: dict[str, float] = {}
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -101,7 +111,9 @@ class Verification:
     @property
     def stages(self) -> int:
         """How many stages `run` has."""
-        return 3 + 2 * (self._dtype in QUANTIZED) + (self._dtype == "float16") + (not self._source.is_exact)
+        quantized = self._dtype in QUANTIZED
+        more = [quantized and not self._scores, quantized or self._dtype == "float16", not self._source.is_exact]
+        return 3 + sum(more) + len(self._runtimes)
 
     def run(self) -> Iterator[str]:
         """All comparisons; says what begins, stage by stage."""
@@ -117,11 +129,15 @@ class Verification:
             rounding = NativeParty(NATIVE_INT8, GATES["int8 activations"], self._source.native("auto"))
             measured.append(self._measure(rounding, briefly=True))
             del rounding
-        parties: list[OrtParty] = []
+        parties: list[tuple[OrtParty, _Measured]] = []
         for name, make in self._ort_parties():
             yield name
-            parties.append(make())
-            measured.append(self._measure(parties[-1]))
+            party = make()
+            parties.append((party, self._measure(party)))
+            measured.append(parties[-1][1])
+        for name in self._runtimes:
+            yield name
+            self._measure_other(name)
         yield "the float64 reference"
         weights = self._source.stored(core)
         for constants in dict.fromkeys(each.constants for each in measured):
@@ -130,7 +146,7 @@ class Verification:
             yield "what storing the weights in fewer bits changes"
             self._measure_loss(weights)
         # The one that computes most exactly tells most.
-        for party, each in reversed(list(zip(parties, measured[-len(parties) :], strict=True))):
+        for party, each in reversed(parties):
             if self.fault is None:
                 self._find_fault(party, each, self._reference(weights, each.constants))
 
@@ -158,12 +174,49 @@ class Verification:
                 ),
             )
 
+    def _measure_other(self, name: str) -> None:
+        """A runtime that need not be there."""
+        library = installed(name)
+        reason = ""
+        if library is None:
+            reason = f"not installed: pip install {name}"
+        elif self._scores:
+            reason = "classifiers are compared in onnxruntime only"
+        elif name == OPENVINO and self._profile == "ort":
+            # It reads some of them, and computes a single token without a past wrongly (2026.4).
+            reason = "profile 'ort' has onnxruntime's own operators; 'portable' is the one for OpenVINO"
+        if library is None or reason:
+            self.not_run.append(NotRun(name, "everything", reason))
+            return
+        self.versions[name] = version_of(library)
+        threads = self._threads or _core.default_threads()[0]
+        path, config, gates = self._graph.path, self._source.config, GATES["float32"]
+        if self._dtype in NARROW:
+            gates = GATES["float16"]
+        if name == GENAI:
+            result = _Measured(name, gates, None)
+            work = self._work
+            result.tokens = self._try(
+                name, GREEDY, lambda: genai_tokens(library, path, work.prompt, max(work.steps, 1), threads)
+            )
+            self._measured.append(result)
+            return
+        try:
+            session = OpenVinoSession(library, path, config, threads)
+        except LlamaExtError as error:
+            if self._profile == "portable":
+                self.checks.append(Check(name, "loading", False, note=str(error)))
+            else:
+                self.not_run.append(NotRun(name, "everything", f"{error}. Profile 'portable' is the one for it"))
+            return
+        self._measured.append(self._measure(OrtParty(name, gates, session)))
+
     def _measure(self, party: Party, *, briefly: bool = False) -> _Measured:
         work = self._work
         # A graph of few bits that is computed in float32 still has the constants that it stores.
         narrow = self._dtype in NARROW and party.name == ONNXRUNTIME_FLOAT32
         result = _Measured(party.name, party.gates, self._dtype if narrow else None)
-        result.logits = self._try(party, TEXTS, lambda: [party.logits(Pass((ids,)))[0] for ids in work.texts])
+        result.logits = self._try(party.name, TEXTS, lambda: [party.logits(Pass((ids,)))[0] for ids in work.texts])
         if not self._scores:
             self._measure_greedy(party, result)
         if briefly:
@@ -183,7 +236,7 @@ class Verification:
     def _measure_greedy(self, party: Party, result: _Measured) -> None:
         work = self._work
         if work.steps:
-            result.greedy = self._try(party, GREEDY, lambda: party.greedy(work.prompt, work.steps))
+            result.greedy = self._try(party.name, GREEDY, lambda: party.greedy(work.prompt, work.steps))
         else:
             self.not_run.append(NotRun(party.name, GREEDY, "the context has no room for a token"))
 
@@ -224,16 +277,16 @@ class Verification:
         last: int | None,
         run: Callable[[], list[FloatArray]],
     ) -> None:
-        logits = self._try(party, name, run)
+        logits = self._try(party.name, name, run)
         if logits is not None:
             result.others[name] = (work, last, logits)
 
-    def _try(self, party: Party, name: str, run: Callable[[], T]) -> T | None:
+    def _try(self, party: str, name: str, run: Callable[[], T]) -> T | None:
         """What a runtime refuses to run has failed, and the rest goes on."""
         try:
             return run()
         except LlamaExtError as error:
-            self.checks.append(Check(party.name, name, False, note=str(error)))
+            self.checks.append(Check(party, name, False, note=str(error)))
             return None
 
     # -- comparing ---------------------------------------------------------------------------------------------------------
@@ -251,6 +304,8 @@ class Verification:
         for each in measured:
             if each.greedy is not None:
                 wanted.add(each.greedy.sequence, last=len(each.greedy.tokens))
+            if each.tokens is not None:
+                wanted.add(self._work.sequence(each.tokens), last=len(each.tokens))
             for work, last, _ in each.others.values():
                 for row in range(len(work.sequences)):
                     wanted.add(*work.row(row), last)
@@ -264,6 +319,12 @@ class Verification:
         error = 0.0
         if measured.logits is not None:
             error = self._check_texts(measured, measured.logits, expected, limits)
+        self._errors[measured.party] = error
+        if measured.tokens is not None:
+            # It runs the same graph as onnxruntime, whose noise was measured.
+            rows = expected.last(self._work.sequence(measured.tokens), None, len(measured.tokens))
+            figures, note = _token_figures(measured.tokens, rows, self._errors.get(ONNXRUNTIME, 0.0))
+            self.checks.append(Check(measured.party, GREEDY, not figures["flips"], {"flips": 0.0}, figures, note))
         if measured.greedy is not None:
             self.checks.append(self._greedy_check(measured, measured.greedy, expected, error, limits))
         for name, (work, _, logits) in measured.others.items():
@@ -291,36 +352,11 @@ class Verification:
         self, measured: _Measured, greedy: Greedy, expected: Expectations, error: float, limits: dict[str, float]
     ) -> Check:
         """Each token was the reference's choice, or one that lies within the noise of it; and so were the logits on the way."""
-        steps = len(greedy.tokens)
-        theirs = expected.last(greedy.sequence, None, steps)
-        chosen = theirs[np.arange(steps), greedy.tokens]
-        gaps = theirs.max(axis=1) - chosen
-        other = theirs.argmax(axis=1) != greedy.tokens
-        flips = np.flatnonzero(other & (gaps > 2 * error))
+        theirs = expected.last(greedy.sequence, None, len(greedy.tokens))
+        tokens, note = _token_figures(greedy.tokens, theirs, error)
         near = nearness([greedy.logits], [theirs])
-        figures: dict[str, Number] = {
-            "relative_rms": near.relative_rms,
-            "worst_position": near.worst_position,
-            "max_abs": near.max_abs,
-            "steps": steps,
-            "top1": float(np.count_nonzero(~other)) / steps,
-            "flips": len(flips),
-            "ties": int(np.count_nonzero(other)) - len(flips),
-            "largest_gap": float(gaps.max()),
-        }
-        note = ""
-        if len(flips):
-            step = int(flips[0])
-            note = (
-                f"step {step} took token {int(greedy.tokens[step])}, the reference takes {int(theirs[step].argmax())}, "
-                f"{gaps[step]:.2e} above it where {2 * error:.2e} is noise"
-            )
-        elif figures["ties"]:
-            note = (
-                f"{figures['ties']} of {steps} tokens were others than the reference's, within the noise of its logits"
-            )
-        passed = near.passes(measured.gates) and not len(flips)
-        return Check(measured.party, GREEDY, passed, {**limits, "flips": 0.0}, figures, note)
+        passed = near.passes(measured.gates) and not tokens["flips"]
+        return Check(measured.party, GREEDY, passed, {**limits, "flips": 0.0}, {**_figures(near), **tokens}, note)
 
     def _measure_loss(self, weights: Weights) -> None:
         both = []
@@ -360,6 +396,35 @@ class Verification:
 
 def _pieces(party: Party, tokens: IntArray, sizes: Sequence[int], last: int) -> list[FloatArray]:
     return [party.pieces(tokens, sizes, last)]
+
+
+def _token_figures(tokens: IntArray, theirs: F64, error: float) -> tuple[dict[str, Number], str]:
+    """How tokens compare with the reference's choices, given its logits (steps, V) and the noise of a runtime's; and a note.
+
+    Another token than the reference's counts only when the reference's gap is over twice the error: both logits may be off.
+    """
+    steps = len(tokens)
+    gaps = theirs.max(axis=1) - theirs[np.arange(steps), tokens]
+    other = theirs.argmax(axis=1) != tokens
+    flips = np.flatnonzero(other & (gaps > 2 * error))
+    ties = int(np.count_nonzero(other)) - len(flips)
+    note = ""
+    if len(flips):
+        step = int(flips[0])
+        note = (
+            f"step {step} took token {int(tokens[step])}, the reference takes {int(theirs[step].argmax())}, "
+            f"{gaps[step]:.2e} above it where {2 * error:.2e} is noise"
+        )
+    elif ties:
+        note = f"{ties} of {steps} tokens were others than the reference's, within the noise of its logits"
+    figures: dict[str, Number] = {
+        "steps": steps,
+        "top1": float(np.count_nonzero(~other)) / steps,
+        "flips": len(flips),
+        "ties": ties,
+        "largest_gap": float(gaps.max()),
+    }
+    return figures, note
 
 
 def _figures(near: Nearness) -> dict[str, Number]:

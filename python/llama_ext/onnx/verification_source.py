@@ -20,7 +20,7 @@ from llama_ext.onnx.weights import CoreWeights, FileWeights, narrowed
 from llama_ext.onnx.weights import Weights as GraphWeights
 from llama_ext.runtime.loading import core_config
 from llama_ext.runtime.tokenizer import Tokenizer
-from llama_ext.runtime.weight_types import GROUP_SIZES, WeightTypes
+from llama_ext.runtime.weight_types import GROUP_SIZES, WeightTypes, is_quantized
 
 if TYPE_CHECKING:
     from llama_ext.runtime.model import LlamaForCausalLM
@@ -150,8 +150,18 @@ def _of_model(model: LlamaForCausalLM, graph: GraphFile, dtype: str, threads: in
     slots = {name: stored.get(name, stored[""])[0] if is_matrix else "float32" for name, _, is_matrix in core.slots()}
 
     def native(compute: str) -> _core.Model:
-        made = _core.Model(_core.Backend("cpu", threads), core_config(model.config), types, {}, compute=compute)
+        backend = _core.Backend("cpu", threads)
+        same = all(stored.get(slot, stored[""]) == kept for slot, kept in weights.types.items())
+        if same and is_quantized(stored):
+            # Rounding what codes stand for once more would not give these codes.
+            packed = {name: core.packed(name) for name in core.matrices()}
+            made = _core.Model(backend, core_config(model.config), dict(stored), packed, compute=compute)
+        else:
+            made = _core.Model(backend, core_config(model.config), types, {}, compute=compute)
+        missing = set(made.missing())
         for name, _, is_matrix in core.slots():
+            if name not in missing:
+                continue
             kept, group = stored.get(name, stored[""]) if is_matrix else ("float32", 0)
             made.load(name, core.read(name), "float32" if group else kept)
         return _with_narrow_vectors(made, dtype)

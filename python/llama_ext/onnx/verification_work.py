@@ -77,6 +77,10 @@ class Workload:
             near_end=Pass((short,), positions=(np.arange(context - len(short), context),)),
         )
 
+    def sequence(self, tokens: IntArray) -> IntArray:
+        """What ran through a model that generated these: the prompt and all of them but the last."""
+        return np.concatenate([self.prompt, tokens[:-1]]).astype(np.int32)
+
     @property
     def chunks(self) -> list[int]:
         """Sizes of the pieces of the first text."""
