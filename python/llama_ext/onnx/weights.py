@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -323,15 +324,22 @@ def quantized(matrix: FloatMatrix, kept: WeightType) -> Codes:
     codes = np.empty((rows, columns), np.uint8)
     scales = np.empty((rows, -(-columns // group)), np.float32)
     mins = np.empty_like(scales) if has_min else None
-    first = 0
-    for values in matrix.rows("float32"):
-        part, scale, minimum = _core.quantize(values, encoding, group)
-        last = first + len(values)
+    values, stored = matrix.read()
+    step = max(1, _CHUNK // columns)
+
+    def round_rows(first: int) -> None:
+        last = min(first + step, rows)
+        part, scale, minimum = _core.quantize(converted(values[first:last], stored, "float32"), encoding, group)
         np.add(part.view(np.uint8), np.uint8(zero), out=codes[first:last])
         scales[first:last] = scale
         if mins is not None:
             mins[first:last] = minimum
-        first = last
+
+    # A row's codes depend on the row alone, and the core lets go of the interpreter while it rounds.
+    with ThreadPoolExecutor(_core.default_threads()[0]) as pool:
+        for _ in pool.map(round_rows, range(0, rows, step)):
+            pass
+    matrix.release()
     return centred(codes, scales, mins, bits)
 
 
