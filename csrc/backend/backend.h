@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -85,6 +86,10 @@ class Backend {
                             std::span<const std::byte> blocks) = 0;
   /// Reads rows back: `target` (n, K), host memory, f32 or the matrix's own dtype, contiguous.
   virtual void read_rows(const Matrix& matrix, const RowMap& map, const TensorView& target) = 0;
+  /// Reads `rows` rows of a quantised matrix as they are kept: calls `visit` with the index of each and its codes, in order, from
+  /// this thread. Throws DTypeError for a matrix of floats, UnsupportedError where a device keeps no codes.
+  virtual void read_codes(const Matrix& matrix, const RowMap& map, int64_t rows,
+                          const std::function<void(int64_t, const QuantizedRow&)>& visit) = 0;
 
   // The KV cache of one sequence.
   /// Memory is only touched as positions are stored. Throws DTypeError, OutOfMemoryError.

@@ -147,6 +147,18 @@ py::array read(const Model& model, const std::string& name) {
   return values;
 }
 
+py::tuple read_codes(const Model& model, const std::string& name) {
+  const std::vector<Weights::Slot>& slots = model.weights().slots();
+  const auto slot = std::find_if(slots.begin(), slots.end(), [&](const Weights::Slot& s) { return s.name == name; });
+  require(slot != slots.end(), ErrorKind::kCheckpoint, "read_codes: there is no slot '", name, "' in this model");
+  require(slot->is_matrix && slot->type.is_quantized(), ErrorKind::kDType, "read_codes: '", name, "' is not quantised");
+  CodeArrays arrays(slot->type, slot->shape[0], slot->shape[1]);
+  without_gil([&] {
+    model.weights().read_codes(name, [&](int64_t row, const QuantizedRow& codes) { arrays.store(row, codes); });
+  });
+  return arrays.tuple();
+}
+
 int64_t kv_nbytes(const Model& model, int64_t capacity, const std::string& dtype) {
   return model.backend().kv_cache_nbytes(model.kv_shape(capacity, kv_dtype_from_name(dtype)));
 }
@@ -226,6 +238,7 @@ void bind_model(py::module_& module) {
       .def("matrices", &matrix_names)
       .def("packed", &packed, py::arg("name"))
       .def("read", &read, py::arg("slot"))
+      .def("read_codes", &read_codes, py::arg("slot"))
       .def("kv_nbytes", &kv_nbytes, py::arg("capacity"), py::arg("dtype"))
       .def("logits", &logits, py::arg("sequences"))
       .def("score", &score_tokens, py::arg("tokens"), py::arg("first"), py::arg("advance") = py::none())

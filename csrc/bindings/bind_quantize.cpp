@@ -40,11 +40,52 @@ py::tuple quantize(const py::object& source, const std::string& dtype, int64_t g
   return py::make_tuple(codes, scales, info.has_min ? py::object(mins) : py::none());
 }
 
+/// Codes of ggml blocks, (rows, bytes of a row), as `read_codes` gives them.
+py::tuple decode_blocks(const py::object& blocks, const std::string& ggml_name, int64_t cols) {
+  const GgmlType& ggml = ggml_type(ggml_name);
+  const std::span<const std::byte> bytes = byte_view(blocks, "decode_blocks", "blocks");
+  const int64_t row_bytes = ggml_row_bytes(ggml, cols);
+  const int64_t size = static_cast<int64_t>(bytes.size());
+  require(row_bytes > 0 && size % row_bytes == 0, ErrorKind::kShape, "decode_blocks: rows of ", cols, " ", ggml.name,
+          " weights take ", row_bytes, " bytes, got ", size, " in all");
+  CodeArrays arrays(ggml.type, size / row_bytes, cols);
+  without_gil([&] {
+    QuantizedRow row;
+    for (int64_t i = 0; i < size / row_bytes; ++i) {
+      decode_ggml_row(ggml, reinterpret_cast<const uint8_t*>(bytes.data()) + i * row_bytes, cols, row);
+      arrays.store(i, row);
+    }
+  });
+  return arrays.tuple();
+}
+
 }  // namespace
+
+CodeArrays::CodeArrays(const WeightType& type, int64_t rows, int64_t cols)
+    : type_(type),
+      cols_(cols),
+      groups_(ceil_div(cols, type.group)),
+      codes_(py::dtype("uint8"), std::vector<int64_t>{rows, cols}),
+      scales_(new_array(DType::kF32, {rows, groups_}, "codes")),
+      mins_(new_array(DType::kF32, {info_of(type.encoding).has_min ? rows : 0, groups_}, "codes")),
+      code_data_(static_cast<uint8_t*>(codes_.mutable_data())),
+      scale_data_(float_data(scales_)),
+      min_data_(float_data(mins_)) {}
+
+void CodeArrays::store(int64_t index, const QuantizedRow& row) {
+  std::copy_n(row.codes.data(), cols_, code_data_ + index * cols_);
+  float* mins = info_of(type_.encoding).has_min ? min_data_ + index * groups_ : nullptr;
+  group_factors(type_, row, cols_, scale_data_ + index * groups_, mins);
+}
+
+py::tuple CodeArrays::tuple() const {
+  return py::make_tuple(codes_, scales_, info_of(type_.encoding).has_min ? py::object(mins_) : py::none());
+}
 
 void bind_quantize(py::module_& module) {
   module.def("quantize", &quantize, py::arg("source"), py::arg("dtype"), py::arg("group"),
              py::arg("importance") = py::none());
+  module.def("decode_blocks", &decode_blocks, py::arg("blocks"), py::arg("ggml_type"), py::arg("cols"));
 }
 
 }  // namespace llama_ext

@@ -60,6 +60,27 @@ std::vector<std::vector<int32_t>> token_id_lists(const py::handle& arrays, std::
 py::array new_array(DType dtype, const std::vector<int64_t>& shape, std::string_view what);
 inline float* float_data(py::array& array) { return static_cast<float*>(array.mutable_data()); }
 
+/// The codes of a quantised matrix as arrays: (N, K) uint8, (N, groups) float32 scales and, where there are any, minima.
+class CodeArrays {
+ public:
+  CodeArrays(const WeightType& type, int64_t rows, int64_t cols);
+  /// Fills row `index`; needs no GIL.
+  void store(int64_t index, const QuantizedRow& row);
+  /// (codes, scales, minima or None).
+  py::tuple tuple() const;
+
+ private:
+  WeightType type_;
+  int64_t cols_;
+  int64_t groups_;
+  py::array codes_;
+  py::array scales_;
+  py::array mins_;
+  uint8_t* code_data_;
+  float* scale_data_;
+  float* min_data_;
+};
+
 // Options.
 
 Compute compute_from_name(std::string_view name);

@@ -33,6 +33,8 @@ class CpuBackend final : public Backend {
   void write_blocks(Matrix& matrix, const RowMap& map, const GgmlType& ggml, int64_t rows,
                     std::span<const std::byte> blocks) override;
   void read_rows(const Matrix& matrix, const RowMap& map, const TensorView& target) override;
+  void read_codes(const Matrix& matrix, const RowMap& map, int64_t rows,
+                  const std::function<void(int64_t, const QuantizedRow&)>& visit) override;
 
   std::unique_ptr<KvCache> create_kv_cache(const KvCacheShape& shape) override;
   int64_t kv_cache_nbytes(const KvCacheShape& shape) const override { return PanelKvCache::nbytes_for(shape); }

@@ -235,4 +235,17 @@ void CpuBackend::read_rows(const Matrix& matrix, const RowMap& map, const Tensor
   });
 }
 
+void CpuBackend::read_codes(const Matrix& matrix, const RowMap& map, int64_t rows,
+                            const std::function<void(int64_t, const QuantizedRow&)>& visit) {
+  const PanelMatrix& panels = panel_matrix(matrix);
+  require(matrix.type().is_quantized(), ErrorKind::kDType, "matrix: weights kept as ", matrix.type().text(),
+          " have no codes");
+  check_map(matrix, map, rows, "codes");
+  QuantizedRow row;
+  for (int64_t i = 0; i < rows; ++i) {
+    panels.load_row(map(i), row);
+    visit(i, row);
+  }
+}
+
 }  // namespace llama_ext

@@ -284,6 +284,13 @@ void Weights::read(std::string_view slot, const TensorView& target) const {
   backend_.synchronize();
 }
 
+void Weights::read_codes(std::string_view slot, const std::function<void(int64_t, const QuantizedRow&)>& visit) const {
+  const size_t index = find(slot);
+  const Place& place = places_[index];
+  require(place.matrix != nullptr, ErrorKind::kDType, "weights: '", slot, "' is a vector, and has no codes");
+  backend_.read_codes(*place.matrix, place.rows, slots_[index].shape[0], visit);
+}
+
 std::vector<std::string> Weights::missing() const {
   std::vector<std::string> names;
   for (size_t i = 0; i < slots_.size(); ++i) {

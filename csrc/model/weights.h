@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <functional>
 #include <map>
 #include <memory>
 #include <span>
@@ -80,6 +81,8 @@ class Weights {
   void load_blocks(std::string_view slot, const GgmlType& ggml, std::span<const std::byte> blocks);
   /// Reads a slot back into host memory: f32, or the matrix's own dtype.
   void read(std::string_view slot, const TensorView& target) const;
+  /// Reads the slot of a quantised matrix row by row; see Backend::read_codes.
+  void read_codes(std::string_view slot, const std::function<void(int64_t, const QuantizedRow&)>& visit) const;
 
   struct Slot {
     std::string name;

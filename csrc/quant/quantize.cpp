@@ -181,6 +181,21 @@ void quantize_row(const WeightType& type, const float* w, int64_t cols, const fl
   }
 }
 
+void group_factors(const WeightType& type, const QuantizedRow& row, int64_t cols, float* scales, float* mins) {
+  const EncodingInfo& info = info_of(type.encoding);
+  for (int64_t i = 0; i < ceil_div(cols, type.group); ++i) {
+    const size_t group = static_cast<size_t>(i);
+    const size_t unit = static_cast<size_t>(i * type.group / type.unit());
+    // Products of a float16 with a whole number of 8 bits: exact in float32.
+    scales[i] = f16_to_f32(row.scales[unit]);
+    if (info.has_min) mins[i] = f16_to_f32(row.mins[unit]);
+    if (info.superblock == 0) continue;
+    scales[i] *= info.has_min ? static_cast<float>(row.sub_scales[group])
+                              : static_cast<float>(static_cast<int8_t>(row.sub_scales[group]));
+    if (info.has_min) mins[i] *= -static_cast<float>(row.sub_mins[group]);
+  }
+}
+
 void dequantize_row(const WeightType& type, const QuantizedRow& row, int64_t cols, double* out) {
   const EncodingInfo& info = info_of(type.encoding);
   for (int64_t k = 0; k < cols; ++k) {

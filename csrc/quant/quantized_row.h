@@ -31,6 +31,10 @@ void quantize_row(const WeightType& type, const float* w, int64_t cols, const fl
 /// Throws unless `importance` is empty or (cols) f32, contiguous, finite and not negative: ShapeError, DTypeError, NumericError.
 void check_importance(const TensorView& importance, int64_t cols);
 
+/// What a group's codes are multiplied by and what is added, exactly: w = scale (code - zero) + min. scales and, with minima, mins:
+/// (groups) of a row of `cols`.
+void group_factors(const WeightType& type, const QuantizedRow& row, int64_t cols, float* scales, float* mins);
+
 /// The exact weights. out: (cols).
 void dequantize_row(const WeightType& type, const QuantizedRow& row, int64_t cols, double* out);
 

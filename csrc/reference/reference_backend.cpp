@@ -135,6 +135,12 @@ void ReferenceBackend::read_rows(const Matrix& matrix, const RowMap& map, const 
   }
 }
 
+void ReferenceBackend::read_codes(const Matrix&, const RowMap&, int64_t,
+                                  const std::function<void(int64_t, const QuantizedRow&)>&) {
+  fail(ErrorKind::kUnsupported,
+       "the reference backend keeps quantised weights as numbers, not as codes. Use device='cpu'");
+}
+
 std::unique_ptr<KvCache> ReferenceBackend::create_kv_cache(const KvCacheShape& shape) {
   return std::make_unique<ReferenceKvCache>(shape);
 }

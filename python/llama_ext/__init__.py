@@ -27,7 +27,7 @@ from llama_ext.errors import (
 )
 
 if TYPE_CHECKING:
-    from llama_ext import ops
+    from llama_ext import onnx, ops
     from llama_ext.limits import Limits
     from llama_ext.models.config import LlamaConfig
     from llama_ext.runtime.conversion import convert
@@ -70,12 +70,13 @@ __all__ = [
     "convert",
     "get_num_threads",
     "info",
+    "onnx",
     "ops",
     "quantize",
     "set_num_threads",
 ]
 
-# Where each lazy name lives. `ops` is a module itself.
+# Where each lazy name lives. `ops` and `onnx` are modules themselves.
 _LAZY = {
     "GenerationOutput": "llama_ext.runtime.generation",
     "Info": "llama_ext.system_info",
@@ -98,8 +99,8 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> object:
-    if name == "ops":
-        return importlib.import_module("llama_ext.ops")
+    if name in ("ops", "onnx"):
+        return importlib.import_module(f"llama_ext.{name}")
     module = _LAZY.get(name)
     if module is None:
         raise AttributeError(f"module 'llama_ext' has no attribute {name!r}")

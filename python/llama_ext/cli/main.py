@@ -67,7 +67,7 @@ exit codes:
 
 def build_parser() -> Parser:
     """The parser of the whole command."""
-    from llama_ext.cli import bench, chat, convert, generate, info, perplexity, quantize
+    from llama_ext.cli import bench, chat, convert, export_onnx, generate, info, perplexity, quantize, verify_onnx
     from llama_ext.cli.common import Parser
 
     parser = Parser(prog="llama-ext", usage="llama-ext COMMAND [OPTIONS]", description=_DESCRIPTION, epilog=_EPILOG)
@@ -75,7 +75,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(
         prog="llama-ext", title="commands", metavar="COMMAND [OPTIONS]", dest="command", required=True
     )
-    for module in (info, generate, chat, bench, perplexity, quantize, convert):
+    for module in (info, generate, chat, bench, perplexity, quantize, convert, export_onnx, verify_onnx):
         module.add_to(commands)
     return parser
 

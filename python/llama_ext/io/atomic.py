@@ -47,7 +47,11 @@ def remove(path: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def atomic_write(
-    path: str | os.PathLike[str], *, follow_links: bool = False, replacing: Callable[[], None] | None = None
+    path: str | os.PathLike[str],
+    *,
+    follow_links: bool = False,
+    replacing: Callable[[], None] | None = None,
+    sync: bool = True,
 ) -> Iterator[BinaryIO]:
     """Write a file so that other readers, and a crash, see the old content or the new one, never a part.
 
@@ -61,6 +65,8 @@ def atomic_write(
             the user named. Otherwise the link is replaced: what lies in a folder to be saved into, such as a snapshot
             of the Hub's cache, may be a link to a file that others share.
         replacing: Called when the new content is whole and synced, right before it replaces the old one.
+        sync: Whether to wait for the disk. Without, a kill still leaves the old content or the new one, but a power cut may
+            leave a part: for large files that can be made again.
 
     Yields:
         A binary file open for writing and seeking.
@@ -84,7 +90,8 @@ def atomic_write(
                 # Before the rename, and not worth failing a save for.
                 with contextlib.suppress(OSError):
                     os.chmod(temporary, mode)
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         if replacing is not None:
             replacing()
         os.replace(temporary, target)
@@ -92,4 +99,5 @@ def atomic_write(
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
-    sync_folder(target.parent)
+    if sync:
+        sync_folder(target.parent)

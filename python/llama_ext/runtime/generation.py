@@ -153,20 +153,17 @@ class _Run:
         draft = plan.speculation.model
         if draft is not None:
             check_draft_tokenizer(model, draft)
-        self._core = _core.Generation(
-            model._core,
+        self._core = model._new_generation(
             prompts.rows,
             sampling=plan.sampling,
             max_new_tokens=[length for length in lengths for _ in range(copies)],
             eos=plan.eos,
             seed=plan.seed,
-            kv_dtype=model.kv_dtype,
             copies=copies,
             session=session,
             max_batch_size=plan.max_batch_size,
             draft_tokens=plan.speculation.tokens,
-            draft_model=None if draft is None else draft._core,
-            draft_kv_dtype=model.kv_dtype if draft is None else draft.kv_dtype,
+            draft=draft,
         )
         # After the core has found room for the KV caches: else nothing of this is needed.
         self._rows = []

@@ -85,6 +85,12 @@ class GgufFiles(ModelFiles):
         values = values[self._rows(spec)] if spec.rope_heads is not None else values
         return values if values.flags.aligned else values.copy(), dtype
 
+    def read_codes(self, tensor: StoredTensor) -> tuple[Array, Array, Array | None]:
+        blocks, spec = self._file.tensors[tensor.name].data, self._specs[tensor.slot]
+        # No block crosses a row, so rows move as they are.
+        rows = blocks[self._rows(spec)] if spec.rope_heads is not None else blocks
+        return _core.decode_blocks(rows, tensor.type, tensor.shape[1])
+
     def release(self, tensor: StoredTensor) -> None:
         self._file.tensors[tensor.name].release()
 

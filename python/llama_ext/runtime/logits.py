@@ -13,12 +13,12 @@ from llama_ext.runtime.prompts import read_mask
 if TYPE_CHECKING:
     from llama_ext.runtime.model import LlamaForCausalLM
 
-__all__ = ["batch_logits"]
+__all__ = ["batch_logits", "id_block"]
 
 
 def batch_logits(model: LlamaForCausalLM, input_ids: object, attention_mask: object) -> FloatArray:
     """The body of `LlamaForCausalLM.__call__`: rows run ragged, so padding is never computed."""
-    ids = _id_block(input_ids)
+    ids = id_block(input_ids)
     vocabulary = model.config.vocab_size
     if ids.size == 0:
         return np.zeros((*ids.shape, vocabulary), dtype=np.float32)
@@ -43,7 +43,7 @@ def batch_logits(model: LlamaForCausalLM, input_ids: object, attention_mask: obj
     return result
 
 
-def _id_block(input_ids: object) -> Array:
+def id_block(input_ids: object) -> Array:
     """Ids as a two-dimensional array of integers.
 
     Raises:

@@ -35,6 +35,9 @@ __all__ = ["LlamaForCausalLM"]
 _COMPUTE = ("auto", "exact")
 _KV_DTYPES = ("auto", "float32", "bfloat16", "int8")
 
+# A name for annotations in the class, where `_core` is an attribute.
+TokenLoop = _core.Generation
+
 Ids = Sequence[int] | IntArray
 Prompts = (
     str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Sequence[IntArray] | npt.NDArray[np.integer[Any]]
@@ -538,6 +541,19 @@ class LlamaForCausalLM:
             TokenIdError: An id outside the vocabulary.
         """
         return scoring.perplexity(self, texts, stride, context)
+
+    def _new_generation(
+        self, prompts: Sequence[IntArray], *, draft: LlamaForCausalLM | None, **options: Any
+    ) -> TokenLoop:
+        """The token loop of `generate`; options: those of `_core.Generation`."""
+        return _core.Generation(
+            self._core,
+            prompts,
+            kv_dtype=self.kv_dtype,
+            draft_model=None if draft is None else draft._core,
+            draft_kv_dtype=self.kv_dtype if draft is None else draft.kv_dtype,
+            **options,
+        )
 
     def __repr__(self) -> str:
         config = self.config

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy.typing as npt
 
 from llama_ext import _core
-from llama_ext.errors import CheckpointError
+from llama_ext.errors import CheckpointError, UnsupportedError
 from llama_ext.models import ARCHITECTURES
 from llama_ext.models.config import LlamaConfig
 from llama_ext.models.fields import shown
@@ -93,6 +93,21 @@ class ModelFiles(abc.ABC):
         Raises:
             FormatError: The file has been cut short since it was opened.
         """
+
+    def read_codes(self, tensor: StoredTensor) -> tuple[Array, Array, Array | None]:
+        """A quantised matrix as its codes, in Hugging Face's order of rows: w = scale (code - zero) + min.
+
+        Args:
+            tensor: One of `tensors`, of a type with groups in `stored_types`.
+
+        Returns:
+            Codes (N, K) uint8, scales (N, groups) float32, and minima of that shape or None.
+
+        Raises:
+            UnsupportedError: These files hold floats only.
+            CheckpointError: A scale is not finite.
+        """
+        raise UnsupportedError(f"{self.path}: {tensor.name} is not quantised, and has no codes.")
 
     @abc.abstractmethod
     def release(self, tensor: StoredTensor) -> None:

@@ -81,13 +81,20 @@ class PackedFiles(DirectoryFiles):
     def read(self, tensor: StoredTensor) -> tuple[Array, str]:
         if len(tensor.shape) == 1:
             return self.checkpoint.read(tensor.name), tensor.type
+        encoding, group = self._quantization.types[tensor.slot]
+        return self._opened().read(tensor.slot), "float32" if group else encoding
+
+    def read_codes(self, tensor: StoredTensor) -> tuple[Array, Array, Array | None]:
+        return self._opened().read_codes(tensor.slot)
+
+    def _opened(self) -> _core.Model:
+        """A model over the mapped file, which only reads."""
         if self._reader is None:
             backend, types = _core.Backend("cpu"), self.stored_types()
             with self.named_in_errors():
                 config = self.architecture.core_config(self.config)
                 self._reader = _core.Model(backend, config, types, self.packed(backend.matrix_layout, types))
-        encoding, group = self._quantization.types[tensor.slot]
-        return self._reader.read(tensor.slot), "float32" if group else encoding
+        return self._reader
 
     def release(self, tensor: StoredTensor) -> None:
         if len(tensor.shape) == 1:

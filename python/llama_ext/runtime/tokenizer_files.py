@@ -366,7 +366,14 @@ def save_tokenizer(
     kept = {name: config[name] for name in (*_KEPT, *_ALSO_SPECIAL) if config.get(name) is not None}
     # Null, not left out: a special_tokens_map.json that is already there must not fill the gap.
     # The class that takes tokenizer.json as it is; others rebuild the pipeline from the vocabulary.
-    out = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **kept, **tokens}
+    out = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        # That class would add token_type_ids, which no Llama takes: `generate(**tokenizer(text))` would fail.
+        "model_input_names": ["input_ids", "attention_mask"],
+        **kept,
+        **tokens,
+    }
     if model_max_length is not None:
         out["model_max_length"] = model_max_length
     named = {"default": chat_template} if isinstance(chat_template, str) else dict(chat_template or {})

@@ -1,0 +1,96 @@
+"""`llama-ext verify-onnx`: proves that an exported graph computes the same model, or says where it does not."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from llama_ext.cli.common import MODEL_HELP, read_text, write
+
+if TYPE_CHECKING:
+    from llama_ext.cli.common import Commands
+
+__all__ = ["add_to", "run"]
+
+_DESCRIPTION = """\
+Compares an exported ONNX graph in onnxruntime, the native model, and float64
+arithmetic on the same stored weights: logits, greedy generation through the KV
+cache, chunks, padded batches, the end of the context. What fewer bits for the
+weights cost is told apart. Where onnxruntime differs, the first layer and
+operation are named. Exits with 0 only when everything is within its gates."""
+
+_EPILOG = """
+examples:
+  llama-ext verify-onnx path/to/llama exported
+  llama-ext verify-onnx path/to/llama exported --variant q4 --steps 128
+  llama-ext verify-onnx path/to/llama exported --text README.md --json report.json
+
+exit codes:
+  0 passed             1 failed             others as of `llama-ext --help`
+"""
+
+
+def add_to(commands: Commands) -> None:
+    """Adds the subcommand."""
+    parser = commands.add_parser(
+        "verify-onnx",
+        usage="llama-ext verify-onnx MODEL OUT_DIR [OPTIONS]",
+        help="prove that an exported ONNX graph is the same model",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("out", metavar="OUT_DIR", help="what `llama-ext export-onnx` wrote")
+    parser.add_argument(
+        "--variant", metavar="NAME", help="which graph of several: model, fp16, quantized, q4 (default: the last one)"
+    )
+    parser.add_argument(
+        "--text",
+        action="append",
+        metavar="FILE",
+        help="a text in UTF-8, no longer than the context; - is standard input; may be repeated (default: three short ones)",
+    )
+    parser.add_argument("--steps", type=int, default=64, metavar="N", help="tokens to generate (default: 64)")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: the physical cores there are for us")
+    parser.add_argument(
+        "--runtimes",
+        nargs="+",
+        default=[],
+        choices=("onnxruntime-genai", "openvino"),
+        metavar="NAME",
+        help="others to compare as well: onnxruntime-genai, openvino",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the report there as well, as JSON; - prints it instead")
+    parser.add_argument(
+        "--no-record",
+        action="store_true",
+        help="leave the graph as it is: else the report's hash goes into its metadata",
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the subcommand."""
+    from llama_ext.onnx.verification import verify
+
+    report = verify(
+        args.model,
+        args.out,
+        texts=None if args.text is None else [read_text(path) for path in args.text],
+        steps=args.steps,
+        variant=args.variant,
+        threads=args.threads,
+        runtimes=args.runtimes,
+        record=not args.no_record,
+    )
+    if args.json == "-":
+        write(report.to_json())
+    else:
+        if args.json is not None:
+            from llama_ext.io.atomic import atomic_write
+
+            with atomic_write(args.json, follow_links=True) as file:
+                file.write(report.to_json().encode("utf-8"))
+        write(f"{report}\n")
+    return 0 if report.passed else 1

@@ -1,0 +1,1 @@
+"""One operation of the model a module, each in the operators of every profile."""
