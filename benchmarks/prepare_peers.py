@@ -10,14 +10,17 @@ Example:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks import limits
@@ -89,7 +92,7 @@ def prepared(cache: Path, shape: ModelShape) -> dict[str, list[Path]]:
 
 
 def make(step: Step, python: str, model: Path, directory: Path) -> str:
-    """Makes one, unless it is there.
+    """Makes one, unless it is there; of two processes one waits for the other.
 
     Args:
         step: Which.
@@ -100,6 +103,22 @@ def make(step: Step, python: str, model: Path, directory: Path) -> str:
     Returns:
         "present", "made in ... s", or the reason why it is not there.
     """
+    with _alone_in(directory):
+        return _make(step, python, model, directory)
+
+
+@contextlib.contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """Waits for another preparation in a directory: what is unfinished is then of one that was stopped."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _make(step: Step, python: str, model: Path, directory: Path) -> str:
     target = directory / step.target
     if target.exists():
         return "present"

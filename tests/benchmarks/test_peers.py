@@ -243,6 +243,21 @@ def test_a_step_makes_its_file_once(checkpoint: Path, tmp_path: Path) -> None:
     assert prepare_peers.make(step, "no-such-python", checkpoint, tmp_path) == "present"
 
 
+def test_two_preparations_do_not_write_the_same_file(checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="the package gguf writes the file")
+    step = prepare_peers.Step("f32.gguf", "gguf", "gguf", "f32")
+    states: list[str] = []
+    threads = [
+        threading.Thread(target=lambda: states.append(prepare_peers.make(step, sys.executable, checkpoint, tmp_path)))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [state.split()[0] for state in states] == ["made", "present", "present"]
+
+
 @pytest.mark.parametrize(
     ("step", "python", "reason"),
     [
