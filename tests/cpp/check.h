@@ -40,6 +40,7 @@ void test_sample();
 void test_reference();
 void test_generate();
 void test_quant();
+void test_threads();
 
 }  // namespace llama_ext::test
 

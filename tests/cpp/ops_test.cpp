@@ -349,6 +349,7 @@ int main() {
   test_reference();
   test_generate();
   test_quant();
+  test_threads();
   std::printf("%s: %d failed\n", failures == 0 ? "ok" : "FAILED", failures);
   return failures == 0 ? 0 : 1;
 }
