@@ -88,14 +88,17 @@ def test_only_bindings_know_python() -> None:
 # copy that the linker keeps for everyone, and stop older CPUs with an illegal instruction.
 KERNELS = [path for path in SOURCES if name_of(path).startswith(("cpu/kernels/", "cpu/simd/", "cpu/tiers/"))]
 ALLOWED_IN_KERNELS = {"cstdint", "cstddef", "immintrin.h", "arm_neon.h"}
+# Loops that are written once for kernels and for the backends that have none.
+SHARED_LOOPS = {"ops/logits_loops.h", "quant/rounding.h"}
+HELD_TO_IT = [*KERNELS, CSRC / "cpu" / "kernel_table.h", *(CSRC / name for name in sorted(SHARED_LOOPS))]
 
 
-@pytest.mark.parametrize("path", [*KERNELS, CSRC / "cpu" / "kernel_table.h"], ids=name_of)
+@pytest.mark.parametrize("path", HELD_TO_IT, ids=name_of)
 def test_kernels_include_nothing_of_the_standard_library(path: Path) -> None:
     quoted, system = includes(path)
     assert set(system) <= ALLOWED_IN_KERNELS
     for included in quoted:
-        assert included == "cpu/kernel_table.h" or included.startswith(("cpu/kernels/", "cpu/simd/"))
+        assert included in {"cpu/kernel_table.h", *SHARED_LOOPS} or included.startswith(("cpu/kernels/", "cpu/simd/"))
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"\bstd::", re.sub(r"//.*", "", text))
     assert not re.search(r"\b(throw|new|malloc|printf|abort)\b", re.sub(r"//.*|\"[^\"\n]*\"", "", text))

@@ -14,6 +14,7 @@
 #include "ops/embedding.h"
 #include "ops/feed_forward.h"
 #include "ops/kv_cache.h"
+#include "ops/log_sum_exp.h"
 #include "ops/matmul.h"
 #include "ops/matrix.h"
 #include "ops/rms_norm.h"
@@ -110,7 +111,9 @@ class Backend {
   virtual void feed_forward(const FeedForwardArgs& args) = 0;
   virtual void softmax(const SoftmaxArgs& args) = 0;
   virtual void cross_entropy(const CrossEntropyArgs& args) = 0;
-  virtual SampleResult sample(const SampleArgs& args) = 0;
+  virtual void log_sum_exp(const LogSumExpArgs& args) = 0;
+  /// results[i] is what rows[i] gives, which depends on that row alone. As many of both.
+  virtual void sample(std::span<const SampleArgs> rows, std::span<SampleResult> results) = 0;
 };
 
 }  // namespace llama_ext

@@ -269,7 +269,8 @@ py::tuple sample(const BackendPtr& backend, const py::object& logits, const py::
                         .output = &output,
                         .key = {.seed = seed, .stream = stream, .counter = counter}};
   check(sampling, args.logits.size());
-  const SampleResult result = without_gil([&] { return backend->sample(args); });
+  SampleResult result;
+  without_gil([&] { backend->sample({&args, 1}, {&result, 1}); });
   return py::make_tuple(result.token, result.logprob);
 }
 

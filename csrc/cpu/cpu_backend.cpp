@@ -14,6 +14,8 @@ namespace {
 // What one thread gets through in a microsecond, roughly, in elements of a row-wise operation.
 constexpr double kElementsPerMicrosecond = 2000.0;
 constexpr int64_t kRowsPerTask = 16;
+// The same, in exponentials of float64.
+constexpr double kExponentialsPerMicrosecond = 500.0;
 
 /// Calls function(row) for each row, in parallel when there is enough to do.
 template <typename Function>
@@ -112,6 +114,27 @@ void CpuBackend::cross_entropy(const CrossEntropyArgs& args) {
     const float* logits = args.logits.row<float>(t);
     const double total = kernels_.log_sum_exp(logits, args.logits.dim(1));
     losses[t] = static_cast<float>(total - static_cast<double>(logits[labels[t]]));
+  });
+}
+
+// A row has a whole vocabulary: enough for a task.
+void CpuBackend::log_sum_exp(const LogSumExpArgs& args) {
+  check(args);
+  const double microseconds = static_cast<double>(args.logits.size()) / kExponentialsPerMicrosecond;
+  parallel_for(threads_for(microseconds), args.logits.rows(), [&](int64_t row, int) {
+    args.out[row] =
+        log_sum_exp_on_host(args.logits.row<float>(row), args.logits.dim(1), "log_sum_exp", kernels_.logits);
+  });
+}
+
+void CpuBackend::sample(std::span<const SampleArgs> rows, std::span<SampleResult> results) {
+  require(rows.size() == results.size(), ErrorKind::kInternal, "sample: ", rows.size(), " rows, but ", results.size(),
+          " results");
+  double microseconds = 0;
+  for (const SampleArgs& args : rows)
+    microseconds += static_cast<double>(args.logits.size()) / kExponentialsPerMicrosecond;
+  parallel_for(threads_for(microseconds), static_cast<int64_t>(rows.size()), [&](int64_t row, int) {
+    results[static_cast<size_t>(row)] = sample_on_host(rows[static_cast<size_t>(row)], kernels_.logits);
   });
 }
 

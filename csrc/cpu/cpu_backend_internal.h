@@ -50,7 +50,8 @@ class CpuBackend final : public Backend {
   void feed_forward(const FeedForwardArgs& args) override;
   void softmax(const SoftmaxArgs& args) override;
   void cross_entropy(const CrossEntropyArgs& args) override;
-  SampleResult sample(const SampleArgs& args) override { return sample_on_host(args); }
+  void log_sum_exp(const LogSumExpArgs& args) override;
+  void sample(std::span<const SampleArgs> rows, std::span<SampleResult> results) override;
 
  private:
   /// A product and what becomes of each finished block (kernel_table.h).

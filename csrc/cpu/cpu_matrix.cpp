@@ -77,14 +77,14 @@ void pack_rows(PanelMatrix& matrix, const RowMap& map, const TensorView& source,
 
 template <DType kFrom>
 void quantize_rows(PanelMatrix& matrix, const RowMap& map, const TensorView& source, const float* importance,
-                   int64_t begin, int64_t end) {
+                   const RoundingLoops& loops, int64_t begin, int64_t end) {
   using Element = typename Source<kFrom>::Element;
   std::vector<float> widened(static_cast<size_t>(matrix.cols()));
   QuantizedRow row;
   for (int64_t i = begin; i < end; ++i) {
     const Element* from = source.row<const Element>(i);
     for (size_t k = 0; k < widened.size(); ++k) widened[k] = Source<kFrom>::widen(from[k]);
-    quantize_row(matrix.type(), widened.data(), matrix.cols(), importance, row);
+    quantize_row(matrix.type(), widened.data(), matrix.cols(), importance, row, loops);
     matrix.store_row(map(i), row);
   }
 }
@@ -151,7 +151,8 @@ void CpuBackend::write_rows(Matrix& matrix, const RowMap& map, const TensorView&
       const int64_t begin = task * kRowsPerTask;
       const int64_t end = std::min(begin + kRowsPerTask, rows);
       if (quantizes) {
-        quantize_rows<kFrom>(panels, map, source, importance ? importance.f32() : nullptr, begin, end);
+        quantize_rows<kFrom>(panels, map, source, importance ? importance.f32() : nullptr, kernels_.rounding, begin,
+                             end);
       } else {
         pack_rows<kFrom>(panels, map, source, begin, end);
       }

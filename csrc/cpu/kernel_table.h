@@ -4,6 +4,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "ops/logits_loops.h"
+#include "quant/rounding.h"
+
 namespace llama_ext {
 
 /// Columns of a weight panel, the unit all layouts share (panels.h).
@@ -158,6 +161,8 @@ struct KernelTable {
   void (*softmax)(const float* x, int64_t size, float* y);
   /// log(sum(exp(x))); NaN when there is one, or +inf.
   double (*log_sum_exp)(const float* x, int64_t size);
+  RoundingLoops rounding;
+  LogitsLoops logits;
 };
 
 }  // namespace llama_ext

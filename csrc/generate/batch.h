@@ -60,8 +60,9 @@ class Batch {
   std::vector<Work> plan();
   void guess();
   void run(std::vector<Work>& works);
-  void draw(Work& work);
-  GenerationEvent draw(Row& row, size_t logits_row);
+  void draw(std::vector<Work>& works);
+  SampleArgs sample_args(const Row& row, size_t logits_row) const;
+  GenerationEvent take(Row& row, const SampleResult& sampled) const;
   void copy_to_twins(const Work& work) const;
   void hold_back(Work& work) const;
   void undo(const std::vector<Work>& works);

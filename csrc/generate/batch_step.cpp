@@ -24,9 +24,7 @@ void Batch::step(std::vector<GenerationEvent>& events) {
   std::vector<Work> works = plan();
   try {
     run(works);
-    for (Work& work : works) {
-      if (work.logits != LogitsRows::kNone) draw(work);
-    }
+    draw(works);
     for (Work& work : works) {
       copy_to_twins(work);
       if (work.row->session == request_.continued) hold_back(work);
@@ -160,8 +158,7 @@ void Batch::run(std::vector<Work>& works) {
   if (draft_model_) counts_.draft_tokens_run += draft_model_->read_prompts(read);
 }
 
-GenerationEvent Batch::draw(Row& row, size_t logits_row) {
-  throw_if_interrupted();
+SampleArgs Batch::sample_args(const Row& row, size_t logits_row) const {
   SampleArgs args;
   args.logits =
       TensorView(logits_.data() + logits_row * static_cast<size_t>(vocabulary()), DType::kF32, {vocabulary()});
@@ -171,9 +168,11 @@ GenerationEvent Batch::draw(Row& row, size_t logits_row) {
   args.key = {.seed = request_.options.seed,
               .stream = static_cast<uint64_t>(row.index),
               .counter = static_cast<uint64_t>(row.output.size())};
-  const SampleResult sampled = request_.model->backend().sample(args);
-  row.output.push_back(sampled.token);
+  return args;
+}
 
+GenerationEvent Batch::take(Row& row, const SampleResult& sampled) const {
+  row.output.push_back(sampled.token);
   Finish finish = Finish::kNone;
   if (contains(request_.options.eos, sampled.token)) {
     finish = Finish::kEos;
@@ -183,17 +182,37 @@ GenerationEvent Batch::draw(Row& row, size_t logits_row) {
   return {.row = row.index, .token = sampled.token, .logprob = sampled.logprob, .finish = finish};
 }
 
-/// Draws as plain decoding would, token by token, for as long as the guesses are what is drawn.
-void Batch::draw(Work& work) {
-  Row& row = *work.row;
-  size_t position = 0;
-  do {
-    work.events.push_back(draw(row, work.first_logits + position));
-    ++position;
-  } while (position < work.tokens.size() && work.logits == LogitsRows::kAll &&
-           work.events.back().finish == Finish::kNone && work.events.back().token == work.tokens[position]);
-  work.accepted = static_cast<int64_t>(position) - 1;
-  for (Row* twin : work.twins) work.events.push_back(draw(*twin, work.first_logits));
+/// Draws as plain decoding would, token by token, for as long as the guesses are what is drawn: each time the next token of all
+/// rows at once.
+void Batch::draw(std::vector<Work>& works) {
+  std::vector<Work*> drawing;
+  for (Work& work : works) {
+    if (work.logits != LogitsRows::kNone) drawing.push_back(&work);
+  }
+  std::vector<SampleArgs> args;
+  std::vector<SampleResult> results;
+  for (size_t position = 0; !drawing.empty(); ++position) {
+    throw_if_interrupted();
+    args.clear();
+    for (const Work* work : drawing) {
+      args.push_back(sample_args(*work->row, work->first_logits + position));
+      // Those that have twins draw once.
+      for (const Row* twin : work->twins) args.push_back(sample_args(*twin, work->first_logits));
+    }
+    results.resize(args.size());
+    request_.model->backend().sample(args, results);
+    auto result = results.begin();
+    for (Work* work : drawing) {
+      work->events.push_back(take(*work->row, *result++));
+      work->accepted = static_cast<int64_t>(position);
+      for (Row* twin : work->twins) work->events.push_back(take(*twin, *result++));
+    }
+    std::erase_if(drawing, [position](const Work* work) {
+      const GenerationEvent& last = work->events.back();
+      return position + 1 == work->tokens.size() || work->logits != LogitsRows::kAll || last.finish != Finish::kNone ||
+             last.token != work->tokens[position + 1];
+    });
+  }
 }
 
 /// The keys and values of the prompt, for those that go on, or that the next row may take a beginning from.

@@ -100,11 +100,15 @@ class BeamSearch {
   std::vector<Candidate> best_candidates(const std::vector<Beam>& beams) const {
     const int64_t vocabulary = model_.config().vocabulary;
     std::vector<Candidate> heap;  // the worst of those kept on top
+    std::vector<LogSumExp> sums(beams.size());
+    model_.backend().log_sum_exp({.logits = {static_cast<const void*>(logits_.data()),
+                                             DType::kF32,
+                                             {static_cast<int64_t>(beams.size()), vocabulary}},
+                                  .out = sums.data()});
     for (size_t b = 0; b < beams.size(); ++b) {
       throw_if_interrupted();
       const float* logits = logits_.data() + b * static_cast<size_t>(vocabulary);
-      const float largest = *std::max_element(logits, logits + vocabulary);
-      const double base = beams[b].logprob - log_sum_exp(logits, vocabulary, largest);
+      const double base = beams[b].logprob - sums[b].value;
       for (int32_t token = 0; token < vocabulary; ++token) {
         const Candidate candidate{.logprob = base + static_cast<double>(logits[token]), .beam = b, .token = token};
         if (heap.size() == candidates_kept_) {

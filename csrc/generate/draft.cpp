@@ -155,6 +155,8 @@ int64_t DraftModel::draft(const std::vector<Row*>& rows, const std::vector<int64
   int64_t ran = 0;
   const int64_t vocabulary = model_->config().vocabulary;
   std::vector<float> logits;
+  std::vector<SampleArgs> args;
+  std::vector<SampleResult> results;
   while (true) {
     std::vector<SessionChunk> chunks;
     std::vector<Guess*> running;
@@ -168,17 +170,22 @@ int64_t DraftModel::draft(const std::vector<Row*>& rows, const std::vector<int64
     logits.resize(running.size() * static_cast<size_t>(vocabulary));
     of_draft_model([&] {
       Session::append_batch(chunks, logits.data());
+      throw_if_interrupted();
+      args.clear();
+      for (const Guess* guess : running) {
+        const Row& row = guess->row();
+        SampleArgs& one = args.emplace_back();
+        one.logits =
+            TensorView(logits.data() + (args.size() - 1) * static_cast<size_t>(vocabulary), DType::kF32, {vocabulary});
+        one.options = &options.sampling;
+        one.prompt = row.prompt;
+        one.output = &row.output;
+        one.key = {.seed = options.seed, .stream = static_cast<uint64_t>(row.index), .counter = row.output.size()};
+      }
+      results.resize(args.size());
+      model_->backend().sample(args, results);
       for (size_t i = 0; i < running.size(); ++i) {
-        throw_if_interrupted();
-        const Row& row = running[i]->row();
-        SampleArgs args;
-        args.logits = TensorView(logits.data() + i * static_cast<size_t>(vocabulary), DType::kF32, {vocabulary});
-        args.options = &options.sampling;
-        args.prompt = row.prompt;
-        args.output = &row.output;
-        args.key = {.seed = options.seed, .stream = static_cast<uint64_t>(row.index), .counter = row.output.size()};
-        const int32_t token = model_->backend().sample(args).token;
-        running[i]->take(token, contains(options.eos, token));
+        running[i]->take(results[i].token, contains(options.eos, results[i].token));
       }
     });
   }

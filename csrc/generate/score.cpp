@@ -15,10 +15,9 @@ constexpr int64_t kLeastRows = 64;
 // Sequences of one logits call run together until they have this many tokens, which bounds their KV caches.
 constexpr int64_t kGroupRows = 4 * kPassRows;
 
-Score score_of(const float* logits, int64_t vocabulary, int32_t token) {
-  const float* best = std::max_element(logits, logits + vocabulary);
-  return {.logprob = static_cast<float>(static_cast<double>(logits[token]) - log_sum_exp(logits, vocabulary, *best)),
-          .is_greedy = best - logits == token};
+Score score_of(const float* logits, const LogSumExp& sum, int32_t token) {
+  return {.logprob = static_cast<float>(static_cast<double>(logits[token]) - sum.value),
+          .is_greedy = sum.argmax == token};
 }
 
 }  // namespace
@@ -41,12 +40,14 @@ std::vector<Score> score(const std::shared_ptr<const Model>& model, const std::v
   session.append(tokens.data(), first - 1, LogitsRows::kNone, nullptr);
   const int64_t rows = std::clamp(kLogitsHeld / vocabulary, kLeastRows, kPassRows);
   std::vector<float> logits(static_cast<size_t>(std::min(rows, count - first) * vocabulary));
+  std::vector<LogSumExp> sums(static_cast<size_t>(std::min(rows, count - first)));
   for (int64_t position = first - 1; position < count - 1;) {
     const int64_t ran = std::min(rows, count - 1 - position);
     session.append(tokens.data() + position, ran, LogitsRows::kAll, logits.data());
+    model->backend().log_sum_exp({.logits = {logits.data(), DType::kF32, {ran, vocabulary}}, .out = sums.data()});
     for (int64_t i = 0; i < ran; ++i) {
-      scores.push_back(
-          score_of(logits.data() + i * vocabulary, vocabulary, tokens[static_cast<size_t>(position + i + 1)]));
+      scores.push_back(score_of(logits.data() + i * vocabulary, sums[static_cast<size_t>(i)],
+                                tokens[static_cast<size_t>(position + i + 1)]));
     }
     position += ran;
     if (advance) advance(ran);

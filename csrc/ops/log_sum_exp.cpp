@@ -1,31 +1,48 @@
 #include "ops/log_sum_exp.h"
 
-#include <algorithm>
-#include <array>
 #include <cmath>
+#include <limits>
+
+#include "ops/argument_checks.h"
 
 namespace llama_ext {
+namespace {
 
-double log_sum_exp(const float* values, int64_t size, float largest) {
-  // In blocks: first the exponentials, independent of each other, then their sum, in lanes that are spelled out so that
-  // the compiler may use SIMD without being allowed to reorder sums.
-  constexpr size_t kLanes = 8;
-  constexpr int64_t kBlock = 256;
-  const double shift = static_cast<double>(largest);
-  std::array<double, kBlock> terms;
-  std::array<double, kLanes> sums{};
-  for (int64_t begin = 0; begin < size; begin += kBlock) {
-    const int64_t count = std::min(kBlock, size - begin);
-    double* const out = terms.data();
-    for (int64_t i = 0; i < count; ++i) out[i] = exp_nonpositive(static_cast<double>(values[begin + i]) - shift);
-    std::fill(out + count, out + kBlock, 0.0);
-    for (size_t i = 0; i < kBlock; i += kLanes) {
-      for (size_t lane = 0; lane < kLanes; ++lane) sums[lane] += terms[i + lane];
+int64_t plain_argmax(const float* logits, int64_t size) {
+  int64_t best = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    if (!(logits[i] <= std::numeric_limits<float>::max())) return -1;
+    if (logits[i] > logits[best]) best = i;
+  }
+  return best;
+}
+
+double plain_exp_sum(const float* logits, int64_t size, float largest) {
+  return exp_sum_in_lanes(logits, size, largest);
+}
+
+}  // namespace
+
+const LogitsLoops kPlainLogitsLoops = {plain_argmax, plain_exp_sum};
+
+void check(const LogSumExpArgs& args) {
+  require_tensor(args.logits, DType::kF32, {-1, -1}, Rows::kStrided, "log_sum_exp", "logits");
+  require(args.logits.dim(1) > 0, ErrorKind::kShape, "log_sum_exp: rows of logits must not be empty");
+  require(args.out != nullptr || args.logits.rows() == 0, ErrorKind::kInternal, "log_sum_exp: out is missing");
+}
+
+LogSumExp log_sum_exp_on_host(const float* logits, int64_t size, std::string_view op, const LogitsLoops& loops) {
+  const int64_t argmax = loops.argmax(logits, size);
+  if (argmax < 0) {
+    for (int64_t token = 0; token < size; ++token) {
+      require(logits[token] <= std::numeric_limits<float>::max(), ErrorKind::kNumeric, op, ": the logit of token ",
+              token, " is ", logits[token], ". Are the weights corrupt, or too large for their dtype?");
     }
   }
-  double sum = 0;
-  for (double lane_sum : sums) sum += lane_sum;
-  return shift + std::log(sum);
+  const float largest = logits[argmax];
+  require(largest > -std::numeric_limits<float>::infinity(), ErrorKind::kNumeric, op,
+          ": every logit is -inf, so there is no token to choose");
+  return {argmax, static_cast<double>(largest) + std::log(loops.exp_sum(logits, size, largest))};
 }
 
 }  // namespace llama_ext

@@ -88,36 +88,16 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-/// The largest of `values`, -inf when all are. Throws NumericError, naming the first token, for a NaN or +inf. Lanes are
-/// spelled out for SIMD.
-template <typename T>
-T finite_max(const T* values, size_t size, const char* what) {
-  constexpr size_t kLanes = 8;
-  constexpr T kLowest = -std::numeric_limits<T>::infinity();
-  constexpr T kHighest = std::numeric_limits<T>::max();
-  std::array<T, kLanes> largest;
-  std::array<T, kLanes> excess;  // any lane above 0: something was not <= kHighest
-  largest.fill(kLowest);
-  excess.fill(T{0});
-  size_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) {
-    for (size_t lane = 0; lane < kLanes; ++lane) {
-      const T value = values[i + lane];
-      largest[lane] = value > largest[lane] ? value : largest[lane];
-      excess[lane] = value <= kHighest ? excess[lane] : T{1};
-    }
+/// The largest of the processed logits, -inf when all are. Throws NumericError, naming the first token, for a NaN or +inf.
+double finite_max(const std::vector<double>& logits) {
+  double largest = -kInfinity;
+  for (size_t token = 0; token < logits.size(); ++token) {
+    require(logits[token] <= std::numeric_limits<double>::max(), ErrorKind::kNumeric,
+            "sample: the processed logit of token ", token, " is ", logits[token],
+            ". Are the weights corrupt, or too large for their dtype?");
+    largest = std::max(largest, logits[token]);
   }
-  for (; i < size; ++i) {
-    largest[0] = values[i] > largest[0] ? values[i] : largest[0];
-    excess[0] = values[i] <= kHighest ? excess[0] : T{1};
-  }
-  if (*std::max_element(excess.begin(), excess.end()) > T{0}) {
-    for (size_t token = 0; token < size; ++token) {
-      require(values[token] <= kHighest, ErrorKind::kNumeric, "sample: the ", what, " of token ", token, " is ",
-              values[token], ". Are the weights corrupt, or too large for their dtype?");
-    }
-  }
-  return *std::max_element(largest.begin(), largest.end());
+  return largest;
 }
 
 /// logit_bias and the penalties, in place.
@@ -238,19 +218,19 @@ size_t draw(std::vector<double>& logits, double largest, const SamplingOptions& 
   return last;  // rounding may leave `reached` at the target: then the last one that has any weight
 }
 
-int64_t choose(const SampleArgs& args, float largest_raw) {
+int64_t choose(const SampleArgs& args, int64_t argmax) {
   const SamplingOptions& options = *args.options;
   const float* raw = args.logits.f32();
   const int64_t vocabulary = args.logits.rows();
   const bool is_greedy = options.temperature == 0.0;
   const bool is_adjusted = has_penalties(options) || !options.logit_bias.empty();
-  if (is_greedy && !is_adjusted) return std::find(raw, raw + vocabulary, largest_raw) - raw;
+  if (is_greedy && !is_adjusted) return argmax;
 
   std::vector<double> logits(raw, raw + vocabulary);
-  double largest = static_cast<double>(largest_raw);
+  double largest = static_cast<double>(raw[argmax]);
   if (is_adjusted) {
     adjust(args, logits);
-    largest = finite_max(logits.data(), logits.size(), "processed logit");
+    largest = finite_max(logits);
     require(largest > -kInfinity, ErrorKind::kNumeric,
             "sample: no token is left to choose from: every logit is -inf once logit_bias is added");
   }
@@ -265,16 +245,12 @@ int64_t choose(const SampleArgs& args, float largest_raw) {
 
 }  // namespace
 
-SampleResult sample_on_host(const SampleArgs& args) {
+SampleResult sample_on_host(const SampleArgs& args, const LogitsLoops& loops) {
   check(args);
   const float* logits = args.logits.f32();
-  const int64_t vocabulary = args.logits.rows();
-  const float largest = finite_max(logits, static_cast<size_t>(vocabulary), "logit");
-  require(largest > -std::numeric_limits<float>::infinity(), ErrorKind::kNumeric,
-          "sample: every logit is -inf, so there is no token to choose");
-  const int64_t token = choose(args, largest);
-  const double normaliser = log_sum_exp(logits, vocabulary, largest);
-  return {static_cast<int32_t>(token), static_cast<float>(static_cast<double>(logits[token]) - normaliser)};
+  const LogSumExp sum = log_sum_exp_on_host(logits, args.logits.rows(), "sample", loops);
+  const int64_t token = choose(args, sum.argmax);
+  return {static_cast<int32_t>(token), static_cast<float>(static_cast<double>(logits[token]) - sum.value)};
 }
 
 }  // namespace llama_ext

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/tensor_view.h"
+#include "ops/logits_loops.h"
 
 namespace llama_ext {
 
@@ -52,6 +53,6 @@ void check(const SamplingOptions& options, int64_t vocabulary);
 void check(const SampleArgs& args);
 
 /// The one implementation for logits in host memory; backends without a sampler of their own call it.
-SampleResult sample_on_host(const SampleArgs& args);
+SampleResult sample_on_host(const SampleArgs& args, const LogitsLoops& loops = kPlainLogitsLoops);
 
 }  // namespace llama_ext

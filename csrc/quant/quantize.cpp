@@ -1,4 +1,4 @@
-// Rounding rows to codes. Plain loops over groups of at most 128 weights, which the compiler turns into vectors.
+// Rounding rows to codes: the search for scales and minima. Its loops over weights come from rounding.h.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -11,14 +11,52 @@
 namespace llama_ext {
 namespace {
 
-constexpr int kMaxGroup = 128;
 constexpr float kLargestF16 = 65504.0f;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Scales tried around the one that spans a group: the extremes of a group may be worth cutting.
 constexpr int kCandidates = 7;
 constexpr float kCandidateStep = 0.035f;
 
-/// To nearest, ties to even, for |x| < 2^22: a form that compilers vectorise on any instruction set.
+// ---------------------------------------------------------------------------------------------------------------------
+// Plain loops.
+
+/// To nearest, ties to even, for |x| < 2^22, however the processor rounds elsewhere.
 inline float round_even(float x) { return (x + 12582912.0f) - 12582912.0f; }
+
+inline float inverse_of(float scale) { return scale == 0.0f ? 0.0f : 1.0f / scale; }
+
+inline float code_of(float w, const RoundingFit& fit, float inverse) {
+  return round_even(std::clamp((w - fit.min) * inverse, fit.low, fit.high));
+}
+
+bool plain_range(const float* w, int size, float limit, float* lowest, float* highest) {
+  *lowest = *highest = w[0];
+  bool within = true;
+  for (int i = 0; i < size; ++i) {
+    *lowest = std::min(*lowest, w[i]);
+    *highest = std::max(*highest, w[i]);
+    within = within && std::fabs(w[i]) < limit;
+  }
+  return within;
+}
+
+float plain_error(const RoundingGroup& g, const RoundingFit& fit) {
+  const float inverse = inverse_of(fit.scale);
+  float lanes[8] = {};
+  for (int i = 0; i < g.size; ++i) {
+    const float difference = g.w[i] - (fit.scale * code_of(g.w[i], fit, inverse) + fit.min);
+    lanes[i & 7] += (g.importance == nullptr ? 1.0f : g.importance[i]) * difference * difference;
+  }
+  return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+}
+
+void plain_codes(const RoundingGroup& g, const RoundingFit& fit, uint8_t* codes) {
+  const float inverse = inverse_of(fit.scale);
+  for (int i = 0; i < g.size; ++i) codes[i] = static_cast<uint8_t>(code_of(g.w[i], fit, inverse) - fit.low);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The search.
 
 /// A scale as it is kept: float16, never a zero that was not one.
 float rounded_scale(float scale) {
@@ -27,89 +65,71 @@ float rounded_scale(float scale) {
   return kept != 0.0f ? kept : std::copysign(0x1p-24f, scale);
 }
 
-/// One group: `size` weights, of which the importances may all be 1.
-struct Group {
-  const float* w;
-  const float* importance;
-  int size;
+/// A group of a row, and the range of its weights.
+struct Weights {
+  RoundingGroup group;
+  float lowest;
+  float highest;
 };
 
-/// What codes of a scale (and a min) leave of a group.
-struct Fit {
-  float scale = 0.0f;
-  float min = 0.0f;
-  float error = std::numeric_limits<float>::infinity();
-};
-
-/// codes[i] = w / scale, rounded and clamped to [low, high].
-void round_codes(const Group& g, float scale, float min, float low, float high, float* codes) {
-  const float inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
-  for (int i = 0; i < g.size; ++i) {
-    const float scaled = std::clamp((g.w[i] - min) * inverse, low - 1.0f, high + 1.0f);
-    codes[i] = std::clamp(round_even(scaled), low, high);
-  }
-}
-
-float error_of(const Group& g, float scale, float min, const float* codes) {
-  float lanes[8] = {};
-  for (int i = 0; i < g.size; ++i) {
-    const float difference = g.w[i] - (scale * codes[i] + min);
-    lanes[i & 7] += g.importance[i] * difference * difference;
-  }
-  return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+/// The weight that lies farthest from zero, the first of those.
+float extreme_of(const Weights& weights) {
+  const float low = std::fabs(weights.lowest);
+  const float high = std::fabs(weights.highest);
+  if (low != high) return low > high ? weights.lowest : weights.highest;
+  const float* const end = weights.group.w + weights.group.size;
+  return *std::find_if(weights.group.w, end, [&](float w) { return std::fabs(w) == high; });
 }
 
 /// The best of several scales for w = scale q, q in [low, high].
-Fit fit_symmetric(const Group& g, float low, float high) {
-  float extreme = 0.0f;
-  for (int i = 0; i < g.size; ++i) {
-    if (std::fabs(g.w[i]) > std::fabs(extreme)) extreme = g.w[i];
-  }
-  Fit best;
-  if (extreme == 0.0f) return {0.0f, 0.0f, 0.0f};
+RoundingFit fit_symmetric(const Weights& weights, float low, float high, const RoundingLoops& loops) {
+  const float extreme = extreme_of(weights);
+  if (extreme == 0.0f) return {0.0f, 0.0f, low, high};
+  const auto fit_of = [&](float scale) { return RoundingFit{rounded_scale(scale), 0.0f, low, high}; };
   // The side with one code more takes the extreme weight. 255 codes need no search.
-  const float spanning = high > 100.0f ? std::fabs(extreme) / high : extreme / low;
-  const int half = high > 100.0f ? 0 : kCandidates / 2;
-  float codes[kMaxGroup];
-  for (int candidate = -half; candidate <= half; ++candidate) {
-    const float scale = rounded_scale(spanning * (1.0f + kCandidateStep * static_cast<float>(candidate)));
-    round_codes(g, scale, 0.0f, low, high, codes);
-    const float error = error_of(g, scale, 0.0f, codes);
-    if (error < best.error) best = {scale, 0.0f, error};
+  if (high > 100.0f) return fit_of(std::fabs(extreme) / high);
+  const float spanning = extreme / low;
+  RoundingFit best = fit_of(spanning);  // also where importance makes every error infinite
+  float least = kInfinity;
+  for (int candidate = -(kCandidates / 2); candidate <= kCandidates / 2; ++candidate) {
+    const RoundingFit fit = fit_of(spanning * (1.0f + kCandidateStep * static_cast<float>(candidate)));
+    const float error = loops.error(weights.group, fit);
+    if (error < least) {
+      least = error;
+      best = fit;
+    }
   }
   return best;
 }
 
 /// The best of several fits for w = scale q + min, q in [0, high].
-Fit fit_with_min(const Group& g, float high) {
-  float lowest = g.w[0];
-  float highest = g.w[0];
-  for (int i = 1; i < g.size; ++i) {
-    lowest = std::min(lowest, g.w[i]);
-    highest = std::max(highest, g.w[i]);
-  }
-  Fit best;
-  const float span = highest - lowest;
-  const float middle = lowest + 0.5f * span;
-  float codes[kMaxGroup];
-  const auto offer = [&](float scale, float min) {
-    scale = rounded_scale(scale);
-    min = f16_to_f32(f32_to_f16(min));
-    round_codes(g, scale, min, 0.0f, high, codes);
-    const float error = error_of(g, scale, min, codes);
-    if (error < best.error) best = {scale, min, error};
+RoundingFit fit_with_min(const Weights& weights, float high, const RoundingLoops& loops) {
+  const RoundingGroup& g = weights.group;
+  const float span = weights.highest - weights.lowest;
+  const float middle = weights.lowest + 0.5f * span;
+  const auto fit_of = [&](float scale, float min) {
+    return RoundingFit{rounded_scale(scale), f16_to_f32(f32_to_f16(min)), 0.0f, high};
   };
-  const int half = high > 100.0f ? 0 : kCandidates / 2;
-  for (int candidate = 0; candidate <= half; ++candidate) {
+  RoundingFit best = fit_of(span / high, middle - 0.5f * span);
+  if (high > 100.0f || span == 0.0f) return best;
+  float least = kInfinity;
+  const auto offer = [&](const RoundingFit& fit) {
+    const float error = loops.error(g, fit);
+    if (error < least) {
+      least = error;
+      best = fit;
+    }
+  };
+  for (int candidate = 0; candidate <= kCandidates / 2; ++candidate) {
     const float part = span * (1.0f - kCandidateStep * static_cast<float>(candidate));
-    offer(part / high, middle - 0.5f * part);
+    offer(fit_of(part / high, middle - 0.5f * part));
   }
-  if (half == 0 || span == 0.0f) return best;
   // Once more with the line that fits the best codes in the least squares.
-  round_codes(g, best.scale, best.min, 0.0f, high, codes);
+  uint8_t codes[kMaxRoundingGroup];
+  loops.codes(g, best, codes);
   double n = 0, q = 0, qq = 0, w = 0, wq = 0;
   for (int i = 0; i < g.size; ++i) {
-    const double weight = static_cast<double>(g.importance[i]);
+    const double weight = g.importance == nullptr ? 1.0 : static_cast<double>(g.importance[i]);
     const double code = static_cast<double>(codes[i]);
     const double value = static_cast<double>(g.w[i]);
     n += weight;
@@ -121,12 +141,14 @@ Fit fit_with_min(const Group& g, float high) {
   const double determinant = n * qq - q * q;
   if (determinant > 0) {
     const double scale = (n * wq - q * w) / determinant;
-    if (scale > 0) offer(static_cast<float>(scale), static_cast<float>((w - scale * q) / n));
+    if (scale > 0) offer(fit_of(static_cast<float>(scale), static_cast<float>((w - scale * q) / n)));
   }
   return best;
 }
 
 }  // namespace
+
+const RoundingLoops kPlainRounding = {plain_range, plain_error, plain_codes};
 
 void QuantizedRow::resize(const WeightType& type, int64_t cols) {
   const EncodingInfo& info = info_of(type.encoding);
@@ -153,12 +175,11 @@ void check_importance(const TensorView& importance, int64_t cols) {
   }
 }
 
-void quantize_row(const WeightType& type, const float* w, int64_t cols, const float* importance, QuantizedRow& row) {
+void quantize_row(const WeightType& type, const float* w, int64_t cols, const float* importance, QuantizedRow& row,
+                  const RoundingLoops& loops) {
   const EncodingInfo& info = info_of(type.encoding);
   require(type.is_quantized() && info.superblock == 0, ErrorKind::kDType, "weights cannot be rounded to ", type.text());
   row.resize(type, cols);
-  float equal[kMaxGroup];
-  std::fill(equal, equal + kMaxGroup, 1.0f);
   const int levels = 1 << info.bits;
   const float high = static_cast<float>(info.has_min ? levels - 1 : levels - 1 - info.zero);
   const float low = info.has_min ? 0.0f : -static_cast<float>(info.zero);
@@ -166,16 +187,16 @@ void quantize_row(const WeightType& type, const float* w, int64_t cols, const fl
   const float limit = kLargestF16 * (info.has_min ? 0.5f : high);
   for (int64_t begin = 0; begin < cols; begin += type.group) {
     const int size = static_cast<int>(std::min<int64_t>(type.group, cols - begin));
-    for (int i = 0; i < size; ++i) {
-      require(std::fabs(w[begin + i]) < limit, ErrorKind::kNumeric, "quantize: weight ", begin + i, " of a row is ",
-              w[begin + i], ", which no float16 scale can express");
+    Weights weights{{w + begin, importance == nullptr ? nullptr : importance + begin, size}, 0.0f, 0.0f};
+    if (!loops.range(weights.group.w, size, limit, &weights.lowest, &weights.highest)) {
+      const float* const bad =
+          std::find_if_not(w + begin, w + begin + size, [&](float x) { return std::fabs(x) < limit; });
+      fail(ErrorKind::kNumeric, "quantize: weight ", bad - w, " of a row is ", *bad,
+           ", which no float16 scale can express");
     }
-    const Group group{w + begin, importance == nullptr ? equal : importance + begin, size};
-    const Fit fit = info.has_min ? fit_with_min(group, high) : fit_symmetric(group, low, high);
-    float codes[kMaxGroup];
-    round_codes(group, fit.scale, fit.min, low, high, codes);
-    const float offset = info.has_min ? 0.0f : static_cast<float>(info.zero);
-    for (int i = 0; i < size; ++i) row.codes[static_cast<size_t>(begin + i)] = static_cast<uint8_t>(codes[i] + offset);
+    const RoundingFit fit =
+        info.has_min ? fit_with_min(weights, high, loops) : fit_symmetric(weights, low, high, loops);
+    loops.codes(weights.group, fit, row.codes.data() + begin);
     row.scales[static_cast<size_t>(begin / type.group)] = f32_to_f16(fit.scale);
     if (info.has_min) row.mins[static_cast<size_t>(begin / type.group)] = f32_to_f16(fit.min);
   }

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/tensor_view.h"
+#include "quant/rounding.h"
 #include "quant/weight_type.h"
 
 namespace llama_ext {
@@ -26,7 +27,8 @@ struct QuantizedRow {
 /// Without minima a group's scale is the one of several candidates around |w|max / (the largest code) that leaves the least
 /// squared error; with them, min and scale are fitted to the codes by least squares, starting from the group's range.
 /// Throws NumericError for a weight that is not finite or too large for float16 scales, naming its index.
-void quantize_row(const WeightType& type, const float* w, int64_t cols, const float* importance, QuantizedRow& row);
+void quantize_row(const WeightType& type, const float* w, int64_t cols, const float* importance, QuantizedRow& row,
+                  const RoundingLoops& loops = kPlainRounding);
 
 /// Throws unless `importance` is empty or (cols) f32, contiguous, finite and not negative: ShapeError, DTypeError, NumericError.
 void check_importance(const TensorView& importance, int64_t cols);

@@ -145,7 +145,18 @@ std::unique_ptr<KvCache> ReferenceBackend::create_kv_cache(const KvCacheShape& s
   return std::make_unique<ReferenceKvCache>(shape);
 }
 
-SampleResult ReferenceBackend::sample(const SampleArgs& args) { return sample_on_host(args); }
+void ReferenceBackend::log_sum_exp(const LogSumExpArgs& args) {
+  check(args);
+  for (int64_t row = 0; row < args.logits.rows(); ++row) {
+    args.out[row] = log_sum_exp_on_host(args.logits.row<float>(row), args.logits.dim(1), "log_sum_exp");
+  }
+}
+
+void ReferenceBackend::sample(std::span<const SampleArgs> rows, std::span<SampleResult> results) {
+  require(rows.size() == results.size(), ErrorKind::kInternal, "sample: ", rows.size(), " rows, but ", results.size(),
+          " results");
+  for (size_t row = 0; row < rows.size(); ++row) results[row] = sample_on_host(rows[row]);
+}
 
 }  // namespace reference
 }  // namespace llama_ext

@@ -51,7 +51,8 @@ class ReferenceBackend final : public Backend {
   void feed_forward(const FeedForwardArgs& args) override;
   void softmax(const SoftmaxArgs& args) override;
   void cross_entropy(const CrossEntropyArgs& args) override;
-  SampleResult sample(const SampleArgs& args) override;
+  void log_sum_exp(const LogSumExpArgs& args) override;
+  void sample(std::span<const SampleArgs> rows, std::span<SampleResult> results) override;
 
  private:
   /// rms_norm(x) in `memory`, or x itself when there is no norm.

@@ -41,6 +41,7 @@ void test_reference();
 void test_generate();
 void test_quant();
 void test_kv_store();
+void test_threads();
 
 }  // namespace llama_ext::test
 

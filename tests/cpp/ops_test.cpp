@@ -362,6 +362,7 @@ int main() {
   test_generate();
   test_quant();
   test_kv_store();
+  test_threads();
   std::printf("%s: %d failed\n", failures == 0 ? "ok" : "FAILED", failures);
   return failures == 0 ? 0 : 1;
 }

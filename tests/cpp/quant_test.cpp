@@ -5,12 +5,15 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <span>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include "check.h"
 #include "core/half.h"
 #include "cpu/cpu_backend.h"
+#include "cpu/isa.h"
 #include "cpu/panels.h"
 #include "quant/ggml_blocks.h"
 
@@ -138,6 +141,85 @@ void test_panels_keep_every_row() {
   }
 }
 
+/// Rows that rounding finds hard: large and small, ties, one sign, constant, zeros of both signs, a single outlier.
+std::vector<float> hard_row(int64_t cols, uint32_t kind, Numbers& numbers) {
+  std::vector<float> row(static_cast<size_t>(cols));
+  const auto uniform = [&] { return static_cast<float>(numbers.next() >> 8) * 0x1p-23f - 1.0f; };
+  for (size_t k = 0; k < row.size(); ++k) {
+    const float x = uniform() + uniform() + uniform();
+    switch (kind % 8) {
+      case 0:
+        row[k] = 0.02f * x;
+        break;
+      case 1:
+        row[k] = 20000.0f * uniform();
+        break;
+      case 2:
+        row[k] = 1e-7f * x;
+        break;
+      case 3:
+        row[k] = static_cast<float>(static_cast<int>(numbers.next() >> 28) - 8) * 0.25f;
+        break;
+      case 4:
+        row[k] = 0.5f + 0.01f * x;
+        break;
+      case 5:
+        row[k] = -0.375f;
+        break;
+      case 6:
+        row[k] = numbers.next() >> 31 == 0 ? 0.0f : -0.0f;
+        break;
+      default:
+        row[k] = numbers.next() >> 26 == 0 ? 3.0f * uniform() : 1e-3f * x;
+    }
+  }
+  return row;
+}
+
+void test_every_isa_rounds_to_the_same_bits() {
+  Numbers numbers;
+  for (const std::string& isa : available_isas()) {
+    const RoundingLoops& loops = kernel_table(isa).rounding;
+    for (const WeightType& type : all_types()) {
+      if (info_of(type.encoding).superblock != 0) continue;
+      for (const int64_t cols : {1, 7, 8, 9, 31, 32, 33, 63, 100, 127, 128, 129, 256, 300, 1025}) {
+        for (uint32_t kind = 0; kind < 16; ++kind) {
+          const std::vector<float> w = hard_row(cols, kind, numbers);
+          std::vector<float> importance(w.size());
+          for (float& each : importance) {
+            // Even where every error is infinite.
+            each = kind == 15 ? 3e38f : static_cast<float>(numbers.next() >> 8) * 0x1p-20f;
+          }
+          const float* weights = kind < 8 ? nullptr : importance.data();
+          QuantizedRow plain;
+          QuantizedRow found;
+          quantize_row(type, w.data(), cols, weights, plain);
+          quantize_row(type, w.data(), cols, weights, found, loops);
+          CHECK(same(plain, found));
+          // And what a backend keeps is that.
+          PanelMatrix matrix(1, cols, type);
+          matrix.store_row(0, found);
+          matrix.load_row(0, found);
+          CHECK(same(plain, found));
+        }
+      }
+    }
+  }
+}
+
+void test_importance_that_overflows_costs_no_weights() {
+  const std::vector<float> importance(32, 3e38f);
+  std::vector<float> w(32);
+  for (size_t k = 0; k < w.size(); ++k) w[k] = 10.0f * std::sin(static_cast<float>(k));
+  for (Encoding encoding : {Encoding::kInt8, Encoding::kInt8Min, Encoding::kInt4, Encoding::kInt4Min}) {
+    QuantizedRow row;
+    quantize_row({encoding, 32}, w.data(), 32, importance.data(), row);
+    std::vector<double> kept(32);
+    dequantize_row({encoding, 32}, row, 32, kept.data());
+    for (size_t k = 0; k < w.size(); ++k) CHECK_NEAR(kept[k], w[k], 1.3);
+  }
+}
+
 void test_packed_weights_are_checked() {
   const std::unique_ptr<Backend> backend = make_cpu_backend(1);
   const WeightType type{Encoding::kInt4, 64};
@@ -233,15 +315,85 @@ void test_ggml_blocks_are_decoded_exactly() {
   CHECK_ERROR(ErrorKind::kDType, "'Q2_K' are not supported; supported: Q8_0", ggml_type("Q2_K"));
 }
 
+/// Every float16 of a block at every value that is no number, or the largest there are; sub-scales, minima and codes at their
+/// extremes: refused, or exact numbers, on every backend.
+void test_blocks_of_any_bytes_are_refused_or_kept() {
+  const std::unique_ptr<Backend> backend = make_cpu_backend(2);
+  for (const char* name : {"Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"}) {
+    const GgmlType& type = ggml_type(name);
+    const bool has_min = info_of(type.type.encoding).has_min;
+    const std::vector<size_t> halves = type.name == "Q6_K" ? std::vector<size_t>{208}
+                                       : has_min           ? std::vector<size_t>{0, 2}
+                                                           : std::vector<size_t>{0};
+    constexpr int64_t kRows = 33;
+    const int64_t cols = 2 * type.block;
+    const size_t row_bytes = static_cast<size_t>(2 * type.block_bytes);
+    const auto matrix = backend->create_matrix(kRows, cols, type.type);
+    const auto write = [&](const std::vector<uint8_t>& bytes, int64_t rows) {
+      backend->write_blocks(*matrix, {}, type, rows, std::as_bytes(std::span(bytes)));
+    };
+    for (const int fill : {0x00, 0xff, 0x7f, 0x80, 0x3f, 0xc0}) {
+      for (const int half : {0x0000, 0x8000, 0x0001, 0x83ff, 0x7bff, 0xfbff, 0x7c00, 0xfc00, 0x7c01, 0x7e00, 0xffff}) {
+        std::vector<uint8_t> bytes(row_bytes * kRows, static_cast<uint8_t>(fill));
+        for (size_t block = 0; block < 2 * kRows; ++block) {
+          for (const size_t at : halves) {
+            // The last block alone has it: those before it are good.
+            const int value = block + 1 == 2 * kRows ? half : 0x3c00;
+            bytes[block * static_cast<size_t>(type.block_bytes) + at] = static_cast<uint8_t>(value & 255);
+            bytes[block * static_cast<size_t>(type.block_bytes) + at + 1] = static_cast<uint8_t>(value >> 8);
+          }
+        }
+        if ((half & 0x7c00) == 0x7c00) {
+          CHECK_ERROR(ErrorKind::kCheckpoint, "not a finite number", write(bytes, kRows));
+          continue;
+        }
+        write(bytes, kRows);
+        std::vector<float> kept(static_cast<size_t>(kRows * cols));
+        backend->read_rows(*matrix, {}, {kept.data(), DType::kF32, {kRows, cols}});
+        for (size_t i = 0; i < kept.size(); ++i) {
+          const size_t row = i / static_cast<size_t>(cols);
+          const size_t k = i % static_cast<size_t>(cols);
+          const uint8_t* block = bytes.data() + row * row_bytes +
+                                 k / static_cast<size_t>(type.block) * static_cast<size_t>(type.block_bytes);
+          const double exact = ggml_value(type.name, block, static_cast<int>(k % static_cast<size_t>(type.block)));
+          CHECK(kept[i] == static_cast<float>(exact) && std::isfinite(kept[i]));
+        }
+      }
+    }
+    // Bytes that are not those rows: one too few, one too many, none, and rows that there are not.
+    std::vector<uint8_t> bytes(row_bytes * kRows);
+    CHECK_ERROR(ErrorKind::kShape, "bytes, got", write({bytes.begin(), bytes.end() - 1}, kRows));
+    bytes.push_back(0);
+    CHECK_ERROR(ErrorKind::kShape, "bytes, got", write(bytes, kRows));
+    CHECK_ERROR(ErrorKind::kShape, "bytes, got", write({}, kRows));
+    bytes.resize(row_bytes * (kRows + 1));
+    CHECK_ERROR(ErrorKind::kShape, "would be row 33 of 33", write(bytes, kRows + 1));
+    write({}, 0);
+    for (const int64_t wrong : {int64_t{1}, type.block - 1, type.block + 1}) {
+      const auto odd = backend->create_matrix(1, wrong, type.type);
+      CHECK_ERROR(ErrorKind::kShape, "is not a number of", backend->write_blocks(*odd, {}, type, 1, {}));
+    }
+    const auto empty = backend->create_matrix(3, 0, type.type);
+    backend->write_blocks(*empty, {}, type, 3, {});
+    const auto other = backend->create_matrix(kRows, cols, {Encoding::kF32, 0});
+    CHECK_ERROR(
+        ErrorKind::kDType, "blocks are kept as",
+        backend->write_blocks(*other, {}, type, kRows, std::as_bytes(std::span(bytes).first(row_bytes * kRows))));
+  }
+}
+
 }  // namespace
 
 void test_quant() {
   test_f16_round_trip_is_exact();
   test_f16_rounds_to_nearest_even();
   test_panels_keep_every_row();
+  test_every_isa_rounds_to_the_same_bits();
+  test_importance_that_overflows_costs_no_weights();
   test_packed_weights_are_checked();
   test_names_of_types();
   test_ggml_blocks_are_decoded_exactly();
+  test_blocks_of_any_bytes_are_refused_or_kept();
 }
 
 }  // namespace llama_ext::test

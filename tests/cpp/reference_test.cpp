@@ -285,11 +285,24 @@ void test_cross_entropy(Backend& backend) {
 }
 
 void test_sample_is_the_hosts(Backend& backend) {
-  std::vector<float> logits = {1, 3, 2};
+  std::vector<float> logits = {1, 3, 2, 5, 4, 0};
   const SamplingOptions options;
-  CHECK(backend
-            .sample({.logits = view(logits, {3}), .options = &options, .prompt = nullptr, .output = nullptr, .key = {}})
-            .token == 1);
+  std::vector<SampleArgs> rows(2);
+  for (size_t row = 0; row < 2; ++row) {
+    rows[row].logits = view(logits, {6}).slice_rows(static_cast<int64_t>(3 * row), 3);
+    rows[row].options = &options;
+  }
+  std::vector<SampleResult> results(2);
+  backend.sample(rows, results);
+  CHECK(results[0].token == 1 && results[1].token == 0);
+  std::vector<LogSumExp> sums(2);
+  backend.log_sum_exp({.logits = view(logits, {2, 3}), .out = sums.data()});
+  for (size_t row = 0; row < 2; ++row) {
+    const float largest = logits[3 * row + static_cast<size_t>(sums[row].argmax)];
+    CHECK(sums[row].argmax == results[row].token);
+    CHECK(static_cast<float>(static_cast<double>(largest) - sums[row].value) == results[row].logprob);
+  }
+  CHECK_ERROR(ErrorKind::kInternal, "2 rows, but 1 results", backend.sample(rows, {results.data(), 1}));
 }
 
 void test_long_operations_can_be_interrupted(Backend& backend) {

@@ -3,11 +3,16 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <random>
 #include <set>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "check.h"
+#include "cpu/cpu_backend.h"
+#include "cpu/isa.h"
 #include "ops/log_sum_exp.h"
 #include "ops/sample.h"
 
@@ -103,7 +108,77 @@ void test_log_sum_exp_is_as_good_as_float64() {
       logits[i] = 20.0f - static_cast<float>((i * 37) % 331) / 16;
       sum += std::exp(static_cast<double>(logits[i]) - 20.0);
     }
-    CHECK_NEAR(log_sum_exp(logits.data(), size, 20.0f), 20.0 + std::log(sum), 1e-13);
+    CHECK_NEAR(log_sum_exp_on_host(logits.data(), size, "test").value, 20.0 + std::log(sum), 1e-13);
+  }
+}
+
+/// Logits of any size and place: finite, or -inf.
+std::vector<float> mixed_logits(size_t size, uint32_t seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal(0.0f, 8.0f);
+  std::vector<float> logits(size);
+  for (float& logit : logits) logit = random() % 11 == 0 ? -kInf : normal(random);
+  logits[random() % size] = 30.0f;
+  logits[random() % size] = 30.0f;  // the first of equals counts
+  return logits;
+}
+
+void test_every_isa_makes_the_same_bits_of_logits() {
+  for (const std::string& isa : available_isas()) {
+    const LogitsLoops& loops = kernel_table(isa).logits;
+    for (const size_t size : {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 255, 256, 257, 1023, 1024, 1025, 5000, 100003}) {
+      std::vector<float> logits = mixed_logits(size, static_cast<uint32_t>(size));
+      const auto count = static_cast<int64_t>(size);
+      const int64_t argmax = kPlainLogitsLoops.argmax(logits.data(), count);
+      CHECK(loops.argmax(logits.data(), count) == argmax);
+      const float largest = logits[static_cast<size_t>(argmax)];
+      CHECK(loops.exp_sum(logits.data(), count, largest) == kPlainLogitsLoops.exp_sum(logits.data(), count, largest));
+      for (const size_t bad : {size_t{0}, size / 2, size - 1}) {
+        for (float value : {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::quiet_NaN(), kInf}) {
+          const float good = std::exchange(logits[bad], value);
+          CHECK(loops.argmax(logits.data(), count) == -1);
+          logits[bad] = good;
+        }
+      }
+      std::fill(logits.begin(), logits.end(), -kInf);
+      CHECK(loops.argmax(logits.data(), count) == 0);
+    }
+  }
+}
+
+void test_rows_are_drawn_as_each_alone() {
+  const std::vector<SamplingOptions> kinds = {
+      {}, {.temperature = 1.0}, {.temperature = 0.7, .top_k = 40, .top_p = 0.9}, {.repetition_penalty = 1.3}};
+  constexpr size_t kRows = 19;
+  constexpr size_t kVocabulary = 3001;
+  std::vector<std::vector<float>> logits;
+  for (uint32_t row = 0; row < kRows; ++row) logits.push_back(mixed_logits(kVocabulary, row));
+  const std::vector<int32_t> output = {5, 17, 5};
+  for (const std::string& isa : available_isas()) {
+    for (const int threads : {1, 2, 5}) {
+      const std::unique_ptr<Backend> backend = make_cpu_backend(threads, isa);
+      std::vector<SampleArgs> rows(kRows);
+      for (size_t row = 0; row < kRows; ++row) {
+        rows[row].logits = {static_cast<const void*>(logits[row].data()), DType::kF32, {kVocabulary}};
+        rows[row].options = &kinds[row % kinds.size()];
+        rows[row].output = &output;
+        rows[row].key = {.seed = 3, .stream = row, .counter = 3};
+      }
+      std::vector<SampleResult> results(kRows);
+      backend->sample(rows, results);
+      for (size_t row = 0; row < kRows; ++row) {
+        const SampleResult alone = sample_on_host(rows[row]);
+        CHECK(results[row].token == alone.token && results[row].logprob == alone.logprob);
+        LogSumExp sum;
+        backend->log_sum_exp(
+            {.logits = {static_cast<const void*>(logits[row].data()), DType::kF32, {1, kVocabulary}}, .out = &sum});
+        const float logit = logits[row][static_cast<size_t>(alone.token)];
+        CHECK(static_cast<float>(static_cast<double>(logit) - sum.value) == alone.logprob);
+      }
+      logits[7][5] = kInf;
+      CHECK_ERROR(ErrorKind::kNumeric, "sample: the logit of token 5 is inf", backend->sample(rows, results));
+      logits[7][5] = 0.0f;
+    }
   }
 }
 
@@ -289,6 +364,8 @@ void test_sample() {
   test_greedy_takes_the_largest();
   test_logprob_is_of_the_raw_logits();
   test_log_sum_exp_is_as_good_as_float64();
+  test_every_isa_makes_the_same_bits_of_logits();
+  test_rows_are_drawn_as_each_alone();
   test_bad_logits_are_named();
   test_penalties();
   test_filters_keep_the_right_tokens();

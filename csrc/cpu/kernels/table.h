@@ -5,6 +5,8 @@
 #include "cpu/kernels/attention.h"
 #include "cpu/kernels/codes.h"
 #include "cpu/kernels/gemm.h"
+#include "cpu/kernels/logits.h"
+#include "cpu/kernels/rounding.h"
 #include "cpu/kernels/rows.h"
 
 namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE {
@@ -37,7 +39,9 @@ static constexpr KernelTable make_table(const char* name, const GemmKernel& bf16
                        rms_norm,
                        rope,
                        softmax,
-                       log_sum_exp};
+                       log_sum_exp,
+                       kRounding,
+                       kLogits};
   for (int i = 0; i < kCodeFormatCount; ++i) {
     table.codes[i] = codes.kernels[i];
     table.codes_exact[i] = kCodesExact.kernels[i];
