@@ -96,6 +96,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--openvino", type=Path, action="append", default=[], help="a directory for OpenVINO GenAI")
     parser.add_argument("--genai", type=Path, action="append", default=[], help="a directory for onnxruntime-genai")
     parser.add_argument("--ctranslate2", type=Path, action="append", default=[], help="a directory for CTranslate2")
+    parser.add_argument("--onnx", type=Path, action="append", default=[], help="an .onnx file of llama-ext export-onnx")
     parser.add_argument("--prepared", action="store_true", help="also whatever benchmarks.prepare_peers has made")
     parser.add_argument("--save", action="store_true", help="write JSON and Markdown to benchmarks/results")
     parser.add_argument("--results", type=Path, default=report.RESULTS, help="another directory for --save")
@@ -132,6 +133,12 @@ def planned_engines(options: argparse.Namespace, model: Path) -> list[EngineRun]
         if _kind_of_name(_stem(path)) == "int8":
             command = _ours(path.resolve(), "auto")
             runs.append(EngineRun("llama_ext", f"{_stem(path)} (GGUF)", "int8", None, command))
+    for graph in options.onnx:
+        directory = graph.resolve().parent.parent
+        command = [sys.executable, "-m", "benchmarks.engines.ort_model_runner", "--onnx", str(directory)]
+        kind = "int8" if graph.stem in ("model_quantized", "model_q4") else "f32"
+        command += ["--variant", graph.stem]
+        runs.append(EngineRun("onnxruntime", f"{directory.name}/{graph.stem}", kind, None, command))
     for dtype in _BYTES:
         command = [options.peer_python, "-m", "benchmarks.peers.transformers_runner", "--model", str(model)]
         runs.append(EngineRun("transformers", dtype, _KIND[dtype], _BYTES[dtype], [*command, "--dtype", dtype]))
