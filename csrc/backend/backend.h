@@ -85,6 +85,8 @@ class Backend {
   /// not `ggml`'s, CheckpointError for a scale that is not finite.
   virtual void write_blocks(Matrix& matrix, const RowMap& map, const GgmlType& ggml, int64_t rows,
                             std::span<const std::byte> blocks) = 0;
+  /// Writes rows whose codes are given. Throws DTypeError for a type without such codes, NumericError (take_codes).
+  virtual void write_codes(Matrix& matrix, const RowMap& map, const CodeRows& source) = 0;
   /// Reads rows back: `target` (n, K), host memory, f32 or the matrix's own dtype, contiguous.
   virtual void read_rows(const Matrix& matrix, const RowMap& map, const TensorView& target) = 0;
   /// Reads `rows` rows of a quantised matrix as they are kept: calls `visit` with the index of each and its codes, in order, from

@@ -126,6 +126,47 @@ void load_blocks(Model& model, const std::string& slot, const py::object& blocks
   without_gil([&] { model.weights().load_blocks(slot, ggml, bytes); });
 }
 
+/// An array of halves of what `codes` say, (N, groups).
+const uint16_t* halves(const py::object& array, int64_t rows, int64_t groups, const std::string& slot,
+                       const char* what) {
+  const TensorView view = read_view(array, DType::kF16, 2, "load_codes", what);
+  require_shape(view, {rows, groups}, "load_codes", slot);
+  require(view.is_contiguous(), ErrorKind::kShape, "load_codes: ", what, " of '", slot, "' must be contiguous");
+  return static_cast<const uint16_t*>(view.data());
+}
+
+/// Codes, scales and minima as `quantize` gives them.
+void load_codes(Model& model, const std::string& slot, const py::array& codes, const py::object& scales,
+                const py::object& mins) {
+  const auto& slots = model.weights().slots();
+  const auto found =
+      std::find_if(slots.begin(), slots.end(), [&](const Weights::Slot& each) { return each.name == slot; });
+  require(found != slots.end(), ErrorKind::kCheckpoint, "load_codes: there is no slot '", slot, "' in this model");
+  require(found->is_matrix && found->type.is_quantized(), ErrorKind::kDType, "load_codes: '", slot,
+          "' is not kept as codes");
+  const EncodingInfo& info = info_of(found->type.encoding);
+  const bool is_signed = py::isinstance<py::array_t<int8_t, py::array::c_style>>(codes);
+  require(is_signed != info.has_min && (is_signed || py::isinstance<py::array_t<uint8_t, py::array::c_style>>(codes)),
+          ErrorKind::kDType, "load_codes: codes of '", slot, "' must be a contiguous array of ",
+          info.has_min ? "uint8" : "int8");
+  require(codes.ndim() == 2 && codes.shape(0) == found->shape[0] && codes.shape(1) == found->shape[1],
+          ErrorKind::kShape, "load_codes: codes of '", slot, "' must have shape ",
+          shape_text({found->shape[0], found->shape[1]}));
+  require(mins.is_none() != info.has_min, ErrorKind::kOption, "load_codes: '", slot, "' has ",
+          info.has_min ? "minima" : "no minima");
+  const int64_t rows = codes.shape(0);
+  const int64_t groups = ceil_div(codes.shape(1), found->type.group);
+  const auto* from = static_cast<const uint8_t*>(codes.data());
+  // As they are kept: from 0 on.
+  std::vector<uint8_t> unsigned_codes(from, from + codes.size());
+  for (uint8_t& code : unsigned_codes) code = static_cast<uint8_t>(code + info.zero);
+  const CodeRows source{.rows = rows,
+                        .codes = unsigned_codes.data(),
+                        .scales = halves(scales, rows, groups, slot, "scales"),
+                        .mins = info.has_min ? halves(mins, rows, groups, slot, "mins") : nullptr};
+  without_gil([&] { model.weights().load_codes(slot, source); });
+}
+
 /// The type of weights that keeps blocks of a ggml type.
 py::tuple type_of_blocks(const std::string& ggml_name) { return type_tuple(ggml_type(ggml_name).type); }
 
@@ -235,6 +276,8 @@ void bind_model(py::module_& module) {
       .def("missing", [](const Model& m) { return m.weights().missing(); })
       .def("load", &load, py::arg("slot"), py::arg("source"), py::arg("dtype"), py::arg("importance") = py::none())
       .def("load_blocks", &load_blocks, py::arg("slot"), py::arg("blocks"), py::arg("ggml_type"))
+      .def("load_codes", &load_codes, py::arg("slot"), py::arg("codes"), py::arg("scales"),
+           py::arg("mins") = py::none())
       .def("matrices", &matrix_names)
       .def("packed", &packed, py::arg("name"))
       .def("read", &read, py::arg("slot"))

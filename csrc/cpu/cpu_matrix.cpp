@@ -182,6 +182,20 @@ void CpuBackend::write_blocks(Matrix& matrix, const RowMap& map, const GgmlType&
   });
 }
 
+void CpuBackend::write_codes(Matrix& matrix, const RowMap& map, const CodeRows& source) {
+  PanelMatrix& panels = panel_matrix(matrix);
+  check_map(matrix, map, source.rows, "source");
+  const double microseconds = static_cast<double>(source.rows * matrix.cols()) / kCopied;
+  parallel_for(threads_for(microseconds), ceil_div(source.rows, kRowsPerTask), [&](int64_t task, int) {
+    QuantizedRow row;
+    const int64_t begin = task * kRowsPerTask;
+    for (int64_t i = begin; i < std::min(begin + kRowsPerTask, source.rows); ++i) {
+      take_codes(matrix.type(), source, i, matrix.cols(), row);
+      panels.store_row(map(i), row);
+    }
+  });
+}
+
 void load_row(const PanelMatrix& matrix, int64_t row, float* out) {
   if (matrix.type().is_quantized()) {
     QuantizedRow codes;

@@ -269,6 +269,17 @@ void Weights::load_blocks(std::string_view slot, const GgmlType& ggml, std::span
   loaded_[index] = 1;
 }
 
+void Weights::load_codes(std::string_view slot, const CodeRows& codes) {
+  const size_t index = find(slot);
+  require(slots_[index].is_matrix, ErrorKind::kDType, "weights: '", slot, "' is a vector, and has no codes");
+  const Place& place = place_to_fill(slot);
+  require(codes.rows == slots_[index].shape[0], ErrorKind::kShape, "weights: '", slot, "' has ", slots_[index].shape[0],
+          " rows, got codes of ", codes.rows);
+  backend_.write_codes(*place.matrix, place.rows, codes);
+  backend_.synchronize();
+  loaded_[index] = 1;
+}
+
 void Weights::read(std::string_view slot, const TensorView& target) const {
   const size_t index = find(slot);
   check_source(slots_[index], target);

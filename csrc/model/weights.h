@@ -79,6 +79,8 @@ class Weights {
   void load(std::string_view slot, const TensorView& source, const TensorView& importance);
   /// Fills the slot of a matrix from rows of ggml blocks. Throws as `load`, and DTypeError for blocks of another type.
   void load_blocks(std::string_view slot, const GgmlType& ggml, std::span<const std::byte> blocks);
+  /// Fills the slot of a matrix from codes. Throws as `load`, and DTypeError, NumericError (Backend::write_codes).
+  void load_codes(std::string_view slot, const CodeRows& codes);
   /// Reads a slot back into host memory: f32, or the matrix's own dtype.
   void read(std::string_view slot, const TensorView& target) const;
   /// Reads the slot of a quantised matrix row by row; see Backend::read_codes.

@@ -217,6 +217,29 @@ void group_factors(const WeightType& type, const QuantizedRow& row, int64_t cols
   }
 }
 
+void take_codes(const WeightType& type, const CodeRows& rows, int64_t index, int64_t cols, QuantizedRow& row) {
+  const EncodingInfo& info = info_of(type.encoding);
+  require(type.is_quantized() && info.superblock == 0, ErrorKind::kDType, "codes cannot be kept as ", type.text());
+  row.resize(type, cols);
+  const uint8_t* const codes = rows.codes + index * cols;
+  for (int64_t k = 0; k < cols; ++k) {
+    require(codes[k] >> info.bits == 0, ErrorKind::kNumeric, "codes: ", info.name, " has ", 1 << info.bits,
+            " codes, and weight ", k, " of row ", index, " is code ", int{codes[k]});
+    row.codes[static_cast<size_t>(k)] = codes[k];
+  }
+  const int64_t groups = ceil_div(cols, type.group);
+  const auto take = [&](const uint16_t* from, std::vector<uint16_t>& to, const char* what) {
+    for (int64_t group = 0; group < groups; ++group) {
+      const uint16_t bits = from[index * groups + group];
+      require((bits & 0x7c00u) != 0x7c00u, ErrorKind::kNumeric, "codes: the ", what, " of group ", group, " of row ",
+              index, " is not a finite number");
+      to[static_cast<size_t>(group)] = bits;
+    }
+  };
+  take(rows.scales, row.scales, "scale");
+  if (info.has_min) take(rows.mins, row.mins, "minimum");
+}
+
 void dequantize_row(const WeightType& type, const QuantizedRow& row, int64_t cols, double* out) {
   const EncodingInfo& info = info_of(type.encoding);
   for (int64_t k = 0; k < cols; ++k) {

@@ -30,6 +30,19 @@ struct QuantizedRow {
 void quantize_row(const WeightType& type, const float* w, int64_t cols, const float* importance, QuantizedRow& row,
                   const RoundingLoops& loops = kPlainRounding);
 
+/// Rows of codes that somebody else has chosen, each array contiguous: codes (n, K), less the lowest code, scales (n, groups)
+/// float16, and, with has_min, mins (n, groups).
+struct CodeRows {
+  int64_t rows = 0;
+  const uint8_t* codes = nullptr;
+  const uint16_t* scales = nullptr;
+  const uint16_t* mins = nullptr;
+};
+
+/// Row `index` of them. type: an encoding without superblocks. Throws DTypeError for another one, NumericError for a code that the type
+/// does not have, or a scale or minimum that is not finite.
+void take_codes(const WeightType& type, const CodeRows& rows, int64_t index, int64_t cols, QuantizedRow& row);
+
 /// Throws unless `importance` is empty or (cols) f32, contiguous, finite and not negative: ShapeError, DTypeError, NumericError.
 void check_importance(const TensorView& importance, int64_t cols);
 

@@ -118,6 +118,16 @@ void ReferenceBackend::write_blocks(Matrix& matrix, const RowMap& map, const Ggm
   }
 }
 
+void ReferenceBackend::write_codes(Matrix& matrix, const RowMap& map, const CodeRows& source) {
+  const ReferenceMatrix& mine = own(matrix, "write_codes");
+  check_map(matrix, map, source.rows, "write_codes");
+  QuantizedRow codes;
+  for (int64_t i = 0; i < source.rows; ++i) {
+    take_codes(mine.type(), source, i, matrix.cols(), codes);
+    store_codes(mine, map(i), codes);
+  }
+}
+
 void ReferenceBackend::read_rows(const Matrix& matrix, const RowMap& map, const TensorView& target) {
   const ReferenceMatrix& mine = own(matrix, "read_rows");
   require(target.dtype() == DType::kF32 || target.dtype() == mine.dtype(), ErrorKind::kDType,

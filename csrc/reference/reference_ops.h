@@ -33,6 +33,7 @@ class ReferenceBackend final : public Backend {
   void write_rows(Matrix& matrix, const RowMap& map, const TensorView& source, const TensorView& importance) override;
   void write_blocks(Matrix& matrix, const RowMap& map, const GgmlType& ggml, int64_t rows,
                     std::span<const std::byte> blocks) override;
+  void write_codes(Matrix& matrix, const RowMap& map, const CodeRows& source) override;
   void read_rows(const Matrix& matrix, const RowMap& map, const TensorView& target) override;
   void read_codes(const Matrix& matrix, const RowMap& map, int64_t rows,
                   const std::function<void(int64_t, const QuantizedRow&)>& visit) override;

@@ -58,7 +58,7 @@ def test_calibration_lowers_the_errors_of_outputs_and_says_by_how_much(tmp_path:
     report = llama_ext.quantize("demo", tmp_path, "int4", calibration=PLAY)
     assert report.calibration_tokens > 1000
     assert report.improvement is not None
-    assert report.improvement > 0.005
+    assert report.improvement > 0.15
     for tensor in report.tensors:
         assert tensor.output_error is not None
         assert tensor.output_error_before is not None

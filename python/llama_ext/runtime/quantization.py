@@ -12,9 +12,10 @@ import numpy as np
 
 from llama_ext import _core
 from llama_ext._arrays import FloatArray
-from llama_ext.errors import OptionError
+from llama_ext.errors import NumericError, OptionError
 from llama_ext.limits import DEFAULT_LIMITS, Limits
 from llama_ext.runtime.calibration import Activations, calibration_ids
+from llama_ext.runtime.feedback import Feedback, round_with_feedback
 from llama_ext.runtime.loading import core_config, open_model
 from llama_ext.runtime.model_files import ModelFiles, StoredTensor
 from llama_ext.runtime.progress import ProgressBar
@@ -23,7 +24,7 @@ from llama_ext.runtime.threads import checked_threads
 
 __all__ = ["QuantizationReport", "QuantizedTensor", "quantize"]
 
-# Rows of a calibration that the errors of outputs are measured on: a product of each matrix is enough.
+# Tokens of a calibration that the errors of outputs are measured on, and nothing else: a product of each matrix is enough.
 _MEASURED_ROWS = 256
 
 
@@ -37,7 +38,8 @@ class QuantizedTensor:
         group: Weights that share a scale.
         shape: (rows, columns).
         error: Of the weights, against the original ones.
-        output_error: Of its products with the inputs of the calibration text; None without one.
+        output_error: Of its products with its inputs on tokens of the calibration text that were kept out of the calibration;
+            None without one.
         output_error_before: The same without calibration.
     """
 
@@ -128,8 +130,9 @@ def quantize(
         dtype: "int8", or "int4" with the embedding and the head as int8.
         group_size: Weights of a row that share a scale, 128, 64 or 32. None: the largest that divides.
         symmetric: Whether a group has a scale alone (None, True) or also a minimum (False).
-        calibration: A text like those the model is for. The mean square of each column of a matrix's input then weighs the
-            errors of its weights. A matrix whose outputs on the text gain nothing by that is quantised without.
+        calibration: A text like those the model is for, of some thousand tokens. Weights are then rounded column by column, and
+            later columns make up for the errors of earlier ones on the text. A matrix whose outputs gain nothing by that, on
+            tokens that were kept out of it, is quantised without.
         threads: None: as `LlamaForCausalLM`.
         revision: Of the Hub: a branch, tag or commit.
         limits: What a file may ask for.
@@ -139,12 +142,13 @@ def quantize(
 
     Raises:
         OptionError: An option is unknown or out of range, or a calibration text without a tokenizer.
-        NumericError: A weight that no scale can express.
+        NumericError: A weight that no scale can express, or activations on the text that are not finite.
         FormatError, CheckpointError, UnsupportedError, LimitError: The model cannot be read.
         OutOfMemoryError: The quantised weights do not fit into memory.
         OSError: The directory cannot be written.
 
-    Source: of weighing errors by the inputs, Lin et al., "AWQ", 2023, and llama.cpp's importance matrix.
+    Source: of the calibration, Frantar et al., "GPTQ", 2022; of weighing errors by the inputs when scales are chosen, llama.cpp's
+    importance matrix.
     """
     if dtype not in ("int8", "int4"):
         raise OptionError(f"dtype must be int8 or int4, got {dtype!r}. `convert` writes the others")
@@ -164,11 +168,13 @@ def quantize(
             for slots in _stages(files):
                 weights = {slot: _float32(files, tensors[slot]) for slot in slots}
                 inputs = _inputs(activations, weights)
+                # Q, K and V share one, gate and up as well.
+                shared = {id(x): _Inputs(x, slot) for slot, x in inputs.items()}
                 for slot in slots:
                     if weights[slot].ndim == 1:
                         core.load(slot, weights[slot], "float32")
                     else:
-                        found.append(_quantize_one(core, slot, weights[slot], inputs.get(slot)))
+                        found.append(_quantize_one(core, slot, weights[slot], shared.get(id(inputs.get(slot)))))
                     bar.advance(math.prod(tensors[slot].shape))
                     files.release(tensors[slot])
         save_core(directory, core, config, files.tokenizer, files.generation_defaults)
@@ -215,20 +221,32 @@ def _float32(files: ModelFiles, tensor: StoredTensor) -> FloatArray:
     return np.ascontiguousarray(values, dtype=np.float32)
 
 
-def _quantize_one(core: _core.Model, slot: str, values: FloatArray, x: FloatArray | None) -> QuantizedTensor:
+class _Inputs:
+    """What goes into a matrix: some tokens to measure on, the others to calibrate with."""
+
+    def __init__(self, x: FloatArray, slot: str) -> None:
+        if not np.isfinite(x).all():
+            raise NumericError(
+                f"the calibration text gives '{slot}' inputs that are not finite. Are the weights corrupt?"
+            )
+        measured = np.zeros(len(x), dtype=np.bool_)
+        measured[:: max(2, len(x) // _MEASURED_ROWS)] = True
+        self.measured = x[measured]
+        self.feedback = Feedback(x[~measured] if len(x) > 1 else x)
+
+
+def _quantize_one(core: _core.Model, slot: str, values: FloatArray, inputs: _Inputs | None) -> QuantizedTensor:
     encoding, group = core.types()[slot]
     core.load(slot, values, "float32")
     off = _difference(core, slot, values)
     error = _ratio(off, values)
-    if x is None:
+    if inputs is None:
         return QuantizedTensor(slot, encoding, group, values.shape, error)
-    measured = x[:: max(1, len(x) // _MEASURED_ROWS)][:_MEASURED_ROWS]
-    exact = measured @ values.T
-    before = _ratio(measured @ off.T, exact)
-    importance: FloatArray = np.asarray(np.mean(np.square(x), axis=0, dtype=np.float64), dtype=np.float32)
-    core.load(slot, values, "float32", importance)
+    exact = inputs.measured @ values.T
+    before = _ratio(inputs.measured @ off.T, exact)
+    core.load_codes(slot, *round_with_feedback(values, inputs.feedback, encoding, group))
     off = _difference(core, slot, values)
-    after = _ratio(measured @ off.T, exact)
+    after = _ratio(inputs.measured @ off.T, exact)
     if after >= before:
         core.load(slot, values, "float32")
         after = before
