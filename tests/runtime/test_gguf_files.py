@@ -23,6 +23,8 @@ from small_config import LLAMA3
 
 Model = llama_ext.LlamaForCausalLM
 IDS = np.random.default_rng(1).integers(0, 96, (2, 40))
+# Float32 against float64 over two layers: 1.0e-6 to 2.1e-6 on each ISA, and the same bits with the weights widened beforehand.
+FLOAT32 = 4e-6
 
 MIXED: dict[str, dict[str, str]] = {
     "as Q4_K_M": {"": "Q4_K", ".v": "Q6_K", "down": "Q6_K", "head": "Q6_K"},
@@ -43,8 +45,8 @@ def test_logits_are_those_of_the_dequantised_weights(kind: str, tmp_path: Path) 
     gguf_models.write(path, config, MIXED.get(kind, kind))
     expected = gguf_models.as_floats(path, config)(IDS)
     exact = Model.from_pretrained(path, compute="exact")
-    assert relative_rms(exact(IDS), expected) < 2e-6
-    assert relative_rms(Model.from_pretrained(path, compute="exact", dtype="float32")(IDS), expected) < 2e-6
+    assert relative_rms(exact(IDS), expected) < FLOAT32
+    assert relative_rms(Model.from_pretrained(path, compute="exact", dtype="float32")(IDS), expected) < FLOAT32
     # The fastest arithmetic rounds activations to 8 bits where weights are quantised.
     assert relative_rms(Model.from_pretrained(path)(IDS), expected) < 3e-2
 
@@ -116,7 +118,7 @@ def test_the_scaling_of_llama3_and_biases_and_a_tied_head_come_through(tmp_path:
     model = Model.from_pretrained(path, compute="exact")
     assert model.config.rope_parameters == config.rope_parameters
     assert model.config.tie_word_embeddings
-    assert relative_rms(model(IDS), gguf_models.as_floats(path, config)(IDS)) < 2e-6
+    assert relative_rms(model(IDS), gguf_models.as_floats(path, config)(IDS)) < FLOAT32
 
 
 def test_a_directory_with_one_file_is_that_file(tmp_path: Path) -> None:
