@@ -291,6 +291,9 @@ def test_limits_can_be_raised_and_lowered() -> None:
         render("{{ 'a' * 11 }}", limits=TemplateLimits(characters=10))
     with pytest.raises(OptionError, match=r"TemplateLimits\.seconds"):
         TemplateLimits(seconds=0)
+    assert render("{{ 1 + 2 }}", limits=TemplateLimits(tokens=9)) == "3"
+    with pytest.raises(LimitError, match="more than 8 tokens"):
+        render("{{ 1 + 2 }}", limits=TemplateLimits(tokens=8))
 
 
 def test_a_namespace_that_contains_itself_can_be_printed() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,16 +30,18 @@ class TemplateLimits:
     Guaranteed: the output and every string have at most `characters` characters; every list or dictionary prints in at
     most `characters`, at 16 for an element; all values made by the template together have at most `work` characters;
     and the rendering ends with a `LimitError` after `seconds` plus one step on data of that size (a fraction of
-    a second). The template's length bounds the time to compile it, which nothing interrupts.
+    a second). The template's length and tokens bound the time to compile it, which nothing interrupts.
 
     Args:
         template: Characters of the template itself.
+        tokens: Of the template: names, numbers, operators, the space between them.
         characters: Characters of the output, of any one value, and of the messages.
         work: Characters of all values the template makes, together.
         seconds: CPU time of one rendering.
     """
 
     template: int = 64 * 2**10
+    tokens: int = 32 * 2**10
     characters: int = 4 * 2**20
     work: int = 128 * 2**20
     seconds: float = 2.0
@@ -118,7 +121,7 @@ def _render(template: str, names: dict[str, Any], limits: TemplateLimits) -> str
 
     try:
         with metered(Meter(limits.characters, limits.work, limits.seconds)) as meter:
-            compiled = _compile(template)
+            compiled = _compile(template, limits.tokens)
             for value in names.values():
                 meter.check(value)
             return "".join(compiled.generate(**names))
@@ -147,8 +150,13 @@ def _environment() -> jinja2.Environment:
 
 
 @functools.lru_cache(maxsize=16)
-def _compile(template: str) -> jinja2.Template:
-    return _environment().from_string(template)
+def _compile(template: str, most_tokens: int) -> jinja2.Template:
+    environment = _environment()
+    # Parsing takes a hundred times as long as finding out that there is too much to parse.
+    tokens = environment.lexer.tokeniter(template, None)
+    if sum(1 for _ in itertools.islice(tokens, most_tokens + 1)) > most_tokens:
+        raise LimitError(f"chat template: more than {most_tokens:,} tokens. Is the template malicious?")
+    return environment.from_string(template)
 
 
 def _plain(value: Any, name: str, depth: int = 0) -> Any:
