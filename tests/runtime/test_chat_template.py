@@ -11,6 +11,7 @@ import pytest
 
 from llama_ext.errors import FormatError, LimitError, OptionError
 from llama_ext.runtime.chat_template import TemplateLimits, render_chat_template
+from timing import within
 
 USER = {"role": "user", "content": " Hi <there> & 'you' é\n"}
 ASSISTANT = {"role": "assistant", "content": " Yo "}
@@ -246,10 +247,8 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_template_that_wants_too_much_memory_is_a_limit_error_at_once(name: str) -> None:
-    start = time.process_time()
-    with pytest.raises(LimitError):
+    with within(0.5), pytest.raises(LimitError):
         render(BOMBS[name])
-    assert time.process_time() - start < 2
 
 
 SLOW = {
@@ -267,17 +266,15 @@ SLOW = {
 
 @pytest.mark.parametrize("name", SLOW)
 def test_a_template_that_runs_too_long_is_a_limit_error_in_time(name: str) -> None:
-    start = time.process_time()
-    with pytest.raises(LimitError, match=r"still running after 0\.3 s"):
+    with within(0.4), pytest.raises(LimitError, match=r"still running after 0\.3 s"):
         render(SLOW[name], limits=TemplateLimits(seconds=0.3))
-    assert time.process_time() - start < 1
 
 
 def test_the_default_time_is_two_seconds() -> None:
-    start = time.process_time()
-    with pytest.raises(LimitError, match="after 2 s"):
+    start = time.perf_counter()
+    with within(2.1), pytest.raises(LimitError, match="after 2 s"):
         render(SLOW["nested loops"])
-    assert 1.5 < time.process_time() - start < 4
+    assert time.perf_counter() - start > 1.5
 
 
 def test_a_long_conversation_is_within_the_limits() -> None:
