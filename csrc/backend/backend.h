@@ -10,17 +10,21 @@
 
 #include "core/tensor_view.h"
 #include "ops/attention.h"
+#include "ops/causal_attention.h"
 #include "ops/cross_entropy.h"
+#include "ops/dropout.h"
 #include "ops/embedding.h"
 #include "ops/feed_forward.h"
 #include "ops/kv_cache.h"
 #include "ops/log_sum_exp.h"
 #include "ops/matmul.h"
 #include "ops/matrix.h"
+#include "ops/optimizer.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"
 #include "ops/sample.h"
 #include "ops/softmax.h"
+#include "ops/swiglu.h"
 #include "quant/ggml_blocks.h"
 
 namespace llama_ext {
@@ -89,10 +93,17 @@ class Backend {
   virtual void write_codes(Matrix& matrix, const RowMap& map, const CodeRows& source) = 0;
   /// Reads rows back: `target` (n, K), host memory, f32 or the matrix's own dtype, contiguous.
   virtual void read_rows(const Matrix& matrix, const RowMap& map, const TensorView& target) = 0;
+  /// Copies `rows` rows as they are kept: row i of `from` in `source` to row i of `to` in `target`. Throws DTypeError unless both
+  /// matrices have one type, ShapeError unless as many columns.
+  virtual void copy_rows(Matrix& target, const RowMap& to, const Matrix& source, const RowMap& from, int64_t rows) = 0;
   /// Reads `rows` rows of a quantised matrix as they are kept: calls `visit` with the index of each and its codes, in order, from
   /// this thread. Throws DTypeError for a matrix of floats, UnsupportedError where a device keeps no codes.
   virtual void read_codes(const Matrix& matrix, const RowMap& map, int64_t rows,
                           const std::function<void(int64_t, const QuantizedRow&)>& visit) = 0;
+
+  /// All elements of a float32 matrix, padding included, in the order of its layout: (n) f32. For what is done element by
+  /// element to matrices of one shape; padding is zero and must stay so. Throws DTypeError for another type.
+  virtual TensorView values(Matrix& matrix) = 0;
 
   // The KV cache of one sequence.
   /// Memory is only touched as positions are stored. Throws DTypeError, OutOfMemoryError.
@@ -116,6 +127,21 @@ class Backend {
   virtual void log_sum_exp(const LogSumExpArgs& args) = 0;
   /// results[i] is what rows[i] gives, which depends on that row alone. As many of both.
   virtual void sample(std::span<const SampleArgs> rows, std::span<SampleResult> results) = 0;
+
+  // Training: what only it needs of the forward direction, gradients, steps of optimisers.
+  virtual void swiglu(const SwigluArgs& args) = 0;
+  virtual void causal_attention(const CausalAttentionArgs& args) = 0;
+  virtual void dropout(const DropoutArgs& args) = 0;
+  virtual void embedding_backward(const EmbeddingBackwardArgs& args) = 0;
+  virtual void matmul_backward(const MatmulBackwardArgs& args) = 0;
+  virtual void rms_norm_backward(const RmsNormBackwardArgs& args) = 0;
+  virtual void swiglu_backward(const SwigluBackwardArgs& args) = 0;
+  virtual void causal_attention_backward(const CausalAttentionBackwardArgs& args) = 0;
+  virtual void cross_entropy_backward(const CrossEntropyBackwardArgs& args) = 0;
+  virtual void adam(const AdamArgs& args) = 0;
+  virtual void sgd(const SgdArgs& args) = 0;
+  /// The sum of x^2 in float64, in an order that does not depend on threads. x: (n) f32, contiguous.
+  virtual double sum_of_squares(const TensorView& x) = 0;
 };
 
 }  // namespace llama_ext

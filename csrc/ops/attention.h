@@ -16,7 +16,7 @@ namespace llama_ext {
 /// never enters. Softmax runs in f32 over tiles of keys that start at absolute multiples and are merged in order: a row's bits depend
 /// neither on M, nor on how a prompt was cut into segments, nor on threads.
 /// compute: kAuto may round q and the softmax's weights to bf16 when the cache is not f32.
-/// Saves (when training) the log-sum-exp per row and head. Throws ShapeError, DTypeError, ContextLengthError.
+/// Training has no caches: causal_attention.h. Throws ShapeError, DTypeError, ContextLengthError.
 /// Source: Vaswani et al. 2017; Ainslie et al., "GQA", 2023; tiles merged as in Dao et al., "FlashAttention", 2022.
 struct AttentionArgs {
   TensorView q;

@@ -1,5 +1,7 @@
 #include "ops/cross_entropy.h"
 
+#include <cmath>
+
 #include "ops/argument_checks.h"
 
 namespace llama_ext {
@@ -18,6 +20,12 @@ void check(const CrossEntropyArgs& args) {
             "cross_entropy: label ", labels[t], " at index ", t, " must be in [0, ", vocabulary, ") or ", kIgnoreLabel,
             " (ignored)");
   }
+}
+
+void check(const CrossEntropyBackwardArgs& args) {
+  check(CrossEntropyArgs{.logits = args.logits, .labels = args.labels, .losses = args.losses});
+  require(std::isfinite(args.scale), ErrorKind::kOption, "cross_entropy_backward: scale must be finite, got ",
+          args.scale);
 }
 
 }  // namespace llama_ext

@@ -20,4 +20,14 @@ void check_token_ids(const int32_t* ids, int64_t count, int64_t vocabulary) {
   }
 }
 
+void check(const EmbeddingBackwardArgs& args) {
+  const char* op = "embedding_backward";
+  const Matrix& table = require_present(args.d_table, op, "d_table");
+  require(table.type() == WeightType{Encoding::kF32}, ErrorKind::kDType, op, ": d_table must be float32, got ",
+          table.type().text());
+  require_tensor(args.ids, DType::kI32, {-1}, Rows::kContiguous, op, "ids");
+  require_tensor(args.d_y, DType::kF32, {args.ids.rows(), table.cols()}, Rows::kContiguous, op, "d_y");
+  check_token_ids(static_cast<const int32_t*>(args.ids.data()), args.ids.rows(), table.rows());
+}
+
 }  // namespace llama_ext

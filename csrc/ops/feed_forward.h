@@ -13,7 +13,7 @@ namespace llama_ext {
 /// Or, instead of gate_up, where the two are kept as different types: gate, up: Matrix (F, C); gate_bias, up_bias: (F) or none.
 /// down_bias: (C) or none. y: (M, C) f32, x itself (a residual connection)
 /// or disjoint from it.
-/// Saves (when training) the two pre-activations. Throws ShapeError, DTypeError.
+/// Training composes it of products and swiglu (swiglu.h). Throws ShapeError, DTypeError.
 /// Source: Shazeer, "GLU Variants Improve Transformer", 2020.
 struct FeedForwardArgs {
   TensorView x;

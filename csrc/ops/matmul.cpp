@@ -14,4 +14,25 @@ void check(const MatmulArgs& args) {
   if (args.bias) require_disjoint(args.y, args.bias, "matmul", "y", "bias");
 }
 
+void check(const MatmulBackwardArgs& args) {
+  const char* op = "matmul_backward";
+  require_tensor(args.d_y, DType::kF32, {-1, -1}, Rows::kStrided, op, "d_y");
+  const int64_t rows = args.d_y.dim(0);
+  const int64_t outputs = args.d_y.dim(1);
+  if (args.d_x || args.d_x.rank() != 0) {
+    const Matrix& weight = require_present(args.weight, op, "weight, which d_x needs,");
+    require_matrix_shape(weight, outputs, weight.cols(), op, "weight");
+    require_tensor(args.d_x, DType::kF32, {rows, weight.cols()}, Rows::kStrided, op, "d_x");
+    require_disjoint(args.d_x, args.d_y, op, "d_x", "d_y");
+  }
+  if (args.d_weight != nullptr) {
+    require_matrix_shape(*args.d_weight, outputs, args.d_weight->cols(), op, "d_weight");
+    require(args.d_weight->type() == WeightType{Encoding::kF32}, ErrorKind::kDType, op,
+            ": d_weight must be float32, got ", args.d_weight->type().text());
+    require_tensor(args.x, DType::kF32, {rows, args.d_weight->cols()}, Rows::kStrided, op, "x");
+  }
+  require_optional_vector(args.d_bias, outputs, op, "d_bias");
+  if (args.d_bias) require_disjoint(args.d_bias, args.d_y, op, "d_bias", "d_y");
+}
+
 }  // namespace llama_ext

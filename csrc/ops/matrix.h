@@ -39,8 +39,10 @@ struct RowMap {
   }
 };
 
-/// The arithmetic of a product with reduced-precision weights. kAuto: the fastest of the ISA, which may round the
-/// activations to the weights' precision: to bfloat16, or, with quantised weights, to int8 with a scale for 128 of a row. kExact: float32 products of the stored weights.
-enum class Compute : uint8_t { kAuto, kExact };
+/// The arithmetic of a product. kAuto: the fastest of the ISA for the weights as they are stored, which may round the
+/// activations to the weights' precision: to bfloat16, or, with quantised weights, to int8 with a scale for 128 of a row.
+/// kExact: float32 products of the stored weights. kBF16: float32 weights are rounded to bfloat16 on the way, and, where the ISA
+/// multiplies bfloat16, the other operand as well; sums in float32 (training with float32 master weights). Other weights: kAuto.
+enum class Compute : uint8_t { kAuto, kExact, kBF16 };
 
 }  // namespace llama_ext

@@ -37,4 +37,22 @@ void check(const RmsNormArgs& args) {
   }
 }
 
+void check(const RmsNormBackwardArgs& args) {
+  const char* op = "rms_norm_backward";
+  require_tensor(args.x, DType::kF32, {-1, -1}, Rows::kStrided, op, "x");
+  const int64_t rows = args.x.dim(0);
+  const int64_t width = args.x.dim(1);
+  require_vector(args.weight, width, op, "weight");
+  require_eps(args.eps, op);
+  require_tensor(args.d_y, DType::kF32, {rows, width}, Rows::kStrided, op, "d_y");
+  require_tensor(args.d_x, DType::kF32, {rows, width}, Rows::kStrided, op, "d_x");
+  require_disjoint(args.d_x, args.x, op, "d_x", "x");
+  if (args.accumulate) {
+    require_disjoint(args.d_x, args.d_y, op, "d_x", "d_y");
+  } else {
+    require_same_or_disjoint(args.d_x, args.d_y, op, "d_x", "d_y");
+  }
+  require_optional_vector(args.d_weight, width, op, "d_weight");
+}
+
 }  // namespace llama_ext

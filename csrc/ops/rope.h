@@ -11,12 +11,13 @@ namespace llama_ext {
 /// layout of Hugging Face checkpoints):
 ///   x[i] <- x[i] cos[t, i] - x[i + D/2] sin[t, i];   x[i + D/2] <- x[i + D/2] cos[t, i] + x[i] sin[t, i]
 /// x: (T, heads, D) f32, rows may be strided, D even. cos, sin: (T, D/2) f32, contiguous.
-/// Saves nothing. Backward rotates d_y by the opposite angle. Throws ShapeError, DTypeError.
+/// With `inverse` by the opposite angle, which is what the gradient needs: d_x from d_y, in place. Throws ShapeError, DTypeError.
 /// Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
 struct RopeArgs {
   TensorView x;
   TensorView cos;
   TensorView sin;
+  bool inverse = false;
 };
 
 void check(const RopeArgs& args);

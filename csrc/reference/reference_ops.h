@@ -37,6 +37,7 @@ class ReferenceBackend final : public Backend {
   void read_rows(const Matrix& matrix, const RowMap& map, const TensorView& target) override;
   void read_codes(const Matrix& matrix, const RowMap& map, int64_t rows,
                   const std::function<void(int64_t, const QuantizedRow&)>& visit) override;
+  void copy_rows(Matrix& target, const RowMap& to, const Matrix& source, const RowMap& from, int64_t rows) override;
 
   std::unique_ptr<KvCache> create_kv_cache(const KvCacheShape& shape) override;
   int64_t kv_cache_nbytes(const KvCacheShape& shape) const override;
@@ -54,6 +55,20 @@ class ReferenceBackend final : public Backend {
   void cross_entropy(const CrossEntropyArgs& args) override;
   void log_sum_exp(const LogSumExpArgs& args) override;
   void sample(std::span<const SampleArgs> rows, std::span<SampleResult> results) override;
+
+  TensorView values(Matrix& matrix) override;
+  void swiglu(const SwigluArgs& args) override;
+  void causal_attention(const CausalAttentionArgs& args) override;
+  void dropout(const DropoutArgs& args) override;
+  void embedding_backward(const EmbeddingBackwardArgs& args) override;
+  void matmul_backward(const MatmulBackwardArgs& args) override;
+  void rms_norm_backward(const RmsNormBackwardArgs& args) override;
+  void swiglu_backward(const SwigluBackwardArgs& args) override;
+  void causal_attention_backward(const CausalAttentionBackwardArgs& args) override;
+  void cross_entropy_backward(const CrossEntropyBackwardArgs& args) override;
+  void adam(const AdamArgs& args) override;
+  void sgd(const SgdArgs& args) override;
+  double sum_of_squares(const TensorView& x) override;
 
  private:
   /// rms_norm(x) in `memory`, or x itself when there is no norm.
