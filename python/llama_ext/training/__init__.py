@@ -1,0 +1,1 @@
+"""Training: data, the loop, optimisers' options, checkpoints."""
