@@ -27,12 +27,20 @@ namespace llama_ext {
 
 namespace py = pybind11;
 
+/// Of each row; None is the model alone.
+using Adapters = std::vector<std::shared_ptr<Adapter>>;
+inline std::vector<std::shared_ptr<const Adapter>> shared(const Adapters& adapters) {
+  return {adapters.begin(), adapters.end()};
+}
+
 void bind_errors();
 void bind_backend(py::module_& module);
 void bind_quantize(py::module_& module);
 void bind_model(py::module_& module);
 void bind_session(py::module_& module);
 void bind_generation(py::module_& module);
+void bind_adapter(py::module_& module);
+void bind_train(py::module_& module);
 
 /// bindings/backends.cpp, the only file that names all backends.
 std::shared_ptr<Backend> make_backend(const std::string& device, int threads, const std::string& isa);

@@ -1,6 +1,7 @@
 // Memory and the operations that work row by row.
 #include "cpu/cpu_backend.h"
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -84,6 +85,13 @@ void CpuBackend::rms_norm(const RmsNormArgs& args) {
     kernels_.rms_norm(args.x.row<float>(row), weight, args.x.dim(1), static_cast<float>(args.eps),
                       args.y.row<float>(row), inv_rms == nullptr ? nullptr : inv_rms + row);
   });
+}
+
+void CpuBackend::zero(const TensorView& x) {
+  if (x.size() == 0) return;
+  const int64_t rows = x.is_contiguous() ? 1 : x.rows();
+  const int64_t width = x.is_contiguous() ? x.size() : x.inner_size();
+  for (int64_t row = 0; row < rows; ++row) std::fill_n(x.f32() + row * x.row_stride(), width, 0.0f);
 }
 
 void CpuBackend::rope(const RopeArgs& args) {

@@ -20,6 +20,7 @@ class CpuBackend final : public Backend {
   void copy_to_device(void* device, const void* host, size_t nbytes) override;
   void copy_to_host(void* host, const void* device, size_t nbytes) override;
   void synchronize() override {}
+  void zero(const TensorView& x) override;
 
   std::unique_ptr<Matrix> create_matrix(int64_t rows, int64_t cols, WeightType type) override;
   std::unique_ptr<Matrix> adopt_matrix(int64_t rows, int64_t cols, WeightType type, std::span<const std::byte> packed,

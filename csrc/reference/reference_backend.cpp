@@ -1,5 +1,6 @@
 #include "reference/reference_backend.h"
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -54,6 +55,10 @@ int64_t ReferenceBackend::kv_cache_nbytes(const KvCacheShape& shape) const {
 }
 
 void ReferenceBackend::require_memory(int64_t /*nbytes*/, const std::string& /*what*/) {}
+
+void ReferenceBackend::zero(const TensorView& x) {
+  for (int64_t row = 0; row < x.rows(); ++row) std::fill_n(x.row<float>(row), x.inner_size(), 0.0f);
+}
 
 void ReferenceBackend::copy_to_device(void* device, const void* host, size_t nbytes) {
   copy_bytes(device, host, nbytes);
