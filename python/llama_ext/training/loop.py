@@ -262,8 +262,12 @@ class Run:
             batches = [
                 collate(rows[begin : begin + settings.batch_size]) for begin in range(0, len(rows), settings.batch_size)
             ]
-            result = accumulate(self._trainer, batches, settings.seed, self.step)
-        skipped = self._rule.skips(result.loss, result.grad_norm, self.step + 1)
+            result = self._gradients(batches)
+        try:
+            skipped = self._rule.skips(result.loss, result.grad_norm, self.step + 1)
+        except NumericError:
+            self._trainer.zero_gradients()
+            raise
         lr = learning_rate(self._options, self.step, self.total_steps)
         if skipped:
             self._trainer.zero_gradients()
@@ -275,6 +279,13 @@ class Run:
         self.step += 1
         speed = tokens / max(time.perf_counter() - started, 1e-9)
         return StepRecord(self.step, epoch, result.loss, lr, result.grad_norm, tokens, speed, skipped)
+
+    def _gradients(self, batches: Sequence[Batch]) -> StepResult:
+        try:
+            return accumulate(self._trainer, batches, self._settings.seed, self.step)
+        except NumericError:
+            # A trainer may refuse a loss that is not finite; whether that ends the run is the rule's to say.
+            return StepResult(math.nan, math.nan)
 
     def _note(self, record: StepRecord, bar: TrainingBar, log: Log) -> None:
         self.history.steps.append(record)
