@@ -45,7 +45,11 @@ def train_tokenizer(
     size = _size(vocab_size, _BYTES + len(names), "256 bytes and the special tokens")
     backend = _bpe(_checked(texts), size, names)
     # Trained with its special tokens, which therefore have the first ids.
-    return cls.from_tokenizers(backend, **{str(name): token for name, token in special.items()})
+    return cls.from_tokenizers(backend, **_named(special))
+
+
+def _named(special: Mapping[str, str | None]) -> dict[str, Any]:
+    return dict(special)
 
 
 def _size(vocab_size: object, least: int, what: str) -> int:
@@ -123,7 +127,7 @@ def _characters(
     plain = cls.characters(letters or {"\ufffd"}, unknown=unknown)
     if not specials:
         return plain
-    named = cls.from_tokenizers(plain.backend, **{str(name): token for name, token in special.items()})
+    named = cls.from_tokenizers(plain.backend, **_named(special))
     return cls(
         named.backend,
         special,

@@ -88,9 +88,10 @@ def fit(
     source = read_data(x, y, reading)
     validation = None
     if validation_data is not None:
-        is_pair = isinstance(validation_data, tuple) and len(validation_data) == 2
-        given, labels = validation_data if is_pair else (validation_data, None)  # type: ignore[misc]
-        validation = read_data(given, labels, dataclasses.replace(reading, pack=False))
+        held_out, answers = validation_data, None
+        if isinstance(validation_data, tuple) and len(validation_data) == 2:
+            held_out, answers = validation_data
+        validation = read_data(held_out, answers, dataclasses.replace(reading, pack=False))
     # Its moments would be those of other weights.
     training.trainer = None
     core = use_trainable_core(model)
