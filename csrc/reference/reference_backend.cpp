@@ -150,6 +150,31 @@ void ReferenceBackend::read_rows(const Matrix& matrix, const RowMap& map, const 
   }
 }
 
+void ReferenceBackend::copy_rows(Matrix& target, const RowMap& to, const Matrix& source, const RowMap& from,
+                                 int64_t rows) {
+  const ReferenceMatrix& into = own(target, "copy_rows");
+  const ReferenceMatrix& out_of = own(source, "copy_rows");
+  require(into.type() == out_of.type(), ErrorKind::kDType, "copy_rows: both matrices must be kept alike, got ",
+          into.type().text(), " and ", out_of.type().text());
+  require(into.cols() == out_of.cols(), ErrorKind::kShape, "copy_rows: both matrices must have as many columns, got ",
+          into.cols(), " and ", out_of.cols());
+  require(rows >= 0, ErrorKind::kShape, "copy_rows: the number of rows must be at least 0, got ", rows);
+  check_map(into, to, rows, "copy_rows");
+  check_map(out_of, from, rows, "copy_rows");
+  const size_t nbytes = static_cast<size_t>(into.cols()) * size_of(into.dtype());
+  for (int64_t i = 0; i < rows; ++i) {
+    copy_bytes(static_cast<std::byte*>(into.data()) + static_cast<size_t>(to(i)) * nbytes,
+               static_cast<const std::byte*>(out_of.data()) + static_cast<size_t>(from(i)) * nbytes, nbytes);
+  }
+}
+
+TensorView ReferenceBackend::values(Matrix& matrix) {
+  const ReferenceMatrix& mine = own(matrix, "values");
+  require(mine.type() == WeightType{Encoding::kF32}, ErrorKind::kDType, "values: the matrix must be float32, got ",
+          mine.type().text());
+  return {mine.data(), DType::kF32, {mine.rows() * mine.cols()}};
+}
+
 void ReferenceBackend::read_codes(const Matrix&, const RowMap&, int64_t,
                                   const std::function<void(int64_t, const QuantizedRow&)>&) {
   fail(ErrorKind::kUnsupported,

@@ -53,7 +53,7 @@ class Backend:
     def rms_norm(
         self, x: FloatArray, weight: FloatArray, eps: float, out: FloatArray, inv_rms: FloatArray | None = None
     ) -> None: ...
-    def rope(self, x: FloatArray, cos: FloatArray, sin: FloatArray) -> None: ...
+    def rope(self, x: FloatArray, cos: FloatArray, sin: FloatArray, inverse: bool = False) -> None: ...
     def attention(
         self,
         q: FloatArray,
@@ -92,6 +92,99 @@ class Backend:
         stream: int,
         counter: int,
     ) -> tuple[int, float]: ...
+    def matmul_backward(
+        self,
+        d_y: FloatArray,
+        weight: Matrix | None,
+        x: FloatArray | None,
+        d_x: FloatArray | None,
+        d_weight: Matrix | None,
+        d_bias: FloatArray | None,
+        accumulate: bool = False,
+        compute: str = "exact",
+    ) -> None: ...
+    def rms_norm_backward(
+        self,
+        x: FloatArray,
+        weight: FloatArray,
+        eps: float,
+        d_y: FloatArray,
+        d_x: FloatArray,
+        accumulate: bool = False,
+        d_weight: FloatArray | None = None,
+    ) -> None: ...
+    def swiglu(self, gate: FloatArray, up: FloatArray, out: FloatArray) -> None: ...
+    def swiglu_backward(
+        self,
+        gate: FloatArray,
+        up: FloatArray,
+        d_y: FloatArray,
+        d_gate: FloatArray,
+        d_up: FloatArray,
+        y: FloatArray | None = None,
+    ) -> None: ...
+    def causal_attention(
+        self,
+        sequences: Sequence[tuple[int, int]],
+        q: FloatArray,
+        k: FloatArray,
+        v: FloatArray,
+        scale: float,
+        out: FloatArray,
+        log_sums: FloatArray,
+        dropout: float = 0.0,
+        seed: int = 0,
+        compute: str = "exact",
+    ) -> None: ...
+    def causal_attention_backward(
+        self,
+        sequences: Sequence[tuple[int, int]],
+        q: FloatArray,
+        k: FloatArray,
+        v: FloatArray,
+        scale: float,
+        y: FloatArray,
+        log_sums: FloatArray,
+        d_y: FloatArray,
+        d_q: FloatArray,
+        d_k: FloatArray,
+        d_v: FloatArray,
+        dropout: float = 0.0,
+        seed: int = 0,
+        compute: str = "exact",
+    ) -> None: ...
+    def cross_entropy_backward(
+        self, logits: FloatArray, labels: IntArray, scale: float, losses: FloatArray
+    ) -> None: ...
+    def embedding_backward(self, ids: IntArray, d_y: FloatArray, d_table: Matrix) -> None: ...
+    def dropout(self, x: FloatArray, p: float, seed: int, out: FloatArray, accumulate: bool = False) -> None: ...
+    def adam(
+        self,
+        parameter: FloatArray,
+        gradient: FloatArray,
+        first: FloatArray,
+        second: FloatArray,
+        step: int,
+        lr: float,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+        decay: float = 0.0,
+        decoupled: bool = True,
+        gradient_scale: float = 1.0,
+    ) -> None: ...
+    def sgd(
+        self,
+        parameter: FloatArray,
+        gradient: FloatArray,
+        velocity: FloatArray | None,
+        lr: float,
+        momentum: float = 0.0,
+        decay: float = 0.0,
+        nesterov: bool = False,
+        gradient_scale: float = 1.0,
+    ) -> None: ...
+    def sum_of_squares(self, x: FloatArray) -> float: ...
 
 class Matrix:
     @property
