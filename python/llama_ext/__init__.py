@@ -27,7 +27,7 @@ from llama_ext.errors import (
 )
 
 if TYPE_CHECKING:
-    from llama_ext import onnx, ops
+    from llama_ext import onnx, ops, training
     from llama_ext.limits import Limits
     from llama_ext.models.config import LlamaConfig
     from llama_ext.runtime.conversion import convert
@@ -74,9 +74,10 @@ __all__ = [
     "ops",
     "quantize",
     "set_num_threads",
+    "training",
 ]
 
-# Where each lazy name lives. `ops` and `onnx` are modules themselves.
+# Where each lazy name lives. `ops`, `onnx` and `training` are modules themselves.
 _LAZY = {
     "GenerationOutput": "llama_ext.runtime.generation",
     "Info": "llama_ext.system_info",
@@ -99,7 +100,7 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> object:
-    if name in ("ops", "onnx"):
+    if name in ("ops", "onnx", "training"):
         return importlib.import_module(f"llama_ext.{name}")
     module = _LAZY.get(name)
     if module is None:

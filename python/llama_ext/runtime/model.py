@@ -25,6 +25,7 @@ from llama_ext.runtime.scoring import LogLikelihood, Perplexity
 from llama_ext.runtime.session import Session, load_session, new_session
 from llama_ext.runtime.threads import checked_threads
 from llama_ext.runtime.tokenizer import Tokenizer
+from llama_ext.runtime.trainable import Trainable
 from llama_ext.runtime.weight_types import WeightTypes, choose_types
 
 if TYPE_CHECKING:
@@ -44,10 +45,10 @@ Prompts = (
 )
 
 
-class LlamaForCausalLM:
+class LlamaForCausalLM(Trainable):
     """A Llama language model.
 
-    Its weights do not change, so any number of threads may use one model at once; what belongs to one sequence is in a
+    Unless it is trained its weights do not change, so any number of threads may use one model at once; what belongs to one sequence is in a
     `Session`. Results do not depend on the number of threads or on what else is in a batch: they are bit-identical.
 
     Args:
