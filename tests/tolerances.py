@@ -48,10 +48,39 @@ TOLERANCES: dict[str, Tolerance] = {
     "cross_entropy": Tolerance(
         4, "of |loss| + |largest logit| + 1: exponentials in float32, sums of 1,024 and all else in float64"
     ),
+    # Training.
+    "matmul_backward": Tolerance(
+        8, "as matmul: one chain of fused additions over the rows of d_y, or over its columns"
+    ),
+    "rms_norm_backward": Tolerance(
+        12,
+        "beside the sums: as rms_norm, and d_x is the difference of two such products, measured against their magnitudes",
+    ),
+    "swiglu": Tolerance(8, "an exponential of 1 to 2 ulp, a sum, a division and two products"),
+    "swiglu_backward": Tolerance(
+        12, "as swiglu, two sums and two products more, measured against |1| + |gate (1 - s)|"
+    ),
+    "causal_attention": Tolerance(
+        8, "as attention, in tiles of other sizes; log_sums: of |log sum| + the scores' magnitudes"
+    ),
+    "causal_attention_backward": Tolerance(
+        16, "p from float32 log_sums, two products in front of it and one behind; bounds propagated to first order"
+    ),
+    "cross_entropy_backward": Tolerance(
+        6, "times 1 + (max - x) / 4, as softmax, beside its sum; and the difference to the label's 1"
+    ),
+    "dropout": Tolerance(2, "a product with 1 / (1 - p), rounded before; and a sum when it accumulates"),
+    "optimizer": Tolerance(
+        12, "of the terms' magnitudes: products, a sum, a square root and a division; constants are rounded to float32"
+    ),
     "rope_angles": Tolerance(1, "float64, rounded once"),
     "sample": Tolerance(1, "float64, rounded once"),
-    # Whole models, relative root mean square.
+    # Relative root mean square.
     "logits": Tolerance(2e-6 / U32, "other engines' float32 is 1e-6 from the same files, and so are we"),
+    "gradients": Tolerance(1e-6 / U32, "float64 rounded once to float32, and central differences of about 1e-9"),
+    "bfloat16-products": Tolerance(
+        2 * U_BF16 / U32, "both factors of each product rounded to bfloat16, of the sum of magnitudes"
+    ),
     "logits-bfloat16": Tolerance(2e-2 / U32, "8 bits of mantissa in weights, activations, keys and values"),
 }
 

@@ -65,6 +65,8 @@ class Backend {
   virtual void copy_to_device(void* device, const void* host, size_t nbytes) = 0;
   virtual void copy_to_host(void* host, const void* device, size_t nbytes) = 0;
   virtual void synchronize() = 0;
+  /// x = 0. x: f32, rows may be strided.
+  virtual void zero(const TensorView& x) = 0;
 
   // Weights.
   /// A matrix of zeros. Throws OutOfMemoryError.

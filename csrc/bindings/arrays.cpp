@@ -121,6 +121,10 @@ TensorView optional_view(const py::handle& object, int rank, std::string_view op
   return object.is_none() ? TensorView() : read_view(object, DType::kF32, rank, op, what);
 }
 
+TensorView optional_write_view(const py::handle& object, int rank, std::string_view op, std::string_view what) {
+  return object.is_none() ? TensorView() : write_view(object, DType::kF32, rank, op, what);
+}
+
 TensorView weight_view(const py::handle& object, std::string_view op, std::string_view what) {
   const py::array array = as_array(object, "float32, float16, float64 or uint16 (bfloat16)", op, what);
   for (DType dtype : {DType::kF32, DType::kF16, DType::kF64, DType::kBF16}) {

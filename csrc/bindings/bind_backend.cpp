@@ -9,23 +9,6 @@
 namespace llama_ext {
 namespace {
 
-using BackendPtr = std::shared_ptr<Backend>;
-
-const Matrix* matrix_of(const BackendPtr& backend, const PyMatrix& matrix, std::string_view op, std::string_view what) {
-  require(matrix.backend == backend, ErrorKind::kDevice, op, ": ", what, " was made by another Backend object, on ",
-          matrix.backend->device(), ". Make it with the one that uses it");
-  return matrix.matrix.get();
-}
-
-/// Runs an operation without the GIL and waits for it.
-template <typename Work>
-void run_op(const BackendPtr& backend, Work&& work) {
-  without_gil([&] {
-    work();
-    backend->synchronize();
-  });
-}
-
 PyMatrix make_matrix(const BackendPtr& backend, const py::object& source, const std::string& dtype, int64_t group,
                      const py::object& importance) {
   const TensorView view = weight_view(source, "matrix", "source");
@@ -103,19 +86,19 @@ void matmul(const BackendPtr& backend, const py::object& x, const PyMatrix& weig
 
 void rms_norm(const BackendPtr& backend, const py::object& x, const py::object& weight, double eps,
               const py::object& out, const py::object& inv_rms) {
-  const RmsNormArgs args{
-      .x = read_view(x, DType::kF32, 2, "rms_norm", "x"),
-      .weight = read_view(weight, DType::kF32, 1, "rms_norm", "weight"),
-      .eps = eps,
-      .y = write_view(out, DType::kF32, 2, "rms_norm", "out"),
-      .inv_rms = inv_rms.is_none() ? TensorView() : write_view(inv_rms, DType::kF32, 1, "rms_norm", "inv_rms")};
+  const RmsNormArgs args{.x = read_view(x, DType::kF32, 2, "rms_norm", "x"),
+                         .weight = read_view(weight, DType::kF32, 1, "rms_norm", "weight"),
+                         .eps = eps,
+                         .y = write_view(out, DType::kF32, 2, "rms_norm", "out"),
+                         .inv_rms = optional_write_view(inv_rms, 1, "rms_norm", "inv_rms")};
   run_op(backend, [&] { backend->rms_norm(args); });
 }
 
-void rope(const BackendPtr& backend, const py::object& x, const py::object& cos, const py::object& sin) {
+void rope(const BackendPtr& backend, const py::object& x, const py::object& cos, const py::object& sin, bool inverse) {
   const RopeArgs args{.x = write_view(x, DType::kF32, 3, "rope", "x"),
                       .cos = read_view(cos, DType::kF32, 2, "rope", "cos"),
-                      .sin = read_view(sin, DType::kF32, 2, "rope", "sin")};
+                      .sin = read_view(sin, DType::kF32, 2, "rope", "sin"),
+                      .inverse = inverse};
   run_op(backend, [&] { backend->rope(args); });
 }
 
@@ -293,6 +276,12 @@ py::tuple angles(const py::dict& rope_dict, const py::object& positions) {
 
 }  // namespace
 
+const Matrix* matrix_of(const BackendPtr& backend, const PyMatrix& matrix, std::string_view op, std::string_view what) {
+  require(matrix.backend == backend, ErrorKind::kDevice, op, ": ", what, " was made by another Backend object, on ",
+          matrix.backend->device(), ". Make it with the one that uses it");
+  return matrix.matrix.get();
+}
+
 void bind_backend(py::module_& module) {
   py::class_<PyMatrix>(module, "Matrix")
       .def_property_readonly("shape",
@@ -303,8 +292,8 @@ void bind_backend(py::module_& module) {
       .def_property_readonly("nbytes", [](const PyMatrix& m) { return m.matrix->nbytes(); })
       .def("to_array", &matrix_to_array);
 
-  py::class_<Backend, BackendPtr>(module, "Backend")
-      .def(py::init(&make_backend), py::arg("device") = "cpu", py::arg("threads") = 0, py::arg("isa") = "")
+  py::class_<Backend, BackendPtr> backend(module, "Backend");
+  backend.def(py::init(&make_backend), py::arg("device") = "cpu", py::arg("threads") = 0, py::arg("isa") = "")
       .def_property_readonly("device", &Backend::device)
       .def_property_readonly("isa", &Backend::isa)
       .def_property_readonly("threads", &Backend::threads)
@@ -320,7 +309,7 @@ void bind_backend(py::module_& module) {
            py::arg("norm_eps") = 1e-6)
       .def("rms_norm", &rms_norm, py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("out"),
            py::arg("inv_rms") = py::none())
-      .def("rope", &rope, py::arg("x"), py::arg("cos"), py::arg("sin"))
+      .def("rope", &rope, py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("inverse") = false)
       .def("attention", &attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("starts"), py::arg("lengths"),
            py::arg("scale"), py::arg("cache_dtype"), py::arg("out"), py::arg("compute") = "auto")
       .def("feed_forward", &feed_forward, py::arg("x"), py::arg("gate_up"), py::arg("gate_bias").none(true),
@@ -331,6 +320,7 @@ void bind_backend(py::module_& module) {
       .def("cross_entropy", &cross_entropy, py::arg("logits"), py::arg("labels"), py::arg("out"))
       .def("sample", &sample, py::arg("logits"), py::arg("options"), py::arg("prompt"), py::arg("output"),
            py::arg("seed"), py::arg("stream"), py::arg("counter"));
+  bind_gradients(backend);
 
   module.def("rope_angles", &angles, py::arg("rope"), py::arg("positions"));
 }

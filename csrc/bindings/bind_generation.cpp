@@ -43,7 +43,7 @@ std::unique_ptr<PyGeneration> make_generation(const std::shared_ptr<Model>& mode
                                               const std::string& kv_dtype, int64_t copies,
                                               const std::shared_ptr<PySession>& session, int64_t max_batch_size,
                                               int64_t draft_tokens, const std::shared_ptr<Model>& draft_model,
-                                              const std::string& draft_kv_dtype) {
+                                              const std::string& draft_kv_dtype, const Adapters& adapters) {
   GenerationOptions options;
   options.sampling = sampling_from_dict(sampling);
   options.max_new_tokens = max_new_tokens;
@@ -55,6 +55,7 @@ std::unique_ptr<PyGeneration> make_generation(const std::shared_ptr<Model>& mode
   options.speculation.tokens = draft_tokens;
   options.speculation.model = draft_model;
   options.speculation.kv_dtype = kv_dtype_from_name(draft_kv_dtype);
+  options.adapters = shared(adapters);
   std::vector<std::vector<int32_t>> ids = token_id_lists(prompts, "generate", "prompts");
 
   auto self = std::make_unique<PyGeneration>();
@@ -105,7 +106,7 @@ void bind_generation(py::module_& module) {
       .def(py::init(&make_generation), py::arg("model"), py::arg("prompts"), py::kw_only(), py::arg("sampling"),
            py::arg("max_new_tokens"), py::arg("eos"), py::arg("seed"), py::arg("kv_dtype"), py::arg("copies") = 1,
            py::arg("session") = py::none(), py::arg("max_batch_size") = 16, py::arg("draft_tokens") = 0,
-           py::arg("draft_model") = py::none(), py::arg("draft_kv_dtype") = "float32")
+           py::arg("draft_model") = py::none(), py::arg("draft_kv_dtype") = "float32", py::arg("adapters") = Adapters{})
       .def_property_readonly("done",
                              [](PyGeneration& self) {
                                const BusyScope busy(self.busy, "Generation");

@@ -27,6 +27,7 @@ ModelConfig config_from_dict(const py::dict& dict) {
   fields.read("tied_head", config.tied_head);
   fields.read("attention_bias", config.attention_bias);
   fields.read("ffn_bias", config.ffn_bias);
+  fields.read("labels", config.labels);
   fields.read("rope", rope);
   fields.finish();
   config.rope = rope_from_dict(rope, config.head_dim);
@@ -69,6 +70,14 @@ ModelPtr make_model(const std::shared_ptr<Backend>& backend, const py::dict& con
   }
   const Compute arithmetic = compute_from_name(compute);
   return without_gil([&] { return std::make_shared<Model>(backend, parsed, plan, bytes, arithmetic); });
+}
+
+bool has_separate_gate_up(const Model& model) { return model.weights().block(0).gate.weight != nullptr; }
+
+ModelPtr converted(const Model& model, const py::dict& types, bool separate_gate_up) {
+  WeightPlan plan = plan_from_dict(types);
+  plan.separate_gate_up = separate_gate_up;
+  return without_gil([&] { return convert(model, plan); });
 }
 
 py::tuple type_tuple(const WeightType& type) { return py::make_tuple(info_of(type.encoding).name, type.group); }
@@ -204,25 +213,32 @@ int64_t kv_nbytes(const Model& model, int64_t capacity, const std::string& dtype
   return model.backend().kv_cache_nbytes(model.kv_shape(capacity, kv_dtype_from_name(dtype)));
 }
 
-py::list logits(const Model& model, const py::object& sequences) {
+py::list logits(const Model& model, const py::object& sequences, const Adapters& adapters, const std::string& which) {
   const std::vector<std::vector<int32_t>> tokens = token_id_lists(sequences, "logits", "sequences");
+  require(which == "all" || which == "last", ErrorKind::kOption, "logits: rows must be 'all' or 'last', got '", which,
+          "'");
+  const LogitsRows asked = which == "all" ? LogitsRows::kAll : LogitsRows::kLast;
+  const auto rows_of = [&](const std::vector<int32_t>& sequence) {
+    return std::min(static_cast<int64_t>(sequence.size()), asked == LogitsRows::kAll ? INT64_MAX : 1);
+  };
   int64_t rows = 0;
-  for (const std::vector<int32_t>& sequence : tokens) rows += static_cast<int64_t>(sequence.size());
-  py::array all = new_array(DType::kF32, {rows, model.config().vocabulary}, "logits");
+  for (const std::vector<int32_t>& sequence : tokens) rows += rows_of(sequence);
+  py::array all = new_array(DType::kF32, {rows, model.config().outputs()}, "logits");
   float* data = float_data(all);
-  without_gil([&] { sequence_logits(model, tokens, data); });
+  without_gil([&] { sequence_logits(model, tokens, shared(adapters), asked, data); });
 
   py::list result;  // slices of one array, in the order of the sequences
   int64_t begin = 0;
   for (const std::vector<int32_t>& sequence : tokens) {
-    const int64_t end = begin + static_cast<int64_t>(sequence.size());
+    const int64_t end = begin + rows_of(sequence);
     result.append(all[py::slice(begin, end, 1)]);
     begin = end;
   }
   return result;
 }
 
-py::tuple score_tokens(const ModelPtr& model, const py::object& tokens, int64_t first, const py::object& advance) {
+py::tuple score_tokens(const ModelPtr& model, const py::object& tokens, int64_t first, const py::object& advance,
+                       const std::shared_ptr<Adapter>& adapter) {
   const std::vector<int32_t> ids = token_ids(tokens, "score", "tokens");
   std::function<void(int64_t)> tell;
   if (!advance.is_none()) {
@@ -231,7 +247,7 @@ py::tuple score_tokens(const ModelPtr& model, const py::object& tokens, int64_t 
       advance(scored);
     };
   }
-  const std::vector<Score> scores = without_gil([&] { return score(model, ids, first, tell); });
+  const std::vector<Score> scores = without_gil([&] { return score(model, ids, first, tell, adapter); });
   const py::ssize_t count = static_cast<py::ssize_t>(scores.size());
   py::array_t<float> logprobs(count);
   py::array_t<bool> greedy(count);
@@ -244,7 +260,7 @@ py::tuple score_tokens(const ModelPtr& model, const py::object& tokens, int64_t 
 
 py::list search(const ModelPtr& model, const py::object& prompt, int64_t beams, int64_t returned,
                 int64_t max_new_tokens, double length_penalty, bool early_stopping, const std::vector<int32_t>& eos,
-                const std::string& kv_dtype) {
+                const std::string& kv_dtype, const std::shared_ptr<Adapter>& adapter) {
   const std::vector<int32_t> ids = token_ids(prompt, "beam_search", "prompt");
   const BeamSearchOptions options{.beams = beams,
                                   .returned = returned,
@@ -252,7 +268,8 @@ py::list search(const ModelPtr& model, const py::object& prompt, int64_t beams, 
                                   .length_penalty = length_penalty,
                                   .early_stopping = early_stopping,
                                   .eos = eos,
-                                  .kv_dtype = kv_dtype_from_name(kv_dtype)};
+                                  .kv_dtype = kv_dtype_from_name(kv_dtype),
+                                  .adapter = adapter};
   const std::vector<BeamHypothesis> found = without_gil([&] { return beam_search(model, ids, options); });
   py::list list;
   for (const BeamHypothesis& hypothesis : found) {
@@ -271,6 +288,8 @@ void bind_model(py::module_& module) {
       .def_property_readonly("dtype",
                              [](const Model& m) { return std::string(info_of(m.weights().type().encoding).name); })
       .def_property_readonly("nbytes", [](const Model& m) { return m.weights().nbytes(); })
+      .def_property_readonly("separate_gate_up", [](const Model& m) { return has_separate_gate_up(m); })
+      .def("converted", &converted, py::arg("types"), py::arg("separate_gate_up"))
       .def("slots", &slots)
       .def("types", &types)
       .def("missing", [](const Model& m) { return m.weights().missing(); })
@@ -283,11 +302,12 @@ void bind_model(py::module_& module) {
       .def("read", &read, py::arg("slot"))
       .def("read_codes", &read_codes, py::arg("slot"))
       .def("kv_nbytes", &kv_nbytes, py::arg("capacity"), py::arg("dtype"))
-      .def("logits", &logits, py::arg("sequences"))
-      .def("score", &score_tokens, py::arg("tokens"), py::arg("first"), py::arg("advance") = py::none())
+      .def("logits", &logits, py::arg("sequences"), py::arg("adapters") = Adapters{}, py::arg("rows") = "all")
+      .def("score", &score_tokens, py::arg("tokens"), py::arg("first"), py::arg("advance") = py::none(),
+           py::arg("adapter") = py::none())
       .def("beam_search", &search, py::arg("prompt"), py::kw_only(), py::arg("beams"), py::arg("returned"),
            py::arg("max_new_tokens"), py::arg("length_penalty"), py::arg("early_stopping"), py::arg("eos"),
-           py::arg("kv_dtype"));
+           py::arg("kv_dtype"), py::arg("adapter") = py::none());
 
   module.def("type_of_blocks", &type_of_blocks, py::arg("ggml_type"));
   module.def("weight_type", &checked_type, py::arg("encoding"), py::arg("group"));

@@ -7,9 +7,11 @@ namespace {
 using ModelPtr = std::shared_ptr<Model>;
 using SessionPtr = std::shared_ptr<PySession>;
 
-SessionPtr make_session(const ModelPtr& model, int64_t capacity, const std::string& kv_dtype) {
+SessionPtr make_session(const ModelPtr& model, int64_t capacity, const std::string& kv_dtype,
+                        const std::shared_ptr<Adapter>& adapter) {
   const DType dtype = kv_dtype_from_name(kv_dtype);
-  return without_gil([&] { return std::make_shared<PySession>(std::make_unique<Session>(model, capacity, dtype)); });
+  return without_gil(
+      [&] { return std::make_shared<PySession>(std::make_unique<Session>(model, capacity, dtype, adapter)); });
 }
 
 py::array append(PySession& self, const py::object& tokens, const std::string& rows) {
@@ -17,15 +19,15 @@ py::array append(PySession& self, const py::object& tokens, const std::string& r
   Session& session = *self.session;
   const std::vector<int32_t> ids = token_ids(tokens, "append", "tokens");
   const int64_t count = static_cast<int64_t>(ids.size());
-  const int64_t vocabulary = session.model().config().vocabulary;
+  const int64_t outputs = session.model().config().outputs();
   LogitsRows asked = LogitsRows::kNone;
-  std::vector<int64_t> shape{0, vocabulary};
+  std::vector<int64_t> shape{0, outputs};
   if (rows == "last") {
     asked = LogitsRows::kLast;
-    shape = {vocabulary};
+    shape = {outputs};
   } else if (rows == "all") {
     asked = LogitsRows::kAll;
-    shape = {count, vocabulary};
+    shape = {count, outputs};
   } else {
     require(rows == "none", ErrorKind::kOption, "append: rows must be 'last', 'all' or 'none', got '", rows, "'");
   }
@@ -101,7 +103,8 @@ void restore(PySession& self, const py::object& tokens, const py::function& laye
 
 void bind_session(py::module_& module) {
   py::class_<PySession, SessionPtr>(module, "Session")
-      .def(py::init(&make_session), py::arg("model"), py::arg("capacity"), py::arg("kv_dtype"))
+      .def(py::init(&make_session), py::arg("model"), py::arg("capacity"), py::arg("kv_dtype"),
+           py::arg("adapter") = py::none())
       .def_property_readonly("length",
                              [](PySession& self) {
                                const BusyScope busy(self.busy, "Session");

@@ -27,12 +27,23 @@ namespace llama_ext {
 
 namespace py = pybind11;
 
+/// Of each row; None is the model alone.
+using Adapters = std::vector<std::shared_ptr<Adapter>>;
+inline std::vector<std::shared_ptr<const Adapter>> shared(const Adapters& adapters) {
+  return {adapters.begin(), adapters.end()};
+}
+using BackendPtr = std::shared_ptr<Backend>;
+
 void bind_errors();
 void bind_backend(py::module_& module);
+/// What bind_backend calls for the operations that only training needs.
+void bind_gradients(py::class_<Backend, BackendPtr>& backend);
 void bind_quantize(py::module_& module);
 void bind_model(py::module_& module);
 void bind_session(py::module_& module);
 void bind_generation(py::module_& module);
+void bind_adapter(py::module_& module);
+void bind_train(py::module_& module);
 
 /// bindings/backends.cpp, the only file that names all backends.
 std::shared_ptr<Backend> make_backend(const std::string& device, int threads, const std::string& isa);
@@ -48,6 +59,8 @@ TensorView read_view(const py::handle& array, DType dtype, int rank, std::string
 TensorView write_view(const py::handle& array, DType dtype, int rank, std::string_view op, std::string_view what);
 /// read_view of float32, or an empty view for None.
 TensorView optional_view(const py::handle& array, int rank, std::string_view op, std::string_view what);
+/// The same for an array that is written to.
+TensorView optional_write_view(const py::handle& array, int rank, std::string_view op, std::string_view what);
 /// A weight tensor of any floating dtype; `dtype` is what its bits mean (uint16 arrays: bfloat16).
 TensorView weight_view(const py::handle& array, std::string_view op, std::string_view what);
 /// The bytes of a C-contiguous array of uint8, any rank.
@@ -154,6 +167,15 @@ auto without_gil(Work&& work) {
   }
 }
 
+/// Runs an operation without the GIL and waits for it.
+template <typename Work>
+void run_op(const BackendPtr& backend, Work&& work) {
+  without_gil([&] {
+    work();
+    backend->synchronize();
+  });
+}
+
 /// Set while one thread works with an object that only one thread may use at a time.
 class Busy {
  public:
@@ -191,5 +213,8 @@ struct PyMatrix {
   std::shared_ptr<Backend> backend;
   std::unique_ptr<Matrix> matrix;
 };
+
+/// The matrix itself. Throws DeviceError unless `backend` made it.
+const Matrix* matrix_of(const BackendPtr& backend, const PyMatrix& matrix, std::string_view op, std::string_view what);
 
 }  // namespace llama_ext

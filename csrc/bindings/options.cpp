@@ -9,7 +9,8 @@ namespace llama_ext {
 Compute compute_from_name(std::string_view name) {
   if (name == "auto") return Compute::kAuto;
   if (name == "exact") return Compute::kExact;
-  fail(ErrorKind::kOption, "compute must be 'auto' or 'exact', got '", name, "'");
+  if (name == "bfloat16") return Compute::kBF16;
+  fail(ErrorKind::kOption, "compute must be 'auto', 'exact' or 'bfloat16', got '", name, "'");
 }
 
 DType kv_dtype_from_name(std::string_view name) {

@@ -1,32 +1,19 @@
 // Memory and the operations that work row by row.
 #include "cpu/cpu_backend.h"
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
 #include "cpu/cpu_backend_internal.h"
 #include "cpu/isa.h"
-#include "cpu/thread_pool.h"
+#include "cpu/row_tasks.h"
 
 namespace llama_ext {
 namespace {
 
-// What one thread gets through in a microsecond, roughly, in elements of a row-wise operation.
-constexpr double kElementsPerMicrosecond = 2000.0;
-constexpr int64_t kRowsPerTask = 16;
-// The same, in exponentials of float64.
+// What one thread gets through in a microsecond, roughly, in exponentials of float64.
 constexpr double kExponentialsPerMicrosecond = 500.0;
-
-/// Calls function(row) for each row, in parallel when there is enough to do.
-template <typename Function>
-void for_each_row(int64_t rows, int threads, const Function& function) {
-  parallel_for(threads, ceil_div(rows, kRowsPerTask), [&](int64_t task, int) {
-    const int64_t end = (task + 1) * kRowsPerTask < rows ? (task + 1) * kRowsPerTask : rows;
-    for (int64_t row = task * kRowsPerTask; row < end; ++row) function(row);
-  });
-}
-
-double row_microseconds(const TensorView& view) { return static_cast<double>(view.size()) / kElementsPerMicrosecond; }
 
 }  // namespace
 
@@ -86,12 +73,20 @@ void CpuBackend::rms_norm(const RmsNormArgs& args) {
   });
 }
 
+void CpuBackend::zero(const TensorView& x) {
+  if (x.size() == 0) return;
+  const int64_t rows = x.is_contiguous() ? 1 : x.rows();
+  const int64_t width = x.is_contiguous() ? x.size() : x.inner_size();
+  for (int64_t row = 0; row < rows; ++row) std::fill_n(x.f32() + row * x.row_stride(), width, 0.0f);
+}
+
 void CpuBackend::rope(const RopeArgs& args) {
   check(args);
   const int64_t dim = args.x.dim(2);
+  const auto rotate = args.inverse ? kernels_.training.rope_inverse : kernels_.rope;
   for_each_row(args.x.rows(), threads_for(row_microseconds(args.x)), [&](int64_t t) {
     for (int64_t head = 0; head < args.x.dim(1); ++head) {
-      kernels_.rope(args.x.row<float>(t) + head * dim, dim / 2, args.cos.row<float>(t), args.sin.row<float>(t));
+      rotate(args.x.row<float>(t) + head * dim, dim / 2, args.cos.row<float>(t), args.sin.row<float>(t));
     }
   });
 }

@@ -20,6 +20,7 @@ class CpuBackend final : public Backend {
   void copy_to_device(void* device, const void* host, size_t nbytes) override;
   void copy_to_host(void* host, const void* device, size_t nbytes) override;
   void synchronize() override {}
+  void zero(const TensorView& x) override;
 
   std::unique_ptr<Matrix> create_matrix(int64_t rows, int64_t cols, WeightType type) override;
   std::unique_ptr<Matrix> adopt_matrix(int64_t rows, int64_t cols, WeightType type, std::span<const std::byte> packed,
@@ -82,6 +83,17 @@ class CpuBackend final : public Backend {
   };
   void multiply(const Product& product);
   void multiply_rows(const Product& product, int64_t begin, int64_t count);
+  void multiply_rounded(const Product& product);
+  // Gradients of products (cpu_matmul_backward.cpp).
+  const float* widened_block(const PanelMatrix& weight, int64_t panel, int64_t k0, float* scratch) const;
+  void transpose_weight(const PanelMatrix& weight, int64_t n0, int64_t count, PanelMatrix& slab);
+  void multiply_transposed(const MatmulBackwardArgs& args);
+  void accumulate_weight(const MatmulBackwardArgs& args);
+  // Attention of whole sequences (cpu_causal_attention.cpp).
+  struct AttentionOperands;
+  struct AttentionShare;
+  void attention_gradients(const CausalAttentionBackwardArgs& args, const RowRange& sequence, int64_t kv_head,
+                           const AttentionShare& share, float* memory) const;
   const GemmKernel& kernel_for(const WeightType& type, Compute compute) const;
   /// How many threads are worth waking for work that takes one of them about `microseconds`.
   int threads_for(double microseconds) const { return microseconds < 10.0 ? 1 : threads_; }

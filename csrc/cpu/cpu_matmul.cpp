@@ -37,6 +37,10 @@ const GemmKernel& CpuBackend::kernel_for(const WeightType& type, Compute compute
 }
 
 void CpuBackend::multiply(const Product& product) {
+  if (product.compute == Compute::kBF16 && product.weight->type().encoding == Encoding::kF32) {
+    multiply_rounded(product);
+    return;
+  }
   for (int64_t row = 0; row < product.x.rows(); row += kPackedRows) {
     multiply_rows(product, row, std::min(kPackedRows, product.x.rows() - row));
   }

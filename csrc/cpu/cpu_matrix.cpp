@@ -263,4 +263,51 @@ void CpuBackend::read_codes(const Matrix& matrix, const RowMap& map, int64_t row
   }
 }
 
+void CpuBackend::copy_rows(Matrix& target, const RowMap& to, const Matrix& source, const RowMap& from, int64_t rows) {
+  PanelMatrix& target_panels = panel_matrix(target);
+  const PanelMatrix& source_panels = panel_matrix(source);
+  require(target.type() == source.type(), ErrorKind::kDType, "matrix: rows kept as ", source.type().text(),
+          " cannot be copied to a matrix of ", target.type().text());
+  require(target.cols() == source.cols(), ErrorKind::kShape, "matrix: rows of ", source.cols(),
+          " columns cannot be copied to a matrix of ", target.cols());
+  require(rows >= 0, ErrorKind::kShape, "matrix: cannot copy ", rows, " rows");
+  check_map(target, to, rows, "target");
+  check_map(source, from, rows, "source");
+  const double microseconds = static_cast<double>(rows * source.cols()) / kCopied;
+  // Within a matrix a row may be source and target: in order, then.
+  const int threads = &target == &source ? 1 : threads_for(microseconds);
+  parallel_for(threads, ceil_div(rows, kRowsPerTask), [&](int64_t task, int) {
+    QuantizedRow codes;
+    const int64_t begin = task * kRowsPerTask;
+    for (int64_t i = begin; i < std::min(begin + kRowsPerTask, rows); ++i) {
+      const int64_t row = from(i);
+      const int64_t place = to(i);
+      if (source.type().is_quantized()) {
+        source_panels.load_row(row, codes);
+        target_panels.store_row(place, codes);
+        continue;
+      }
+      const auto copy = [&](auto* target_panel, const auto* source_panel) {
+        for (int64_t k = 0; k < source.cols(); ++k) {
+          target_panel[target_panels.offset_in_panel(place, k)] = source_panel[source_panels.offset_in_panel(row, k)];
+        }
+      };
+      if (source.type().encoding == Encoding::kF32) {
+        copy(target_panels.panel<float>(place / kPanel), source_panels.panel<float>(row / kPanel));
+      } else {
+        copy(target_panels.panel<uint16_t>(place / kPanel), source_panels.panel<uint16_t>(row / kPanel));
+      }
+    }
+  });
+}
+
+TensorView CpuBackend::values(Matrix& matrix) {
+  PanelMatrix& panels = panel_matrix(matrix);
+  require(matrix.type().encoding == Encoding::kF32, ErrorKind::kDType,
+          "matrix: only float32 elements can be changed in place, these are ", matrix.type().text());
+  require(panels.owns_memory(), ErrorKind::kUnsupported,
+          "matrix: these weights are a file's own pages and cannot be changed. Load them without sharing.");
+  return TensorView(panels.panel<float>(0), DType::kF32, {panels.nbytes() / static_cast<int64_t>(sizeof(float))});
+}
+
 }  // namespace llama_ext

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/training_kernels.h"
 #include "ops/logits_loops.h"
 #include "quant/rounding.h"
 
@@ -163,6 +164,7 @@ struct KernelTable {
   double (*log_sum_exp)(const float* x, int64_t size);
   RoundingLoops rounding;
   LogitsLoops logits;
+  TrainingKernels training;
 };
 
 }  // namespace llama_ext

@@ -78,7 +78,7 @@ HostBuffer::~HostBuffer() {
 }
 
 void* thread_scratch(Scratch purpose, size_t nbytes) {
-  thread_local std::array<std::unique_ptr<HostBuffer>, 3> buffers;
+  thread_local std::array<std::unique_ptr<HostBuffer>, kScratches> buffers;
   std::unique_ptr<HostBuffer>& scratch = buffers[static_cast<size_t>(purpose)];
   if (!scratch || scratch->nbytes() < nbytes) {
     scratch.reset();

@@ -25,7 +25,8 @@ size_t available_memory();
 void require_available_memory(size_t nbytes, const char* what);
 
 /// What an operation needs scratch for: each purpose has memory of its own, so that operations may nest.
-enum class Scratch : uint8_t { kProduct, kActivation, kAttention };
+enum class Scratch : uint8_t { kProduct, kActivation, kAttention, kWeights, kSums };
+inline constexpr size_t kScratches = 5;
 
 /// Scratch of the calling thread, at least `nbytes`, aligned to a page, kept for its next call.
 void* thread_scratch(Scratch purpose, size_t nbytes);

@@ -33,6 +33,9 @@ class PanelMatrix final : public Matrix {
   int64_t bytes_of(int64_t depth) const { return depth / unit_ * unit_bytes_; }
   std::span<const std::byte> bytes() const { return {data_, static_cast<size_t>(nbytes())}; }
 
+  /// Whether its memory is its own, not a file's.
+  bool owns_memory() const { return buffer_ != nullptr; }
+
   /// k0 of a panel, the first of a unit.
   const std::byte* panel_at(int64_t index, int64_t k0) const { return data_ + index * panel_bytes_ + bytes_of(k0); }
   /// Of floating-point panels.

@@ -25,6 +25,7 @@ Batch::Batch(const GenerationRequest& request) : request_(request) {
     row.index = static_cast<int64_t>(i);
     row.prompt = &request.prompts[i / static_cast<size_t>(options.copies)];
     row.max_new_tokens = options.max_new_tokens[i];
+    if (!options.adapters.empty()) row.adapter = options.adapters[i / static_cast<size_t>(options.copies)];
     row.pace = DraftPace(options.speculation.tokens);
     if (row.max_new_tokens == 0) {
       without_tokens_.push_back(i);
@@ -40,6 +41,15 @@ Batch::Batch(const GenerationRequest& request) : request_(request) {
       if (rows_[row].max_new_tokens > 0) order_.push_back(row);
     }
   }
+  // Rows of one adapter follow each other, as only they can share a beginning.
+  std::vector<const Adapter*> adapters;
+  for (const auto& adapter : options.adapters) {
+    if (std::find(adapters.begin(), adapters.end(), adapter.get()) == adapters.end()) adapters.push_back(adapter.get());
+  }
+  const auto place = [&](size_t row) {
+    return std::find(adapters.begin(), adapters.end(), rows_[row].adapter.get()) - adapters.begin();
+  };
+  std::stable_sort(order_.begin(), order_.end(), [&](size_t a, size_t b) { return place(a) < place(b); });
 }
 
 KvCacheShape Batch::kv_shape(int64_t capacity) const {
@@ -59,10 +69,12 @@ bool Batch::begin(Row& row) {
   if (full_at_ > 0 && running_.size() >= full_at_) return false;
   const Session* source = latest_ != nullptr ? latest_->session : base_.get();
   // The last token of a prompt always runs, as nothing else gives its logits.
-  const int64_t shared =
-      source == nullptr ? 0 : std::min(common_prefix(*row.prompt, source->tokens()), row.prompt_length() - 1);
+  const int64_t shared = source == nullptr || source->adapter() != row.adapter
+                             ? 0
+                             : std::min(common_prefix(*row.prompt, source->tokens()), row.prompt_length() - 1);
   const Row* twin = nullptr;
-  if (latest_ != nullptr && latest_->is_reading_prompt() && *latest_->prompt == *row.prompt) {
+  if (latest_ != nullptr && latest_->is_reading_prompt() && latest_->adapter == row.adapter &&
+      *latest_->prompt == *row.prompt) {
     twin = latest_->twin != nullptr ? latest_->twin : latest_;
   } else if (should_wait(row, shared)) {
     return false;
@@ -75,7 +87,7 @@ bool Batch::begin(Row& row) {
   } else {
     try {
       require_room(row);
-      auto session = std::make_unique<Session>(request_.model, row.capacity(), request_.options.kv_dtype);
+      auto session = std::make_unique<Session>(request_.model, row.capacity(), request_.options.kv_dtype, row.adapter);
       const Session* draft_source = latest_ != nullptr ? latest_->draft_session.get() : draft_base_.get();
       if (draft_model_) row.draft_session = draft_model_->create_session(row, draft_source);
       if (twin == nullptr && shared > 0) {
@@ -107,7 +119,7 @@ bool Batch::begin(Row& row) {
 
 /// Whether the row begun last is about to run much that this one shares.
 bool Batch::should_wait(const Row& row, int64_t shared) const {
-  if (latest_ == nullptr || !latest_->is_reading_prompt()) return false;
+  if (latest_ == nullptr || !latest_->is_reading_prompt() || latest_->adapter != row.adapter) return false;
   const int64_t prospect = std::min(common_prefix(*row.prompt, *latest_->prompt), row.prompt_length() - 1);
   return prospect - shared >= kWorthWaiting;
 }
@@ -140,7 +152,7 @@ void Batch::end(Row& row, Finish reason) {
   if (&row == latest_) {
     latest_ = nullptr;
     while (next_ < order_.size() && !rows_[order_[next_]].is_running()) ++next_;
-    if (next_ < order_.size() && row.owned != nullptr &&
+    if (next_ < order_.size() && row.owned != nullptr && rows_[order_[next_]].adapter == row.adapter &&
         common_prefix(*rows_[order_[next_]].prompt, row.owned->tokens()) >= kWorthWaiting) {
       base_ = std::move(row.owned);
       draft_base_ = std::move(row.draft_session);

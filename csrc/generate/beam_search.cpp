@@ -79,7 +79,8 @@ class BeamSearch {
               .position = 0,
               .tokens = prompt_.data(),
               .count = static_cast<int64_t>(prompt_.size()),
-              .logits = LogitsRows::kLast}},
+              .logits = LogitsRows::kLast,
+              .adapter = options_.adapter.get()}},
             logits_.data());
   }
 
@@ -91,7 +92,8 @@ class BeamSearch {
                         .position = static_cast<int64_t>(prompt_.size()) + length - 1,
                         .tokens = &beam.tokens.back(),
                         .count = 1,
-                        .logits = LogitsRows::kLast});
+                        .logits = LogitsRows::kLast,
+                        .adapter = options_.adapter.get()});
     }
     forward(model_, chunks, logits_.data());
   }
@@ -222,12 +224,14 @@ std::vector<BeamHypothesis> beam_search(const std::shared_ptr<const Model>& mode
           options.max_new_tokens);
   require(std::isfinite(options.length_penalty), ErrorKind::kOption, "beam_search: length_penalty must be finite, got ",
           options.length_penalty);
+  require_language_model(model->config(), "beam_search");
   check_eos(options.eos, model->config().vocabulary);
   require(count > 0, ErrorKind::kOption, "beam_search: the prompt is empty: there is nothing to predict from");
   check_token_ids(prompt.data(), count, model->config().vocabulary);
   require(count <= context && options.max_new_tokens <= context - count, ErrorKind::kContextLength,
           "beam_search: ", count, " tokens and ", options.max_new_tokens,
           " new ones do not fit into the model's context of ", context, ". Shorten the prompt or ask for fewer tokens");
+  if (options.adapter) options.adapter->require_fits(model->config());
   if (options.max_new_tokens == 0) return {BeamHypothesis{}};
   return BeamSearch(*model, prompt, options).run();
 }

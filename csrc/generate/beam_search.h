@@ -16,6 +16,7 @@ struct BeamSearchOptions {
   bool early_stopping = false;  // true: stop as soon as `beams` hypotheses are complete
   std::vector<int32_t> eos;
   DType kv_dtype = DType::kF32;
+  std::shared_ptr<const Adapter> adapter = nullptr;
 };
 
 struct BeamHypothesis {

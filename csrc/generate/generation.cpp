@@ -22,6 +22,7 @@ void check_speculation(const GenerationRequest& request) {
 }
 
 void check_options(const GenerationRequest& request) {
+  require_language_model(request.model->config(), "generate");
   const GenerationOptions& options = request.options;
   const int64_t vocabulary = request.model->config().vocabulary;
   check(options.sampling, vocabulary);
@@ -40,6 +41,12 @@ void check_options(const GenerationRequest& request) {
             " rows");
     require(&request.continued->model() == request.model.get(), ErrorKind::kOption,
             "generate: the session belongs to another model");
+  }
+  require(options.adapters.empty() || options.adapters.size() == request.prompts.size(), ErrorKind::kOption,
+          "generate: adapters must have one entry for each of ", request.prompts.size(), " prompts, got ",
+          options.adapters.size());
+  for (const auto& adapter : options.adapters) {
+    if (adapter) adapter->require_fits(request.model->config());
   }
   for (size_t i = 0; i < request.prompts.size(); ++i) {
     const std::vector<int32_t>& prompt = request.prompts[i];

@@ -31,6 +31,8 @@ struct GenerationOptions {
   int64_t copies = 1;           // sequences per prompt (num_return_sequences)
   int64_t max_batch_size = 16;  // rows that run at once, >= 1; fewer when memory does not hold as many
   SpeculationOptions speculation;
+  // Of each prompt; or empty. A continued session has its own.
+  std::vector<std::shared_ptr<const Adapter>> adapters;
 };
 
 struct GenerationEvent {

@@ -15,6 +15,7 @@ struct Row {
   int64_t index = 0;
   const std::vector<int32_t>* prompt = nullptr;  // all that precedes the output
   int64_t max_new_tokens = 0;
+  std::shared_ptr<const Adapter> adapter;
   // The row's sequence: its own, or the one being continued. None while the row waits, and once it has ended.
   std::unique_ptr<Session> owned;
   Session* session = nullptr;

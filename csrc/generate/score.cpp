@@ -1,6 +1,7 @@
 #include "generate/score.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "ops/log_sum_exp.h"
 
@@ -23,8 +24,9 @@ Score score_of(const float* logits, const LogSumExp& sum, int32_t token) {
 }  // namespace
 
 std::vector<Score> score(const std::shared_ptr<const Model>& model, const std::vector<int32_t>& tokens, int64_t first,
-                         const std::function<void(int64_t)>& advance) {
+                         const std::function<void(int64_t)>& advance, std::shared_ptr<const Adapter> adapter) {
   const int64_t count = static_cast<int64_t>(tokens.size());
+  require_language_model(model->config(), "score");
   const int64_t vocabulary = model->config().vocabulary;
   require(first >= 1 && first <= count, ErrorKind::kOption, "score: first must be in [1, ", count,
           "] (the first token has nothing before it), got ", first);
@@ -36,7 +38,7 @@ std::vector<Score> score(const std::shared_ptr<const Model>& model, const std::v
   scores.reserve(static_cast<size_t>(count - first));
 
   // The last token is predicted, never run. Logits at position p score token p + 1.
-  Session session(model, count - 1, DType::kF32);
+  Session session(model, count - 1, DType::kF32, std::move(adapter));
   session.append(tokens.data(), first - 1, LogitsRows::kNone, nullptr);
   const int64_t rows = std::clamp(kLogitsHeld / vocabulary, kLeastRows, kPassRows);
   std::vector<float> logits(static_cast<size_t>(std::min(rows, count - first) * vocabulary));
@@ -55,7 +57,13 @@ std::vector<Score> score(const std::shared_ptr<const Model>& model, const std::v
   return scores;
 }
 
-void sequence_logits(const Model& model, const std::vector<std::vector<int32_t>>& sequences, float* logits) {
+void sequence_logits(const Model& model, const std::vector<std::vector<int32_t>>& sequences,
+                     const std::vector<std::shared_ptr<const Adapter>>& adapters, LogitsRows which, float* logits) {
+  require(adapters.empty() || adapters.size() == sequences.size(), ErrorKind::kOption,
+          "logits: adapters must have one entry for each of ", sequences.size(), " sequences, got ", adapters.size());
+  for (const auto& adapter : adapters) {
+    if (adapter) adapter->require_fits(model.config());
+  }
   for (const std::vector<int32_t>& sequence : sequences) {
     const int64_t count = static_cast<int64_t>(sequence.size());
     require(count <= model.config().context, ErrorKind::kContextLength, "logits: ", count,
@@ -74,11 +82,12 @@ void sequence_logits(const Model& model, const std::vector<std::vector<int32_t>>
                         .position = 0,
                         .tokens = sequences[next].data(),
                         .count = count,
-                        .logits = LogitsRows::kAll});
+                        .logits = which,
+                        .adapter = adapters.empty() ? nullptr : adapters[next].get()});
       rows += count;
     }
     forward(model, chunks, logits);
-    logits += rows * model.config().vocabulary;
+    logits += logits_rows(chunks) * model.config().outputs();
   }
 }
 

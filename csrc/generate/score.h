@@ -18,10 +18,12 @@ struct Score {
 /// Logits are made and consumed in chunks: memory does not grow with count x V. Throws as forward() does, or what
 /// `advance` throws: if there is one, it is told after each chunk how many tokens that scored.
 std::vector<Score> score(const std::shared_ptr<const Model>& model, const std::vector<int32_t>& tokens, int64_t first,
-                         const std::function<void(int64_t)>& advance = nullptr);
+                         const std::function<void(int64_t)>& advance = nullptr,
+                         std::shared_ptr<const Adapter> adapter = nullptr);
 
-/// Logits of every token of several sequences; each starts at position 0 and has at most `context` tokens, or none.
-/// logits: host memory, (all tokens, V) f32 row-major, the sequences' rows in order. Throws as forward() does.
-void sequence_logits(const Model& model, const std::vector<std::vector<int32_t>>& sequences, float* logits);
+/// Logits of every token, or of the last one, of several sequences; each starts at position 0 and has at most `context` tokens, or
+/// none. adapters: of each sequence; or empty. logits: host memory, (all tokens asked for, V) f32 row-major, the sequences' rows in order. Throws as forward() does.
+void sequence_logits(const Model& model, const std::vector<std::vector<int32_t>>& sequences,
+                     const std::vector<std::shared_ptr<const Adapter>>& adapters, LogitsRows which, float* logits);
 
 }  // namespace llama_ext

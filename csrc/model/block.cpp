@@ -71,6 +71,48 @@ void feed_forward(const Model& model, const BlockWeights& weights, const TensorV
   model.backend().feed_forward(args);
 }
 
+/// What the rows' adapters add to a product of x.
+void add_adapters(const Model& model, int64_t layer, const Pass& pass, Target target, const TensorView& x,
+                  const TensorView& y) {
+  for (const AdapterRows& rows : pass.adapters) {
+    const LowRank& part = rows.adapter->part(layer, target);
+    if (!part) continue;
+    add_low_rank(model.backend(), part, x.slice_rows(rows.row, rows.rows), y.slice_rows(rows.row, rows.rows),
+                 pass.low_rank.slice_rows(rows.row, rows.rows));
+  }
+}
+
+TensorView columns(const TensorView& x, int64_t begin, int64_t count) {
+  return {x.f32() + begin, DType::kF32, {x.rows(), count}, x.row_stride()};
+}
+
+/// The same block product by product, so that adapters can add to each.
+void block_with_adapters(const Model& model, int64_t layer, const Pass& pass) {
+  const BlockWeights& weights = model.weights().block(layer);
+  const ModelConfig& config = model.config();
+  normalize(model, pass.x, weights.attention_norm, pass.normed);
+  for (const Projection& part : weights.qkv) {
+    project(model, pass.normed, {}, part.linear, columns(pass.qkv, part.begin, part.linear.weight->rows()), false);
+  }
+  const int64_t k_begin = config.q_size();
+  const int64_t v_begin = k_begin + config.kv_size();
+  add_adapters(model, layer, pass, Target::kQ, pass.normed, columns(pass.qkv, 0, config.q_size()));
+  add_adapters(model, layer, pass, Target::kK, pass.normed, columns(pass.qkv, k_begin, config.kv_size()));
+  add_adapters(model, layer, pass, Target::kV, pass.normed, columns(pass.qkv, v_begin, config.kv_size()));
+  attend(model, layer, pass);
+  project(model, pass.attended, {}, weights.o, pass.x, /*accumulate=*/true);
+  add_adapters(model, layer, pass, Target::kO, pass.attended, pass.x);
+
+  normalize(model, pass.x, weights.ffn_norm, pass.normed);
+  project(model, pass.normed, {}, weights.gate, pass.gate, /*accumulate=*/false);
+  add_adapters(model, layer, pass, Target::kGate, pass.normed, pass.gate);
+  project(model, pass.normed, {}, weights.up, pass.up, /*accumulate=*/false);
+  add_adapters(model, layer, pass, Target::kUp, pass.normed, pass.up);
+  model.backend().swiglu({.gate = pass.gate, .up = pass.up, .y = pass.gate});
+  project(model, pass.gate, {}, weights.down, pass.x, /*accumulate=*/true);
+  add_adapters(model, layer, pass, Target::kDown, pass.gate, pass.x);
+}
+
 }  // namespace
 
 void normalize(const Model& model, const TensorView& x, const Norm& norm, const TensorView& y) {
@@ -78,13 +120,12 @@ void normalize(const Model& model, const TensorView& x, const Norm& norm, const 
 }
 
 void block(const Model& model, int64_t layer, const Pass& pass) {
+  if (!pass.adapters.empty()) return block_with_adapters(model, layer, pass);
   const BlockWeights& weights = model.weights().block(layer);
 
   const InputNorm norm = input_norm(model, weights.attention_norm);
   for (const Projection& part : weights.qkv) {
-    const TensorView y(pass.qkv.f32() + part.begin, DType::kF32, {pass.qkv.rows(), part.linear.weight->rows()},
-                       pass.qkv.row_stride());
-    project(model, pass.x, norm, part.linear, y, /*accumulate=*/false);
+    project(model, pass.x, norm, part.linear, columns(pass.qkv, part.begin, part.linear.weight->rows()), false);
   }
   attend(model, layer, pass);
   project(model, pass.attended, {}, weights.o, pass.x, /*accumulate=*/true);

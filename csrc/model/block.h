@@ -8,14 +8,26 @@
 
 namespace llama_ext {
 
+/// Rows [row, row + rows) of a pass have this adapter.
+struct AdapterRows {
+  const Adapter* adapter = nullptr;
+  int64_t row = 0;
+  int64_t rows = 0;
+};
+
 /// What runs through all layers together: M rows of one or several sequences, and where their activations live.
 /// All tensors are f32 on the device.
 struct Pass {
   std::vector<KvSegment> segments;
   TensorView x;         // (M, C) the residual stream
-  TensorView normed;    // (M, C) the final norm of the rows whose logits are asked for
+  TensorView normed;    // (M, C) a norm: the final one of the rows whose logits are asked for, or the block's
   TensorView qkv;       // (M, (H + 2 K) D) a row is its Q, then its K, then its V
   TensorView attended;  // (M, H D)
+  // Where a row has an adapter, these as well: products are made one by one then.
+  std::vector<AdapterRows> adapters;
+  TensorView gate;      // (M, F)
+  TensorView up;        // (M, F)
+  TensorView low_rank;  // (M, the largest rank)
   TensorView cos;       // (M, D/2) of each row's position
   TensorView sin;       // (M, D/2)
 };

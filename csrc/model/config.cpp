@@ -39,10 +39,19 @@ void check(const ModelConfig& config) {
           "config: head_dim must be even (rotary embeddings turn pairs), got ", config.head_dim);
   require(config.q_size() <= kMaxProjection, ErrorKind::kOption, "config: heads x head_dim must be at most ",
           kMaxProjection, ", got ", config.heads, " x ", config.head_dim);
+  require(config.labels >= 0 && config.labels <= kMaxVocabulary, ErrorKind::kOption, "config: labels must be in [0, ",
+          kMaxVocabulary, "], got ", config.labels);
+  require(config.labels == 0 || !config.tied_head, ErrorKind::kOption,
+          "config: a classifier's head cannot be tied to the embedding");
   require(std::isfinite(config.norm_eps) && config.norm_eps > 0, ErrorKind::kOption,
           "config: norm_eps must be positive and finite, got ", config.norm_eps);
   require(config.rope.head_dim == config.head_dim, ErrorKind::kOption, "config: rope.head_dim must be head_dim (",
           config.head_dim, "), got ", config.rope.head_dim);
+}
+
+void require_language_model(const ModelConfig& config, std::string_view op) {
+  require(config.labels == 0, ErrorKind::kUnsupported, op, ": this model is a classifier of ", config.labels,
+          " labels, not a language model");
 }
 
 }  // namespace llama_ext

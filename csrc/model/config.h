@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string_view>
 
 #include "ops/rope.h"
 
@@ -20,8 +21,11 @@ struct ModelConfig {
   bool tied_head = false;  // the embedding table is also the output head
   bool attention_bias = false;
   bool ffn_bias = false;
+  int64_t labels = 0;  // of a sequence classifier; 0: a language model
   RopeConfig rope;
 
+  /// Rows of the head: what there are logits of.
+  int64_t outputs() const { return labels > 0 ? labels : vocabulary; }
   int64_t q_size() const { return heads * head_dim; }
   int64_t kv_size() const { return kv_heads * head_dim; }
   int64_t qkv_size() const { return q_size() + 2 * kv_size(); }
@@ -29,5 +33,7 @@ struct ModelConfig {
 
 /// Throws OptionError, naming the field, unless every number is in range and they fit together.
 void check(const ModelConfig& config);
+/// Throws UnsupportedError for a classifier.
+void require_language_model(const ModelConfig& config, std::string_view op);
 
 }  // namespace llama_ext

@@ -5,8 +5,12 @@
 
 namespace llama_ext {
 
-Session::Session(std::shared_ptr<const Model> model, int64_t capacity, DType kv_dtype)
-    : model_(std::move(model)), cache_(model_->backend().create_kv_cache(model_->kv_shape(capacity, kv_dtype))) {
+Session::Session(std::shared_ptr<const Model> model, int64_t capacity, DType kv_dtype,
+                 std::shared_ptr<const Adapter> adapter)
+    : model_(std::move(model)),
+      adapter_(std::move(adapter)),
+      cache_(model_->backend().create_kv_cache(model_->kv_shape(capacity, kv_dtype))) {
+  if (adapter_) adapter_->require_fits(model_->config());
   tokens_.reserve(static_cast<size_t>(capacity));  // so that recording tokens that have run cannot fail
 }
 
@@ -15,7 +19,13 @@ void Session::append(const int32_t* tokens, int64_t count, LogitsRows rows, floa
   require(count > 0 || rows != LogitsRows::kLast, ErrorKind::kOption,
           "session: there are no logits of the last token when no tokens are appended");
   ++writes_;
-  forward(*model_, {{.cache = cache_.get(), .position = length(), .tokens = tokens, .count = count, .logits = rows}},
+  forward(*model_,
+          {{.cache = cache_.get(),
+            .position = length(),
+            .tokens = tokens,
+            .count = count,
+            .logits = rows,
+            .adapter = adapter_.get()}},
           logits);
   tokens_.insert(tokens_.end(), tokens, tokens + count);
 }
@@ -33,7 +43,8 @@ void Session::append_batch(const std::vector<SessionChunk>& appended, float* log
                       .position = chunk.session->length(),
                       .tokens = chunk.tokens,
                       .count = chunk.count,
-                      .logits = chunk.logits});
+                      .logits = chunk.logits,
+                      .adapter = chunk.session->adapter_.get()});
   }
   for (const SessionChunk& chunk : appended) ++chunk.session->writes_;  // a pass that fails has written, too
   forward(model, chunks, logits);
@@ -57,15 +68,15 @@ void Session::readmit(int32_t token) {
 std::unique_ptr<Session> Session::fork(int64_t capacity) const {
   require(capacity >= length(), ErrorKind::kContextLength, "session: a fork needs room for its ", length(),
           " tokens, got a capacity of ", capacity);
-  auto copy = std::make_unique<Session>(model_, capacity, kv_dtype());
+  auto copy = std::make_unique<Session>(model_, capacity, kv_dtype(), adapter_);
   copy->copy_from(*this, length());
   return copy;
 }
 
 void Session::copy_from(const Session& source, int64_t length) {
-  require(
-      model_ == source.model_ && kv_dtype() == source.kv_dtype() && length <= source.length() && length <= capacity(),
-      ErrorKind::kInternal, "session: a copy needs the same model, dtype, and room for every token");
+  require(model_ == source.model_ && adapter_ == source.adapter_ && kv_dtype() == source.kv_dtype() &&
+              length <= source.length() && length <= capacity(),
+          ErrorKind::kInternal, "session: a copy needs the same model, adapter, dtype, and room for every token");
   tokens_.clear();
   ++writes_;
   model_->backend().copy_kv_cache(*cache_, *source.cache_, length);

@@ -23,10 +23,13 @@ struct SessionChunk {
 class Session {
  public:
   /// capacity: positions, in [1, context]. kv_dtype: f32 | bf16.
-  Session(std::shared_ptr<const Model> model, int64_t capacity, DType kv_dtype);
+  /// adapter: of all of its tokens; none for the model alone. Throws ShapeError for one of another model.
+  Session(std::shared_ptr<const Model> model, int64_t capacity, DType kv_dtype,
+          std::shared_ptr<const Adapter> adapter = nullptr);
 
   const Model& model() const { return *model_; }
   std::shared_ptr<const Model> shared_model() const { return model_; }
+  const std::shared_ptr<const Adapter>& adapter() const { return adapter_; }
   int64_t length() const { return static_cast<int64_t>(tokens_.size()); }
   int64_t capacity() const { return cache_->shape().capacity; }
   DType kv_dtype() const { return cache_->shape().dtype; }
@@ -54,7 +57,7 @@ class Session {
   /// An independent copy, with room for `capacity` positions (>= length()).
   std::unique_ptr<Session> fork(int64_t capacity) const;
 
-  /// Becomes a copy of the first `length` tokens of `source`, a session of the same model and dtype, within its own
+  /// Becomes a copy of the first `length` tokens of `source`, a session of the same model, adapter and dtype, within its own
   /// capacity.
   void copy_from(const Session& source, int64_t length);
 
@@ -64,6 +67,7 @@ class Session {
 
  private:
   std::shared_ptr<const Model> model_;
+  std::shared_ptr<const Adapter> adapter_;
   std::unique_ptr<KvCache> cache_;
   std::vector<int32_t> tokens_;
   uint64_t writes_ = 0;

@@ -58,6 +58,11 @@ void check_chunks(const Model& model, const std::vector<Chunk>& chunks, const fl
             "forward: ", chunk.count, " tokens after ", chunk.position, " do not fit into the KV cache's ",
             shape.capacity, " positions");
     check_token_ids(chunk.tokens, chunk.count, config.vocabulary);
+    if (chunk.adapter != nullptr) {
+      chunk.adapter->require_fits(config);
+      require(model.weights().block(0).gate.weight != nullptr, ErrorKind::kUnsupported,
+              "forward: an adapter needs a model whose gate and up are separate matrices");
+    }
     caches.push_back(chunk.cache);
   }
   std::sort(caches.begin(), caches.end());
@@ -85,6 +90,15 @@ std::vector<std::vector<Part>> cut_into_passes(const std::vector<Chunk>& chunks)
     }
   }
   return passes;
+}
+
+/// Neighbours of one adapter are multiplied together.
+void add_rows(std::vector<AdapterRows>& all, const Adapter* adapter, int64_t row, int64_t rows) {
+  if (!all.empty() && all.back().adapter == adapter && all.back().row + all.back().rows == row) {
+    all.back().rows += rows;
+  } else {
+    all.push_back({.adapter = adapter, .row = row, .rows = rows});
+  }
 }
 
 bool is_finite(float value) { return (std::bit_cast<uint32_t>(value) & 0x7f800000u) != 0x7f800000u; }
@@ -148,7 +162,12 @@ class ForwardCall {
     const int64_t attended = region(rows, config.q_size());
     const int64_t cos = region(rows, half);
     const int64_t sin = region(rows, half);
-    const int64_t head = region(head_rows, config.vocabulary);
+    const int64_t head = region(head_rows, config.outputs());
+    int64_t rank = 0;
+    for (const Chunk& chunk : chunks_) rank = std::max(rank, chunk.adapter == nullptr ? 0 : chunk.adapter->rank());
+    const int64_t gate = region(rank > 0 ? rows : 0, config.ffn_width);
+    const int64_t up = region(rank > 0 ? rows : 0, config.ffn_width);
+    const int64_t low_rank = region(rows, rank);
     workspace_ = backend_.allocate(static_cast<size_t>(checked_mul(floats, sizeof(float), "workspace")));
 
     float* base = static_cast<float*>(workspace_->data());
@@ -158,7 +177,12 @@ class ForwardCall {
     whole_.attended = TensorView(base + attended, DType::kF32, {rows, config.q_size()});
     whole_.cos = TensorView(base + cos, DType::kF32, {rows, half});
     whole_.sin = TensorView(base + sin, DType::kF32, {rows, half});
-    head_ = TensorView(base + head, DType::kF32, {head_rows, config.vocabulary});
+    if (rank > 0) {
+      whole_.gate = TensorView(base + gate, DType::kF32, {rows, config.ffn_width});
+      whole_.up = TensorView(base + up, DType::kF32, {rows, config.ffn_width});
+      whole_.low_rank = TensorView(base + low_rank, DType::kF32, {rows, rank});
+    }
+    head_ = TensorView(base + head, DType::kF32, {head_rows, config.outputs()});
   }
 
   void run_pass(const std::vector<Part>& parts) {
@@ -186,6 +210,7 @@ class ForwardCall {
                                .row = static_cast<int64_t>(ids_.size()),
                                .tokens = part.count,
                                .position = chunk.position + part.begin});
+      if (chunk.adapter != nullptr) add_rows(pass.adapters, chunk.adapter, pass.segments.back().row, part.count);
       for (int64_t i = part.begin; i < part.begin + part.count; ++i) {
         ids_.push_back(chunk.tokens[i]);
         positions_.push_back(chunk.position + i);
@@ -196,6 +221,11 @@ class ForwardCall {
     pass.normed = whole_.normed.slice_rows(0, rows);
     pass.qkv = whole_.qkv.slice_rows(0, rows);
     pass.attended = whole_.attended.slice_rows(0, rows);
+    if (!pass.adapters.empty()) {
+      pass.gate = whole_.gate.slice_rows(0, rows);
+      pass.up = whole_.up.slice_rows(0, rows);
+      pass.low_rank = whole_.low_rank.slice_rows(0, rows);
+    }
     pass.cos = whole_.cos.slice_rows(0, rows);
     pass.sin = whole_.sin.slice_rows(0, rows);
 
@@ -232,7 +262,7 @@ class ForwardCall {
     }
     flush();
 
-    const int64_t vocabulary = model_.config().vocabulary;
+    const int64_t outputs = model_.config().outputs();
     for (int64_t row = 0; row < gathered; row += kHeadRows) {
       const int64_t count = std::min(gathered - row, kHeadRows);
       const TensorView head = head_.slice_rows(0, count);
@@ -245,9 +275,9 @@ class ForwardCall {
       backend_.copy_to_host(logits_, head.data(), static_cast<size_t>(head.size()) * sizeof(float));
       backend_.synchronize();
       for (int64_t i = 0; i < count; ++i) {
-        const int64_t bad = find_not_finite(logits_ + i * vocabulary, vocabulary);
+        const int64_t bad = find_not_finite(logits_ + i * outputs, outputs);
         if (bad >= 0) [[unlikely]] {
-          fail_not_finite(parts, row + i, bad, logits_[i * vocabulary + bad]);
+          fail_not_finite(parts, row + i, bad, logits_[i * outputs + bad]);
         }
       }
       logits_ += head.size();
@@ -302,6 +332,13 @@ Model::Model(std::shared_ptr<Backend> backend, const ModelConfig& config, const 
       compute_(compute),
       inverse_frequencies_(rope_inverse_frequencies(config.rope)),
       weights_(*backend_, config, plan, packed) {}
+
+std::shared_ptr<Model> convert(const Model& model, const WeightPlan& plan) {
+  auto converted =
+      std::make_shared<Model>(model.shared_backend(), model.config(), plan, PackedWeights{}, model.compute());
+  converted->weights().copy_from(model.weights());
+  return converted;
+}
 
 KvCacheShape Model::kv_shape(int64_t capacity, DType dtype) const {
   require(capacity >= 1 && capacity <= config_.context, ErrorKind::kContextLength, "KV cache: room for ", capacity,

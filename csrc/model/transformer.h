@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "model/adapter.h"
 #include "model/config.h"
 #include "model/weights.h"
 
@@ -34,6 +35,9 @@ class Model {
   Weights weights_;
 };
 
+/// A copy of a model whose weights are kept as `plan` says. Throws OutOfMemoryError.
+std::shared_ptr<Model> convert(const Model& model, const WeightPlan& plan);
+
 /// Which rows of a chunk to compute logits for.
 enum class LogitsRows : uint8_t { kNone, kLast, kAll };
 
@@ -44,10 +48,11 @@ struct Chunk {
   const int32_t* tokens = nullptr;
   int64_t count = 0;
   LogitsRows logits = LogitsRows::kLast;
+  const Adapter* adapter = nullptr;  // of the model's shapes; needs a model with separate gate and up
 };
 
 /// Runs the model over a ragged batch and fills the caches. Chunks must be of different caches.
-/// logits: host memory, (rows asked for, V) f32 row-major: the chunks' rows in order; may be nullptr when none are
+/// logits: host memory, (rows asked for, V; a classifier's labels) f32 row-major: the chunks' rows in order; may be nullptr when none are
 /// asked. A row's bits depend on its own sequence alone. Long batches run in passes of at most kPassRows rows.
 /// Throws TokenIdError, ContextLengthError, NumericError (a logit that is not finite), Interrupted. After a throw the
 /// positions written are undefined, everything before `position` is intact.

@@ -170,10 +170,10 @@ Weights::Weights(Backend& backend, const ModelConfig& config, const WeightPlan& 
 
 void Weights::build(const ModelConfig& config, Builder& builder) {
   const int64_t width = config.width;
-  const auto table = [&](const char* name) {
-    return builder.linear("", name, {{name, {}, config.vocabulary}}, config.vocabulary, width, false).weight;
+  const auto table = [&](const char* name, int64_t rows) {
+    return builder.linear("", name, {{name, {}, rows}}, rows, width, false).weight;
   };
-  embedding_ = table("embedding");
+  embedding_ = table("embedding", config.vocabulary);
   blocks_.clear();
   blocks_.resize(static_cast<size_t>(config.layers));
   for (int64_t layer = 0; layer < config.layers; ++layer) {
@@ -186,7 +186,7 @@ void Weights::build(const ModelConfig& config, Builder& builder) {
     build_qkv(config, prefix, builder, block);
     block.o = whole("o", width, config.q_size(), config.attention_bias);
     block.ffn_norm = builder.norm(prefix + "feed_forward_norm", width);
-    if (plan_.of(prefix + "gate") == plan_.of(prefix + "up")) {
+    if (!plan_.separate_gate_up && plan_.of(prefix + "gate") == plan_.of(prefix + "up")) {
       block.gate_up = builder.linear(prefix, "gate_up",
                                      {{"gate", gate_rows(), config.ffn_width}, {"up", up_rows(), config.ffn_width}},
                                      gate_up_size(config.ffn_width), width, config.ffn_bias);
@@ -197,7 +197,7 @@ void Weights::build(const ModelConfig& config, Builder& builder) {
     block.down = whole("down", width, config.ffn_width, config.ffn_bias);
   }
   final_norm_ = builder.norm("final_norm", width);
-  if (!config.tied_head) head_ = table("head");
+  if (!config.tied_head) head_ = table("head", config.outputs());
 }
 
 /// Neighbours of the same type become one matrix.
@@ -278,6 +278,26 @@ void Weights::load_codes(std::string_view slot, const CodeRows& codes) {
   backend_.write_codes(*place.matrix, place.rows, codes);
   backend_.synchronize();
   loaded_[index] = 1;
+}
+
+void Weights::copy_from(const Weights& source) {
+  for (size_t index = 0; index < slots_.size(); ++index) {
+    const Slot& slot = slots_[index];
+    const Place& from = source.place(slot.name);
+    const Place& to = place_to_fill(slot.name);
+    if (to.matrix != nullptr && from.matrix->type() == to.matrix->type()) {
+      backend_.copy_rows(*to.matrix, to.rows, *from.matrix, from.rows, slot.shape[0]);
+      loaded_[index] = 1;
+      continue;
+    }
+    const int64_t size = slot.is_matrix ? slot.shape[0] * slot.shape[1] : slot.shape[0];
+    std::vector<float> values(static_cast<size_t>(size));
+    const TensorView view = slot.is_matrix ? TensorView(values.data(), DType::kF32, {slot.shape[0], slot.shape[1]})
+                                           : TensorView(values.data(), DType::kF32, {size});
+    source.read(slot.name, view);
+    load(slot.name, view, {});
+  }
+  backend_.synchronize();
 }
 
 void Weights::read(std::string_view slot, const TensorView& target) const {

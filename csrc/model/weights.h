@@ -49,6 +49,8 @@ struct BlockWeights {
 struct WeightPlan {
   WeightType others;
   std::map<std::string, WeightType, std::less<>> by_slot;
+  // Gate and up as matrices of their own even when they are of one type: for training and adapters, which need both halves.
+  bool separate_gate_up = false;
 
   WeightType of(std::string_view slot) const {
     const auto found = by_slot.find(slot);
@@ -104,6 +106,19 @@ class Weights {
   WeightType type() const { return plan_.others; }
   int64_t nbytes() const;
 
+  /// Where a slot's tensor lies: rows of a matrix, or elements of a vector.
+  struct Place {
+    Matrix* matrix = nullptr;
+    bool is_packed = false;
+    RowMap rows;
+    TensorView vector;  // a norm, or the bias that `rows` maps into
+  };
+  /// Throws CheckpointError for a slot that does not exist.
+  const Place& place(std::string_view slot) const { return places_[find(slot)]; }
+  const WeightPlan& plan() const { return plan_; }
+  /// Fills every slot with those of `source`, a model of the same shapes, converted where types differ.
+  void copy_from(const Weights& source);
+
   struct NamedMatrix {
     std::string name;
     const Matrix* matrix;
@@ -111,12 +126,6 @@ class Weights {
   const std::vector<NamedMatrix>& matrices() const { return matrices_; }
 
  private:
-  struct Place {
-    Matrix* matrix = nullptr;
-    bool is_packed = false;
-    RowMap rows;
-    TensorView vector;  // a norm, or the bias that `rows` maps into
-  };
   class Builder;
   void build(const ModelConfig& config, Builder& builder);
   void build_qkv(const ModelConfig& config, const std::string& prefix, Builder& builder, BlockWeights& block);

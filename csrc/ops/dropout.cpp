@@ -1,5 +1,7 @@
 #include "ops/dropout.h"
 
+#include <cmath>
+
 #include "ops/argument_checks.h"
 
 namespace llama_ext {
@@ -10,6 +12,7 @@ void require_dropout(double p, std::string_view op) {
 
 void check(const DropoutArgs& args) {
   require_dropout(args.p, "dropout");
+  require(std::isfinite(args.scale), ErrorKind::kOption, "dropout: scale must be finite, got ", args.scale);
   require_tensor(args.x, DType::kF32, {-1, -1}, Rows::kStrided, "dropout", "x");
   require_tensor(args.y, DType::kF32, {args.x.dim(0), args.x.dim(1)}, Rows::kStrided, "dropout", "y");
   if (args.accumulate) {

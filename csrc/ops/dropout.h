@@ -7,8 +7,8 @@
 
 namespace llama_ext {
 
-/// y = x keep / (1 - p), or y += ... with `accumulate` (a residual connection); keep is 0 with probability p, else 1
-/// x, y: (M, N) f32, rows may be strided. y may be x itself unless it accumulates. 0 <= p < 1; p = 0 copies or adds.
+/// y = scale x keep / (1 - p), or y += ... with `accumulate` (a residual connection); keep is 0 with probability p, else 1
+/// x, y: (M, N) f32, rows may be strided. y may be x itself unless it accumulates. 0 <= p < 1; p = 0 copies, scales or adds.
 /// Whether an element is kept is a function of (seed, its index m N + n) alone (dropout_bits). So the gradient is the same operation
 /// on d_y, nothing is saved, and threads change nothing. Throws ShapeError, DTypeError, OptionError.
 /// Source: Srivastava et al., "Dropout", 2014.
@@ -18,6 +18,7 @@ struct DropoutArgs {
   double p = 0.0;
   uint64_t seed = 0;
   bool accumulate = false;
+  double scale = 1.0;
 };
 
 void check(const DropoutArgs& args);

@@ -1,5 +1,6 @@
 #include "reference/reference_backend.h"
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -54,6 +55,10 @@ int64_t ReferenceBackend::kv_cache_nbytes(const KvCacheShape& shape) const {
 }
 
 void ReferenceBackend::require_memory(int64_t /*nbytes*/, const std::string& /*what*/) {}
+
+void ReferenceBackend::zero(const TensorView& x) {
+  for (int64_t row = 0; row < x.rows(); ++row) std::fill_n(x.row<float>(row), x.inner_size(), 0.0f);
+}
 
 void ReferenceBackend::copy_to_device(void* device, const void* host, size_t nbytes) {
   copy_bytes(device, host, nbytes);
@@ -143,6 +148,31 @@ void ReferenceBackend::read_rows(const Matrix& matrix, const RowMap& map, const 
                     load_element(mine.data(), mine.dtype(), map(i) * cols + k));
     }
   }
+}
+
+void ReferenceBackend::copy_rows(Matrix& target, const RowMap& to, const Matrix& source, const RowMap& from,
+                                 int64_t rows) {
+  const ReferenceMatrix& into = own(target, "copy_rows");
+  const ReferenceMatrix& out_of = own(source, "copy_rows");
+  require(into.type() == out_of.type(), ErrorKind::kDType, "copy_rows: both matrices must be kept alike, got ",
+          into.type().text(), " and ", out_of.type().text());
+  require(into.cols() == out_of.cols(), ErrorKind::kShape, "copy_rows: both matrices must have as many columns, got ",
+          into.cols(), " and ", out_of.cols());
+  require(rows >= 0, ErrorKind::kShape, "copy_rows: the number of rows must be at least 0, got ", rows);
+  check_map(into, to, rows, "copy_rows");
+  check_map(out_of, from, rows, "copy_rows");
+  const size_t nbytes = static_cast<size_t>(into.cols()) * size_of(into.dtype());
+  for (int64_t i = 0; i < rows; ++i) {
+    copy_bytes(static_cast<std::byte*>(into.data()) + static_cast<size_t>(to(i)) * nbytes,
+               static_cast<const std::byte*>(out_of.data()) + static_cast<size_t>(from(i)) * nbytes, nbytes);
+  }
+}
+
+TensorView ReferenceBackend::values(Matrix& matrix) {
+  const ReferenceMatrix& mine = own(matrix, "values");
+  require(mine.type() == WeightType{Encoding::kF32}, ErrorKind::kDType, "values: the matrix must be float32, got ",
+          mine.type().text());
+  return {mine.data(), DType::kF32, {mine.rows() * mine.cols()}};
 }
 
 void ReferenceBackend::read_codes(const Matrix&, const RowMap&, int64_t,

@@ -22,6 +22,7 @@ class ReferenceBackend final : public Backend {
   void require_memory(int64_t nbytes, const std::string& what) override;
   void copy_to_device(void* device, const void* host, size_t nbytes) override;
   void copy_to_host(void* host, const void* device, size_t nbytes) override;
+  void zero(const TensorView& x) override;
   void synchronize() override {}
 
   std::unique_ptr<Matrix> create_matrix(int64_t rows, int64_t cols, WeightType type) override;

@@ -1,4 +1,5 @@
 #include <cmath>
+#include <vector>
 
 #include "reference/interrupt_poll.h"
 #include "reference/reference_ops.h"
@@ -22,6 +23,40 @@ void ReferenceBackend::rms_norm(const RmsNormArgs& args) {
       y[c] = static_cast<float>(static_cast<double>(x[c]) * inv_rms * static_cast<double>(weight[c]));
     }
     if (args.inv_rms) args.inv_rms.f32()[row] = static_cast<float>(inv_rms);
+  }
+}
+
+void ReferenceBackend::rms_norm_backward(const RmsNormBackwardArgs& args) {
+  check(args);
+  const int64_t width = args.x.dim(1);
+  const auto weight = [&](int64_t c) { return static_cast<double>(args.weight.f32()[c]); };
+  std::vector<double> d_weight(static_cast<size_t>(width));
+  InterruptPoll interrupt;
+  for (int64_t row = 0; row < args.x.rows(); ++row) {
+    interrupt.advance(4 * width + 1);
+    const auto x = [&](int64_t c) { return static_cast<double>(args.x.row<float>(row)[c]); };
+    const auto d_y = [&](int64_t c) { return static_cast<double>(args.d_y.row<float>(row)[c]); };
+    double squares = 0;
+    double dots = 0;
+    for (int64_t c = 0; c < width; ++c) {
+      squares += x(c) * x(c);
+      dots += weight(c) * d_y(c) * x(c);
+    }
+    const double count = static_cast<double>(width);  // no element divides by 0
+    const double inv_rms = 1.0 / std::sqrt(squares / count + args.eps);
+    const double mean = dots / count;
+    for (int64_t c = 0; c < width; ++c) {
+      // Before d_x is written, which may be d_y.
+      d_weight[static_cast<size_t>(c)] += d_y(c) * x(c) * inv_rms;
+      const double gradient = inv_rms * (weight(c) * d_y(c) - x(c) * inv_rms * inv_rms * mean);
+      float& d_x = args.d_x.row<float>(row)[c];
+      d_x = static_cast<float>(args.accumulate ? static_cast<double>(d_x) + gradient : gradient);
+    }
+  }
+  if (!args.d_weight) return;
+  for (int64_t c = 0; c < width; ++c) {
+    float& sum = args.d_weight.f32()[c];
+    sum = static_cast<float>(static_cast<double>(sum) + d_weight[static_cast<size_t>(c)]);
   }
 }
 

@@ -12,7 +12,8 @@ void ReferenceBackend::rope(const RopeArgs& args) {
       float* x = args.x.row<float>(t) + h * head_dim;
       for (int64_t i = 0; i < half; ++i) {
         const double cos = static_cast<double>(args.cos.row<float>(t)[i]);
-        const double sin = static_cast<double>(args.sin.row<float>(t)[i]);
+        const double angle_sin = static_cast<double>(args.sin.row<float>(t)[i]);
+        const double sin = args.inverse ? -angle_sin : angle_sin;
         const double first = static_cast<double>(x[i]);
         const double second = static_cast<double>(x[i + half]);
         x[i] = static_cast<float>(first * cos - second * sin);

@@ -53,7 +53,7 @@ class Backend:
     def rms_norm(
         self, x: FloatArray, weight: FloatArray, eps: float, out: FloatArray, inv_rms: FloatArray | None = None
     ) -> None: ...
-    def rope(self, x: FloatArray, cos: FloatArray, sin: FloatArray) -> None: ...
+    def rope(self, x: FloatArray, cos: FloatArray, sin: FloatArray, inverse: bool = False) -> None: ...
     def attention(
         self,
         q: FloatArray,
@@ -92,6 +92,99 @@ class Backend:
         stream: int,
         counter: int,
     ) -> tuple[int, float]: ...
+    def matmul_backward(
+        self,
+        d_y: FloatArray,
+        weight: Matrix | None,
+        x: FloatArray | None,
+        d_x: FloatArray | None,
+        d_weight: Matrix | None,
+        d_bias: FloatArray | None,
+        accumulate: bool = False,
+        compute: str = "exact",
+    ) -> None: ...
+    def rms_norm_backward(
+        self,
+        x: FloatArray,
+        weight: FloatArray,
+        eps: float,
+        d_y: FloatArray,
+        d_x: FloatArray,
+        accumulate: bool = False,
+        d_weight: FloatArray | None = None,
+    ) -> None: ...
+    def swiglu(self, gate: FloatArray, up: FloatArray, out: FloatArray) -> None: ...
+    def swiglu_backward(
+        self,
+        gate: FloatArray,
+        up: FloatArray,
+        d_y: FloatArray,
+        d_gate: FloatArray,
+        d_up: FloatArray,
+        y: FloatArray | None = None,
+    ) -> None: ...
+    def causal_attention(
+        self,
+        sequences: Sequence[tuple[int, int]],
+        q: FloatArray,
+        k: FloatArray,
+        v: FloatArray,
+        scale: float,
+        out: FloatArray,
+        log_sums: FloatArray,
+        dropout: float = 0.0,
+        seed: int = 0,
+        compute: str = "exact",
+    ) -> None: ...
+    def causal_attention_backward(
+        self,
+        sequences: Sequence[tuple[int, int]],
+        q: FloatArray,
+        k: FloatArray,
+        v: FloatArray,
+        scale: float,
+        y: FloatArray,
+        log_sums: FloatArray,
+        d_y: FloatArray,
+        d_q: FloatArray,
+        d_k: FloatArray,
+        d_v: FloatArray,
+        dropout: float = 0.0,
+        seed: int = 0,
+        compute: str = "exact",
+    ) -> None: ...
+    def cross_entropy_backward(
+        self, logits: FloatArray, labels: IntArray, scale: float, losses: FloatArray
+    ) -> None: ...
+    def embedding_backward(self, ids: IntArray, d_y: FloatArray, d_table: Matrix) -> None: ...
+    def dropout(self, x: FloatArray, p: float, seed: int, out: FloatArray, accumulate: bool = False) -> None: ...
+    def adam(
+        self,
+        parameter: FloatArray,
+        gradient: FloatArray,
+        first: FloatArray,
+        second: FloatArray,
+        step: int,
+        lr: float,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+        decay: float = 0.0,
+        decoupled: bool = True,
+        gradient_scale: float = 1.0,
+    ) -> None: ...
+    def sgd(
+        self,
+        parameter: FloatArray,
+        gradient: FloatArray,
+        velocity: FloatArray | None,
+        lr: float,
+        momentum: float = 0.0,
+        decay: float = 0.0,
+        nesterov: bool = False,
+        gradient_scale: float = 1.0,
+    ) -> None: ...
+    def sum_of_squares(self, x: FloatArray) -> float: ...
 
 class Matrix:
     @property
@@ -138,6 +231,9 @@ class Model:
     def dtype(self) -> str: ...
     @property
     def nbytes(self) -> int: ...
+    @property
+    def separate_gate_up(self) -> bool: ...
+    def converted(self, types: Mapping[str, tuple[str, int]], separate_gate_up: bool) -> Model: ...
     def slots(self) -> list[tuple[str, tuple[int, ...], bool]]: ...
     def types(self) -> dict[str, tuple[str, int]]: ...
     def matrices(self) -> list[str]: ...
@@ -155,9 +251,15 @@ class Model:
     def read(self, slot: str) -> Array: ...
     def read_codes(self, slot: str) -> tuple[npt.NDArray[np.uint8], FloatArray, FloatArray | None]: ...
     def kv_nbytes(self, capacity: int, dtype: str) -> int: ...
-    def logits(self, sequences: Sequence[IntArray]) -> list[FloatArray]: ...
+    def logits(
+        self, sequences: Sequence[IntArray], adapters: Sequence[Adapter | None] = [], rows: str = "all"
+    ) -> list[FloatArray]: ...
     def score(
-        self, tokens: IntArray, first: int, advance: Callable[[int], object] | None = None
+        self,
+        tokens: IntArray,
+        first: int,
+        advance: Callable[[int], object] | None = None,
+        adapter: Adapter | None = None,
     ) -> tuple[FloatArray, npt.NDArray[np.bool_]]: ...
     def beam_search(
         self,
@@ -170,7 +272,61 @@ class Model:
         early_stopping: bool,
         eos: Sequence[int],
         kv_dtype: str,
+        adapter: Adapter | None = None,
     ) -> list[tuple[list[int], float, bool]]: ...
+
+class Adapter:
+    """LoRA matrices: targets: by slot ("layers.0.q") rank and scale. A (rank, in) and B (out, rank) start as zeros."""
+
+    def __init__(self, model: Model, targets: Mapping[str, tuple[int, float]]) -> None: ...
+    def slots(self) -> list[tuple[str, int, float]]: ...
+    def read(self, slot: str, matrix: str) -> FloatArray: ...
+    def write(self, slot: str, matrix: str, array: FloatArray) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+
+class Trainer:
+    """Gradients of ragged batches and steps of an optimiser; see csrc/train/trainer.h.
+
+    tokens, labels: int32 (T,), labels[t] is what position t predicts, or -100; lengths: int64, their sum T. `accumulate` gives
+    (sum of losses, counted labels), `evaluate` also how many counted labels are the most likely token. trainable: slots of
+    the model's own weights; None: all of them, or with an adapter none. `moments`: what the optimiser keeps of each parameter.
+    One thread at a time.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        optimizer: dict[str, Any],
+        compute: str = "float32",
+        checkpoint_activations: bool = False,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        adapter_dropout: float = 0.0,
+        adapter: Adapter | None = None,
+        trainable: Sequence[str] | None = None,
+    ) -> None: ...
+    def accumulate(
+        self, tokens: IntArray, labels: IntArray, lengths: npt.NDArray[np.int64], *, scale: float, seed: int = 0
+    ) -> tuple[float, int]: ...
+    def evaluate(
+        self, tokens: IntArray, labels: IntArray, lengths: npt.NDArray[np.int64]
+    ) -> tuple[float, int, int]: ...
+    def gradient_norm(self) -> float: ...
+    def step(self, *, lr: float, gradient_scale: float = 1.0) -> None: ...
+    def zero_gradients(self) -> None: ...
+    @property
+    def steps(self) -> int: ...
+    @steps.setter
+    def steps(self, value: int) -> None: ...
+    def parameters(self) -> list[tuple[str, tuple[int, ...]]]: ...
+    def gradient(self, slot: str) -> FloatArray: ...
+    def moments(self) -> list[str]: ...
+    def read_moment(self, moment: str, slot: str) -> FloatArray: ...
+    def write_moment(self, moment: str, slot: str, array: FloatArray) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
 
 class Session:
     """`append` gives logits of shape (V,) for rows="last", (T, V) for "all", (0, V) for "none".
@@ -178,7 +334,7 @@ class Session:
     One thread at a time: a second one gets a LlamaExtError.
     """
 
-    def __init__(self, model: Model, capacity: int, kv_dtype: str) -> None: ...
+    def __init__(self, model: Model, capacity: int, kv_dtype: str, adapter: Adapter | None = None) -> None: ...
     @property
     def length(self) -> int: ...
     @property
@@ -219,6 +375,7 @@ class Generation:
         draft_tokens: int = 0,
         draft_model: Model | None = None,
         draft_kv_dtype: str = "float32",
+        adapters: Sequence[Adapter | None] = [],
     ) -> None: ...
     @property
     def done(self) -> bool: ...

@@ -42,6 +42,8 @@ void test_generate();
 void test_quant();
 void test_kv_store();
 void test_threads();
+void test_training_ops();
+void test_causal_attention();
 
 }  // namespace llama_ext::test
 

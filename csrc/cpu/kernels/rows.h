@@ -28,6 +28,8 @@ static void rms_norm(const float* x, const float* weight, int64_t size, float ep
   }
 }
 
+/// kInverse: by the opposite angle.
+template <bool kInverse>
 static void rope(float* x, int64_t half, const float* cos, const float* sin) {
   float* y = x + half;
   int64_t i = 0;
@@ -35,7 +37,7 @@ static void rope(float* x, int64_t half, const float* cos, const float* sin) {
     const vf a = vload(x + i);
     const vf b = vload(y + i);
     const vf c = vload(cos + i);
-    const vf s = vload(sin + i);
+    const vf s = kInverse ? vsub(vzero(), vload(sin + i)) : vload(sin + i);
     vstore(x + i, vsub(vmul(a, c), vmul(b, s)));
     vstore(y + i, vfma(b, c, vmul(a, s)));
   }
@@ -44,7 +46,7 @@ static void rope(float* x, int64_t half, const float* cos, const float* sin) {
     const vf a = vload_n(x + i, n, 0.0f);
     const vf b = vload_n(y + i, n, 0.0f);
     const vf c = vload_n(cos + i, n, 0.0f);
-    const vf s = vload_n(sin + i, n, 0.0f);
+    const vf s = kInverse ? vsub(vzero(), vload_n(sin + i, n, 0.0f)) : vload_n(sin + i, n, 0.0f);
     vstore_n(x + i, vsub(vmul(a, c), vmul(b, s)), n);
     vstore_n(y + i, vfma(b, c, vmul(a, s)), n);
   }

@@ -6,8 +6,12 @@
 #include "cpu/kernels/codes.h"
 #include "cpu/kernels/gemm.h"
 #include "cpu/kernels/logits.h"
+#include "cpu/kernels/optimizer.h"
 #include "cpu/kernels/rounding.h"
+#include "cpu/kernels/row_gradients.h"
 #include "cpu/kernels/rows.h"
+#include "cpu/kernels/softmax_gradients.h"
+#include "cpu/kernels/transpose.h"
 
 namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE {
 
@@ -19,6 +23,29 @@ template <CodeFormat F>
 static constexpr GemmKernel kExactKernel = {kTileRows, 256, 8, packed_bytes_f32, pack_f32, panel_codes_exact<F>};
 
 static constexpr CodeKernels kCodesExact = {LLAMA_EXT_OF_EACH_FORMAT(kExactKernel), "widened to float32"};
+
+static constexpr TrainingKernels kTraining = {transpose,
+                                              pack_columns,
+                                              pack_panel,
+                                              round_panel,
+                                              widen_f16,
+                                              widen_bf16,
+                                              LLAMA_EXT_OF_EACH_FORMAT(widen_codes),
+                                              rope<true>,
+                                              swiglu,
+                                              swiglu_backward,
+                                              rms_norm_backward,
+                                              softmax_gradient,
+                                              dropout,
+                                              attention_softmax,
+                                              attention_gradient,
+                                              dot,
+                                              scale,
+                                              add,
+                                              add_rows,
+                                              adam,
+                                              sgd,
+                                              sum_of_squares};
 
 static constexpr KernelTable make_table(const char* name, const GemmKernel& bf16, const char* bf16_note,
                                         const CodeKernels& codes, const AttentionKernel& attention_bf16) {
@@ -37,11 +64,12 @@ static constexpr KernelTable make_table(const char* name, const GemmKernel& bf16
                        attention_bf16,
                        attention_merge,
                        rms_norm,
-                       rope,
+                       rope<false>,
                        softmax,
                        log_sum_exp,
                        kRounding,
-                       kLogits};
+                       kLogits,
+                       kTraining};
   for (int i = 0; i < kCodeFormatCount; ++i) {
     table.codes[i] = codes.kernels[i];
     table.codes_exact[i] = kCodesExact.kernels[i];

@@ -88,5 +88,15 @@ static inline vi iload_u8(const uint8_t* p) {
 static inline vi iload_i8(const uint8_t* p) {
   return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
+static inline vf vsqrt(vf x) { return _mm256_sqrt_ps(x); }
+static inline vi iadd(vi a, vi b) { return _mm256_add_epi32(a, b); }
+static inline vi ixor(vi a, vi b) { return _mm256_xor_si256(a, b); }
+static inline vi imul(vi a, vi b) { return _mm256_mullo_epi32(a, b); }
+/// 0, 1, 2, ...
+static inline vi ilanes() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+/// Lanes where bits < threshold, unsigned, become 0.
+static inline vf vkeep(vi bits, vi threshold, vf value) {
+  return _mm256_and_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(bits, threshold), bits)), value);
+}
 
 }  // namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE

@@ -85,5 +85,15 @@ static inline vi iload_u8(const uint8_t* p) {
 static inline vi iload_i8(const uint8_t* p) {
   return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+static inline vf vsqrt(vf x) { return _mm512_sqrt_ps(x); }
+static inline vi iadd(vi a, vi b) { return _mm512_add_epi32(a, b); }
+static inline vi ixor(vi a, vi b) { return _mm512_xor_si512(a, b); }
+static inline vi imul(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
+/// 0, 1, 2, ...
+static inline vi ilanes() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+/// Lanes where bits < threshold, unsigned, become 0.
+static inline vf vkeep(vi bits, vi threshold, vf value) {
+  return _mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(bits, threshold), value);
+}
 
 }  // namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE

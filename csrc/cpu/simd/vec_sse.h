@@ -96,5 +96,15 @@ static inline vi iload_i8(const uint8_t* p) {
   __builtin_memcpy(&bytes, p, sizeof bytes);
   return _mm_cvtepi8_epi32(_mm_cvtsi32_si128(bytes));
 }
+static inline vf vsqrt(vf x) { return _mm_sqrt_ps(x); }
+static inline vi iadd(vi a, vi b) { return _mm_add_epi32(a, b); }
+static inline vi ixor(vi a, vi b) { return _mm_xor_si128(a, b); }
+static inline vi imul(vi a, vi b) { return _mm_mullo_epi32(a, b); }
+/// 0, 1, 2, ...
+static inline vi ilanes() { return _mm_setr_epi32(0, 1, 2, 3); }
+/// Lanes where bits < threshold, unsigned, become 0.
+static inline vf vkeep(vi bits, vi threshold, vf value) {
+  return _mm_and_ps(_mm_castsi128_ps(_mm_cmpeq_epi32(_mm_max_epu32(bits, threshold), bits)), value);
+}
 
 }  // namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE

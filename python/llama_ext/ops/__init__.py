@@ -3,6 +3,8 @@
 Every operation computes in float32 and accepts float32 only: nothing is cast silently. Leading dimensions are free
 where that is natural: `(..., K)`. On one instruction set, results are bit-identical for every number of threads and rows.
 
+Gradients are operations, too: `x_backward` takes the gradient of what `x` gave, `d_y`, and gives the gradients of what it took.
+
 Options that all operations share:
     out: A float32 array of the result's shape to write to. It may be one of the inputs.
     threads: A whole number >= 1; None is the default, `llama_ext.get_num_threads()`.
@@ -12,25 +14,52 @@ Options that all operations share:
 
 from __future__ import annotations
 
-from llama_ext.ops.dense import feed_forward, matmul, rms_norm
+from llama_ext.ops.dense import (
+    feed_forward,
+    matmul,
+    matmul_backward,
+    rms_norm,
+    rms_norm_backward,
+    swiglu,
+    swiglu_backward,
+)
 from llama_ext.ops.packing import Matrix, pack, pack_blocks, pack_gate_up, quantize
-from llama_ext.ops.sequence import attention, rope, rope_angles
-from llama_ext.ops.vocabulary import cross_entropy, embedding, sample, softmax
+from llama_ext.ops.sequence import attention, causal_attention, causal_attention_backward, rope, rope_angles
+from llama_ext.ops.training import adam, dropout, sgd
+from llama_ext.ops.vocabulary import (
+    cross_entropy,
+    cross_entropy_backward,
+    embedding,
+    embedding_backward,
+    sample,
+    softmax,
+)
 
 __all__ = [
     "Matrix",
+    "adam",
     "attention",
+    "causal_attention",
+    "causal_attention_backward",
     "cross_entropy",
+    "cross_entropy_backward",
+    "dropout",
     "embedding",
+    "embedding_backward",
     "feed_forward",
     "matmul",
+    "matmul_backward",
     "pack",
     "pack_blocks",
     "pack_gate_up",
     "quantize",
     "rms_norm",
+    "rms_norm_backward",
     "rope",
     "rope_angles",
     "sample",
+    "sgd",
     "softmax",
+    "swiglu",
+    "swiglu_backward",
 ]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from llama_ext import _core
 from llama_ext._arrays import (
     Array,
     FloatArray,
+    allocate,
     destination,
     finish,
     flat,
@@ -18,7 +21,7 @@ from llama_ext._arrays import (
 from llama_ext.errors import OptionError, ShapeError
 from llama_ext.ops.packing import Matrix, as_matrix, backend_for, check_packed, pack_for, pack_gate_up
 
-__all__ = ["feed_forward", "matmul", "rms_norm"]
+__all__ = ["feed_forward", "matmul", "matmul_backward", "rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward"]
 
 
 def matmul(
@@ -43,7 +46,8 @@ def matmul(
         residual: (..., N) float32, added to the product; may be `out`.
         dtype: How an array `weight` is kept for this call: as in `pack`, "float32" when None. A `Matrix` has its own.
         compute: "auto": the fastest arithmetic, which may round `x` to bfloat16 when the weights are bfloat16, and to int8 with
-            one scale for 128 numbers when they are whole numbers. "exact": float32 products of the stored weights.
+            one scale for 128 numbers when they are whole numbers. "exact": float32 products of the stored weights. "bfloat16":
+            float32 weights are rounded to bfloat16 on the way, and `x` as well where the CPU multiplies bfloat16.
         out, threads, isa, device: See `llama_ext.ops`; a `Matrix` brings the last three with it.
 
     Returns:
@@ -66,6 +70,71 @@ def matmul(
     accumulate = _begin_with(residual, target, "matmul")
     matrix.backend.matmul(flat(x, columns), matrix.handle, bias, flat(target, rows), accumulate, compute)
     return finish(out, target)
+
+
+def matmul_backward(
+    d_y: FloatArray,
+    weight: Array | Matrix | None = None,
+    x: FloatArray | None = None,
+    *,
+    dtype: str | None = None,
+    compute: str = "exact",
+    threads: int | None = None,
+    isa: str | None = None,
+    device: str = "cpu",
+) -> tuple[FloatArray | None, FloatArray | None, FloatArray]:
+    """The gradients of `matmul`: d_x = d_y W, d_weight = d_y^T x, d_bias = the sum of the rows of d_y.
+
+    Args:
+        d_y: (..., N) float32: the gradient of the product.
+        weight: (N, K), for `d_x`: as in `matmul`. Quantised weights count as the numbers they stand for.
+        x: (..., K) float32, for `d_weight`: what was multiplied.
+        dtype: As in `matmul`.
+        compute: "exact": float32 products. "bfloat16": factors may be rounded to bfloat16, as in `matmul`.
+        threads, isa, device: See `llama_ext.ops`; a `Matrix` brings them with it.
+
+    Returns:
+        d_x: (..., K) float32; None without `weight`.
+        d_weight: (N, K) float32; None without `x`.
+        d_bias: (N) float32.
+        Sums run in one fixed order that does not depend on threads.
+
+    Raises:
+        ShapeError: The shapes do not fit together.
+        DTypeError: An array is not float32, or an unknown `dtype`.
+        NumericError: As `pack`, for an array `weight`.
+        OptionError: `dtype`, `threads`, `isa` or `device` contradict a `Matrix`; unknown `compute`.
+    """
+    op = "matmul_backward"
+    d_y = float32_array(op, "d_y", d_y)
+    outputs = last(op, "d_y", d_y)
+    matrix = None if weight is None else as_matrix(op, weight, dtype, threads, isa, device)
+    backend = backend_for(device, threads, isa) if matrix is None else matrix.backend
+    d_x = d_weight = None
+    if matrix is not None:
+        if matrix.shape[0] != outputs:
+            raise ShapeError(f"{op}: weight must have shape ({outputs}, K) for d_y {d_y.shape}, got {matrix.shape}")
+        d_x = allocate(f"{op}: d_x", (*d_y.shape[:-1], matrix.shape[1]))
+    if x is not None:
+        x = float32_array(op, "x", x)
+        width = last(op, "x", x) if matrix is None else matrix.shape[1]
+        require_shape(op, "x", x, (*d_y.shape[:-1], width))
+        x = flat(x, width)
+        zeros = allocate(f"{op}: d_weight", (outputs, width))
+        zeros[...] = 0
+        d_weight = backend.matrix(zeros)
+    d_bias = np.zeros(outputs, dtype=np.float32)
+    backend.matmul_backward(
+        flat(d_y, outputs),
+        None if matrix is None else matrix.handle,
+        x,
+        None if d_x is None else flat(d_x, d_x.shape[-1]),
+        d_weight,
+        d_bias,
+        False,
+        compute,
+    )
+    return d_x, None if d_weight is None else d_weight.to_array(), d_bias
 
 
 def rms_norm(
@@ -102,6 +171,124 @@ def rms_norm(
     target = destination("rms_norm", out, x.shape, (x, weight))
     backend_for(device, threads, isa).rms_norm(flat(x, width), weight, eps, flat(target, width))
     return finish(out, target)
+
+
+def rms_norm_backward(
+    d_y: FloatArray,
+    x: FloatArray,
+    weight: FloatArray,
+    eps: float = 1e-6,
+    *,
+    threads: int | None = None,
+    isa: str | None = None,
+    device: str = "cpu",
+) -> tuple[FloatArray, FloatArray]:
+    """The gradients of `rms_norm`, with r = rsqrt(mean(x^2, last axis) + eps).
+
+    d_x = r (weight d_y - x r^2 mean(weight d_y x, last axis)); d_weight = the sum over rows of d_y x r.
+
+    Args:
+        d_y: (..., C) float32: the gradient of the result.
+        x: (..., C) float32: what was normalised.
+        weight: (C) float32.
+        eps: > 0, as in `rms_norm`.
+        threads, isa, device: See `llama_ext.ops`.
+
+    Returns:
+        d_x: (..., C) float32.
+        d_weight: (C) float32.
+
+    Raises:
+        ShapeError: `d_y` does not have the shape of `x`, or `weight` is not (C,).
+        DTypeError: An array is not float32.
+        OptionError: `eps` is not positive.
+    """
+    op = "rms_norm_backward"
+    x = float32_array(op, "x", x)
+    width = last(op, "x", x)
+    weight = vector(op, "weight", weight, width)
+    d_y = float32_array(op, "d_y", d_y)
+    require_shape(op, "d_y", d_y, x.shape)
+    d_x = allocate(f"{op}: d_x", x.shape)
+    d_weight = np.zeros(width, dtype=np.float32)
+    backend = backend_for(device, threads, isa)
+    backend.rms_norm_backward(flat(x, width), weight, eps, flat(d_y, width), flat(d_x, width), False, d_weight)
+    return d_x, d_weight
+
+
+def swiglu(
+    gate: FloatArray,
+    up: FloatArray,
+    *,
+    out: FloatArray | None = None,
+    threads: int | None = None,
+    isa: str | None = None,
+    device: str = "cpu",
+) -> FloatArray:
+    """y = silu(gate) * up, silu(z) = z / (1 + exp(-z)): what `feed_forward` does between its products.
+
+    Args:
+        gate: (..., F) float32.
+        up: (..., F) float32.
+        out, threads, isa, device: See `llama_ext.ops`.
+
+    Returns:
+        (..., F) float32.
+
+    Raises:
+        ShapeError: `up` does not have the shape of `gate`.
+        DTypeError: An array is not float32.
+
+    Source: Shazeer, "GLU Variants Improve Transformer", 2020.
+    """
+    op = "swiglu"
+    gate = float32_array(op, "gate", gate)
+    width = last(op, "gate", gate)
+    up = float32_array(op, "up", up)
+    require_shape(op, "up", up, gate.shape)
+    target = destination(op, out, gate.shape, (gate, up))
+    backend_for(device, threads, isa).swiglu(flat(gate, width), flat(up, width), flat(target, width))
+    return finish(out, target)
+
+
+def swiglu_backward(
+    d_y: FloatArray,
+    gate: FloatArray,
+    up: FloatArray,
+    *,
+    threads: int | None = None,
+    isa: str | None = None,
+    device: str = "cpu",
+) -> tuple[FloatArray, FloatArray]:
+    """The gradients of `swiglu`, with s = 1 / (1 + exp(-gate)).
+
+    d_gate = d_y up s (1 + gate (1 - s)); d_up = d_y gate s.
+
+    Args:
+        d_y: (..., F) float32: the gradient of the result.
+        gate: (..., F) float32.
+        up: (..., F) float32.
+        threads, isa, device: See `llama_ext.ops`.
+
+    Returns:
+        d_gate, d_up: (..., F) float32 each.
+
+    Raises:
+        ShapeError: The three arrays do not have one shape.
+        DTypeError: An array is not float32.
+    """
+    op = "swiglu_backward"
+    gate = float32_array(op, "gate", gate)
+    width = last(op, "gate", gate)
+    up = float32_array(op, "up", up)
+    d_y = float32_array(op, "d_y", d_y)
+    require_shape(op, "up", up, gate.shape)
+    require_shape(op, "d_y", d_y, gate.shape)
+    d_gate, d_up = allocate(f"{op}: d_gate", gate.shape), allocate(f"{op}: d_up", gate.shape)
+    backend_for(device, threads, isa).swiglu_backward(
+        flat(gate, width), flat(up, width), flat(d_y, width), flat(d_gate, width), flat(d_up, width)
+    )
+    return d_gate, d_up
 
 
 def feed_forward(

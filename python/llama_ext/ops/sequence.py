@@ -9,13 +9,23 @@ import numpy as np
 import numpy.typing as npt
 
 from llama_ext import _core
-from llama_ext._arrays import FloatArray, destination, finish, float32_array, integers, require_shape
+from llama_ext._arrays import (
+    FloatArray,
+    as_whole,
+    destination,
+    finish,
+    float32_array,
+    integers,
+    require_shape,
+)
 from llama_ext.errors import DTypeError, ShapeError
 from llama_ext.models.config import LlamaConfig, RopeParameters
 from llama_ext.models.llama import core_config
-from llama_ext.ops.packing import backend_for
+from llama_ext.ops.packing import backend_for, whole_seed
 
-__all__ = ["attention", "rope", "rope_angles"]
+__all__ = ["attention", "causal_attention", "causal_attention_backward", "rope", "rope_angles"]
+
+Sequences = Sequence[tuple[int, int]]
 
 
 def rope_angles(
@@ -63,6 +73,7 @@ def rope(
     cos: FloatArray,
     sin: FloatArray,
     *,
+    inverse: bool = False,
     out: FloatArray | None = None,
     threads: int | None = None,
     isa: str | None = None,
@@ -76,6 +87,7 @@ def rope(
         x: (..., T, heads, D) float32, D even.
         cos: (T, D / 2) float32, from `rope_angles`; the same for all leading dimensions.
         sin: Likewise.
+        inverse: Rotate by the opposite angle, as the gradient needs: d_x = rope(d_y, cos, sin, inverse=True).
         out, threads, isa, device: See `llama_ext.ops`; `out=x` rotates in place.
 
     Returns:
@@ -107,7 +119,7 @@ def rope(
     if not in_place:
         target[...] = x
     if x.size:
-        backend_for(device, threads, isa).rope(target.reshape(-1, heads, head_dim), cos, sin)
+        backend_for(device, threads, isa).rope(target.reshape(-1, heads, head_dim), cos, sin, inverse)
     return finish(out, target)
 
 
@@ -186,3 +198,125 @@ def attention(
             compute,
         )
     return finish(out, target)
+
+
+def causal_attention(
+    q: FloatArray,
+    k: FloatArray,
+    v: FloatArray,
+    *,
+    sequences: Sequences | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    seed: int = 0,
+    compute: str = "exact",
+    threads: int | None = None,
+    isa: str | None = None,
+    device: str = "cpu",
+) -> tuple[FloatArray, FloatArray]:
+    """Causal grouped-query attention of whole sequences, for training: what `causal_attention_backward` needs comes with it.
+
+    y[h, i] = sum_j drop(p[h, i, j]) v[j] with p[h, i, j] = softmax_j(scale * q[h, i] . k[j]) over the tokens j = 0 .. i of
+    the sequence; query head h reads key/value head h // (H / K).
+
+    Args:
+        q: (M, H, D) float32: the tokens of all sequences.
+        k: (M, K, D) float32, H a multiple of K.
+        v: The shape of `k`.
+        sequences: (first row, tokens) of each sequence: ranges of the M rows that do not overlap, of at most 2^20 tokens; None:
+            all rows are one sequence.
+        scale: None is 1 / sqrt(D).
+        dropout: Probability, 0 <= p < 1, that a weight is dropped; the others are divided by 1 - p.
+        seed: A whole number in [0, 2^64): with the row, head and key it decides what is dropped.
+        compute: "exact": float32. "bfloat16": factors may be rounded to bfloat16 where the CPU multiplies it.
+        threads, isa, device: See `llama_ext.ops`.
+
+    Returns:
+        y: (M, H, D) float32.
+        log_sums: (M, H) float32: log sum_j exp(scale * q[h, i] . k[j]).
+        Both are zero in the rows of no sequence.
+
+    Raises:
+        ShapeError: The shapes do not fit together, or `sequences` overlap or leave the rows.
+        DTypeError: An array is not float32, or `sequences` are not pairs of whole numbers.
+        OptionError: `dropout` or `seed` is out of range, or an unknown `compute`.
+
+    Source: Vaswani et al., 2017; Ainslie et al., "GQA", 2023; Srivastava et al., "Dropout", 2014.
+    """
+    op = "causal_attention"
+    q, k, v = (float32_array(op, name, each) for name, each in (("q", q), ("k", k), ("v", v)))
+    ranges = _ranges(op, q, sequences)
+    y, log_sums = np.zeros(q.shape, dtype=np.float32), np.zeros(q.shape[:2], dtype=np.float32)
+    scale = _scale(q, scale)
+    backend = backend_for(device, threads, isa)
+    backend.causal_attention(ranges, q, k, v, scale, y, log_sums, dropout, whole_seed(op, seed), compute)
+    return y, log_sums
+
+
+def causal_attention_backward(
+    d_y: FloatArray,
+    q: FloatArray,
+    k: FloatArray,
+    v: FloatArray,
+    y: FloatArray,
+    log_sums: FloatArray,
+    *,
+    sequences: Sequences | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    seed: int = 0,
+    compute: str = "exact",
+    threads: int | None = None,
+    isa: str | None = None,
+    device: str = "cpu",
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """The gradients of `causal_attention`, whose weights are computed once more and never stored.
+
+    Args:
+        d_y: (M, H, D) float32: the gradient of the result.
+        q, k, v: As `causal_attention` got them.
+        y, log_sums: As it gave them.
+        sequences, scale, dropout, seed, compute: As it got them.
+        threads, isa, device: See `llama_ext.ops`.
+
+    Returns:
+        d_q: (M, H, D) float32.
+        d_k, d_v: (M, K, D) float32 each, summed over the query heads that share a key/value head.
+        All are zero in the rows of no sequence.
+
+    Raises:
+        ShapeError, DTypeError, OptionError: As `causal_attention`.
+
+    Source: Dao et al., "FlashAttention", 2022, appendix B.
+    """
+    op = "causal_attention_backward"
+    named = (("d_y", d_y), ("q", q), ("k", k), ("v", v), ("y", y), ("log_sums", log_sums))
+    d_y, q, k, v, y, log_sums = (float32_array(op, name, each) for name, each in named)
+    ranges = _ranges(op, q, sequences)
+    d_q, d_k, d_v = (np.zeros(each.shape, dtype=np.float32) for each in (q, k, v))
+    scale = _scale(q, scale)
+    backend = backend_for(device, threads, isa)
+    backend.causal_attention_backward(
+        ranges, q, k, v, scale, y, log_sums, d_y, d_q, d_k, d_v, dropout, whole_seed(op, seed), compute
+    )
+    return d_q, d_k, d_v
+
+
+def _ranges(op: str, q: FloatArray, sequences: Sequences | None) -> list[tuple[int, int]]:
+    """The ranges of rows as the core takes them; it checks that they fit."""
+    if q.ndim != 3:
+        raise ShapeError(f"{op}: q must have shape (M, H, D), got {q.shape}")
+    if sequences is None:
+        return [(0, q.shape[0])]
+    ranges = []
+    given: Sequence[object] = sequences
+    for index, pair in enumerate(given):
+        numbers = [as_whole(each) for each in pair] if isinstance(pair, (tuple, list)) else []
+        if len(numbers) != 2 or numbers[0] is None or numbers[1] is None:
+            raise DTypeError(f"{op}: sequences[{index}] must be (first row, tokens), two whole numbers, got {pair!r}")
+        ranges.append((numbers[0], numbers[1]))
+    return ranges
+
+
+def _scale(q: FloatArray, scale: float | None) -> float:
+    return float(max(q.shape[2], 1) ** -0.5) if scale is None else scale

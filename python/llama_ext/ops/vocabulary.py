@@ -8,11 +8,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llama_ext._arrays import Array, FloatArray, destination, finish, flat, float32_array, integers, last, require_shape
-from llama_ext.errors import ShapeError
+from llama_ext._arrays import (
+    Array,
+    FloatArray,
+    allocate,
+    as_whole,
+    destination,
+    finish,
+    flat,
+    float32_array,
+    integers,
+    last,
+    require_shape,
+)
+from llama_ext.errors import OptionError, ShapeError
 from llama_ext.ops.packing import Matrix, as_matrix, backend_for
 
-__all__ = ["cross_entropy", "embedding", "sample", "softmax"]
+__all__ = ["cross_entropy", "cross_entropy_backward", "embedding", "embedding_backward", "sample", "softmax"]
 
 
 def embedding(
@@ -47,6 +59,48 @@ def embedding(
     target = destination("embedding", out, (*array.shape, columns), (array,))
     matrix.backend.embedding(array.reshape(-1), matrix.handle, flat(target, columns))
     return finish(out, target)
+
+
+def embedding_backward(
+    d_y: FloatArray,
+    ids: npt.NDArray[np.integer[Any]],
+    vocabulary: int,
+    *,
+    threads: int | None = None,
+    isa: str | None = None,
+    device: str = "cpu",
+) -> FloatArray:
+    """The gradient of `embedding`: d_table[ids[t]] += d_y[t], for t in ascending order, from zeros.
+
+    Args:
+        d_y: (..., C) float32: the gradient of the result.
+        ids: (...) integers, each in [0, V).
+        vocabulary: V, the rows of the table.
+        threads, isa, device: See `llama_ext.ops`.
+
+    Returns:
+        d_table: (V, C) float32.
+
+    Raises:
+        ShapeError: `ids` does not have the shape of `d_y` less the last axis.
+        DTypeError: `d_y` is not float32 or `ids` are not integers.
+        TokenIdError: An id outside [0, V).
+        OptionError: `vocabulary` is not a whole number of at least 0.
+    """
+    op = "embedding_backward"
+    rows = as_whole(vocabulary)
+    if rows is None or rows < 0:
+        raise OptionError(f"{op}: vocabulary must be a whole number of at least 0, got {vocabulary!r}")
+    d_y = float32_array(op, "d_y", d_y)
+    width = last(op, "d_y", d_y)
+    array = integers(op, "ids", ids, rows)
+    require_shape(op, "ids", array, d_y.shape[:-1])
+    backend = backend_for(device, threads, isa)
+    zeros = allocate(f"{op}: d_table", (rows, width))
+    zeros[...] = 0
+    d_table = backend.matrix(zeros)
+    backend.embedding_backward(array.reshape(-1), flat(d_y, width), d_table)
+    return d_table.to_array()
 
 
 def softmax(
@@ -111,6 +165,53 @@ def cross_entropy(
     target = destination("cross_entropy", out, ids.shape, (logits, ids))
     backend_for(device, threads, isa).cross_entropy(flat(logits, width), ids.reshape(-1), target.reshape(-1))
     return finish(out, target)
+
+
+def cross_entropy_backward(
+    logits: FloatArray,
+    labels: npt.NDArray[np.integer[Any]],
+    scale: float = 1.0,
+    *,
+    out: FloatArray | None = None,
+    threads: int | None = None,
+    isa: str | None = None,
+    device: str = "cpu",
+) -> tuple[FloatArray, FloatArray]:
+    """The losses of `cross_entropy`, and the gradient of `scale` times their sum.
+
+    d_logits[t] = scale (softmax(logits[t]) - onehot(labels[t])), or 0 where the label is -100.
+
+    Args:
+        logits: (..., V) float32.
+        labels: (...) integers, each in [0, V) or -100 (ignored).
+        scale: Finite; 1 / (labels != -100).sum() gives the gradient of the mean over counted labels.
+        out: For the gradient, see `llama_ext.ops`; `out=logits` keeps no second array of that size.
+        threads, isa, device: See `llama_ext.ops`.
+
+    Returns:
+        losses: (...) float32, in nats, as `cross_entropy` gives them, without `scale`.
+        d_logits: (..., V) float32.
+
+    Raises:
+        ShapeError: `labels` does not have the shape of `logits` less the last axis.
+        DTypeError: `logits` is not float32 or `labels` are not integers.
+        TokenIdError: A label outside [0, V) that is not -100.
+        OptionError: `scale` is not finite.
+    """
+    op = "cross_entropy_backward"
+    logits = float32_array(op, "logits", logits)
+    width = last(op, "logits", logits)
+    ids = integers(op, "labels", labels, width, ignored=-100)
+    require_shape(op, "labels", ids, logits.shape[:-1])
+    # The core works in place, so what may share memory with the target is the labels alone.
+    in_place = out is logits and logits.flags.writeable
+    target = logits if in_place else destination(op, out, logits.shape, (ids,))
+    if not in_place:
+        target[...] = logits
+    losses = allocate(f"{op}: the losses", ids.shape)
+    backend = backend_for(device, threads, isa)
+    backend.cross_entropy_backward(flat(target, width), ids.reshape(-1), scale, losses.reshape(-1))
+    return losses, finish(out, target)
 
 
 def sample(

@@ -1,0 +1,293 @@
+#include "train/block_training.h"
+
+#include <cmath>
+
+namespace llama_ext {
+namespace {
+
+// Places with dropout, of each layer.
+enum Site : int {
+  kAttention,
+  kAttentionBranch,
+  kFeedForwardBranch,
+  kAdapterInputs,
+  kSites = kAdapterInputs + kTargetCount
+};
+
+TensorView columns(const TensorView& x, int64_t begin, int64_t count) {
+  return {x.f32() + begin, DType::kF32, {x.rows(), count}, x.row_stride()};
+}
+
+TensorView head_view(const TensorView& x, int64_t begin, int64_t heads, int64_t dim) {
+  return {x.f32() + begin, DType::kF32, {x.rows(), heads, dim}, x.row_stride()};
+}
+
+/// The first `count` columns' worth of memory, contiguous.
+TensorView part_of(const TensorView& scratch, int64_t rows, int64_t count) {
+  return {scratch.data(), DType::kF32, {rows, count}};
+}
+
+Backend& backend_of(const TrainingPass& pass) { return pass.model->backend(); }
+
+/// Q, K and V within the fused rows.
+struct Heads {
+  TensorView q;
+  TensorView k;
+  TensorView v;
+};
+
+Heads split_heads(const TrainingPass& pass, const TensorView& qkv) {
+  const ModelConfig& config = pass.model->config();
+  return {head_view(qkv, 0, config.heads, config.head_dim),
+          head_view(qkv, config.q_size(), config.kv_heads, config.head_dim),
+          head_view(qkv, config.q_size() + config.kv_size(), config.kv_heads, config.head_dim)};
+}
+
+double attention_scale(const TrainingPass& pass) {
+  return 1.0 / std::sqrt(static_cast<double>(pass.model->config().head_dim));
+}
+
+const LowRank* low_rank_of(const TrainingPass& pass, int64_t layer, Target target) {
+  if (pass.adapter == nullptr) return nullptr;
+  const LowRank& part = pass.adapter->part(layer, target);
+  return part ? &part : nullptr;
+}
+
+/// What an adapter's product reads: x, or x with dropout.
+TensorView adapter_input(const TrainingPass& pass, int64_t layer, Target target, const TensorView& x) {
+  if (pass.dropout.adapter == 0.0) return x;
+  const TensorView dropped = part_of(pass.scratch.dropped, x.rows(), x.dim(1));
+  backend_of(pass).dropout({.x = x,
+                            .y = dropped,
+                            .p = pass.dropout.adapter,
+                            .seed = place_seed(pass, layer, kAdapterInputs + static_cast<int>(target))});
+  return dropped;
+}
+
+void adapter_forward(const TrainingPass& pass, int64_t layer, Target target, const TensorView& x, const TensorView& y) {
+  const LowRank* part = low_rank_of(pass, layer, target);
+  if (part == nullptr) return;
+  add_low_rank(backend_of(pass), *part, adapter_input(pass, layer, target, x), y, pass.scratch.low_rank);
+}
+
+void adapter_backward(const TrainingPass& pass, int64_t layer, Target target, const TensorView& d_y,
+                      const TensorView& x, const TensorView& d_x) {
+  const LowRank* part = low_rank_of(pass, layer, target);
+  if (part == nullptr) return;
+  Backend& backend = backend_of(pass);
+  const TensorView input = adapter_input(pass, layer, target, x);
+  const TensorView inner = part_of(pass.scratch.low_rank, x.rows(), part->a->rows());
+  const TensorView d_inner = part_of(pass.scratch.d_low_rank, x.rows(), part->a->rows());
+  backend.matmul({.x = input, .weight = part->a.get(), .bias = {}, .y = inner, .compute = Compute::kExact});
+  backend.dropout({.x = inner, .y = inner, .scale = part->scale});
+  backend.matmul_backward({.d_y = d_y,
+                           .weight = part->b.get(),
+                           .x = inner,
+                           .d_x = d_inner,
+                           .d_weight = pass.parameters->gradient_of(part->b.get())});
+  backend.dropout({.x = d_inner, .y = d_inner, .scale = part->scale});
+  const bool drops = pass.dropout.adapter > 0.0;
+  const TensorView d_input = drops ? part_of(pass.scratch.d_dropped, x.rows(), x.dim(1)) : d_x;
+  backend.matmul_backward({.d_y = d_inner,
+                           .weight = part->a.get(),
+                           .x = input,
+                           .d_x = d_input,
+                           .accumulate = !drops,
+                           .d_weight = pass.parameters->gradient_of(part->a.get())});
+  if (!drops) return;
+  backend.dropout({.x = d_input,
+                   .y = d_x,
+                   .p = pass.dropout.adapter,
+                   .seed = place_seed(pass, layer, kAdapterInputs + static_cast<int>(target)),
+                   .accumulate = true});
+}
+
+/// stream = before + dropout(x W^T + b + what the adapter adds). `before` may be `stream`.
+void add_branch(const TrainingPass& pass, int64_t layer, Target target, int site, const TensorView& x,
+                const Linear& linear, const TensorView& before, const TensorView& stream) {
+  Backend& backend = backend_of(pass);
+  if (before.data() != stream.data()) backend.dropout({.x = before, .y = stream});
+  if (pass.dropout.residual == 0.0) {
+    linear_forward(pass, x, *linear.weight, linear.bias, stream, /*accumulate=*/true);
+    adapter_forward(pass, layer, target, x, stream);
+    return;
+  }
+  const TensorView& branch = pass.scratch.branch;
+  linear_forward(pass, x, *linear.weight, linear.bias, branch, /*accumulate=*/false);
+  adapter_forward(pass, layer, target, x, branch);
+  backend.dropout({.x = branch,
+                   .y = stream,
+                   .p = pass.dropout.residual,
+                   .seed = place_seed(pass, layer, site),
+                   .accumulate = true});
+}
+
+/// The gradient of a branch, from that of the stream it joined.
+TensorView branch_gradient(const TrainingPass& pass, int64_t layer, int site, const TensorView& d) {
+  if (pass.dropout.residual == 0.0) return d;
+  backend_of(pass).dropout(
+      {.x = d, .y = pass.scratch.branch, .p = pass.dropout.residual, .seed = place_seed(pass, layer, site)});
+  return pass.scratch.branch;
+}
+
+void attention_backward(const TrainingPass& pass, int64_t layer, const Saved& saved, const TensorView& d) {
+  const ModelConfig& config = pass.model->config();
+  const BlockWeights& weights = pass.model->weights().block(layer);
+  const BlockScratch& scratch = pass.scratch;
+  Backend& backend = backend_of(pass);
+
+  const TensorView d_branch = branch_gradient(pass, layer, kAttentionBranch, d);
+  linear_backward(pass, d_branch, saved.attended, *weights.o.weight, weights.o.bias, scratch.d_heads, false);
+  adapter_backward(pass, layer, Target::kO, d_branch, saved.attended, scratch.d_heads);
+
+  const auto [q, k, v] = split_heads(pass, saved.qkv);
+  const auto as_heads = [&](const TensorView& x) { return head_view(x, 0, config.heads, config.head_dim); };
+  backend.causal_attention_backward({.sequences = pass.sequences,
+                                     .q = q,
+                                     .k = k,
+                                     .v = v,
+                                     .scale = attention_scale(pass),
+                                     .y = as_heads(saved.attended),
+                                     .log_sums = saved.log_sums,
+                                     .d_y = as_heads(scratch.d_heads),
+                                     .d_q = q,
+                                     .d_k = k,
+                                     .d_v = v,
+                                     .dropout = pass.dropout.attention,
+                                     .seed = place_seed(pass, layer, kAttention),
+                                     .compute = pass.compute});
+  backend.rope({.x = q, .cos = pass.cos, .sin = pass.sin, .inverse = true});
+  backend.rope({.x = k, .cos = pass.cos, .sin = pass.sin, .inverse = true});
+
+  norm_forward(pass, weights.attention_norm, saved.x, scratch.normed);
+  bool accumulate = false;
+  for (const Projection& part : weights.qkv) {
+    linear_backward(pass, columns(saved.qkv, part.begin, part.linear.weight->rows()), scratch.normed,
+                    *part.linear.weight, part.linear.bias, scratch.d_normed, accumulate);
+    accumulate = true;
+  }
+  const int64_t k_begin = config.q_size();
+  const int64_t v_begin = k_begin + config.kv_size();
+  adapter_backward(pass, layer, Target::kQ, columns(saved.qkv, 0, config.q_size()), scratch.normed, scratch.d_normed);
+  adapter_backward(pass, layer, Target::kK, columns(saved.qkv, k_begin, config.kv_size()), scratch.normed,
+                   scratch.d_normed);
+  adapter_backward(pass, layer, Target::kV, columns(saved.qkv, v_begin, config.kv_size()), scratch.normed,
+                   scratch.d_normed);
+  norm_backward(pass, weights.attention_norm, saved.x, scratch.d_normed, d, /*accumulate=*/true);
+}
+
+void feed_forward_backward(const TrainingPass& pass, int64_t layer, const Saved& saved, const TensorView& d) {
+  const BlockWeights& weights = pass.model->weights().block(layer);
+  const BlockScratch& scratch = pass.scratch;
+  Backend& backend = backend_of(pass);
+
+  const TensorView d_branch = branch_gradient(pass, layer, kFeedForwardBranch, d);
+  // The activation once more, for the gradients of what it was multiplied by.
+  backend.swiglu({.gate = saved.gate, .up = saved.up, .y = scratch.wide});
+  linear_backward(pass, d_branch, scratch.wide, *weights.down.weight, weights.down.bias, scratch.d_wide, false);
+  adapter_backward(pass, layer, Target::kDown, d_branch, scratch.wide, scratch.d_wide);
+  backend.swiglu_backward(
+      {.gate = saved.gate, .up = saved.up, .d_y = scratch.d_wide, .d_gate = saved.gate, .d_up = saved.up});
+
+  norm_forward(pass, weights.ffn_norm, saved.middle, scratch.normed);
+  linear_backward(pass, saved.gate, scratch.normed, *weights.gate.weight, weights.gate.bias, scratch.d_normed, false);
+  linear_backward(pass, saved.up, scratch.normed, *weights.up.weight, weights.up.bias, scratch.d_normed, true);
+  adapter_backward(pass, layer, Target::kGate, saved.gate, scratch.normed, scratch.d_normed);
+  adapter_backward(pass, layer, Target::kUp, saved.up, scratch.normed, scratch.d_normed);
+  norm_backward(pass, weights.ffn_norm, saved.middle, scratch.d_normed, d, /*accumulate=*/true);
+}
+
+}  // namespace
+
+uint64_t place_seed(const TrainingPass& pass, int64_t layer, int site) {
+  return dropout_seed(pass.seed, static_cast<uint64_t>((layer + 1) * kSites + site));
+}
+
+void norm_forward(const TrainingPass& pass, const Norm& norm, const TensorView& x, const TensorView& y) {
+  backend_of(pass).rms_norm(
+      {.x = x, .weight = norm.weight, .eps = pass.model->config().norm_eps, .y = y, .inv_rms = {}});
+}
+
+void norm_backward(const TrainingPass& pass, const Norm& norm, const TensorView& x, const TensorView& d_y,
+                   const TensorView& d_x, bool accumulate) {
+  backend_of(pass).rms_norm_backward({.x = x,
+                                      .weight = norm.weight,
+                                      .eps = pass.model->config().norm_eps,
+                                      .d_y = d_y,
+                                      .d_x = d_x,
+                                      .accumulate = accumulate,
+                                      .d_weight = pass.parameters->gradient_of(norm.weight)});
+}
+
+// Quantised weights are multiplied exactly: their gradients are those of the numbers they stand for.
+void linear_forward(const TrainingPass& pass, const TensorView& x, const Matrix& weight, const TensorView& bias,
+                    const TensorView& y, bool accumulate) {
+  backend_of(pass).matmul({.x = x,
+                           .weight = &weight,
+                           .bias = bias,
+                           .y = y,
+                           .accumulate = accumulate,
+                           .compute = weight.type().is_quantized() ? Compute::kExact : pass.compute});
+}
+
+void linear_backward(const TrainingPass& pass, const TensorView& d_y, const TensorView& x, const Matrix& weight,
+                     const TensorView& bias, const TensorView& d_x, bool accumulate) {
+  backend_of(pass).matmul_backward({.d_y = d_y,
+                                    .weight = &weight,
+                                    .x = x,
+                                    .d_x = d_x,
+                                    .accumulate = accumulate,
+                                    .d_weight = pass.parameters->gradient_of(&weight),
+                                    .d_bias = pass.parameters->gradient_of(bias),
+                                    .compute = weight.type().is_quantized() ? Compute::kExact : pass.compute});
+}
+
+void block_forward(const TrainingPass& pass, int64_t layer, const Saved& saved, const TensorView& next,
+                   bool recompute) {
+  const ModelConfig& config = pass.model->config();
+  const BlockWeights& weights = pass.model->weights().block(layer);
+  const BlockScratch& scratch = pass.scratch;
+  Backend& backend = backend_of(pass);
+
+  norm_forward(pass, weights.attention_norm, saved.x, scratch.normed);
+  for (const Projection& part : weights.qkv) {
+    linear_forward(pass, scratch.normed, *part.linear.weight, part.linear.bias,
+                   columns(saved.qkv, part.begin, part.linear.weight->rows()), /*accumulate=*/false);
+  }
+  const int64_t k_begin = config.q_size();
+  const int64_t v_begin = k_begin + config.kv_size();
+  adapter_forward(pass, layer, Target::kQ, scratch.normed, columns(saved.qkv, 0, config.q_size()));
+  adapter_forward(pass, layer, Target::kK, scratch.normed, columns(saved.qkv, k_begin, config.kv_size()));
+  adapter_forward(pass, layer, Target::kV, scratch.normed, columns(saved.qkv, v_begin, config.kv_size()));
+
+  const auto [q, k, v] = split_heads(pass, saved.qkv);
+  backend.rope({.x = q, .cos = pass.cos, .sin = pass.sin});
+  backend.rope({.x = k, .cos = pass.cos, .sin = pass.sin});
+  backend.causal_attention({.sequences = pass.sequences,
+                            .q = q,
+                            .k = k,
+                            .v = v,
+                            .scale = attention_scale(pass),
+                            .y = head_view(saved.attended, 0, config.heads, config.head_dim),
+                            .log_sums = saved.log_sums,
+                            .dropout = pass.dropout.attention,
+                            .seed = place_seed(pass, layer, kAttention),
+                            .compute = pass.compute});
+  add_branch(pass, layer, Target::kO, kAttentionBranch, saved.attended, weights.o, saved.x, saved.middle);
+
+  norm_forward(pass, weights.ffn_norm, saved.middle, scratch.normed);
+  linear_forward(pass, scratch.normed, *weights.gate.weight, weights.gate.bias, saved.gate, /*accumulate=*/false);
+  adapter_forward(pass, layer, Target::kGate, scratch.normed, saved.gate);
+  linear_forward(pass, scratch.normed, *weights.up.weight, weights.up.bias, saved.up, /*accumulate=*/false);
+  adapter_forward(pass, layer, Target::kUp, scratch.normed, saved.up);
+  if (recompute) return;
+  backend.swiglu({.gate = saved.gate, .up = saved.up, .y = scratch.wide});
+  add_branch(pass, layer, Target::kDown, kFeedForwardBranch, scratch.wide, weights.down, saved.middle, next);
+}
+
+void block_backward(const TrainingPass& pass, int64_t layer, const Saved& saved, const TensorView& d) {
+  feed_forward_backward(pass, layer, saved, d);
+  attention_backward(pass, layer, saved, d);
+}
+
+}  // namespace llama_ext

@@ -1,0 +1,402 @@
+#include "train/trainer.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "core/checked.h"
+#include "core/interrupt.h"
+
+namespace llama_ext {
+namespace {
+
+// Logits are made for so many rows at a time that they take 64 MiB at most, but never for fewer than these.
+constexpr int64_t kLogitsHeld = int64_t{1} << 24;
+constexpr int64_t kLeastLogitsRows = 64;
+
+constexpr int64_t kRegionFloats = 64;
+
+void check_batch(const ModelConfig& config, const TrainingBatch& batch) {
+  int64_t total = 0;
+  for (size_t i = 0; i < batch.lengths.size(); ++i) {
+    const int64_t length = batch.lengths[i];
+    require(length >= 1, ErrorKind::kShape, "train: sequence ", i, " must have at least 1 token, got ", length);
+    require(length <= config.context && length <= kMostAttentionTokens, ErrorKind::kContextLength, "train: sequence ",
+            i, " has ", length, " tokens, the model's context is ", config.context);
+    total = checked_add(total, length, "train: lengths");
+  }
+  require(total == static_cast<int64_t>(batch.tokens.size()) && batch.labels.size() == batch.tokens.size(),
+          ErrorKind::kShape, "train: the lengths sum to ", total, ", but there are ", batch.tokens.size(),
+          " tokens and ", batch.labels.size(), " labels");
+  check_token_ids(batch.tokens.data(), total, config.vocabulary);
+  for (size_t i = 0; i < batch.labels.size(); ++i) {
+    const int32_t label = batch.labels[i];
+    require(label == kIgnoreLabel || (label >= 0 && label < config.outputs()), ErrorKind::kTokenId, "train: label ",
+            label, " at index ", i, " must be in [0, ", config.outputs(), ") or ", kIgnoreLabel, " (ignored)");
+  }
+}
+
+std::shared_ptr<Model> checked_model(std::shared_ptr<Model> model, const Adapter* adapter) {
+  require(model != nullptr, ErrorKind::kInternal, "train: there is no model");
+  require(model->weights().block(0).gate.weight != nullptr, ErrorKind::kUnsupported,
+          "train: gate and up must be separate matrices. Convert the model");
+  if (adapter != nullptr) adapter->require_fits(model->config());
+  return model;
+}
+
+Trainable what_is_trained(const Trainable& wanted, const Adapter* adapter) {
+  if (adapter == nullptr || !wanted.all) return wanted;
+  return {.all = false, .slots = {}};
+}
+
+const TrainerOptions& checked(const TrainerOptions& options) {
+  check(options.optimizer);
+  require_dropout(options.dropout.residual, "train");
+  require_dropout(options.dropout.attention, "train");
+  require_dropout(options.dropout.adapter, "train");
+  return options;
+}
+
+/// Rows that follow each other and have a label each.
+struct Run {
+  int64_t row = 0;
+  int64_t rows = 0;
+};
+
+std::vector<Run> labelled_runs(std::span<const int32_t> labels) {
+  std::vector<Run> runs;
+  for (int64_t row = 0; row < static_cast<int64_t>(labels.size()); ++row) {
+    if (labels[static_cast<size_t>(row)] == kIgnoreLabel) continue;
+    if (!runs.empty() && runs.back().row + runs.back().rows == row) {
+      ++runs.back().rows;
+    } else {
+      runs.push_back({row, 1});
+    }
+  }
+  return runs;
+}
+
+}  // namespace
+
+/// The tensors of a pass: one block of memory, for as many rows as the largest pass so far.
+class Trainer::Workspace {
+ public:
+  struct Size {
+    int64_t rows = 0;
+    int64_t head_rows = 0;  // with labels
+    bool trains = false;
+    bool fits(const Size& other) const {
+      return rows >= other.rows && head_rows >= other.head_rows && (trains || !other.trains);
+    }
+  };
+
+  Workspace(Backend& backend, const Model& model, const Adapter* adapter, const TrainerOptions& options,
+            const Size& size)
+      : backend_(backend), size_(size) {
+    const ModelConfig& config = model.config();
+    const int64_t rows = size.rows;
+    const bool keeps_all = size.trains && !options.checkpoint_activations;
+    saved_.resize(static_cast<size_t>(config.layers));
+    const bool drops = size.trains && options.dropout.residual > 0.0;
+    const bool drops_inputs = size.trains && adapter != nullptr && options.dropout.adapter > 0.0;
+    const int64_t rank = adapter == nullptr ? 0 : adapter->rank();
+    const int64_t widest = std::max({config.width, config.ffn_width, config.q_size()});
+    logits_rows_ = std::min(size.head_rows, std::max(kLogitsHeld / config.outputs(), kLeastLogitsRows));
+
+    add(x_out_, rows, config.width);
+    for (size_t i = 0; i < saved_.size(); ++i) {
+      Saved& saved = saved_[i];
+      if (i == 0 || size.trains) add(saved.x, rows, config.width);
+      if (i > 0 && !keeps_all) continue;
+      add(saved.qkv, rows, config.qkv_size());
+      add(saved.log_sums, rows, config.heads);
+      add(saved.attended, rows, config.q_size());
+      add(saved.middle, rows, config.width);
+      add(saved.gate, rows, config.ffn_width);
+      add(saved.up, rows, config.ffn_width);
+    }
+    const int64_t backward_rows = size.trains ? rows : 0;
+    add(scratch_.normed, rows, config.width);
+    add(scratch_.wide, rows, config.ffn_width);
+    add(scratch_.d_normed, backward_rows, config.width);
+    add(scratch_.d_wide, backward_rows, config.ffn_width);
+    add(scratch_.d_heads, backward_rows, config.q_size());
+    add(scratch_.branch, drops ? rows : 0, config.width);
+    add(scratch_.low_rank, rank > 0 ? rows : 0, rank);
+    add(scratch_.d_low_rank, rank > 0 ? backward_rows : 0, rank);
+    add(scratch_.dropped, drops_inputs ? rows : 0, widest);
+    add(scratch_.d_dropped, drops_inputs ? rows : 0, widest);
+    add(d_, backward_rows, config.width);
+    add(cos_, rows, config.head_dim / 2);
+    add(sin_, rows, config.head_dim / 2);
+    add(head_x_, size.head_rows, config.width);
+    add(d_head_x_, size.trains ? logits_rows_ : 0, config.width);
+    add(logits_, logits_rows_, config.outputs());
+    add(losses_, logits_rows_, 1);
+
+    backend.require_memory(checked_mul(floats_, sizeof(float), "train"), "train: the activations of a pass");
+    memory_ = backend.allocate(static_cast<size_t>(checked_mul(floats_, sizeof(float), "train")));
+    auto* base = static_cast<float*>(memory_->data());
+    for (const auto& [view, offset, shape] : regions_) {
+      *view = TensorView(base + offset, DType::kF32, {shape.first, shape.second});
+    }
+    for (size_t i = 1; i < saved_.size(); ++i) {
+      if (keeps_all) break;
+      const TensorView x = size.trains ? saved_[i].x : saved_[0].x;
+      saved_[i] = saved_[0];
+      saved_[i].x = x;
+    }
+  }
+
+  const Size& size() const { return size_; }
+  int64_t nbytes() const { return floats_ * static_cast<int64_t>(sizeof(float)); }
+  int64_t logits_rows() const { return logits_rows_; }
+
+  // Views of the first `rows` rows.
+  Saved saved(int64_t layer, int64_t rows) const {
+    Saved view = saved_[static_cast<size_t>(layer)];
+    for (TensorView* each : {&view.x, &view.qkv, &view.log_sums, &view.attended, &view.middle, &view.gate, &view.up}) {
+      *each = each->slice_rows(0, rows);
+    }
+    return view;
+  }
+  BlockScratch scratch(int64_t rows) const {
+    BlockScratch view = scratch_;
+    for (TensorView* each : {&view.normed, &view.d_normed, &view.branch, &view.wide, &view.d_wide, &view.d_heads}) {
+      if (*each && each->rows() > 0) *each = each->slice_rows(0, rows);
+    }
+    return view;
+  }
+  TensorView x_out(int64_t rows) const { return x_out_.slice_rows(0, rows); }
+  TensorView d(int64_t rows) const { return d_.slice_rows(0, rows); }
+  TensorView cos(int64_t rows) const { return cos_.slice_rows(0, rows); }
+  TensorView sin(int64_t rows) const { return sin_.slice_rows(0, rows); }
+  TensorView head_x(int64_t rows) const { return head_x_.slice_rows(0, rows); }
+  TensorView d_head_x(int64_t rows) const { return d_head_x_.slice_rows(0, rows); }
+  TensorView logits(int64_t rows) const { return logits_.slice_rows(0, rows); }
+  TensorView losses(int64_t rows) const { return {losses_.data(), DType::kF32, {rows}}; }
+
+ private:
+  struct Region {
+    TensorView* view;
+    int64_t offset;
+    std::pair<int64_t, int64_t> shape;
+  };
+
+  void add(TensorView& view, int64_t rows, int64_t width) {
+    regions_.push_back({&view, floats_, {rows, width}});
+    floats_ = checked_add(floats_, round_up(checked_mul(rows, width, "train"), kRegionFloats), "train");
+  }
+
+  Backend& backend_;
+  Size size_;
+  std::vector<Region> regions_;
+  int64_t floats_ = 0;
+  int64_t logits_rows_ = 0;
+  std::unique_ptr<Buffer> memory_;
+  std::vector<Saved> saved_;
+  BlockScratch scratch_;
+  TensorView x_out_, d_, cos_, sin_, head_x_, d_head_x_, logits_, losses_;
+};
+
+Trainer::Trainer(std::shared_ptr<Model> model, std::shared_ptr<Adapter> adapter, const TrainerOptions& options)
+    : model_(checked_model(std::move(model), adapter.get())),
+      adapter_(std::move(adapter)),
+      options_(checked(options)),
+      parameters_(*model_, adapter_.get(), what_is_trained(options.trainable, adapter_.get()),
+                  static_cast<int>(moment_names(options.optimizer).size())) {}
+
+Trainer::~Trainer() = default;
+
+void Trainer::set_steps(int64_t steps) {
+  require(steps >= 0, ErrorKind::kOption, "train: steps must be at least 0, got ", steps);
+  steps_ = steps;
+}
+
+int64_t Trainer::nbytes() const { return parameters_.nbytes() + (workspace_ ? workspace_->nbytes() : 0); }
+
+LossSum Trainer::accumulate(const TrainingBatch& batch, double scale, uint64_t seed) {
+  require(std::isfinite(scale), ErrorKind::kOption, "train: scale must be finite, got ", scale);
+  return run(batch, /*trains=*/true, scale, seed);
+}
+
+LossSum Trainer::evaluate(const TrainingBatch& batch) { return run(batch, /*trains=*/false, 1.0, 0); }
+
+void Trainer::step(double lr, double gradient_scale) {
+  require(std::isfinite(lr) && std::isfinite(gradient_scale), ErrorKind::kOption,
+          "train: lr and gradient_scale must be finite, got ", lr, " and ", gradient_scale);
+  optimizer_step(model_->backend(), options_.optimizer, parameters_, steps_ + 1, lr, gradient_scale);
+  ++steps_;
+  parameters_.zero_gradients();
+}
+
+LossSum Trainer::run(const TrainingBatch& batch, bool trains, double scale, uint64_t seed) {
+  check_batch(model_->config(), batch);
+  LossSum sum;
+  size_t first = 0;
+  int64_t token = 0;
+  for (uint64_t pass = 0; first < batch.lengths.size(); ++pass) {
+    // Whole sequences, until there are enough tokens.
+    size_t last = first;
+    int64_t tokens = 0;
+    while (last < batch.lengths.size() && (last == first || tokens + batch.lengths[last] <= kPassTokens)) {
+      tokens += batch.lengths[last++];
+    }
+    const TrainingBatch part{.tokens = batch.tokens.subspan(static_cast<size_t>(token), static_cast<size_t>(tokens)),
+                             .labels = batch.labels.subspan(static_cast<size_t>(token), static_cast<size_t>(tokens)),
+                             .lengths = batch.lengths.subspan(first, last - first)};
+    const LossSum one = run_pass(part, trains, scale, dropout_seed(seed, pass));
+    sum.loss += one.loss;
+    sum.counted += one.counted;
+    sum.correct += one.correct;
+    first = last;
+    token += tokens;
+  }
+  require(std::isfinite(sum.loss), ErrorKind::kNumeric, "train: the loss is ", sum.loss,
+          ". Weights or activations have grown beyond float32: try a lower learning rate, a warmup, or clip_norm");
+  return sum;
+}
+
+LossSum Trainer::run_pass(const TrainingBatch& batch, bool trains, double scale, uint64_t seed) {
+  const ModelConfig& config = model_->config();
+  Backend& backend = model_->backend();
+  const int64_t rows = static_cast<int64_t>(batch.tokens.size());
+  int64_t counted = 0;
+  for (const int32_t label : batch.labels) counted += label == kIgnoreLabel ? 0 : 1;
+  if (counted == 0) return {};
+
+  const Workspace::Size size{.rows = rows, .head_rows = counted, .trains = trains};
+  if (!workspace_ || !workspace_->size().fits(size)) {
+    Workspace::Size larger = size;
+    if (workspace_) {
+      larger.rows = std::max(larger.rows, workspace_->size().rows);
+      larger.head_rows = std::max(larger.head_rows, workspace_->size().head_rows);
+      larger.trains = larger.trains || workspace_->size().trains;
+    }
+    workspace_.reset();
+    workspace_ = std::make_unique<Workspace>(backend, *model_, adapter_.get(), options_, larger);
+  }
+  const Workspace& workspace = *workspace_;
+
+  TrainingPass pass{.model = model_.get(),
+                    .adapter = adapter_.get(),
+                    .parameters = &parameters_,
+                    .sequences = {},
+                    .cos = workspace.cos(rows),
+                    .sin = workspace.sin(rows),
+                    .compute = options_.compute,
+                    .dropout = trains ? options_.dropout : DropoutRates{},
+                    .seed = seed,
+                    .scratch = workspace.scratch(rows)};
+  std::vector<int64_t> positions;
+  positions.reserve(batch.tokens.size());
+  for (const int64_t length : batch.lengths) {
+    pass.sequences.push_back({.row = static_cast<int64_t>(positions.size()), .tokens = length});
+    for (int64_t i = 0; i < length; ++i) positions.push_back(i);
+  }
+  const size_t angles = static_cast<size_t>(pass.cos.size());
+  std::vector<float> cos(angles);
+  std::vector<float> sin(angles);
+  rope_angles(config.rope, model_->inverse_frequencies(), positions.data(), rows, cos.data(), sin.data());
+  backend.copy_to_device(pass.cos.data(), cos.data(), angles * sizeof(float));
+  backend.copy_to_device(pass.sin.data(), sin.data(), angles * sizeof(float));
+
+  const TensorView ids(batch.tokens.data(), DType::kI32, {rows});
+  const TensorView x_out = workspace.x_out(rows);
+  TensorView x = workspace.saved(0, rows).x;
+  backend.embedding({.ids = ids, .table = &model_->weights().embedding(), .y = x});
+  if (pass.dropout.residual > 0.0) {
+    backend.dropout({.x = x, .y = x, .p = pass.dropout.residual, .seed = place_seed(pass, -1, 0)});
+  }
+  for (int64_t layer = 0; layer < config.layers; ++layer) {
+    throw_if_interrupted();
+    const bool is_last = layer + 1 == config.layers;
+    x = is_last ? x_out : workspace.saved(layer + 1, rows).x;
+    block_forward(pass, layer, workspace.saved(layer, rows), x);
+  }
+  const TensorView d = trains ? workspace.d(rows) : TensorView();
+  const LossSum sum = head(pass, batch, x, trains, scale, d);
+  for (int64_t layer = config.layers - 1; trains && layer >= 0; --layer) {
+    throw_if_interrupted();
+    const Saved saved = workspace.saved(layer, rows);
+    if (options_.checkpoint_activations) block_forward(pass, layer, saved, x_out, /*recompute=*/true);
+    block_backward(pass, layer, saved, d);
+  }
+  Matrix* d_table = trains ? parameters_.gradient_of(&model_->weights().embedding()) : nullptr;
+  if (d_table != nullptr) {
+    if (pass.dropout.residual > 0.0) {
+      backend.dropout({.x = d, .y = d, .p = pass.dropout.residual, .seed = place_seed(pass, -1, 0)});
+    }
+    backend.embedding_backward({.ids = ids, .d_y = d, .d_table = d_table});
+  }
+  backend.synchronize();  // the batch is the caller's
+  return sum;
+}
+
+/// The losses of the rows that have labels; with `trains` the gradient of the residual stream in d, and those of head and norm. Logits are
+/// made, used and turned into their gradients a few rows at a time.
+LossSum Trainer::head(const TrainingPass& pass, const TrainingBatch& batch, const TensorView& x, bool trains,
+                      double scale, const TensorView& d) {
+  Backend& backend = model_->backend();
+  const Weights& weights = model_->weights();
+  const Matrix& head = weights.head();
+  const std::vector<Run> runs = labelled_runs(batch.labels);
+  std::vector<int32_t> labels;
+  int64_t gathered = 0;
+  for (const Run& run : runs) gathered += run.rows;
+  const TensorView normed = workspace_->head_x(gathered);
+  gathered = 0;
+  for (const Run& run : runs) {
+    norm_forward(pass, weights.final_norm(), x.slice_rows(run.row, run.rows), normed.slice_rows(gathered, run.rows));
+    gathered += run.rows;
+    const auto begin = batch.labels.begin() + run.row;
+    labels.insert(labels.end(), begin, begin + run.rows);
+  }
+  LossSum sum{.loss = 0.0, .counted = gathered, .correct = 0};
+  std::vector<float> losses;
+  std::vector<LogSumExp> sums;
+  for (int64_t row = 0; row < gathered; row += workspace_->logits_rows()) {
+    throw_if_interrupted();
+    const int64_t count = std::min(gathered - row, workspace_->logits_rows());
+    const TensorView part = normed.slice_rows(row, count);
+    const TensorView logits = workspace_->logits(count);
+    linear_forward(pass, part, head, {}, logits, /*accumulate=*/false);
+    if (!trains) {
+      sums.resize(static_cast<size_t>(count));
+      backend.log_sum_exp({.logits = logits, .out = sums.data()});
+      backend.synchronize();
+      std::vector<float> host(static_cast<size_t>(logits.size()));
+      backend.copy_to_host(host.data(), logits.data(), host.size() * sizeof(float));
+      backend.synchronize();
+      for (int64_t i = 0; i < count; ++i) {
+        const int32_t label = labels[static_cast<size_t>(row + i)];
+        sum.loss += sums[static_cast<size_t>(i)].value -
+                    static_cast<double>(host[static_cast<size_t>(i * logits.dim(1) + label)]);
+        sum.correct += sums[static_cast<size_t>(i)].argmax == label ? 1 : 0;
+      }
+      continue;
+    }
+    backend.cross_entropy_backward({.logits = logits,
+                                    .labels = {labels.data() + row, DType::kI32, {count}},
+                                    .scale = scale,
+                                    .losses = workspace_->losses(count)});
+    losses.resize(static_cast<size_t>(count));
+    backend.copy_to_host(losses.data(), workspace_->losses(count).data(), losses.size() * sizeof(float));
+    // Their gradient takes the place of the normed rows, which nothing needs after this part's product.
+    const TensorView d_part = workspace_->d_head_x(count);
+    linear_backward(pass, logits, part, head, {}, d_part, /*accumulate=*/false);
+    backend.dropout({.x = d_part, .y = part});
+    backend.synchronize();
+    for (const float loss : losses) sum.loss += static_cast<double>(loss);
+  }
+  if (!trains) return sum;
+  if (gathered < x.rows()) backend.zero(d);
+  gathered = 0;
+  for (const Run& run : runs) {
+    norm_backward(pass, weights.final_norm(), x.slice_rows(run.row, run.rows), normed.slice_rows(gathered, run.rows),
+                  d.slice_rows(run.row, run.rows), /*accumulate=*/false);
+    gathered += run.rows;
+  }
+  return sum;
+}
+
+}  // namespace llama_ext

@@ -1,0 +1,83 @@
+// One model in training: gradients of ragged batches, and steps of an optimiser.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "train/block_training.h"
+#include "train/optimizer.h"
+
+namespace llama_ext {
+
+struct TrainerOptions {
+  OptimizerOptions optimizer;
+  Trainable trainable;
+  Compute compute = Compute::kExact;    // or kBF16
+  bool checkpoint_activations = false;  // keep only what enters a block, and compute the rest once more in backward
+  DropoutRates dropout;
+};
+
+/// Sequences one after another. tokens, labels: as many; labels[t] is what position t is to predict, or kIgnoreLabel: already
+/// shifted. lengths: of the sequences, with the number of tokens as their sum. A sequence starts at position 0 and sees only itself.
+struct TrainingBatch {
+  std::span<const int32_t> tokens;
+  std::span<const int32_t> labels;
+  std::span<const int64_t> lengths;
+};
+
+struct LossSum {
+  double loss = 0.0;    // nats, summed over the counted labels
+  int64_t counted = 0;  // labels that are not kIgnoreLabel
+  int64_t correct = 0;  // of which the most likely one; only evaluate() counts them
+};
+
+/// Whoever trains a model must not use it in another thread at that time. The model needs separate gate and up matrices.
+class Trainer {
+ public:
+  /// adapter: is trained, and the model's own weights are not, unless `trainable` names some; none: the weights are.
+  /// Throws OptionError, DTypeError, UnsupportedError, OutOfMemoryError.
+  Trainer(std::shared_ptr<Model> model, std::shared_ptr<Adapter> adapter, const TrainerOptions& options);
+  ~Trainer();
+
+  /// Adds the gradient of scale * (sum of losses). Batches are cut at the ends of sequences into passes of about kPassTokens tokens, so
+  /// memory does not grow with the batch. Deterministic, and the same for any number of threads.
+  /// Throws ShapeError, TokenIdError, ContextLengthError, NumericError (a loss that is not finite), Interrupted; after a throw the
+  /// gradients are undefined until zero_gradients().
+  LossSum accumulate(const TrainingBatch& batch, double scale, uint64_t seed);
+  /// The loss alone, without dropout.
+  LossSum evaluate(const TrainingBatch& batch);
+
+  double gradient_norm() const { return parameters_.gradient_norm(); }
+  /// One step with gradient_scale * gradients, which are zero then.
+  void step(double lr, double gradient_scale);
+  void zero_gradients() { parameters_.zero_gradients(); }
+
+  int64_t steps() const { return steps_; }
+  void set_steps(int64_t steps);
+  Parameters& parameters() { return parameters_; }
+  const OptimizerOptions& optimizer() const { return options_.optimizer; }
+  /// Of gradients, moments, and the activations of the largest pass so far.
+  int64_t nbytes() const;
+
+  static constexpr int64_t kPassTokens = 2048;
+
+ private:
+  class Workspace;
+  struct Rows;
+
+  LossSum run(const TrainingBatch& batch, bool trains, double scale, uint64_t seed);
+  LossSum run_pass(const TrainingBatch& batch, bool trains, double scale, uint64_t seed);
+  LossSum head(const TrainingPass& pass, const TrainingBatch& batch, const TensorView& x, bool trains, double scale,
+               const TensorView& d);
+
+  std::shared_ptr<Model> model_;
+  std::shared_ptr<Adapter> adapter_;
+  TrainerOptions options_;
+  Parameters parameters_;
+  std::unique_ptr<Workspace> workspace_;
+  int64_t steps_ = 0;
+};
+
+}  // namespace llama_ext
