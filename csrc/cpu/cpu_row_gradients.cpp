@@ -35,8 +35,9 @@ void CpuBackend::swiglu_backward(const SwigluBackwardArgs& args) {
 void CpuBackend::dropout(const DropoutArgs& args) {
   check(args);
   const int64_t size = args.x.dim(1);
-  DropoutRow of_all{
-      .seed = args.seed, .threshold = dropout_threshold(args.p), .factor = static_cast<float>(args.scale / (1.0 - args.p))};
+  DropoutRow of_all{.seed = args.seed,
+                    .threshold = dropout_threshold(args.p),
+                    .factor = static_cast<float>(args.scale / (1.0 - args.p))};
   for_each_row(args.x.rows(), threads_for(2.0 * row_microseconds(args.x)), [&](int64_t row) {
     DropoutRow of_row = of_all;
     of_row.index = static_cast<uint64_t>(row * size);

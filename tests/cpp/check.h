@@ -45,6 +45,7 @@ void test_kv_store();
 void test_threads();
 void test_training_ops();
 void test_causal_attention();
+void test_trainer();
 
 }  // namespace llama_ext::test
 
