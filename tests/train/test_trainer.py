@@ -453,7 +453,9 @@ def test_the_adapters_gradient_is_that_of_the_weight_it_adds_to(isa: str) -> Non
         assert relative_rms(found[f"{slot}.lora_A"], scale * adapter.read(slot, "B").T @ d_weight) < 1e-4
 
 
-@pytest.mark.parametrize("types", [{"": ("int8", 32)}, {"": ("int4", 32), "embedding": ("int8", 32)}, {"": ("bfloat16", 0)}])
+@pytest.mark.parametrize(
+    "types", [{"": ("int8", 32)}, {"": ("int4", 32), "embedding": ("int8", 32)}, {"": ("bfloat16", 0)}]
+)
 @each_isa
 def test_adapters_are_trained_on_frozen_weights_of_any_type(isa: str, types: dict[str, tuple[str, int]]) -> None:
     """The gradient is that of the numbers which the codes stand for."""

@@ -48,7 +48,7 @@ _EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
 )
 
 _DESCRIPTION = """\
-Run Llama models on this machine's CPU. Without --model it is the small
+Run and train Llama models on this machine's CPU. Without --model it is the small
 demonstration model that comes with the package."""
 
 _EPILOG = """\
@@ -67,7 +67,18 @@ exit codes:
 
 def build_parser() -> Parser:
     """The parser of the whole command."""
-    from llama_ext.cli import bench, chat, convert, export_onnx, generate, info, perplexity, quantize, verify_onnx
+    from llama_ext.cli import (
+        bench,
+        chat,
+        convert,
+        export_onnx,
+        generate,
+        info,
+        perplexity,
+        quantize,
+        train,
+        verify_onnx,
+    )
     from llama_ext.cli.common import Parser
 
     parser = Parser(prog="llama-ext", usage="llama-ext COMMAND [OPTIONS]", description=_DESCRIPTION, epilog=_EPILOG)
@@ -75,7 +86,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(
         prog="llama-ext", title="commands", metavar="COMMAND [OPTIONS]", dest="command", required=True
     )
-    for module in (info, generate, chat, bench, perplexity, quantize, convert, export_onnx, verify_onnx):
+    for module in (info, generate, chat, bench, perplexity, train, quantize, convert, export_onnx, verify_onnx):
         module.add_to(commands)
     return parser
 
