@@ -364,6 +364,7 @@ int main() {
   test_quant();
   test_kv_store();
   test_threads();
+  test_matmul_backward();
   test_training_ops();
   test_causal_attention();
   test_trainer();
