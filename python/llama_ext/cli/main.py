@@ -48,8 +48,8 @@ _EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
 )
 
 _DESCRIPTION = """\
-Run and train Llama models on this machine's CPU. Without --model it is the small
-demonstration model that comes with the package."""
+Run and train Llama models on this machine's CPU. Without --model it is the
+small demonstration model that comes with the package."""
 
 _EPILOG = """\
 examples:
