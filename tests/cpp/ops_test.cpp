@@ -359,6 +359,7 @@ int main() {
   test_feed_forward_check();
   test_sample();
   test_reference();
+  test_matrix_values();
   test_generate();
   test_quant();
   test_kv_store();

@@ -24,6 +24,7 @@ from llama_ext.runtime.options import GenerateOptions
 from llama_ext.runtime.scoring import LogLikelihood, Perplexity
 from llama_ext.runtime.session import Session, load_session, new_session
 from llama_ext.runtime.tokenizer import Tokenizer
+from llama_ext.runtime.trainable import Trainable
 from llama_ext.runtime.weight_types import choose_types
 
 if TYPE_CHECKING:
@@ -41,11 +42,11 @@ Prompts = (
 )
 
 
-class LlamaForCausalLM(LoadedModel):
+class LlamaForCausalLM(LoadedModel, Trainable):
     """A Llama language model.
 
-    Its weights do not change, so any number of threads may use one model at once; what belongs to one sequence is in a
-    `Session`. Results do not depend on the number of threads or on what else is in a batch: they are bit-identical.
+    Unless it is trained its weights do not change, so any number of threads may use one model at once; what belongs to one sequence
+    is in a `Session`. Results do not depend on the number of threads or on what else is in a batch: they are bit-identical.
 
     Args:
         config: The shape of the model.

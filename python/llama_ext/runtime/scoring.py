@@ -14,11 +14,12 @@ from llama_ext._arrays import IntArray, as_whole, token_ids
 from llama_ext.errors import ContextLengthError, DTypeError, OptionError
 from llama_ext.runtime.progress import ProgressBar
 from llama_ext.runtime.prompts import encode_text
+from llama_ext.runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llama_ext.runtime.model import LlamaForCausalLM
 
-__all__ = ["LogLikelihood", "Perplexity", "loglikelihood", "perplexity", "windows"]
+__all__ = ["LogLikelihood", "Perplexity", "encode_pair", "loglikelihood", "perplexity", "windows"]
 
 
 class LogLikelihood(NamedTuple):
@@ -65,7 +66,9 @@ def loglikelihood(
     if isinstance(context, str) != isinstance(continuation, str):
         raise DTypeError("loglikelihood: context and continuation must both be texts or both be token ids")
     if isinstance(context, str) and isinstance(continuation, str):
-        tokens, first = _encode_pair(model, context, continuation)
+        tokens, first = encode_pair(
+            model.tokenizer, model.bos_token_id, vocabulary, context, continuation, what="loglikelihood"
+        )
     else:
         before = token_ids("context", context, vocabulary)
         after = token_ids("continuation", continuation, vocabulary)
@@ -179,26 +182,41 @@ def _documents(model: LlamaForCausalLM, texts: object) -> tuple[list[IntArray], 
     return documents, nbytes
 
 
-def _encode_pair(model: LlamaForCausalLM, context: str, continuation: str) -> tuple[IntArray, int]:
-    """The tokens of both, and where the continuation begins.
+def encode_pair(
+    tokenizer: Tokenizer | None, bos: int | None, vocabulary: int, context: str, continuation: str, *, what: str
+) -> tuple[IntArray, int]:
+    """The tokens of two texts, and where the second one begins.
 
     Both are encoded as one text, because that is what the model has been trained on. Spaces at the end of the context go to
     the continuation, as tokenizers put a space in front of a word, unless the context is nothing else. Where a token crosses
-    the border, scoring begins at it.
+    the border, the continuation begins with it.
+
+    Args:
+        tokenizer: The model's.
+        bos: What an empty text becomes, or None.
+        vocabulary: How many tokens there are.
+        context, continuation: The texts.
+        what: Who asks, for messages.
+
+    Returns:
+        The ids, and the index of the continuation's first, at least 1.
+
+    Raises:
+        OptionError: There is no tokenizer, or nothing comes before the continuation.
+        TokenIdError: The tokenizer gives an id that the model does not have.
     """
     stripped = context.rstrip(" ") or context
     continuation = context[len(stripped) :] + continuation
-    vocabulary = model.config.vocab_size
-    before = encode_text(stripped, model.tokenizer, model.bos_token_id, vocabulary, what="loglikelihood: the context")
-    whole = encode_text(stripped + continuation, model.tokenizer, model.bos_token_id, vocabulary)
+    before = encode_text(stripped, tokenizer, bos, vocabulary, what=f"{what}: the context")
+    whole = encode_text(stripped + continuation, tokenizer, bos, vocabulary)
     shared = min(before.size, whole.size)
     different = np.flatnonzero(before[:shared] != whole[:shared])
     first = int(different[0]) if different.size else shared
     if first == 0:
-        if model.bos_token_id is None:
+        if bos is None:
             raise OptionError(
-                "loglikelihood: the first token of both texts is part of the continuation, and there is no BOS token to "
+                f"{what}: the first token of both texts is part of the continuation, and there is no BOS token to "
                 "come before it. Give a longer context"
             )
-        return np.concatenate([np.array([model.bos_token_id], dtype=np.int32), whole]), 1
+        return np.concatenate([np.array([bos], dtype=np.int32), whole]), 1
     return whole, first

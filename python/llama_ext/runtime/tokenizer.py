@@ -46,7 +46,7 @@ _UNSUPPORTED_TEMPLATE_OPTIONS = frozenset(
 class Tokenizer:
     """A tokenizer: text to ids, ids to text, conversations to prompts.
 
-    Made by `from_pretrained`, `from_tokenizers` or `characters`. It never truncates and never pads, whatever the file
+    Made by `from_pretrained`, `from_tokenizers`, `characters` or `train`. It never truncates and never pads, whatever the file
     says, and may be used by several threads.
 
     Attributes:
@@ -186,6 +186,41 @@ class Tokenizer:
         backend = Backend(models.BPE(vocab=vocabulary, merges=[], unk_token=unk_token))
         backend.decoder = decoders.Fuse()
         return cls(backend, {}, config={"unknown_characters": unknown})
+
+    @classmethod
+    def train(
+        cls,
+        texts: str | Iterable[str],
+        vocab_size: int | None = None,
+        kind: Literal["bpe", "char"] = "bpe",
+        *,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+        pad_token: str | None = None,
+        unknown: Literal["raise", "replace"] = "raise",
+    ) -> Tokenizer:
+        """Learn a tokenizer from texts. `save_pretrained` writes it as files that transformers loads.
+
+        Args:
+            texts: A text, or texts; for "bpe" all of them are in memory at once.
+            vocab_size: Tokens at most. "bpe": at least 256 and the special tokens; fewer come out when the texts are too short.
+                "char": None has no limit.
+            kind: "bpe": byte-level byte pair encoding, as in GPT-2 and Llama 3: it knows every text. "char": a token per
+                character.
+            bos_token, eos_token, pad_token: Special tokens to have, such as "</s>"; `encode` adds none of them by itself.
+            unknown: Of "char", see `characters`; with "replace" only the most frequent characters get a token where `vocab_size`
+                has no room for all.
+
+        Returns:
+            The tokenizer. The same texts in the same order give the same one.
+
+        Raises:
+            OptionError: There is no text, an option is out of range, or there are more characters than `vocab_size`.
+        """
+        from llama_ext.runtime.tokenizer_training import train_tokenizer
+
+        special = {"bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token}
+        return train_tokenizer(cls, texts, vocab_size, kind, special=special, unknown=unknown)
 
     # -- text and ids -----------------------------------------------------------------------------------------------
 

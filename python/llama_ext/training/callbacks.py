@@ -1,0 +1,90 @@
+"""What a caller hooks into a training run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from llama_ext.errors import CheckpointError
+from llama_ext.training.history import History, StepRecord, Validation
+from llama_ext.training.options import number, whole
+
+__all__ = ["Callback", "EarlyStopping", "RunView"]
+
+
+class RunView(Protocol):
+    """What a callback sees of a run, and what it may do."""
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        ...
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        ...
+
+    @property
+    def history(self) -> History:
+        """So far."""
+        ...
+
+    def stop(self, reason: str) -> None:
+        """Ends the run after this step; `History.stopped` is the reason."""
+        ...
+
+
+class Callback:
+    """Called by `fit`; subclasses override what they need. An exception ends the run and reaches the caller of `fit`."""
+
+    def on_step_end(self, run: RunView, record: StepRecord) -> None:
+        """After each step, the skipped ones included."""
+
+    def on_validation(self, run: RunView, validation: Validation) -> None:
+        """After the validation data was scored."""
+
+    def on_epoch_end(self, run: RunView, epoch: int) -> None:
+        """After the last step of an epoch, which counts from 1, and its validation."""
+
+    def state(self) -> Mapping[str, Any]:
+        """What a checkpoint has to remember, as JSON values."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state` gave."""
+
+
+class EarlyStopping(Callback):
+    """Ends a run when the validation loss no longer falls.
+
+    Args:
+        patience: How many validations in a row may be no better.
+        min_delta: How much lower, in nats, is better.
+
+    Raises:
+        OptionError: A value is out of range.
+    """
+
+    def __init__(self, patience: int = 3, min_delta: float = 0.0) -> None:
+        self.patience = whole("patience", patience, 1)
+        self.min_delta = number("min_delta", min_delta, minimum=0.0)
+        self.best: float | None = None
+        self.waited = 0
+
+    def on_validation(self, run: RunView, validation: Validation) -> None:
+        if self.best is None or validation.loss < self.best - self.min_delta:
+            self.best, self.waited = validation.loss, 0
+            return
+        self.waited += 1
+        if self.waited >= self.patience:
+            run.stop(f"early: the validation loss has not fallen below {self.best:.4f} {self.waited} times")
+
+    def state(self) -> Mapping[str, Any]:
+        return {"best": self.best, "waited": self.waited}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        best, waited = state.get("best"), state.get("waited")
+        if not (best is None or isinstance(best, (int, float))) or not isinstance(waited, int):
+            raise CheckpointError(f"the state of EarlyStopping is malformed: {str(dict(state))[:80]}")
+        self.best, self.waited = best, waited

@@ -1,0 +1,335 @@
+"""Checkpoints of a training run: directories that are whole or absent, from which a run goes on bit for bit.
+
+A checkpoint is `step-00000010/` in the run's folder: the weights as `Weights.save` writes them (of a model: a directory that
+`from_pretrained` loads), `training.safetensors` with the optimiser's moments and the history, `training.json` with the rest. There is
+no state of a random generator: every draw is a function of the seed and the step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llama_ext.errors import CheckpointError, FormatError
+from llama_ext.io.atomic import atomic_write, sync_folder
+from llama_ext.io.checkpoint import TensorSource, write_safetensors
+from llama_ext.io.json_file import read_json_object
+from llama_ext.io.safetensors_file import SafetensorsFile
+from llama_ext.training.driver import Trainer, Weights
+
+__all__ = [
+    "Arrays",
+    "Checkpoint",
+    "check_same",
+    "find_checkpoint",
+    "has_checkpoints",
+    "load_checkpoint",
+    "restore",
+    "save_best",
+    "save_checkpoint",
+]
+
+# Tables that would be too long for JSON, by name.
+Arrays = Mapping[str, npt.NDArray[np.float64]]
+
+_STATE_FILE = "training.json"
+_MOMENTS_FILE = "training.safetensors"
+_FORMAT = 1
+_ARRAY = "array/"
+_NAME = re.compile(r"(step|best)-(\d{8,})")
+_LEFTOVER = re.compile(r"\.(step|best)-\d{8,}\.[0-9a-f]{16}\.tmp")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What training.json says.
+
+    Attributes:
+        path: The directory.
+        step: Steps of the run that are done.
+        optimizer_steps: Steps of the optimiser, fewer where outliers were skipped.
+        run: Tells this run from others; a resumed run keeps it.
+        settings: What has to be the same for the run to go on, by topic.
+        state: The rest: history, callbacks.
+    """
+
+    path: Path
+    step: int
+    optimizer_steps: int
+    run: str
+    settings: dict[str, Any]
+    state: dict[str, Any]
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    folder: Path,
+    trainer: Trainer,
+    weights: Weights,
+    *,
+    step: int,
+    run: str,
+    settings: Mapping[str, Any],
+    state: Mapping[str, Any],
+    arrays: Arrays,
+    keep_last: int,
+) -> Path:
+    """Writes a checkpoint, and removes those before the last `keep_last`.
+
+    Everything goes into a temporary directory beside it, is synced and renamed in one step: a kill at any moment leaves every
+    older checkpoint as it was, and the new one whole or not at all. One that is there already, of the same run and step, holds
+    the same and stays.
+
+    Returns:
+        Its directory.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:08d}"
+    _remove_leftovers(folder)
+    if not _is_of(path, run):
+        with _whole_directory(path) as temporary:
+            weights.save(temporary)
+            write_safetensors(
+                temporary / _MOMENTS_FILE, [*_moments(trainer), *_tables(arrays)], {"format": "llama_ext"}
+            )
+            document = {
+                "format": _FORMAT,
+                "step": step,
+                "optimizer_steps": trainer.steps,
+                "run": run,
+                "settings": dict(settings),
+                "state": dict(state),
+            }
+            with atomic_write(temporary / _STATE_FILE) as file:
+                file.write((json.dumps(document, allow_nan=False, sort_keys=True) + "\n").encode("utf-8"))
+    for _, old in _checkpoints(folder)[:-keep_last]:
+        _remove_directory(old)
+    return path
+
+
+def save_best(folder: Path, weights: Weights, step: int) -> Path:
+    """Writes the weights alone, as `best-00000010/`, and removes the one before; as `save_checkpoint`, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"best-{step:08d}"
+    if not path.exists():
+        with _whole_directory(path) as temporary:
+            weights.save(temporary)
+    for _, old in _checkpoints(folder, "best"):
+        if old != path:
+            _remove_directory(old)
+    return path
+
+
+def _moments(trainer: Trainer) -> Iterator[TensorSource]:
+    for name in trainer.moments():
+        for slot, shape in trainer.parameters():
+            yield f"{name}/{slot}", "float32", shape, _moment(trainer, name, slot)
+
+
+def _tables(arrays: Arrays) -> Iterator[TensorSource]:
+    for name, array in arrays.items():
+        yield _ARRAY + name, "float64", array.shape, _constant(array)
+
+
+def _constant(array: npt.NDArray[np.float64]) -> Any:
+    return lambda: [np.ascontiguousarray(array)]
+
+
+def _moment(trainer: Trainer, name: str, slot: str) -> Any:
+    return lambda: [trainer.read_moment(name, slot)]
+
+
+@contextlib.contextmanager
+def _whole_directory(path: Path) -> Iterator[Path]:
+    """A temporary directory that becomes `path` when the block ends, or goes when it raises."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        sync_folder(temporary)
+        if path.exists():
+            # Of another run, whose owner said that it may go. A kill between the two leaves neither, and the older ones.
+            _remove_directory(path)
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
+
+
+def _remove_directory(path: Path) -> None:
+    """Under another name first, so that a kill never leaves half of a checkpoint that looks like one."""
+    doomed = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for name in os.listdir(folder):
+        if _LEFTOVER.fullmatch(name):
+            shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _is_of(path: Path, run: str) -> bool:
+    try:
+        return _read_state(path).run == run
+    except FormatError:
+        return False
+
+
+# -- finding and reading ----------------------------------------------------------------------------------------------
+
+
+def _checkpoints(folder: Path, kind: str = "step") -> list[tuple[int, Path]]:
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(folder):
+            match = _NAME.fullmatch(name)
+            if match and match[1] == kind and (folder / name).is_dir():
+                found.append((int(match[2]), folder / name))
+    return sorted(found)
+
+
+def has_checkpoints(folder: Path) -> bool:
+    """Whether a run has left checkpoints in a folder."""
+    return bool(_checkpoints(folder))
+
+
+def find_checkpoint(path: Path) -> Path | None:
+    """The checkpoint that a path means: itself, or the last one in it; None when there is none.
+
+    Raises:
+        FormatError: It is a file.
+    """
+    if path.is_file():
+        raise FormatError("expected a checkpoint, or a folder of checkpoints, found a file.", path=str(path))
+    if (path / _STATE_FILE).is_file():
+        return path
+    found = _checkpoints(path)
+    return found[-1][1] if found else None
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Reads what a checkpoint says of its run; the tensors are for `restore`.
+
+    Raises:
+        CheckpointError: There is no checkpoint, or it is malformed.
+        FormatError, LimitError: It is no JSON, or too large.
+    """
+    found = find_checkpoint(path)
+    if found is None:
+        raise CheckpointError(
+            "there is no checkpoint here: expected step-..., as `fit` with checkpoint_dir writes them.", path=str(path)
+        )
+    return _read_state(found)
+
+
+def _read_state(path: Path) -> Checkpoint:
+    file = path / _STATE_FILE
+    # A history grows by a line a step.
+    values = read_json_object(file, what="the state of a training run", limit="tokenizer_json_bytes")
+    if values.get("format") != _FORMAT:
+        raise CheckpointError(
+            f"format must be {_FORMAT}, got {values.get('format')!r}. Was it written by another version?",
+            path=str(file),
+            field="format",
+            expected=_FORMAT,
+            got=values.get("format"),
+        )
+    kinds = {"step": int, "optimizer_steps": int, "run": str, "settings": dict, "state": dict}
+    for name, kind in kinds.items():
+        value = values.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
+            raise CheckpointError(f"{name} is missing or malformed.", path=str(file), field=name, expected=kind)
+    return Checkpoint(path, **{name: values[name] for name in kinds})
+
+
+def check_same(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> None:
+    """Checks that a run may go on from a checkpoint.
+
+    Raises:
+        CheckpointError: A setting differs; the message names each one that does.
+    """
+    # As JSON has them: a tuple there is a list, and numbers compare as numbers.
+    now = json.loads(json.dumps(dict(settings)))
+    different = [
+        f"{name} was {_shown(was)} and is {_shown(value)}"
+        for topic in sorted({*checkpoint.settings, *now})
+        for name, was, value in _differences(topic, checkpoint.settings.get(topic), now.get(topic))
+    ]
+    if different:
+        raise CheckpointError(
+            f"this run cannot go on as it began: {'; '.join(different[:8])}. Give the settings and the data it began with, "
+            "or load the checkpoint's weights with from_pretrained and begin a new run.",
+            path=str(checkpoint.path),
+            field=different[0].split(" ")[0],
+        )
+
+
+def _differences(name: str, was: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(was, dict) and isinstance(now, dict):
+        for key in sorted({*was, *now}):
+            yield from _differences(f"{name}.{key}", was.get(key), now.get(key))
+    elif was != now:
+        yield name, was, now
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def restore(checkpoint: Checkpoint, trainer: Trainer, weights: Weights) -> dict[str, npt.NDArray[np.float64]]:
+    """Sets weights, moments and the optimiser's count to the checkpoint's.
+
+    The moments are compared before anything is set.
+
+    Returns:
+        The tables that were saved with them.
+
+    Raises:
+        CheckpointError: A tensor is missing, unexpected or wrongly shaped.
+        FormatError: A file is missing, truncated or malformed.
+    """
+    wanted = {
+        f"{name}/{slot}": (name, slot, shape) for name in trainer.moments() for slot, shape in trainer.parameters()
+    }
+    path = checkpoint.path / _MOMENTS_FILE
+    with SafetensorsFile(path) as file:
+        tables = {name for name in file.tensors if name.startswith(_ARRAY)}
+        different = sorted(set(wanted) ^ (set(file.tensors) - tables))
+        if different:
+            problem = "is missing" if different[0] in wanted else "is not one of this optimiser's"
+            raise CheckpointError(f"the state {different[0][:120]} {problem}.", path=str(path), field=different[0])
+        for key, (_, _, shape) in wanted.items():
+            info = file.tensors[key]
+            if info.shape != tuple(shape) or info.dtype != "F32":
+                raise CheckpointError(
+                    f"{key} must be F32 {tuple(shape)}, got {info.dtype} {info.shape}.",
+                    path=str(path),
+                    field=key,
+                    expected=tuple(shape),
+                    got=info.shape,
+                )
+        weights.load(checkpoint.path)
+        for key, (name, slot, _) in wanted.items():
+            trainer.write_moment(name, slot, np.array(file.read(key), dtype=np.float32))
+        arrays = {name.removeprefix(_ARRAY): np.array(file.read(name), dtype=np.float64) for name in tables}
+    trainer.steps = checkpoint.optimizer_steps
+    return arrays

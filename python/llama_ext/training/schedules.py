@@ -1,0 +1,60 @@
+"""The learning rate of each step: a warm-up, then one of four shapes."""
+
+from __future__ import annotations
+
+import math
+
+from llama_ext.training.options import TrainOptions
+
+__all__ = ["learning_rate", "warmup_steps"]
+
+
+def warmup_steps(options: TrainOptions, total: int) -> int:
+    """How many steps the learning rate rises.
+
+    Args:
+        options: `warmup` in steps, or as a share of `total`.
+        total: Steps of the run.
+
+    Returns:
+        In [0, total].
+    """
+    warmup = options.warmup
+    return min(total, warmup if isinstance(warmup, int) else math.ceil(warmup * total))
+
+
+def learning_rate(options: TrainOptions, step: int, total: int) -> float:
+    """The learning rate of a step.
+
+    With w steps of warm-up, lowest = min_lr * lr and x = (step - w) / (total - w):
+      step < w   lr (step + 1) / w
+      cosine     lowest + (lr - lowest) (1 + cos(pi x)) / 2
+      linear     lr + (lowest - lr) x
+      constant   lr
+      wsd        lr, and over the last decay_fraction of all steps linearly down to lowest (warm-up, stable, decay)
+
+    Args:
+        options: lr, schedule, warmup, min_lr, decay_fraction.
+        step: Counts from 0.
+        total: Steps of the run, > step.
+
+    Returns:
+        The learning rate.
+
+    Source: the cosine is Loshchilov & Hutter, "SGDR", 2017; wsd is Hu et al., "MiniCPM", 2024.
+    """
+    warmup = warmup_steps(options, total)
+    if step < warmup:
+        return options.lr * (step + 1) / warmup
+    lowest = options.min_lr * options.lr
+    share = (step - warmup) / max(1, total - warmup)
+    if options.schedule == "cosine":
+        return lowest + 0.5 * (options.lr - lowest) * (1.0 + math.cos(math.pi * share))
+    if options.schedule == "linear":
+        return options.lr + (lowest - options.lr) * share
+    if options.schedule == "wsd":
+        decaying = max(1, round(options.decay_fraction * total))
+        begin = max(warmup, total - decaying)
+        if step >= begin:
+            return options.lr + (lowest - options.lr) * (step - begin + 1) / max(1, total - begin)
+    return options.lr
