@@ -26,7 +26,7 @@ from llama_ext.models.fields import FieldReader, shown
 from llama_ext.models.llama import CLASSIFIER_HEAD, adaptable_modules, tensor_specs
 from llama_ext.models.lora import ALL_LINEAR, LoRA
 
-__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "AdapterFiles", "read_adapter_config", "write_adapter"]
+__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "AdapterFiles", "read_adapter_base", "read_adapter_config", "write_adapter"]
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -124,6 +124,12 @@ def read_adapter_config(
         return LoRA(**fields), values
     except OptionError as error:  # what the checks above leave: a dropout of 1, an empty list
         raise FormatError(str(error).removeprefix("LoRA: "), path=str(path)) from error
+
+
+def read_adapter_base(directory: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS) -> str | None:
+    """What an adapter's config names as its base: a path or a Hub id; None when it names none. Raises as `read_adapter_config`."""
+    base = read_adapter_config(directory, limits=limits)[1].get("base_model_name_or_path")
+    return base if isinstance(base, str) and base else None
 
 
 def _refuse_others(reader: FieldReader) -> None:

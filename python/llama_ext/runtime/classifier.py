@@ -122,7 +122,12 @@ class LlamaForSequenceClassification(LoadedModel):
         source, types = base._core, dict(base._core.types())
         types["head"] = ("float32", 0) if is_quantized(types) else types[""]
         model = cls.__new__(cls)
-        options: dict[str, Any] = {"device": base.device, "compute": base.compute, "threads": base.threads, "kv_dtype": "auto"}
+        options: dict[str, Any] = {
+            "device": base.device,
+            "compute": base.compute,
+            "threads": base.threads,
+            "kv_dtype": "auto",
+        }
         model._prepare(config, base.tokenizer, base.generation_defaults, types=types, **options)
         _load_head(model._core, config, seed)
         missing = set(model._core.missing())

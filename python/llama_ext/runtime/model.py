@@ -42,11 +42,11 @@ Prompts = (
 )
 
 
-class LlamaForCausalLM(Trainable, LoadedModel):
+class LlamaForCausalLM(LoadedModel, Trainable):
     """A Llama language model.
 
-    Unless it is trained its weights do not change, so any number of threads may use one model at once; what belongs to one sequence is in a
-    `Session`. Results do not depend on the number of threads or on what else is in a batch: they are bit-identical.
+    Unless it is trained its weights do not change, so any number of threads may use one model at once; what belongs to one sequence
+    is in a `Session`. Results do not depend on the number of threads or on what else is in a batch: they are bit-identical.
 
     Args:
         config: The shape of the model.

@@ -168,21 +168,22 @@ class ClassificationReport:
         width = max(8, *(len(label) for label in self.labels))
         head = f"{'':{width}}  precision  recall      f1  support"
         lines = [head]
-        for score in self.per_label:
-            lines.append(
-                f"{score.label:{width}}  {score.precision:9.4f}  {score.recall:6.4f}  {score.f1:6.4f}  {score.support:7d}"
-            )
         total = int(self.confusion.sum())
-        for name, average in (("macro", self.macro), ("weighted", self.weighted)):
-            lines.append(
-                f"{name:{width}}  {average.precision:9.4f}  {average.recall:6.4f}  {average.f1:6.4f}  {total:7d}"
-            )
+        rows = [(score.label, score, score.support) for score in self.per_label]
+        lines += [_line(name, scores, count, width) for name, scores, count in rows]
+        lines += [_line(name, getattr(self, name), total, width) for name in ("macro", "weighted")]
         loss = "" if self.loss is None else f", loss {self.loss:.4f}"
         lines.append(f"accuracy {self.accuracy:.4f} of {total} texts{loss}")
         return "\n".join(lines)
 
 
+def _line(name: str, scores: LabelScore | Average, count: int, width: int) -> str:
+    return f"{name:{width}}  {scores.precision:9.4f}  {scores.recall:6.4f}  {scores.f1:6.4f}  {count:7d}"
+
+
 def _share(part: npt.NDArray[Any], whole: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """part / whole, 0 where there is nothing."""
     wide = np.broadcast_to(np.asarray(whole, dtype=np.float64), np.shape(part))
-    return np.divide(part, wide, out=np.zeros(np.shape(part)), where=wide > 0)
+    result = np.zeros(np.shape(part), dtype=np.float64)
+    np.divide(part, wide, out=result, where=wide > 0)
+    return result
