@@ -58,7 +58,7 @@ void test_values(Backend& backend) {
   }
   for (const WeightType& type : {WeightType{Encoding::kBF16, 0}, WeightType{Encoding::kInt8, 64}}) {
     const auto matrix = matrix_of(backend, 3, 64, type, 1.0f);
-    CHECK_ERROR(ErrorKind::kDType, "values", backend.values(*matrix));
+    CHECK_ERROR(ErrorKind::kDType, "float32", backend.values(*matrix));
   }
 }
 
@@ -85,18 +85,18 @@ void test_copied_rows(Backend& backend) {
     }
     CHECK(rows_of(backend, *source) == from);
     const auto target = matrix_of(backend, 100, kCols, type, -20.0f);
-    CHECK_ERROR(ErrorKind::kShape, "copy_rows", backend.copy_rows(*target, {.begin = 90}, *source, {}, 11));
-    CHECK_ERROR(ErrorKind::kShape, "copy_rows", backend.copy_rows(*target, {}, *source, {.begin = 60}, 11));
-    CHECK_ERROR(ErrorKind::kShape, "copy_rows", backend.copy_rows(*target, {}, *source, {}, -1));
+    CHECK_ERROR(ErrorKind::kShape, "row", backend.copy_rows(*target, {.begin = 90}, *source, {}, 11));
+    CHECK_ERROR(ErrorKind::kShape, "row", backend.copy_rows(*target, {}, *source, {.begin = 60}, 11));
+    CHECK_ERROR(ErrorKind::kShape, "row", backend.copy_rows(*target, {}, *source, {}, -1));
     const auto narrow = matrix_of(backend, 100, 128, type, 1.0f);
-    CHECK_ERROR(ErrorKind::kShape, "copy_rows", backend.copy_rows(*narrow, {}, *source, {}, 1));
+    CHECK_ERROR(ErrorKind::kShape, "row", backend.copy_rows(*narrow, {}, *source, {}, 1));
   }
   const auto floats = matrix_of(backend, 3, kCols, {Encoding::kF32, 0}, 1.0f);
   const auto halves = matrix_of(backend, 3, kCols, {Encoding::kBF16, 0}, 1.0f);
   const auto groups = matrix_of(backend, 3, kCols, {Encoding::kInt8, 32}, 1.0f);
   const auto others = matrix_of(backend, 3, kCols, {Encoding::kInt8, 64}, 1.0f);
-  CHECK_ERROR(ErrorKind::kDType, "copy_rows", backend.copy_rows(*floats, {}, *halves, {}, 1));
-  CHECK_ERROR(ErrorKind::kDType, "copy_rows", backend.copy_rows(*groups, {}, *others, {}, 1));
+  CHECK_ERROR(ErrorKind::kDType, "row", backend.copy_rows(*floats, {}, *halves, {}, 1));
+  CHECK_ERROR(ErrorKind::kDType, "row", backend.copy_rows(*groups, {}, *others, {}, 1));
 }
 
 }  // namespace
