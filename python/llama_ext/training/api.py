@@ -46,6 +46,7 @@ class Training:
 
     options: TrainOptions
     trainer: _core.Trainer | None = None
+    core: _core.Model | None = None  # of the trainer
 
 
 def compile_model(model: LlamaForCausalLM, **options: Any) -> None:
@@ -93,7 +94,7 @@ def fit(
             held_out, answers = validation_data
         validation = read_data(held_out, answers, dataclasses.replace(reading, pack=False))
     # Its moments would be those of other weights.
-    training.trainer = None
+    training.trainer = training.core = None
     core = use_trainable_core(model)
     trainer = new_trainer(core, training.options)
     return Run(trainer, ModelWeights(model), training.options, checked, source, validation).go()
@@ -155,8 +156,8 @@ def train_step(model: LlamaForCausalLM, input_ids: object, labels: object) -> St
     options = training.options
     batch = _block(model, input_ids, labels)
     core = use_trainable_core(model)
-    if training.trainer is None:
-        training.trainer = new_trainer(core, options)
+    if training.trainer is None or training.core is not core:
+        training.trainer, training.core = new_trainer(core, options), core
     trainer = training.trainer
     try:
         result = accumulate(trainer, [batch], 0, trainer.steps)
