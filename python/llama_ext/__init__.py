@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from llama_ext import onnx, ops, training
     from llama_ext.limits import Limits
     from llama_ext.models.config import LlamaConfig
+    from llama_ext.models.lora import LoRA
+    from llama_ext.runtime.classifier import LlamaForSequenceClassification
     from llama_ext.runtime.conversion import convert
     from llama_ext.runtime.generation import GenerationOutput, Piece
     from llama_ext.runtime.model import LlamaForCausalLM
@@ -39,9 +41,11 @@ if TYPE_CHECKING:
     from llama_ext.runtime.threads import get_num_threads, set_num_threads
     from llama_ext.runtime.tokenizer import Tokenizer
     from llama_ext.system_info import Info, info
+    from llama_ext.tasks import ClassificationReport, TextClassifier, TranslationReport, Translator
 
 __all__ = [
     "CheckpointError",
+    "ClassificationReport",
     "ContextLengthError",
     "DTypeError",
     "DeviceError",
@@ -53,6 +57,8 @@ __all__ = [
     "LlamaConfig",
     "LlamaExtError",
     "LlamaForCausalLM",
+    "LlamaForSequenceClassification",
+    "LoRA",
     "LogLikelihood",
     "NumericError",
     "OptionError",
@@ -63,8 +69,11 @@ __all__ = [
     "QuantizedTensor",
     "Session",
     "ShapeError",
+    "TextClassifier",
     "TokenIdError",
     "Tokenizer",
+    "TranslationReport",
+    "Translator",
     "UnsupportedError",
     "__version__",
     "convert",
@@ -84,6 +93,12 @@ _LAZY = {
     "Limits": "llama_ext.limits",
     "LlamaConfig": "llama_ext.models.config",
     "LlamaForCausalLM": "llama_ext.runtime.model",
+    "LlamaForSequenceClassification": "llama_ext.runtime.classifier",
+    "LoRA": "llama_ext.models.lora",
+    "ClassificationReport": "llama_ext.tasks",
+    "TextClassifier": "llama_ext.tasks",
+    "TranslationReport": "llama_ext.tasks",
+    "Translator": "llama_ext.tasks",
     "LogLikelihood": "llama_ext.runtime.scoring",
     "Perplexity": "llama_ext.runtime.scoring",
     "Piece": "llama_ext.runtime.generation",

@@ -38,12 +38,15 @@ void expect_error(ErrorKind kind, std::string_view text, const char* file, int l
 // Each in the file of its topic.
 void test_sample();
 void test_reference();
+void test_matrix_values();
 void test_generate();
 void test_quant();
 void test_kv_store();
 void test_threads();
+void test_matmul_backward();
 void test_training_ops();
 void test_causal_attention();
+void test_trainer();
 
 }  // namespace llama_ext::test
 

@@ -359,12 +359,15 @@ int main() {
   test_feed_forward_check();
   test_sample();
   test_reference();
+  test_matrix_values();
   test_generate();
   test_quant();
   test_kv_store();
   test_threads();
+  test_matmul_backward();
   test_training_ops();
   test_causal_attention();
+  test_trainer();
   std::printf("%s: %d failed\n", failures == 0 ? "ok" : "FAILED", failures);
   return failures == 0 ? 0 : 1;
 }

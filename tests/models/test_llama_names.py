@@ -93,8 +93,9 @@ def test_a_classifier_loads_its_own_head() -> None:
         assert "score.weight" not in {spec.name for spec in specs}
         with pytest.raises(CheckpointError, match=r"score\.weight must have shape"):
             llama.match(config, checkpoint.tensors, with_head=False, also={"score.weight": (4, 64)})
+        assert {spec.name: spec.slot for spec in llama.match(config, checkpoint.tensors)}["score.weight"] == "head"
         with pytest.raises(CheckpointError, match="a classifier"):
-            llama.match(config, checkpoint.tensors)
+            llama.match(dataclasses.replace(config, architectures=["LlamaForCausalLM"]), checkpoint.tensors)
 
 
 def test_missing_tensors_are_named_and_counted() -> None:
@@ -123,10 +124,10 @@ def test_a_wrong_shape_is_named_with_both_shapes() -> None:
         ("model.layers.0.mlp.up_proj.bias", "mlp_bias"),
         ("model.layers.0.self_attn.q_proj.qweight", "quantised"),
         ("model.layers.0.self_attn.q_proj.weight_scale", "quantised"),
-        ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", "merge it into its base"),
+        ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", "with load_adapter"),
         ("layers.0.self_attn.q_proj.weight", "LlamaModel"),
         ("model.layers.2.self_attn.q_proj.weight", "of another model"),
-        ("score.weight", "a classifier, which this version does not run"),
+        ("score.weight", "a classifier: load it with LlamaForSequenceClassification"),
         ("x" * 100_000, "unexpected"),
     ],
 )

@@ -9,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+import finite_differences
 import numpy_ops
 from devices import REFERENCE, Device, all_devices, each_isa
 from guarded import guarded, guarded_rows, guarded_rows_empty
 from llama_ext import OptionError, ShapeError, _core
-from tolerances import TINY, assert_same_bits, assert_within, units
+from tolerances import TINY, assert_same_bits, assert_within, relative_rms, units
 
 Array = npt.NDArray[Any]
 
@@ -64,6 +65,28 @@ def test_rope_of_strided_rows_leaves_what_is_between_them(device: Device, tokens
     device.backend.rope(strided, cos, sin)
     assert_same_bits(strided, plain)
     assert np.isnan(gaps).all()
+
+
+@pytest.mark.parametrize(("tokens", "heads", "dim"), SHAPES, ids=SHAPE_IDS)
+@all_devices
+def test_the_inverse_rotates_by_the_opposite_angle(device: Device, tokens: int, heads: int, dim: int) -> None:
+    x, cos, sin = make_problem(tokens, heads, dim)
+    expected, scale = numpy_ops.rope(x, cos, -sin)
+    result, gaps = guarded_rows_empty(x.shape, 3 if dim % 4 else 0)
+    result[...] = x
+    device.backend.rope(result, guarded(cos), guarded(sin), True)
+    assert_within(result, expected, units("rope") * scale + TINY)
+    assert np.isnan(gaps).all()
+
+
+@pytest.mark.parametrize(("tokens", "heads", "dim"), [(1, 1, 2), (3, 2, 6), (5, 1, 8)])
+@all_devices
+def test_the_inverse_is_the_slope_of_rope(device: Device, tokens: int, heads: int, dim: int) -> None:
+    x, cos, sin = make_problem(tokens, heads, dim)
+    d_x = np.random.default_rng(dim).standard_normal(x.shape).astype(np.float32)
+    expected = finite_differences.gradient(lambda at: numpy_ops.rope(at, cos, sin)[0], x, d_x)
+    device.backend.rope(d_x, cos, sin, True)
+    assert relative_rms(d_x, expected) < units("gradients")
 
 
 @each_isa

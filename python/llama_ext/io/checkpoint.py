@@ -241,7 +241,7 @@ def _nothing_to_open(directory: Path) -> FormatError:
             "transformers.AutoModelForCausalLM.from_pretrained(dir).save_pretrained(new_dir)."
         )
     elif "adapter_model.safetensors" in names:
-        advice = " This is a PEFT adapter, which this version does not load: merge it into its base with peft first."
+        advice = " This is a PEFT adapter: load its base, and then the adapter with load_adapter."
     elif any(name.endswith(".gguf") for name in names):
         advice = " A GGUF file is no part of such a checkpoint: it is loaded by its own path."
     expected = f"{SINGLE_FILE} or {INDEX_FILE}"

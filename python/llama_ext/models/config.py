@@ -23,6 +23,9 @@ __all__ = ["LlamaConfig", "RopeParameters"]
 
 _ACTIVATIONS = ("silu", "swish")
 
+# What the architectures of a classifier say; anything else is a language model.
+_CLASSIFIER = "LlamaForSequenceClassification"
+
 # Top-level keys that are read into `rope_parameters` and written back from it.
 _ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
 
@@ -263,6 +266,39 @@ class LlamaConfig:
             message = f"id2label must be {expected}, got {shown(names)}."
             raise FormatError(message, field="id2label", expected=expected, got=shown(names))
         return [str(name) for name in result]
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether it is a LlamaForSequenceClassification."""
+        return self.architectures[:1] == [_CLASSIFIER]
+
+    @property
+    def num_labels(self) -> int:
+        """How many labels a classifier has; transformers leaves them out of config.json when there are two without names.
+
+        Raises:
+            FormatError: As `labels`.
+        """
+        labels = self.labels
+        return 2 if labels is None else len(labels)
+
+    def as_classifier(self, labels: list[str]) -> LlamaConfig:
+        """The config of a classifier on this model.
+
+        Args:
+            labels: The names of its labels, by index.
+
+        Returns:
+            A config with `architectures`, `id2label` and `label2id` of these.
+        """
+        extra = {name: value for name, value in self.extra.items() if name not in ("num_labels", "problem_type")}
+        extra["id2label"] = {str(index): label for index, label in enumerate(labels)}
+        extra["label2id"] = {label: index for index, label in enumerate(labels)}
+        # A copy that is not checked again: it may have been read with larger limits than the default ones.
+        config = copy.copy(self)
+        object.__setattr__(config, "extra", extra)
+        object.__setattr__(config, "architectures", [_CLASSIFIER])
+        return config
 
     def _assign(self, reader: FieldReader) -> None:
         for name, value in _checked(reader).items():

@@ -18,10 +18,23 @@ from llama_ext.errors import CheckpointError
 from llama_ext.io.safetensors_file import TensorInfo
 from llama_ext.models.config import LlamaConfig
 
-__all__ = ["TensorSpec", "check_tied_head", "core_config", "match", "tensor_specs"]
+__all__ = [
+    "CLASSIFIER_HEAD",
+    "HEAD_MODULES",
+    "TensorSpec",
+    "adaptable_modules",
+    "check_tied_head",
+    "core_config",
+    "match",
+    "tensor_specs",
+]
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+# Of a LlamaForSequenceClassification: (labels, C), in the core's slot "head", whether or not the config says that heads are tied.
+CLASSIFIER_HEAD = "score.weight"
+# Linear modules, or tables, that are no part of a layer.
+HEAD_MODULES = ("model.embed_tokens", "lm_head", "score")
 
 # (Hugging Face name, slot, shape) with the dimensions of docs/architecture.md; Q = H * D, KV = K * D.
 _BEFORE = ((EMBEDDING, "embedding", "V C"),)
@@ -56,7 +69,7 @@ _IGNORED = re.compile(r"(?:model\.)?(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv
 _HINTS = (
     (
         r"(^|\.)lora_[AB]\.|base_model\.model\.",
-        "This is a PEFT adapter, which this version does not load: merge it into its base with peft first.",
+        "This is a PEFT adapter: load its base, and then the adapter with load_adapter.",
     ),
     (
         r"\.(qweight|qzeros|scales|g_idx|weight_scale|weight_scale_inv|weight_packed|absmax|SCB)(\.|$)",
@@ -66,7 +79,7 @@ _HINTS = (
         r"^(embed_tokens|layers\.\d+|norm)\.",
         "These names lack 'model.': it was saved from LlamaModel; save LlamaForCausalLM.",
     ),
-    (r"^score\.", "This is a classifier, which this version does not run: it runs LlamaForCausalLM."),
+    (r"^score\.", "This is a classifier: load it with LlamaForSequenceClassification."),
     (r"self_attn\..*\.bias$", "Does config.json lack attention_bias: true?"),
     (r"mlp\..*\.bias$", "Does config.json lack mlp_bias: true?"),
 )
@@ -97,11 +110,11 @@ class Readable(Protocol):
 
 
 def tensor_specs(config: LlamaConfig, *, with_head: bool = True) -> Iterator[TensorSpec]:
-    """The tensors of a checkpoint, from the embedding to the head.
+    """The tensors of a checkpoint, from the embedding to the head: of a classifier that is `CLASSIFIER_HEAD`.
 
     Args:
         config: The model.
-        with_head: Whether it is a LlamaForCausalLM; a classifier has no head. A tied model has none either way.
+        with_head: Whether with the head. A tied language model has none either way.
 
     Yields:
         Each tensor once, in the order that the model uses them.
@@ -123,8 +136,27 @@ def tensor_specs(config: LlamaConfig, *, with_head: bool = True) -> Iterator[Ten
     for layer in range(config.num_hidden_layers):
         yield from specs(layer_rows, f"model.layers.{layer}.", f"layers.{layer}.")
     yield from specs(_AFTER)
-    if with_head and not config.tie_word_embeddings:
+    if with_head and config.is_classifier:
+        yield TensorSpec(CLASSIFIER_HEAD, "head", (config.num_labels, config.hidden_size))
+    elif with_head and not config.tie_word_embeddings:
         yield from specs(_UNTIED)
+
+
+def adaptable_modules(config: LlamaConfig) -> dict[str, tuple[str, int]]:
+    """The matrices that an adapter may change.
+
+    Args:
+        config: The model.
+
+    Returns:
+        By Hugging Face's name of the module, in the order of the model: the core's slot and the index of the layer.
+    """
+    rows = [(name, slot) for name, slot, dimensions in _LAYER if len(dimensions.split()) == 2]
+    return {
+        f"model.layers.{layer}.{name.removesuffix('.weight')}": (f"layers.{layer}.{slot}", layer)
+        for layer in range(config.num_hidden_layers)
+        for name, slot in rows
+    }
 
 
 def match(
@@ -140,8 +172,8 @@ def match(
     Args:
         config: The model.
         available: The checkpoint's tensors.
-        with_head: Whether it is a LlamaForCausalLM.
-        also: Tensors that the caller loads by itself, with their shapes ("score.weight"); they have to be there.
+        with_head: Whether its head is wanted.
+        also: Tensors that the caller loads by itself, with their shapes; they have to be there.
         path: The checkpoint, for messages.
 
     Returns:
@@ -153,7 +185,7 @@ def match(
     """
     specs = {spec.name: spec for spec in tensor_specs(config, with_head=with_head)}
     extras: dict[str, tuple[int, ...]] = dict(also or {})
-    if config.tie_word_embeddings and HEAD in available:
+    if config.tie_word_embeddings and not config.is_classifier and HEAD in available:
         if EMBEDDING in available:
             extras[HEAD] = specs[EMBEDDING].shape
         else:  # one of two names of shared storage survives in a file; which one is the writer's choice
@@ -186,6 +218,8 @@ def _refuse(missing: list[str], unexpected: list[str], path: str | None) -> None
     if unexpected:
         parts.append(f"{_count(unexpected)} unexpected: {_first(unexpected)}.")
     hints = [text for pattern, text in _HINTS if any(re.search(pattern, name) for name in unexpected)]
+    if CLASSIFIER_HEAD in missing and HEAD in unexpected:
+        hints.insert(0, "This is a language model: config.json's architectures should say LlamaForCausalLM.")
     if HEAD in missing:
         hints.append("If the model shares its embedding with its head, config.json must say tie_word_embeddings: true.")
     advice = " ".join(hints[:2]) or "Is config.json of another model, or a shard's download incomplete?"
@@ -221,7 +255,7 @@ def check_tied_head(config: LlamaConfig, checkpoint: Readable, *, path: str | No
         CheckpointError: It is another matrix.
     """
     tensors = checkpoint.tensors
-    if not config.tie_word_embeddings or HEAD not in tensors or EMBEDDING not in tensors:
+    if not config.tie_word_embeddings or config.is_classifier or HEAD not in tensors or EMBEDDING not in tensors:
         return
     embedding, head = checkpoint.read(EMBEDDING), checkpoint.read(HEAD)
     rows = max(1, (1 << 22) // max(1, embedding.itemsize * config.hidden_size))  # a comparison's temporaries stay small
@@ -262,7 +296,8 @@ def core_config(config: LlamaConfig) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "context": config.max_position_embeddings,
         "norm_eps": config.rms_norm_eps,
-        "tied_head": config.tie_word_embeddings,
+        "tied_head": config.tie_word_embeddings and not config.is_classifier,
+        **({"labels": config.num_labels} if config.is_classifier else {}),
         "attention_bias": config.attention_bias,
         "ffn_bias": config.mlp_bias,
         "rope": {

@@ -17,7 +17,6 @@ from llama_ext.errors import LlamaExtError, NumericError, OptionError
 from llama_ext.io.atomic import remove
 from llama_ext.limits import DEFAULT_LIMITS, Limits
 from llama_ext.models.config import LlamaConfig
-from llama_ext.onnx.classifier_files import open_exportable
 from llama_ext.onnx.components.attention import is_grouped
 from llama_ext.onnx.directory import GRAPH_FOLDER, write_small_files
 from llama_ext.onnx.external_data import ExternalTensor, Placement, place, reference, write
@@ -26,6 +25,7 @@ from llama_ext.onnx.metadata import set_metadata, write_model
 from llama_ext.onnx.profiles import FILE_STEMS, QUANTIZED, Profile, checked_profile
 from llama_ext.onnx.transformer import transformer
 from llama_ext.onnx.weights import CoreWeights, FileWeights, Weights
+from llama_ext.runtime.loading import open_model
 from llama_ext.runtime.model import LlamaForCausalLM
 from llama_ext.runtime.progress import ProgressBar
 
@@ -141,7 +141,7 @@ def _weights(
         return
     if not isinstance(model_or_path, (str, os.PathLike)):
         raise OptionError(f"export takes a LlamaForCausalLM or a path, got {type(model_or_path).__name__}")
-    with open_exportable(model_or_path, limits) as files, files.named_in_errors():
+    with open_model(model_or_path, limits=limits) as files, files.named_in_errors():
         yield FileWeights(files, dtype, group_size, symmetric)
 
 

@@ -116,7 +116,9 @@ class Reference:
 
     def head(self) -> F64:
         """The matrix from states to logits, (V, C)."""
-        return self.weights("embedding" if self.config.tie_word_embeddings else "head")
+        return self.weights(
+            "embedding" if self.config.tie_word_embeddings and not self.config.is_classifier else "head"
+        )
 
     def _layer(
         self,

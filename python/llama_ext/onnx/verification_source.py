@@ -12,13 +12,12 @@ from llama_ext import _core
 from llama_ext.errors import FormatError, OptionError
 from llama_ext.limits import DEFAULT_LIMITS, Limits
 from llama_ext.models.config import LlamaConfig
-from llama_ext.onnx.classifier_files import open_exportable
 from llama_ext.onnx.profiles import DTYPES, QUANTIZED
 from llama_ext.onnx.reference import F64, Weights, rounded, weights_of_core, weights_of_files
 from llama_ext.onnx.verification_graphs import GraphFile
 from llama_ext.onnx.weights import CoreWeights, FileWeights, narrowed
 from llama_ext.onnx.weights import Weights as GraphWeights
-from llama_ext.runtime.loading import core_config
+from llama_ext.runtime.loading import core_config, open_model
 from llama_ext.runtime.tokenizer import Tokenizer
 from llama_ext.runtime.weight_types import GROUP_SIZES, WeightTypes, is_quantized
 
@@ -95,36 +94,25 @@ def open_source(
         return
     if not isinstance(model_or_path, (str, os.PathLike)):
         raise OptionError(f"verify takes a LlamaForCausalLM or a path, got {type(model_or_path).__name__}")
-    with open_exportable(model_or_path, limits) as files, files.named_in_errors():
+    with open_model(model_or_path, limits=limits) as files, files.named_in_errors():
         weights = _as_in(graph, dtype, lambda group, symmetric: FileWeights(files, dtype, group, symmetric))
         stored = files.stored_types()
-        types = _complete({slot: kept for slot, kept in weights.types.items() if slot != "score"}, stored)
+        below = _below(weights)
+        types = _complete(below, stored)
 
         def native(compute: str) -> _core.Model:
             backend = _core.Backend("cpu", threads)
-            same = all(stored.get(slot, stored[""]) == kept for slot, kept in weights.types.items() if slot != "score")
+            same = weights.labels is None and all(stored.get(slot, stored[""]) == kept for slot, kept in below.items())
             wanted = dict(stored) if same else types
-            packed = files.packed(backend.matrix_layout, wanted)
-            config = files.config
-            if weights.labels is not None:
-                # It has no head; a tied one takes nothing from the files.
-                config = dataclasses.replace(config, tie_word_embeddings=True)
-            core = _core.Model(backend, core_config(config), wanted, packed, compute=compute)
+            packed = files.packed(backend.matrix_layout, wanted) if same else {}
+            core = _core.Model(backend, core_config(_without_head(files.config)), wanted, packed, compute=compute)
             files.load_into(core)
             return _with_narrow_vectors(core, dtype)
 
         original = weights_of_files(files)
 
         def stored_weights(core: _core.Model) -> Weights:
-            below = weights_of_core(core)
-
-            def read(slot: str) -> F64:
-                if slot != "score":
-                    return below(slot)
-                kept = weights.types[slot][0]
-                return original(slot) if kept == "float32" else rounded(original(slot), kept)
-
-            return read
+            return _with_head(weights_of_core(core), original, weights)
 
         yield Source(
             config=files.config,
@@ -132,7 +120,7 @@ def open_source(
             labels=weights.labels,
             types=weights.types,
             original=original,
-            is_exact=_is_exact({tensor.slot: tensor.type for tensor in files.tensors}, stored, weights.types, dtype),
+            is_exact=_is_exact({tensor.slot: tensor.type for tensor in files.tensors}, stored, below, dtype),
             native=native,
             stored=stored_weights,
         )
@@ -146,18 +134,20 @@ def _of_model(model: LlamaForCausalLM, graph: GraphFile, dtype: str, threads: in
         return CoreWeights(core, model.config, model.tokenizer, model.generation_defaults, dtype, group, symmetric)
 
     weights = _as_in(graph, dtype, make)
-    types = _complete(weights.types, stored)
+    below, original = _below(weights), weights_of_core(core)
+    types = _complete(below, stored)
     slots = {name: stored.get(name, stored[""])[0] if is_matrix else "float32" for name, _, is_matrix in core.slots()}
 
     def native(compute: str) -> _core.Model:
         backend = _core.Backend("cpu", threads)
-        same = all(stored.get(slot, stored[""]) == kept for slot, kept in weights.types.items())
+        config = core_config(_without_head(model.config))
+        same = weights.labels is None and all(stored.get(slot, stored[""]) == kept for slot, kept in below.items())
         if same and is_quantized(stored):
             # Rounding what codes stand for once more would not give these codes.
             packed = {name: core.packed(name) for name in core.matrices()}
-            made = _core.Model(backend, core_config(model.config), dict(stored), packed, compute=compute)
+            made = _core.Model(backend, config, dict(stored), packed, compute=compute)
         else:
-            made = _core.Model(backend, core_config(model.config), types, {}, compute=compute)
+            made = _core.Model(backend, config, types, {}, compute=compute)
         missing = set(made.missing())
         for name, _, is_matrix in core.slots():
             if name not in missing:
@@ -169,13 +159,39 @@ def _of_model(model: LlamaForCausalLM, graph: GraphFile, dtype: str, threads: in
     return Source(
         config=model.config,
         tokenizer=model.tokenizer,
-        labels=None,
+        labels=weights.labels,
         types=weights.types,
-        original=weights_of_core(core),
-        is_exact=_is_exact(slots, stored, weights.types, dtype),
+        original=original,
+        is_exact=_is_exact(slots, stored, below, dtype),
         native=native,
-        stored=weights_of_core,
+        stored=lambda made: _with_head(weights_of_core(made), original, weights),
     )
+
+
+def _below(weights: GraphWeights) -> WeightTypes:
+    """How the matrices of the native model are kept: a classifier's is the part below its scores."""
+    return {slot: kept for slot, kept in weights.types.items() if weights.labels is None or slot != "head"}
+
+
+def _without_head(config: LlamaConfig) -> LlamaConfig:
+    """The part of a classifier below its scores, as a language model whose head is its embedding; others as they are."""
+    if not config.is_classifier:
+        return config
+    return dataclasses.replace(config, architectures=["LlamaForCausalLM"], tie_word_embeddings=True)
+
+
+def _with_head(below: Weights, original: Weights, weights: GraphWeights) -> Weights:
+    """A native model's weights, and the head that it lacks as a graph stores it."""
+    if weights.labels is None:
+        return below
+
+    def read(slot: str) -> F64:
+        if slot != "head":
+            return below(slot)
+        kept = weights.types[slot][0]
+        return original(slot) if kept == "float32" else rounded(original(slot), kept)
+
+    return read
 
 
 def _as_in(graph: GraphFile, dtype: str, make: Callable[[int | None, bool | None], GraphWeights]) -> GraphWeights:
@@ -226,7 +242,7 @@ def _complete(types: WeightTypes, stored: WeightTypes) -> WeightTypes:
 def _is_exact(slots: dict[str, str], stored: WeightTypes, types: WeightTypes, dtype: str) -> bool:
     """Whether storing the weights changes no number of them."""
     if dtype in QUANTIZED:
-        return all(stored.get(slot, stored[""]) == kept for slot, kept in types.items() if slot != "score")
+        return all(stored.get(slot, stored[""]) == kept for slot, kept in types.items())
     return all(word in _EXACT[dtype] or (dtype == "float32" and word != "float64") for word in slots.values())
 
 

@@ -133,7 +133,7 @@ class Expectations:
 
     def compute(self, reference: Reference) -> None:
         """Fills in the logits."""
-        head = reference.weights("score") if self._scores else reference.head()
+        head = reference.head()
         count = [1] * len(self._last) if self._scores else self._last
         self._logits = reference.logits(
             self._sequences, positions=self._positions, final=lambda index, x: x[-count[index] :] @ head.T

@@ -158,7 +158,8 @@ class Weights(abc.ABC):
 
     def tied(self, slot: str) -> str:
         """The slot whose tensor it is: the head of a tied model is the embedding."""
-        return "embedding" if slot == "head" and self.config.tie_word_embeddings else slot
+        tied = self.config.tie_word_embeddings and self.labels is None
+        return "embedding" if slot == "head" and tied else slot
 
     def has(self, slot: str) -> bool:
         """Whether there is such a tensor: a bias is not in every model."""
@@ -174,11 +175,9 @@ class Weights(abc.ABC):
 
     def _prepare(self, stored: WeightTypes, dtype: str | None, group_size: int | None, symmetric: bool | None) -> None:
         """Sets `dtype` and `types` from what is there and what is asked for."""
-        specs = list(ARCHITECTURES[self.config.model_type].tensor_specs(self.config, with_head=self.labels is None))
+        specs = list(ARCHITECTURES[self.config.model_type].tensor_specs(self.config))
         self._names = {spec.slot: spec.name for spec in specs}
         self._shapes = {spec.slot: spec.shape for spec in specs}
-        if self.labels is not None:
-            self._names["score"], self._shapes["score"] = "score.weight", (self.labels, self.config.hidden_size)
         slots = [spec.slot for spec in specs if len(spec.shape) == 2]
         own = kind_of(stored) if is_quantized(stored) else None
         self.dtype = dtype or own or "float32"
@@ -195,8 +194,6 @@ class Weights(abc.ABC):
         else:
             choose_types(self.dtype, None, (), group_size=group_size, symmetric=symmetric)  # refuses those two
             self.types = dict.fromkeys(slots, (self.dtype, 0))
-        if self.labels is not None:
-            self.types["score"] = ("float32" if self.dtype in QUANTIZED else self.dtype, 0)
 
     def _base(self, slot: str) -> str:
         """The encoding of a matrix, with or without minima."""
@@ -224,7 +221,7 @@ class FileWeights(Weights):
         self.config = files.config
         self.tokenizer = files.tokenizer
         self.generation_defaults = files.generation_defaults
-        self.labels = self._tensors["score"].shape[0] if "score" in self._tensors else None
+        self.labels = files.config.num_labels if files.config.is_classifier else None
         if isinstance(files, FloatFiles):
             files.architecture.check_tied_head(files.config, files.checkpoint, path=str(files.path))
         self._stored = files.stored_types()
@@ -261,8 +258,6 @@ class CoreWeights(Weights):
         dtype, group_size, symmetric: See `export`.
     """
 
-    labels = None
-
     def __init__(
         self,
         core: _core.Model,
@@ -275,6 +270,7 @@ class CoreWeights(Weights):
     ) -> None:
         self._core = core
         self.config = config
+        self.labels = config.num_labels if config.is_classifier else None
         self.tokenizer = tokenizer
         self.generation_defaults = generation_defaults
         self._stored = core.types()

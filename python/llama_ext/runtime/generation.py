@@ -139,6 +139,7 @@ class _Run:
         *,
         with_text: bool,
         session: _core.Session | None = None,
+        weights: _core.Model | None = None,
     ) -> None:
         tokenizer = model.tokenizer
         if plan.stop and tokenizer is None:
@@ -150,6 +151,12 @@ class _Run:
         lengths = new_token_counts(prompts, plan, context, len(before))
         copies = plan.num_return_sequences
         _refuse_many(prompts, copies)
+        if session is None:
+            adapters = model._core_adapters(plan.adapter, len(prompts.rows))
+        elif plan.adapter is not None:
+            raise OptionError("a session has the adapter that it was opened with: session(adapter=...)")
+        else:
+            adapters = []
         draft = plan.speculation.model
         if draft is not None:
             check_draft_tokenizer(model, draft)
@@ -161,9 +168,11 @@ class _Run:
             seed=plan.seed,
             copies=copies,
             session=session,
+            weights=weights,
             max_batch_size=plan.max_batch_size,
             draft_tokens=plan.speculation.tokens,
             draft=draft,
+            adapters=adapters,
         )
         # After the core has found room for the KV caches: else nothing of this is needed.
         self._rows = []
@@ -338,7 +347,11 @@ def chat(
 
 
 def generate_in_session(
-    model: LlamaForCausalLM, session: _core.Session, prompt: object, options: Mapping[str, Any]
+    model: LlamaForCausalLM,
+    session: _core.Session,
+    weights: _core.Model,
+    prompt: object,
+    options: Mapping[str, Any],
 ) -> Iterator[Piece]:
     """The body of `Session.stream_generate`: the session's tokens come before the prompt, and it keeps what is generated."""
     plan = plan_for(model, options)
@@ -346,7 +359,7 @@ def generate_in_session(
     batch = read_for(model, prompt, None, add_special_tokens=session.length == 0)
     if not batch.single or plan.num_return_sequences > 1:
         raise OptionError("a session is one sequence: give one prompt and num_return_sequences=1")
-    return _Run(model, batch, plan, with_text=True, session=session).pieces()
+    return _Run(model, batch, plan, with_text=True, session=session, weights=weights).pieces()
 
 
 def read_for(
@@ -375,6 +388,7 @@ def complete(
     _refuse_many(prompts, plan.num_return_sequences)
     lengths = new_token_counts(prompts, plan, model.config.max_position_embeddings)
     outputs = []
+    adapters = model._core_adapters(plan.adapter, len(prompts.rows)) or [None] * len(prompts.rows)
     for index, (row, length) in enumerate(zip(prompts.rows, lengths, strict=True)):
         found = model._core.beam_search(
             row,
@@ -385,6 +399,7 @@ def complete(
             early_stopping=plan.early_stopping,
             eos=plan.eos,
             kv_dtype=model.kv_dtype,
+            adapter=adapters[index],
         )
         for tokens, score, finished in found:
             text = None
@@ -395,7 +410,7 @@ def complete(
                 GenerationOutput(
                     text=text,
                     token_ids=tokens,
-                    logprobs=_logprobs(model, row.tolist(), tokens) if with_logprobs else [],
+                    logprobs=_logprobs(model, row.tolist(), tokens, adapters[index]) if with_logprobs else [],
                     finish_reason="stop" if finished else "length",
                     prompt=None if prompts.texts is None else prompts.texts[index],
                     prompt_ids=row.tolist(),
@@ -405,10 +420,12 @@ def complete(
     return outputs
 
 
-def _logprobs(model: LlamaForCausalLM, prompt: list[int], tokens: list[int]) -> list[float]:
+def _logprobs(
+    model: LlamaForCausalLM, prompt: list[int], tokens: list[int], adapter: _core.Adapter | None
+) -> list[float]:
     if not tokens:
         return []
-    scores, _ = model._core.score(np.array(prompt + tokens, dtype=np.int32), len(prompt))
+    scores, _ = model._core.score(np.array(prompt + tokens, dtype=np.int32), len(prompt), adapter=adapter)
     return [float(score) for score in scores]
 
 

@@ -11,15 +11,19 @@ from llama_ext.errors import ContextLengthError, DTypeError, ShapeError
 from llama_ext.runtime.prompts import read_mask
 
 if TYPE_CHECKING:
+    from llama_ext.runtime.adapted import AdapterChoice
     from llama_ext.runtime.model import LlamaForCausalLM
 
 __all__ = ["batch_logits", "id_block"]
 
 
-def batch_logits(model: LlamaForCausalLM, input_ids: object, attention_mask: object) -> FloatArray:
+def batch_logits(
+    model: LlamaForCausalLM, input_ids: object, attention_mask: object, adapter: AdapterChoice
+) -> FloatArray:
     """The body of `LlamaForCausalLM.__call__`: rows run ragged, so padding is never computed."""
     ids = id_block(input_ids)
     vocabulary = model.config.vocab_size
+    adapters = model._core_adapters(adapter, len(ids))
     if ids.size == 0:
         return np.zeros((*ids.shape, vocabulary), dtype=np.float32)
     ones = read_mask(attention_mask, ids.shape)
@@ -30,7 +34,7 @@ def batch_logits(model: LlamaForCausalLM, input_ids: object, attention_mask: obj
             f"input_ids has a row of {longest} tokens, the model's context is {model.config.max_position_embeddings}"
         )
     rows = [np.ascontiguousarray(row[keep], dtype=np.int32) for row, keep in zip(ids, ones, strict=True)]
-    rows_of_logits = model._core.logits(rows)
+    rows_of_logits = model._core.logits(rows, adapters)
     if ones.all():
         # The core's rows are slices of one array, which without padding is the result.
         together = rows_of_logits[0].base

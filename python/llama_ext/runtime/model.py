@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -12,32 +11,30 @@ import numpy.typing as npt
 
 from llama_ext import _core
 from llama_ext._arrays import FloatArray, IntArray, as_whole
-from llama_ext.errors import OptionError
+from llama_ext.errors import OptionError, UnsupportedError
 from llama_ext.limits import DEFAULT_LIMITS, Limits
 from llama_ext.models import ARCHITECTURES
 from llama_ext.models.config import LlamaConfig
 from llama_ext.models.generation_config import GenerationDefaults
-from llama_ext.runtime import generation, loading, logits, saving, scoring
+from llama_ext.runtime import generation, loading, logits, scoring
+from llama_ext.runtime.adapted import AdapterChoice
 from llama_ext.runtime.generation import Piece
-from llama_ext.runtime.model_files import ModelFiles
+from llama_ext.runtime.loaded_model import LoadedModel
 from llama_ext.runtime.options import GenerateOptions
 from llama_ext.runtime.scoring import LogLikelihood, Perplexity
 from llama_ext.runtime.session import Session, load_session, new_session
-from llama_ext.runtime.threads import checked_threads
 from llama_ext.runtime.tokenizer import Tokenizer
 from llama_ext.runtime.trainable import Trainable
-from llama_ext.runtime.weight_types import WeightTypes, choose_types
+from llama_ext.runtime.weight_types import choose_types
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["LlamaForCausalLM"]
 
-_COMPUTE = ("auto", "exact")
-_KV_DTYPES = ("auto", "float32", "bfloat16", "int8")
-
-# A name for annotations in the class, where `_core` is an attribute.
+# Names for annotations in the class, where `_core` is an attribute.
 TokenLoop = _core.Generation
+CoreModel = _core.Model
 
 Ids = Sequence[int] | IntArray
 Prompts = (
@@ -45,11 +42,11 @@ Prompts = (
 )
 
 
-class LlamaForCausalLM(Trainable):
+class LlamaForCausalLM(LoadedModel, Trainable):
     """A Llama language model.
 
-    Unless it is trained its weights do not change, so any number of threads may use one model at once; what belongs to one sequence is in a
-    `Session`. Results do not depend on the number of threads or on what else is in a batch: they are bit-identical.
+    Unless it is trained its weights do not change, so any number of threads may use one model at once; what belongs to one sequence
+    is in a `Session`. Results do not depend on the number of threads or on what else is in a batch: they are bit-identical.
 
     Args:
         config: The shape of the model.
@@ -76,12 +73,6 @@ class LlamaForCausalLM(Trainable):
         DeviceError: There is no such device here.
         OutOfMemoryError: The weights do not fit into memory.
     """
-
-    config: LlamaConfig
-    tokenizer: Tokenizer | None
-    generation_defaults: GenerationDefaults
-    _config_ends: tuple[int, ...]
-    _core: _core.Model
 
     def __init__(
         self,
@@ -171,6 +162,10 @@ class LlamaForCausalLM(Trainable):
                 "For random weights: LlamaForCausalLM(config), with LlamaConfig.from_dict if the config is a dictionary"
             )
         with loading.open_model(path_or_hub_id, revision=revision, limits=limits) as files:
+            if files.config.is_classifier:
+                raise UnsupportedError(
+                    f"{files.path}: this is a classifier: load it with LlamaForSequenceClassification.from_pretrained"
+                )
             files.warn_of_ignored()
             model = cls.__new__(cls)
             with files.named_in_errors():
@@ -188,120 +183,18 @@ class LlamaForCausalLM(Trainable):
             files.load_into(model._core)
         return model
 
-    def _prepare(
-        self,
-        config: LlamaConfig,
-        tokenizer: Tokenizer | None,
-        defaults: GenerationDefaults,
-        *,
-        types: WeightTypes,
-        device: str,
-        compute: str,
-        threads: int | None,
-        kv_dtype: str,
-        files: ModelFiles | None = None,
-    ) -> None:
-        """Everything but the weights: the arguments are checked before any of them is read."""
-        if compute not in _COMPUTE:
-            raise OptionError(f"compute must be one of {', '.join(_COMPUTE)}, got {compute!r}")
-        if kv_dtype not in _KV_DTYPES:
-            raise OptionError(f"kv_dtype must be one of {', '.join(_KV_DTYPES)}, got {kv_dtype!r}")
-        if kv_dtype == "auto":
-            kv_dtype = "bfloat16" if types[""][0] not in ("float32", "float16") and compute != "exact" else "float32"
-        self.config = config
-        self.tokenizer = tokenizer
-        self.generation_defaults = defaults
-        self._config_ends = config.eos_token_ids
-        self._compute = compute
-        self._kv_dtype = kv_dtype
-        self._fingerprint: str | None = None  # of the weights, once a session is saved or loaded
-        backend = _core.Backend(device, checked_threads(threads))
-        packed = {} if files is None else files.packed(backend.matrix_layout, types)
-        self._core = _core.Model(backend, loading.core_config(config), types, packed, compute=compute)
-
-    @property
-    def dtype(self) -> str:
-        """How matrices are kept: "float32", "bfloat16", "float16", or an encoding of whole numbers such as "int8" or "int4"."""
-        return self._core.dtype
-
-    @property
-    def compute(self) -> str:
-        """The arithmetic that was asked for: "auto" or "exact"."""
-        return self._compute
-
-    @property
-    def kv_dtype(self) -> str:
-        """How generations and sessions keep keys and values: "float32" or "bfloat16"."""
-        return self._kv_dtype
-
-    @property
-    def device(self) -> str:
-        """Where the weights are."""
-        return self._core.backend.device
-
-    @property
-    def threads(self) -> int:
-        """How many threads compute."""
-        return self._core.backend.threads
-
-    @property
-    def isa(self) -> str:
-        """The instruction set in use."""
-        return self._core.backend.isa
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the weights."""
-        return self._core.nbytes
-
-    @property
-    def bos_token_id(self) -> int | None:
-        """The token that begins a text: the tokenizer's, else the config's unless it is no special token of the tokenizer."""
-        bos = self.config.bos_token_id
-        if self.tokenizer is None:
-            return bos
-        if self.tokenizer.bos_token_id is not None:
-            return self.tokenizer.bos_token_id
-        return bos if bos in self.tokenizer.special_ids else None
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end a generation: those of generation_config.json, else the config's; see `tokenizer` above."""
-        return tuple(self.generation_defaults.eos_token_id or self._config_ends)
-
-    def num_parameters(self) -> int:
-        """How many numbers the weights are; a tied output head counts once.
-
-        Returns:
-            The count.
-        """
-        return sum(math.prod(shape) for _, shape, _ in self._core.slots())
-
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Writes a checkpoint that this package and transformers read: weights, config and tokenizer.
-
-        Weights are written one by one, in the dtype they are kept in. Quantised ones are written as they lie in memory, for
-        this package alone: loading them maps the file and does nothing else. A save that is cut short leaves what was there
-        before, or the new model, or a directory without config.json, which does not load: save again.
-
-        Args:
-            directory: Created if it does not exist; files of the same names are replaced.
-
-        Raises:
-            OSError: It cannot be written.
-            OptionError: The config's `extra` holds something that JSON cannot.
-            UnsupportedError: Quantised weights on a device that does not pack them.
-        """
-        saving.save_model(self, directory)
-
     def __call__(
-        self, input_ids: npt.NDArray[np.integer[Any]] | Sequence[Sequence[int]], attention_mask: object = None
+        self,
+        input_ids: npt.NDArray[np.integer[Any]] | Sequence[Sequence[int]],
+        attention_mask: object = None,
+        adapter: AdapterChoice = None,
     ) -> FloatArray:
         """The logits of every position.
 
         Args:
             input_ids: (B, T) integers of any type, each in [0, V) where the mask is 1.
             attention_mask: (B, T), 1 for a token and 0 for padding, on the left or the right; each row one run of ones.
+            adapter: The name of an adapter, or a list with a name or None (the base) for each row; None: the active one.
 
         Returns:
             (B, T, V) float32; zeros where the mask is 0. The rows of a batch do not influence each other.
@@ -309,13 +202,13 @@ class LlamaForCausalLM(Trainable):
         Raises:
             ShapeError: `input_ids` does not have two dimensions, or the mask another shape.
             DTypeError: The ids are not integers.
-            OptionError: A row of the mask is not one run of ones.
+            OptionError: A row of the mask is not one run of ones, or there is no such adapter.
             TokenIdError: An id outside the vocabulary.
             ContextLengthError: A row is longer than the model's context.
             NumericError: A logit is not finite.
             OutOfMemoryError: The logits do not fit into memory.
         """
-        return logits.batch_logits(self, input_ids, attention_mask)
+        return logits.batch_logits(self, input_ids, attention_mask, adapter)
 
     # Options are described here once, for all that generate.
     def generate(
@@ -365,6 +258,8 @@ class LlamaForCausalLM(Trainable):
             num_assistant_tokens: In [1, 64]: guesses of the draft model in one pass, at most; fewer after wrong ones.
                 Default 8.
             generation_config: A mapping to use in place of the checkpoint's generation_config.json.
+            adapter: The name of an adapter, or a list with a name or None (the base) for each prompt, in one batch. Default: the
+                active one.
 
         Returns:
             For one prompt a text, a list of ids, or an int64 array (T'); for several a list of them, or an int64 array (B, T'):
@@ -460,13 +355,18 @@ class LlamaForCausalLM(Trainable):
         return generation.chat(self, messages, options, streamed=stream, chat_template=chat_template)
 
     def session(
-        self, max_length: int | None = None, *, kv_dtype: Literal["float32", "bfloat16", "int8"] | None = None
+        self,
+        max_length: int | None = None,
+        *,
+        kv_dtype: Literal["float32", "bfloat16", "int8"] | None = None,
+        adapter: str | None = None,
     ) -> Session:
         """A KV cache for one sequence that is built up step by step.
 
         Args:
             max_length: Tokens it has room for; None is the model's context. Memory is used as tokens come.
             kv_dtype: None is the model's.
+            adapter: The name of one, which the session keeps; None: the active one.
 
         Returns:
             An empty session.
@@ -475,13 +375,13 @@ class LlamaForCausalLM(Trainable):
             ContextLengthError: `max_length` is beyond the model's context.
             OutOfMemoryError: It does not fit into memory.
         """
-        return new_session(self, max_length, kv_dtype)
+        return new_session(self, max_length, kv_dtype, adapter)
 
     def load_session(self, path: str | os.PathLike[str], max_length: int | None = None) -> Session:
         """Reads what `Session.save` wrote, bit for bit.
 
         Args:
-            path: The file.
+            path: The file, of a session with the adapter that is active now.
             max_length: Tokens the session has room for; None is as when it was saved.
 
         Returns:
@@ -544,11 +444,16 @@ class LlamaForCausalLM(Trainable):
         return scoring.perplexity(self, texts, stride, context)
 
     def _new_generation(
-        self, prompts: Sequence[IntArray], *, draft: LlamaForCausalLM | None, **options: Any
+        self,
+        prompts: Sequence[IntArray],
+        *,
+        draft: LlamaForCausalLM | None,
+        weights: CoreModel | None = None,
+        **options: Any,
     ) -> TokenLoop:
-        """The token loop of `generate`; options: those of `_core.Generation`."""
+        """The token loop of `generate`; options: those of `_core.Generation`. weights: those of a session, where they are others."""
         return _core.Generation(
-            self._core,
+            self._core if weights is None else weights,
             prompts,
             kv_dtype=self.kv_dtype,
             draft_model=None if draft is None else draft._core,

@@ -22,6 +22,7 @@ from llama_ext.runtime.speculation import (
 
 if TYPE_CHECKING:
     from llama_ext.models.generation_config import GenerationDefaults
+    from llama_ext.runtime.adapted import AdapterChoice
     from llama_ext.runtime.model import LlamaForCausalLM
 
 __all__ = ["DEFAULT_BATCH_SIZE", "DEFAULT_NEW_TOKENS", "GenerateOptions", "GenerationPlan", "plan_generation"]
@@ -58,6 +59,7 @@ class GenerateOptions(TypedDict, total=False):
     draft_model: LlamaForCausalLM | None
     num_assistant_tokens: int | None
     generation_config: GenerationDefaults | Mapping[str, object] | None
+    adapter: AdapterChoice
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class GenerationPlan:
         pad: The token that fills up a batch, where the checkpoint's or the caller's generation config names one.
         max_batch_size: Sequences that run at once.
         speculation: How to guess tokens ahead.
+        adapter: The adapter of each prompt; None: the active one.
     """
 
     max_new_tokens: int | None
@@ -97,6 +100,7 @@ class GenerationPlan:
     pad: int | None
     max_batch_size: int = DEFAULT_BATCH_SIZE
     speculation: Speculation = NO_SPECULATION
+    adapter: AdapterChoice = None
 
     def new_tokens(self, prompt: int, context: int, what: str = "the prompt") -> int:
         """How many tokens to generate after a prompt of `prompt` tokens.
@@ -228,6 +232,7 @@ def plan_generation(
             vocabulary=vocabulary,
             beam_search=hint if beams > 1 else None,
         ),
+        adapter=_adapter(options.get("adapter")),
     )
 
 
@@ -314,6 +319,17 @@ def _check_beams(beams: int, returned: int, sampling: Mapping[str, object], stop
     for name, value in neutral.items():
         if sampling[name] != value:
             raise UnsupportedError(f"{name} is not supported with beam search in this version{hint}")
+
+
+def _adapter(value: object) -> AdapterChoice:
+    """Only whether it can be one; which adapters there are, the model knows."""
+    if value is None or isinstance(value, str):
+        return value
+    given = list(value) if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)) else [value, 0]
+    names = [name for name in given if name is None or isinstance(name, str)]
+    if len(names) != len(given):
+        raise OptionError(f"adapter must be a name, or a list with a name or None for each prompt, got {value!r}")
+    return names
 
 
 def _stop_strings(value: object) -> tuple[str, ...]:

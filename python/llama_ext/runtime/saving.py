@@ -27,15 +27,15 @@ from llama_ext.runtime.tokenizer import Tokenizer
 from llama_ext.runtime.weight_types import is_quantized
 
 if TYPE_CHECKING:
-    from llama_ext.runtime.model import LlamaForCausalLM
+    from llama_ext.runtime.loaded_model import LoadedModel
 
 __all__ = ["save_core", "save_files", "save_model"]
 
 _CONFIG_FILE = "config.json"
 
 
-def save_model(model: LlamaForCausalLM, directory: str | os.PathLike[str]) -> None:
-    """The body of `LlamaForCausalLM.save_pretrained`."""
+def save_model(model: LoadedModel, directory: str | os.PathLike[str]) -> None:
+    """The weights of a model, without its adapters, and what belongs to them."""
     save_core(directory, model._core, model.config, model.tokenizer, model.generation_defaults)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from llama_ext import _core
 from llama_ext._arrays import IntArray, as_whole, token_ids
 from llama_ext.errors import ContextLengthError, DTypeError, OptionError
 from llama_ext.runtime.progress import ProgressBar
@@ -82,7 +83,7 @@ def loglikelihood(
             f"loglikelihood: context and continuation have {tokens.size} tokens, the model's context is {limit}. "
             "Shorten the context: nothing is cut silently"
         )
-    scores, greedy = model._core.score(tokens, first)
+    scores, greedy = model._core.score(tokens, first, adapter=_active(model))
     return LogLikelihood(math.fsum(scores.tolist()), bool(greedy.all()))
 
 
@@ -103,9 +104,10 @@ def perplexity(
     if total == 0:
         raise OptionError("perplexity: there is nothing to score: each text needs at least two tokens, BOS included")
     sums = []
+    adapter = _active(model)
     with ProgressBar("Scoring", total, "tokens") as bar:
         for document, (begin, first, end) in planned:
-            scores, _ = model._core.score(document[begin:end], first - begin, bar.advance)
+            scores, _ = model._core.score(document[begin:end], first - begin, bar.advance, adapter)
             sums.append(math.fsum(scores.tolist()))
     nats = -math.fsum(sums)
     loss = nats / total
@@ -116,6 +118,10 @@ def perplexity(
         tokens=total,
         bytes=nbytes,
     )
+
+
+def _active(model: LlamaForCausalLM) -> _core.Adapter | None:
+    return next(iter(model._core_adapters(None, 1)), None)
 
 
 def windows(tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:

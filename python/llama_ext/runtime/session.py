@@ -29,9 +29,14 @@ class Session:
     One thread at a time may use it; any number of sessions share a model.
     """
 
-    def __init__(self, model: LlamaForCausalLM, core: _core.Session) -> None:
+    def __init__(
+        self, model: LlamaForCausalLM, core: _core.Session, weights: _core.Model, adapter: _core.Adapter | None
+    ) -> None:
         self._model = model
         self._core = core
+        # Those it was opened with: a model gets others when an adapter is added or merged, or when it is trained.
+        self._weights = weights
+        self._adapter = adapter
 
     @property
     def length(self) -> int:
@@ -121,7 +126,7 @@ class Session:
         capacity = _capacity(self._model, max_length, self.max_length)
         if capacity < self.length:
             raise ContextLengthError(f"fork: max_length={capacity} has no room for the {self.length} tokens held")
-        return Session(self._model, self._core.fork(capacity))
+        return Session(self._model, self._core.fork(capacity), self._weights, self._adapter)
 
     def generate(self, prompt: str | Sequence[int] | IntArray, **options: Unpack[GenerateOptions]) -> str:
         """Goes on with the session after a prompt, and keeps both.
@@ -160,7 +165,7 @@ class Session:
             OptionError: More than one prompt or sequence, or as `LlamaForCausalLM.generate`.
             UnsupportedError: Beam search.
         """
-        return self._keeping_the_last(generate_in_session(self._model, self._core, prompt, options))
+        return self._keeping_the_last(generate_in_session(self._model, self._core, self._weights, prompt, options))
 
     def _keeping_the_last(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
         last = None
@@ -185,7 +190,7 @@ class Session:
         Raises:
             OSError: It cannot be written.
         """
-        write_session(path, self._model, self._core)
+        write_session(path, self._model, self._core, self._adapter)
 
     def __len__(self) -> int:
         return self.length
@@ -194,23 +199,28 @@ class Session:
         return f"<Session {self.length} of {self.max_length} tokens, {self.kv_dtype} KV cache, {self.nbytes} bytes>"
 
 
-def new_session(model: LlamaForCausalLM, max_length: int | None, kv_dtype: str | None) -> Session:
+def new_session(model: LlamaForCausalLM, max_length: int | None, kv_dtype: str | None, adapter: str | None) -> Session:
     """The body of `LlamaForCausalLM.session`."""
     capacity = _capacity(model, max_length, model.config.max_position_embeddings)
-    return Session(model, _core.Session(model._core, capacity, kv_dtype or model.kv_dtype))
+    if adapter is not None and not isinstance(adapter, str):
+        raise OptionError(f"adapter must be the name of one, got {adapter!r}: a session is one sequence")
+    chosen = next(iter(model._core_adapters(adapter, 1)), None)
+    weights = model._core
+    return Session(model, _core.Session(weights, capacity, kv_dtype or model.kv_dtype, chosen), weights, chosen)
 
 
 def load_session(model: LlamaForCausalLM, path: str | os.PathLike[str], max_length: int | None) -> Session:
     """The body of `LlamaForCausalLM.load_session`."""
-    with read_session(path, model) as saved:
+    weights, adapter = model._core, next(iter(model._core_adapters(None, 1)), None)
+    with read_session(path, model, adapter) as saved:
         capacity = _capacity(model, max_length, min(saved.capacity, model.config.max_position_embeddings))
         if capacity < saved.tokens.size:
             raise ContextLengthError(
                 f"{os.fspath(path)} holds {saved.tokens.size} tokens, max_length={capacity} has no room for them"
             )
-        core = _core.Session(model._core, capacity, saved.kv_dtype)
+        core = _core.Session(weights, capacity, saved.kv_dtype, adapter)
         core.restore(saved.tokens, saved.layer)
-    return Session(model, core)
+    return Session(model, core, weights, adapter)
 
 
 def _capacity(model: LlamaForCausalLM, max_length: int | None, default: int) -> int:

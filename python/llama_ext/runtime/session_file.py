@@ -56,6 +56,18 @@ def fingerprint(model: LlamaForCausalLM) -> str:
     return model._fingerprint
 
 
+def _identity(model: LlamaForCausalLM, adapter: _core.Adapter | None) -> str:
+    """The fingerprint of a model together with an adapter."""
+    if adapter is None:
+        return fingerprint(model)
+    digest = hashlib.blake2b(fingerprint(model).encode(), digest_size=32)
+    for slot, rank, scale in adapter.slots():
+        digest.update(f"/{slot}/{rank}/{scale!r}/".encode())
+        for which in "AB":
+            digest.update(np.ascontiguousarray(adapter.read(slot, which)).data)
+    return digest.hexdigest()
+
+
 def _sampled(values: Array) -> Iterator[npt.NDArray[np.uint8]]:
     data = values.reshape(-1).view(np.uint8)
     if data.size <= _BLOCKS * _BLOCK:
@@ -66,7 +78,9 @@ def _sampled(values: Array) -> Iterator[npt.NDArray[np.uint8]]:
         yield data[begin : begin + _BLOCK]
 
 
-def write_session(path: str | os.PathLike[str], model: LlamaForCausalLM, core: _core.Session) -> None:
+def write_session(
+    path: str | os.PathLike[str], model: LlamaForCausalLM, core: _core.Session, adapter: _core.Adapter | None = None
+) -> None:
     """Writes a session, whole or not at all."""
     config = model.config
     tokens = core.tokens
@@ -86,7 +100,7 @@ def write_session(path: str | os.PathLike[str], model: LlamaForCausalLM, core: _
         "tokens": json.dumps(tokens, separators=(",", ":")),
         "max_length": str(core.capacity),
         "kv_dtype": core.kv_dtype,
-        "model": fingerprint(model),
+        "model": _identity(model, adapter),
     }
     # The user named this file: a link at its path stays one.
     write_safetensors(os.path.realpath(path), tensors, metadata)
@@ -101,22 +115,24 @@ class SavedSession:
         kv_dtype: "float32", "bfloat16" or "int8".
     """
 
-    def __init__(self, path: str | os.PathLike[str], model: LlamaForCausalLM) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], model: LlamaForCausalLM, adapter: _core.Adapter | None = None
+    ) -> None:
         self._file = SafetensorsFile(path)
         try:
-            self._check(os.fspath(path), model)
+            self._check(os.fspath(path), model, adapter)
         except BaseException:
             self._file.close()
             raise
 
-    def _check(self, path: str, model: LlamaForCausalLM) -> None:
+    def _check(self, path: str, model: LlamaForCausalLM, adapter: _core.Adapter | None) -> None:
         metadata = self._file.metadata
         if metadata.get("format") != _FORMAT:
             found = metadata.get("format", "nothing")[:80]
             raise FormatError(f"not a saved session: its format must be {_FORMAT!r}, got {found!r}", path=path)
-        if metadata.get("model") != fingerprint(model):
+        if metadata.get("model") != _identity(model, adapter):
             raise FormatError(
-                "saved with another model, other weights or another dtype: its keys and values mean nothing to this one",
+                "saved with another model, other weights, another adapter or another dtype: its keys and values mean nothing to this one",
                 path=path,
                 field="model",
             )
@@ -166,11 +182,13 @@ class SavedSession:
         self._file.close()
 
 
-def read_session(path: str | os.PathLike[str], model: LlamaForCausalLM) -> SavedSession:
+def read_session(
+    path: str | os.PathLike[str], model: LlamaForCausalLM, adapter: _core.Adapter | None = None
+) -> SavedSession:
     """Opens what `write_session` wrote.
 
     Raises:
         FormatError: The file is malformed, or of another model.
         LimitError: A number in it is beyond the limits.
     """
-    return SavedSession(path, model)
+    return SavedSession(path, model, adapter)

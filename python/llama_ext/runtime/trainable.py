@@ -129,7 +129,7 @@ class Trainable:
         log_file: str | os.PathLike[str] | None = None,
         peak_flops: float | None = None,
     ) -> History:
-        """Trains all weights, from new moments of the optimiser on. The weights become float32.
+        """Trains all weights, which become float32; or, where an adapter is active, the adapter alone. Moments begin anew.
 
         The loss of a step is the sum of negative log-likelihoods over the number of labels that count, of the whole step: neither
         lengths of texts nor `grad_accum` weigh anything.

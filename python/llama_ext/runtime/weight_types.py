@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from llama_ext._arrays import is_whole
 from llama_ext.errors import OptionError
-from llama_ext.models.llama import TensorSpec
+from llama_ext.models.llama import CLASSIFIER_HEAD, TensorSpec
 
 __all__ = ["DTYPES", "GROUP_SIZES", "WeightType", "WeightTypes", "choose_types", "float_types", "group_for"]
 
@@ -66,6 +66,9 @@ def choose_types(
     types: WeightTypes = {}
     for spec in specs:
         if len(spec.shape) == 2:
+            if spec.name == CLASSIFIER_HEAD:  # a few rows, which are trained
+                types[spec.slot] = ("float32", 0)
+                continue
             kept = "int8" if spec.slot in _KEPT_AT_INT8 else requested
             types[spec.slot] = (kept + suffix, group_size or group_for(spec.shape[1]))
     types[""] = (requested + suffix, group_size or GROUP_SIZES[0])

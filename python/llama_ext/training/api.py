@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llama_ext import _core
-from llama_ext._arrays import FloatArray
+from llama_ext._arrays import FloatArray, IntArray
 from llama_ext.errors import ContextLengthError, NumericError, OptionError
 from llama_ext.runtime.logits import id_block
 from llama_ext.training.batches import IGNORED, Batch, Row, Source, collate
@@ -19,6 +19,7 @@ from llama_ext.training.history import Evaluation, History, smoothed
 from llama_ext.training.loop import Run, RunSettings, StepResult, accumulate, clip_scale, perplexity_of
 from llama_ext.training.model import ModelWeights, new_trainer, parameter_names, trainable_copy, use_trainable_core
 from llama_ext.training.options import TrainOptions, number, whole
+from llama_ext.training.tuning import TunedWeights, tuning_trainer
 
 if TYPE_CHECKING:
     from llama_ext.runtime.model import LlamaForCausalLM
@@ -46,7 +47,9 @@ class Training:
 
     options: TrainOptions
     trainer: _core.Trainer | None = None
-    core: _core.Model | None = None  # of the trainer
+    # Of the trainer.
+    core: _core.Model | None = None
+    adapter: _core.Adapter | None = None
 
 
 def compile_model(model: LlamaForCausalLM, **options: Any) -> None:
@@ -94,7 +97,11 @@ def fit(
             held_out, answers = validation_data
         validation = read_data(held_out, answers, dataclasses.replace(reading, pack=False))
     # Its moments would be those of other weights.
-    training.trainer = training.core = None
+    training.trainer = training.core = training.adapter = None
+    name = model.active_adapter
+    if name is not None:
+        trainer, weights = tuning_trainer(model, training.options, name), TunedWeights(model, name)
+        return Run(trainer, weights, training.options, checked, source, validation).go()
     core = use_trainable_core(model)
     trainer = new_trainer(core, training.options)
     return Run(trainer, ModelWeights(model), training.options, checked, source, validation).go()
@@ -107,7 +114,7 @@ def evaluate(model: LlamaForCausalLM, x: object, y: object, *, batch_size: int, 
     losses: list[float] = []
     counted = correct = 0
     for batch, sequences in _groups(source, batch_size, _LOGITS // (4 * model.config.vocab_size)):
-        for logits, labels in zip(model._core.logits(sequences), np.split(*_cuts(batch)), strict=True):
+        for logits, labels in zip(_logits(model, sequences), np.split(*_cuts(batch)), strict=True):
             keep = np.flatnonzero(labels != IGNORED)
             kept = np.ascontiguousarray(logits[keep])
             wanted = np.ascontiguousarray(labels[keep])
@@ -120,6 +127,10 @@ def evaluate(model: LlamaForCausalLM, x: object, y: object, *, batch_size: int, 
     if not math.isfinite(mean):
         raise NumericError(f"the loss is {mean}: a logit or a weight is not finite")
     return Evaluation(mean, correct / counted, perplexity_of(mean), counted)
+
+
+def _logits(model: LlamaForCausalLM, sequences: list[IntArray]) -> list[FloatArray]:
+    return model._core.logits(sequences, model._core_adapters(None, len(sequences)))
 
 
 def _groups(source: Source, batch_size: int, tokens: int) -> Any:
@@ -155,9 +166,12 @@ def train_step(model: LlamaForCausalLM, input_ids: object, labels: object) -> St
     training = _training(model)
     options = training.options
     batch = _block(model, input_ids, labels)
-    core = use_trainable_core(model)
-    if training.trainer is None or training.core is not core:
-        training.trainer, training.core = new_trainer(core, options), core
+    name = model.active_adapter
+    adapter = None if name is None else model._loaded(name).core
+    core = use_trainable_core(model) if name is None else model._core
+    if training.trainer is None or training.core is not core or training.adapter is not adapter:
+        training.trainer = tuning_trainer(model, options, name)
+        training.core, training.adapter = core, adapter
     trainer = training.trainer
     try:
         result = accumulate(trainer, [batch], 0, trainer.steps)
@@ -188,6 +202,9 @@ def loss_and_gradients(
     model: LlamaForCausalLM, input_ids: object, labels: object
 ) -> tuple[float, dict[str, FloatArray]]:
     """The body of `loss_and_gradients`."""
+    model._refuse_active(
+        "loss_and_gradients gives the gradients of the base's weights", "train_step trains the adapter"
+    )
     batch = _block(model, input_ids, labels)
     core = model._core
     if core.dtype != "float32" or not core.separate_gate_up:
@@ -226,6 +243,7 @@ def lr_find(
     context: int | None,
 ) -> LearningRates:
     """The body of `lr_find`."""
+    model._refuse_active("lr_find tries learning rates of the base", "delete_adapter forgets it")
     steps = whole("steps", steps, 2)
     batch_size = whole("batch_size", batch_size, 1)
     seed = whole("seed", seed, 0, 2**64 - 1)

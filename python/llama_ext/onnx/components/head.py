@@ -62,5 +62,5 @@ def score(g: Graph, x: Value, input_ids: Value, mask: Value, weights: Weights) -
         last = g.op("ArgMax", slots, axis=1, keepdims=1)
         x = g.op("GatherND", x, last, batch_dims=1)
     narrow = g.dtype != "float32"
-    scores = linear(g, x, weights, "score", output=None if narrow else LOGITS)
+    scores = linear(g, x, weights, "head", output=None if narrow else LOGITS)
     return g.op("Cast", scores, output=LOGITS, to=g.element("float32")) if narrow else scores

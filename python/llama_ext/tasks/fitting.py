@@ -1,0 +1,102 @@
+"""One run of training for a task: the loop of `llama_ext.training`, over the weights and adapter that the task trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from llama_ext import _core
+from llama_ext.errors import OptionError
+from llama_ext.models.lora import LoRA
+from llama_ext.runtime.loaded_model import LoadedModel
+
+if TYPE_CHECKING:
+    from llama_ext.training.batches import Example
+    from llama_ext.training.history import History
+    from llama_ext.training.options import TrainOptions
+
+__all__ = ["fit_adapter", "fit_whole"]
+
+
+def fit_whole(
+    model: LoadedModel,
+    examples: Sequence[Example],
+    validation: Sequence[Example] | None,
+    options: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> History:
+    """Trains all weights, which become float32 first. Arguments and errors: as `fit_adapter`."""
+    from llama_ext.training.model import trainable_copy
+    from llama_ext.training.options import TrainOptions
+    from llama_ext.training.tuning import tuning_trainer
+
+    checked = TrainOptions(**options)
+    core = model._core
+    if core.dtype != "float32" or not core.separate_gate_up:
+        model._core = trainable_copy(core)
+    model._fingerprint = None
+    trainer = tuning_trainer(model, checked, None)
+    return _run(model, trainer, None, examples, validation, checked, settings)
+
+
+def fit_adapter(
+    model: LoadedModel,
+    name: str,
+    lora: LoRA | None,
+    examples: Sequence[Example],
+    validation: Sequence[Example] | None,
+    options: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> History:
+    """Trains an adapter of a model, and a classifier's head with it; everything else stays as it is.
+
+    Args:
+        model: The model.
+        name: Of the adapter.
+        lora: What to adapt, where there is no adapter of this name yet.
+        examples: Sequences and their labels.
+        validation: To be scored after each epoch, or None.
+        options: Of `LlamaForCausalLM.compile`.
+        settings: Of `LlamaForCausalLM.fit`: batch_size, epochs, max_steps, grad_accum, seed, checkpoint_dir, ...
+
+    Returns:
+        What happened.
+
+    Raises:
+        OptionError: An option is unknown or out of range.
+        NumericError: The loss is not finite.
+        CheckpointError: A checkpoint to go on from is of another run.
+    """
+    from llama_ext.training.options import TrainOptions
+    from llama_ext.training.tuning import remember_head, tuning_trainer
+
+    checked = TrainOptions(**options)
+    if name not in model.adapters:
+        if lora is None:
+            raise OptionError(f"there is no adapter {name!r} yet: pass adapter=llama_ext.LoRA(...)")
+        model.add_adapter(name, lora, seed=int(settings.get("seed", 0)))
+    model.set_adapter(name)
+    trainer = tuning_trainer(model, checked, name)
+    try:
+        return _run(model, trainer, name, examples, validation, checked, settings)
+    finally:
+        remember_head(model, name)
+
+
+def _run(
+    model: LoadedModel,
+    trainer: _core.Trainer,
+    adapter: str | None,
+    examples: Sequence[Example],
+    validation: Sequence[Example] | None,
+    options: TrainOptions,
+    settings: Mapping[str, Any],
+) -> History:
+    from llama_ext.training.batches import Examples
+    from llama_ext.training.loop import Run, RunSettings
+    from llama_ext.training.tuning import TunedWeights
+
+    source = Examples([(example,) for example in examples])
+    held_out = None if validation is None else Examples([(example,) for example in validation])
+    weights = TunedWeights(model, adapter)
+    return Run(trainer, weights, options, RunSettings(**settings), source, held_out).go()

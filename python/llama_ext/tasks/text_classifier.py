@@ -1,0 +1,337 @@
+"""`TextClassifier`: texts and labels in, a classifier out."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llama_ext._arrays import FloatArray, as_whole
+from llama_ext.errors import FormatError, OptionError, ShapeError
+from llama_ext.io.atomic import atomic_write
+from llama_ext.io.json_file import read_json_object
+from llama_ext.io.peft import CONFIG_FILE, read_adapter_base
+from llama_ext.models.fields import shown
+from llama_ext.models.lora import LoRA
+from llama_ext.runtime.classifier import LlamaForSequenceClassification, checked_labels
+from llama_ext.runtime.model import LlamaForCausalLM
+from llama_ext.tasks.classification_report import ClassificationReport
+from llama_ext.tasks.fitting import fit_adapter, fit_whole
+
+if TYPE_CHECKING:
+    from llama_ext.training.batches import Example
+    from llama_ext.training.history import History
+
+__all__ = ["TextClassifier"]
+
+# Beside an adapter: what adapter_config.json has no word for.
+_FILE = "classifier.json"
+_IGNORED = -100
+
+# A label: its name, or its index.
+Label = str | int
+
+
+class TextClassifier:
+    """Learns to give texts their labels.
+
+    Args:
+        base: A language model, its path or Hub id; or a `LlamaForSequenceClassification`, or the path of one, to go on with.
+        labels: The names of the labels; None: those of a classifier.
+        seed: Of the head of a new classifier, in [0, 2^64).
+
+    Attributes:
+        model: The classifier.
+        adapter: The name of the adapter that `fit` trains when it is asked to.
+
+    Raises:
+        OptionError: Labels are no names, fewer than two, or given twice; or a language model without labels.
+        FormatError and others: As `LlamaForSequenceClassification.from_pretrained`.
+    """
+
+    adapter = "classifier"
+
+    def __init__(
+        self,
+        base: LlamaForCausalLM | LlamaForSequenceClassification | str | os.PathLike[str],
+        labels: Sequence[str] | None = None,
+        *,
+        seed: int = 0,
+    ) -> None:
+        self._base = base if isinstance(base, (str, os.PathLike)) else None
+        if isinstance(base, LlamaForSequenceClassification):
+            if labels is not None and checked_labels(labels) != base.labels:
+                raise OptionError(f"the classifier has the labels {shown(base.labels)}, not {shown(labels)}")
+            self.model = base
+        elif isinstance(base, LlamaForCausalLM):
+            if labels is None:
+                raise OptionError("labels=[...] are needed to make a classifier of a language model")
+            self.model = LlamaForSequenceClassification.from_base(base, labels, seed=seed)
+        else:
+            self.model = LlamaForSequenceClassification.from_pretrained(base, labels=labels, seed=seed)
+
+    @property
+    def labels(self) -> list[str]:
+        """The names of the labels, by index."""
+        return self.model.labels
+
+    def fit(
+        self,
+        texts: Sequence[str],
+        labels: Sequence[Label],
+        *,
+        adapter: LoRA | None = None,
+        epochs: int = 3,
+        lr: float = 1e-3,
+        batch_size: int = 16,
+        validation_data: tuple[Sequence[str], Sequence[Label]] | None = None,
+        class_weights: Mapping[Label, float] | str | None = None,
+        seed: int = 0,
+        options: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> History:
+        """Learns from texts and their labels.
+
+        Args:
+            texts: The texts.
+            labels: A name or an index for each.
+            adapter: Train this adapter and the head (the base stays as it is), instead of all weights. After the first call the
+                adapter is there, and None goes on with it.
+            epochs: How often the data is seen.
+            lr: The highest learning rate, reached after a tenth of the steps; from there it falls as a cosine.
+            batch_size: Texts of a step.
+            validation_data: Texts and labels that are scored after each epoch.
+            class_weights: How often a text of each label is seen in an epoch, relative to the others: {label: weight > 0}, where
+                labels that are not named have 1; or "balanced": labels with few texts are repeated until all are seen alike.
+                Texts are repeated whole times, and the rest is drawn by `seed`.
+            seed: Of the order, of dropout and of the adapter, in [0, 2^64).
+            options: Further ones of `LlamaForCausalLM.compile`.
+            **settings: Further ones of `LlamaForCausalLM.fit`: checkpoint_dir, resume, callbacks, verbose, max_steps, ...
+
+        Returns:
+            What happened, step by step.
+
+        Raises:
+            ShapeError: There are not as many labels as texts.
+            OptionError: A label is unknown, there is no text, or an option is out of range.
+            ContextLengthError: A text is longer than the model's context: nothing is cut.
+            UnsupportedError: All weights are to be trained and they are quantised: train an adapter.
+            NumericError: The loss is not finite.
+        """
+        indices = self._indices("labels", labels, len(texts))
+        examples = self._examples(texts, indices)
+        if not examples:
+            raise OptionError("there is nothing to learn: no text was given")
+        order = _repeats(indices, self._weights(class_weights, indices), seed)
+        validation = None
+        if validation_data is not None:
+            held_out, answers = validation_data
+            validation = self._examples(held_out, self._indices("validation_data's labels", answers, len(held_out)))
+        given = {"lr": lr, "warmup": 0.1, "weight_decay": 0.01, **(options or {})}
+        run = {"epochs": epochs, "batch_size": batch_size, "seed": seed, **settings}
+        chosen = [examples[index] for index in order]
+        there = self.model.adapters.get(self.adapter)
+        if adapter is not None and there is not None and there != adapter:
+            raise OptionError("there is another adapter already: make a new TextClassifier, or leave adapter out")
+        if adapter is None and there is None:
+            return fit_whole(self.model, chosen, validation, given, run)
+        return fit_adapter(self.model, self.adapter, adapter, chosen, validation, given, run)
+
+    def predict(self, texts: Sequence[str]) -> list[str]:
+        """The most likely label of each text.
+
+        Args:
+            texts: The texts.
+
+        Returns:
+            Names.
+
+        Raises:
+            DTypeError, OptionError, ContextLengthError: As `LlamaForSequenceClassification.scores`.
+        """
+        return self.model.predict(texts)
+
+    def predict_proba(self, texts: Sequence[str]) -> FloatArray:
+        """The probability of each label.
+
+        Args:
+            texts: The texts.
+
+        Returns:
+            (texts, labels) float32, each row sums to 1.
+
+        Raises:
+            DTypeError, OptionError, ContextLengthError: As `predict`.
+        """
+        return np.exp(_log_softmax(self.model.scores(texts))).astype(np.float32)
+
+    def evaluate(self, texts: Sequence[str], labels: Sequence[Label]) -> ClassificationReport:
+        """How good it is on texts whose labels are known.
+
+        Args:
+            texts: The texts.
+            labels: A name or an index for each.
+
+        Returns:
+            Accuracy, loss, precision, recall and F1 by label and on average, and the confusion matrix.
+
+        Raises:
+            ShapeError: There are not as many labels as texts.
+            OptionError: A label is unknown, or there is no text.
+            DTypeError, ContextLengthError: As `predict`.
+        """
+        indices = self._indices("labels", labels, len(texts))
+        if not indices:
+            raise OptionError("there is nothing to evaluate: no text was given")
+        logp = _log_softmax(self.model.scores(texts))
+        loss = -math.fsum(logp[range(len(indices)), indices].tolist()) / len(indices)
+        return ClassificationReport.from_indices(self.labels, indices, logp.argmax(axis=1).tolist(), loss)
+
+    def save(self, directory: str | os.PathLike[str], *, merge: bool = False) -> None:
+        """Writes the classifier.
+
+        Trained whole, or with `merge`, it is a directory that transformers' AutoModelForSequenceClassification loads. Trained as
+        an adapter, it is the adapter with its head in PEFT's format, and the labels in classifier.json: small, and to be loaded
+        together with its base.
+
+        Args:
+            directory: Created if it does not exist.
+            merge: Make the adapter a part of the weights first, of this classifier as well.
+
+        Raises:
+            UnsupportedError: An adapter is to be merged into quantised weights.
+            OSError: It cannot be written.
+        """
+        if merge and self.adapter in self.model.adapters:
+            self.model.merge_adapter(self.adapter)
+        if self.adapter not in self.model.adapters:
+            self.model.save_pretrained(directory)
+            return
+        self.model.save_adapter(directory, self.adapter, base=self._base)
+        with atomic_write(Path(directory) / _FILE) as file:
+            file.write((json.dumps({"labels": self.labels}, ensure_ascii=False, indent=2) + "\n").encode("utf-8"))
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | os.PathLike[str],
+        base: LlamaForCausalLM | LlamaForSequenceClassification | str | os.PathLike[str] | None = None,
+    ) -> TextClassifier:
+        """Reads what `save` wrote.
+
+        Args:
+            directory: A classifier, or an adapter.
+            base: The base of an adapter; None: what its adapter_config.json names.
+
+        Returns:
+            The classifier.
+
+        Raises:
+            OptionError: An adapter that names no base, and none is given.
+            FormatError, CheckpointError, UnsupportedError, LimitError: A file is malformed or does not fit.
+        """
+        folder = Path(directory)
+        if not (folder / CONFIG_FILE).exists():
+            if base is not None:
+                raise OptionError(f"{folder} is no adapter: it needs no base")
+            return cls(folder)
+        labels = _read_labels(folder / _FILE) if (folder / _FILE).exists() else None
+        found = base if base is not None else read_adapter_base(folder)
+        if found is None:
+            raise OptionError(f"{folder} is an adapter that names no base: pass base=")
+        if labels is None and isinstance(found, LlamaForCausalLM):
+            raise OptionError(
+                f"{folder} does not name its labels: make a TextClassifier of the base with labels=[...] first"
+            )
+        result = cls(found, labels)
+        result.model.load_adapter(folder, cls.adapter)
+        return result
+
+    # -- labels --------------------------------------------------------------------------------------------------------
+
+    def _examples(self, texts: Sequence[str], indices: Sequence[int]) -> list[Example]:
+        """The tokens of each text; the last one's label is the text's."""
+        from llama_ext.training.batches import Example
+
+        examples = []
+        for row, index in zip(self.model.encode(texts), indices, strict=True):
+            labels = np.full(row.size, _IGNORED, dtype=np.int32)
+            labels[-1] = index
+            examples.append(Example(row, labels))
+        return examples
+
+    def _indices(self, what: str, labels: Sequence[Label], texts: int) -> list[int]:
+        if isinstance(labels, (str, bytes)) or not isinstance(labels, (Sequence, np.ndarray)):
+            raise OptionError(f"{what} must be a list of names or indices, got {type(labels).__name__}")
+        if len(labels) != texts:
+            raise ShapeError(f"{what}: there are {len(labels)} for {texts} texts, one for each is needed")
+        known = {name: index for index, name in enumerate(self.labels)}
+        return [self._index(f"{what}[{place}]", label, known) for place, label in enumerate(labels)]
+
+    def _index(self, what: str, label: object, known: Mapping[str, int]) -> int:
+        number = known.get(label) if isinstance(label, str) else as_whole(label)
+        if number is None or not 0 <= number < len(known):
+            names = ", ".join(map(repr, self.labels[:8])) + (", ..." if len(known) > 8 else "")
+            raise OptionError(f"{what} is {shown(label)}, which is no label: {names}, or an index in [0, {len(known)})")
+        return number
+
+    def _weights(self, weights: Mapping[Label, float] | str | None, indices: Sequence[int]) -> npt.NDArray[np.float64]:
+        count = np.bincount(indices, minlength=len(self.labels))
+        result = np.ones(len(self.labels))
+        if weights is None:
+            return result
+        if isinstance(weights, str):
+            if weights != "balanced":
+                raise OptionError(f"class_weights must be a mapping or 'balanced', got {weights!r}")
+            return np.where(count > 0, count.max() / np.maximum(count, 1), 1.0)
+        if not isinstance(weights, Mapping):
+            raise OptionError(f"class_weights must be a mapping or 'balanced', got {type(weights).__name__}")
+        known = {name: index for index, name in enumerate(self.labels)}
+        pairs: list[tuple[Label, Any]] = list(weights.items())
+        for label, weight in pairs:
+            index = self._index("class_weights: a key", label, known)
+            if isinstance(weight, (bool, str)) or not 0 < weight <= _MOST_REPEATS:
+                raise OptionError(f"class_weights[{label!r}] must be a number in (0, {_MOST_REPEATS}], got {weight!r}")
+            result[index] = weight
+        return result
+
+
+# A text seen more often in an epoch is learned by heart.
+_MOST_REPEATS = 1000
+
+
+def _repeats(indices: Sequence[int], weights: npt.NDArray[np.float64], seed: int) -> list[int]:
+    """Which text to take how often: whole parts of its weight, and the rest by chance."""
+    number = as_whole(seed)
+    if number is None or not 0 <= number < 2**64:
+        raise OptionError(f"seed must be a whole number in [0, 2^64), got {seed!r}")
+    if (weights == 1.0).all():
+        return list(range(len(indices)))
+    rng = np.random.Generator(np.random.Philox(key=number))
+    wanted = np.minimum(weights[np.asarray(indices)], _MOST_REPEATS)
+    times = np.floor(wanted + rng.random(len(indices))).astype(np.int64)
+    found: list[int] = np.repeat(np.arange(len(indices)), times).tolist()
+    if not found:
+        raise OptionError("class_weights are so small that no text is left")
+    return found
+
+
+def _log_softmax(scores: FloatArray) -> npt.NDArray[np.float64]:
+    wide = scores.astype(np.float64)
+    wide -= wide.max(axis=1, keepdims=True, initial=-np.inf)
+    result: npt.NDArray[np.float64] = wide - np.log(np.exp(wide).sum(axis=1, keepdims=True))
+    return result
+
+
+def _read_labels(path: Path) -> list[str]:
+    values = read_json_object(path, what="a classifier's labels")
+    try:
+        return checked_labels(values.get("labels"))
+    except OptionError as error:
+        raise FormatError(str(error), path=str(path), field="labels") from error

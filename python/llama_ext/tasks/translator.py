@@ -1,0 +1,295 @@
+"""`Translator`: pairs of texts in, a translator out."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama_ext.errors import DTypeError, FormatError, OptionError
+from llama_ext.io.atomic import atomic_write
+from llama_ext.io.json_file import read_json_object
+from llama_ext.io.peft import CONFIG_FILE, read_adapter_base
+from llama_ext.models.fields import shown
+from llama_ext.models.lora import LoRA
+from llama_ext.runtime.model import LlamaForCausalLM
+from llama_ext.tasks.fitting import fit_adapter, fit_whole
+from llama_ext.tasks.translation_report import TranslationReport
+
+if TYPE_CHECKING:
+    from llama_ext.training.batches import Example
+    from llama_ext.training.history import History
+
+__all__ = ["PROMPT", "Translator"]
+
+PROMPT = "Translate this from {source} to {target}:\n{source}: {text}\n{target}:"
+
+# Beside the weights or the adapter: what the prompt is.
+_FILE = "translator.json"
+_NEW_TOKENS = 128
+_MOST_CHARACTERS = 2_000
+
+# A text and its translation.
+Pair = tuple[str, str]
+
+
+class Translator:
+    """Learns to translate from pairs of texts.
+
+    Args:
+        base: A language model with a tokenizer that has an end token, its path or its Hub id.
+        source: The language of the texts, as it stands in the prompt: "English".
+        target: The language of the translations.
+        prompt: What is put before a translation; {source}, {target} and {text} are filled in, {text} exactly once.
+
+    Attributes:
+        model: The language model.
+        adapter: The name of the adapter that `fit` trains when it is asked to.
+
+    Raises:
+        OptionError: A language is no name, the prompt lacks {text}, or the model has no tokenizer or no end token.
+        FormatError and others: As `LlamaForCausalLM.from_pretrained`.
+    """
+
+    def __init__(
+        self,
+        base: LlamaForCausalLM | str | os.PathLike[str],
+        source: str,
+        target: str,
+        *,
+        prompt: str = PROMPT,
+    ) -> None:
+        _check_texts(source, target, prompt)
+        self._base = base if isinstance(base, (str, os.PathLike)) else None
+        self.model = base if isinstance(base, LlamaForCausalLM) else LlamaForCausalLM.from_pretrained(base)
+        self.source, self.target, self.prompt = source, target, prompt
+        tokenizer = self.model.tokenizer
+        if tokenizer is None or tokenizer.eos_token_id is None:
+            raise OptionError("a translator needs a tokenizer with an EOS token, which ends a translation")
+        self.adapter = f"{source}-{target}"
+
+    def prompt_for(self, text: str) -> str:
+        """What the model sees of a text before it translates.
+
+        Args:
+            text: In the source language. A line break becomes a space, as the prompt is made of lines.
+
+        Raises:
+            DTypeError: It is no text.
+        """
+        if not isinstance(text, str):
+            raise DTypeError(f"a text to translate must be a str, got {type(text).__name__}")
+        # One by one: a text may hold "{target}".
+        before, after = self.prompt.split("{text}")
+        return self._filled(before) + " ".join(text.split()) + self._filled(after)
+
+    def _filled(self, part: str) -> str:
+        return part.replace("{source}", self.source).replace("{target}", self.target)
+
+    def fit(
+        self,
+        pairs: Sequence[Pair],
+        *,
+        adapter: LoRA | None = None,
+        epochs: int = 3,
+        lr: float = 1e-3,
+        batch_size: int = 16,
+        validation_data: Sequence[Pair] | None = None,
+        seed: int = 0,
+        options: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> History:
+        """Learns from pairs. The loss is that of the translation and its end, not of the prompt.
+
+        Args:
+            pairs: (text, translation).
+            adapter: Train this adapter (the base stays as it is), instead of all weights. After the first call the adapter is
+                there, and None goes on with it.
+            epochs: How often the data is seen.
+            lr: The highest learning rate, reached after a tenth of the steps; from there it falls as a cosine.
+            batch_size: Pairs of a step.
+            validation_data: Pairs that are scored after each epoch.
+            seed: Of the order, of dropout and of the adapter, in [0, 2^64).
+            options: Further ones of `LlamaForCausalLM.compile`.
+            **settings: Further ones of `LlamaForCausalLM.fit`: checkpoint_dir, resume, callbacks, verbose, max_steps, ...
+
+        Returns:
+            What happened, step by step.
+
+        Raises:
+            DTypeError: A pair is not two texts.
+            OptionError: There is no pair, or an option is out of range.
+            ContextLengthError: A pair is longer than the model's context: nothing is cut.
+            UnsupportedError: All weights are to be trained and they are quantised: train an adapter.
+            NumericError: The loss is not finite.
+        """
+        examples = self._examples("pairs", pairs)
+        if not examples:
+            raise OptionError("there is nothing to learn: no pair was given")
+        validation = None if validation_data is None else self._examples("validation_data", validation_data)
+        given = {"lr": lr, "warmup": 0.1, "weight_decay": 0.01, **(options or {})}
+        run = {"epochs": epochs, "batch_size": batch_size, "seed": seed, **settings}
+        there = self.model.adapters.get(self.adapter)
+        if adapter is not None and there is not None and there != adapter:
+            raise OptionError(
+                f"there is another adapter {self.adapter!r} already: delete_adapter it, or leave adapter out"
+            )
+        if adapter is None and there is None:
+            self.model.set_adapter(None)
+            return fit_whole(self.model, examples, validation, given, run)
+        return fit_adapter(self.model, self.adapter, adapter, examples, validation, given, run)
+
+    def _examples(self, what: str, pairs: Sequence[Pair]) -> list[Example]:
+        from llama_ext.training.data import Reading, pair_example
+
+        model = self.model
+        reading = Reading(
+            model.tokenizer, model.bos_token_id, model.config.vocab_size, model.config.max_position_embeddings
+        )
+        examples = []
+        for index, (text, translation) in enumerate(_checked(what, pairs)):
+            answer = " " + " ".join(translation.split())
+            examples.append(pair_example(self.prompt_for(text), answer, reading, what=f"{what}[{index}]"))
+        return examples
+
+    def translate(
+        self,
+        texts: str | Sequence[str],
+        *,
+        num_beams: int = 4,
+        length_penalty: float = 1.0,
+        max_new_tokens: int | None = None,
+    ) -> Any:
+        """Translates.
+
+        Args:
+            texts: A text or texts in the source language.
+            num_beams: Translations that are followed at a time; 1 takes the most likely token each time.
+            length_penalty: Of beams: score = sum of log probabilities / tokens ** length_penalty.
+            max_new_tokens: Of a translation, at most; None: 128, or what the context has room for.
+
+        Returns:
+            A translation, or a list of them.
+
+        Raises:
+            DTypeError: Not a text.
+            OptionError: A number is out of range.
+            ContextLengthError: A text is longer than the model's context.
+        """
+        single = isinstance(texts, str)
+        rows = [texts] if isinstance(texts, str) else list(texts)
+        options: dict[str, Any] = {"do_sample": False, "num_beams": num_beams, "repetition_penalty": 1.0}
+        if num_beams != 1:
+            options["length_penalty"] = length_penalty
+        options["adapter"] = [self.adapter if self.adapter in self.model.adapters else None] * len(rows)
+        limits = {"max_new_tokens": _NEW_TOKENS} if max_new_tokens is None else {}
+        if max_new_tokens is not None:
+            options["max_new_tokens"] = max_new_tokens
+        options["generation_config"] = limits
+        end = self.model.tokenizer.eos_token_id if self.model.tokenizer is not None else None
+        options["eos_token_id"] = [*dict.fromkeys([*self.model.eos_token_ids, *([] if end is None else [end])])]
+        outputs = self.model.generate([self.prompt_for(row) for row in rows], return_details=True, **options)
+        found = [(output.text or "").strip() for output in outputs]
+        return found[0] if single else found
+
+    def evaluate(self, pairs: Sequence[Pair], **options: Any) -> TranslationReport:
+        """How good it is on pairs.
+
+        Args:
+            pairs: (text, translation).
+            **options: Of `translate`.
+
+        Returns:
+            BLEU and chrF by sacreBLEU with their signatures, and the share that is exactly right.
+
+        Raises:
+            UnsupportedError: sacrebleu is not installed (extra `translate`).
+            DTypeError, OptionError, ContextLengthError: As `translate`.
+        """
+        checked = _checked("pairs", pairs)
+        if not checked:
+            raise OptionError("there is nothing to evaluate: no pair was given")
+        found = self.translate([text for text, _ in checked], **options)
+        return TranslationReport.from_texts(found, [" ".join(right.split()) for _, right in checked], self.target)
+
+    def save(self, directory: str | os.PathLike[str], *, merge: bool = False) -> None:
+        """Writes the translator: a model, or an adapter in PEFT's format; and its prompt in translator.json.
+
+        Args:
+            directory: Created if it does not exist.
+            merge: Make the adapter a part of the weights first, of this translator as well.
+
+        Raises:
+            UnsupportedError: An adapter is to be merged into quantised weights.
+            OptionError: Another adapter is active.
+            OSError: It cannot be written.
+        """
+        if merge and self.adapter in self.model.adapters:
+            self.model.merge_adapter(self.adapter)
+        if self.adapter in self.model.adapters:
+            self.model.save_adapter(directory, self.adapter, base=self._base)
+        else:
+            self.model.save_pretrained(directory)
+        values = {"source": self.source, "target": self.target, "prompt": self.prompt}
+        with atomic_write(Path(directory) / _FILE) as file:
+            file.write((json.dumps(values, ensure_ascii=False, indent=2) + "\n").encode("utf-8"))
+
+    @classmethod
+    def load(
+        cls, directory: str | os.PathLike[str], base: LlamaForCausalLM | str | os.PathLike[str] | None = None
+    ) -> Translator:
+        """Reads what `save` wrote.
+
+        Args:
+            directory: A model, or an adapter.
+            base: The base of an adapter; None: what its adapter_config.json names.
+
+        Returns:
+            The translator.
+
+        Raises:
+            OptionError: An adapter that names no base, and none is given.
+            FormatError, CheckpointError, UnsupportedError, LimitError: A file is malformed or does not fit.
+        """
+        folder = Path(directory)
+        values = read_json_object(folder / _FILE, what="a translator's translator.json")
+        is_adapter = (folder / CONFIG_FILE).exists()
+        if is_adapter and base is None:
+            base = read_adapter_base(folder)
+            if base is None:
+                raise OptionError(f"{folder} is an adapter that names no base: pass base=")
+        elif not is_adapter and base is not None:
+            raise OptionError(f"{folder} is no adapter: it needs no base")
+        texts = {name: values.get(name) for name in ("source", "target", "prompt")}
+        for name, value in texts.items():
+            if not isinstance(value, str):
+                raise FormatError(f"{name} must be a string, got {shown(value)}.", path=str(folder / _FILE), field=name)
+        source, target, prompt = (str(value) for value in texts.values())
+        result = cls(folder if base is None else base, source, target, prompt=prompt)
+        if is_adapter:
+            result.model.load_adapter(folder, result.adapter)
+        return result
+
+
+def _check_texts(source: object, target: object, prompt: object) -> None:
+    for name, value in (("source", source), ("target", target)):
+        if not isinstance(value, str) or not value.strip() or len(value) > 100:
+            raise OptionError(f"{name} must be the name of a language, got {shown(value)}")
+    if not isinstance(prompt, str) or prompt.count("{text}") != 1 or len(prompt) > _MOST_CHARACTERS:
+        raise OptionError(
+            f"prompt must hold {{text}} once, in at most {_MOST_CHARACTERS} characters, got {shown(prompt)}"
+        )
+
+
+def _checked(what: str, pairs: object) -> list[Pair]:
+    if isinstance(pairs, (str, bytes)) or not isinstance(pairs, Sequence):
+        raise DTypeError(f"{what} must be a list of (text, translation), got {type(pairs).__name__}")
+    result: list[Pair] = []
+    for index, pair in enumerate(pairs):
+        texts = [text for text in pair if isinstance(text, str)] if isinstance(pair, (tuple, list)) else []
+        if len(texts) != 2 or len(pair) != 2:
+            raise DTypeError(f"{what}[{index}] must be two texts, got {shown(pair)}")
+        result.append((texts[0], texts[1]))
+    return result
