@@ -90,7 +90,9 @@ KERNELS = [path for path in SOURCES if name_of(path).startswith(("cpu/kernels/",
 ALLOWED_IN_KERNELS = {"cstdint", "cstddef", "immintrin.h", "arm_neon.h"}
 # Loops that are written once for kernels and for the backends that have none.
 SHARED_LOOPS = {"ops/logits_loops.h", "quant/rounding.h"}
-HELD_TO_IT = [*KERNELS, CSRC / "cpu" / "kernel_table.h", *(CSRC / name for name in sorted(SHARED_LOOPS))]
+# The table that kernels export, and its part for training.
+TABLES = {"cpu/kernel_table.h", "cpu/training_kernels.h"}
+HELD_TO_IT = [*KERNELS, *(CSRC / name for name in sorted(TABLES)), *(CSRC / name for name in sorted(SHARED_LOOPS))]
 
 
 @pytest.mark.parametrize("path", HELD_TO_IT, ids=name_of)
@@ -98,7 +100,7 @@ def test_kernels_include_nothing_of_the_standard_library(path: Path) -> None:
     quoted, system = includes(path)
     assert set(system) <= ALLOWED_IN_KERNELS
     for included in quoted:
-        assert included in {"cpu/kernel_table.h", *SHARED_LOOPS} or included.startswith(("cpu/kernels/", "cpu/simd/"))
+        assert included in {*TABLES, *SHARED_LOOPS} or included.startswith(("cpu/kernels/", "cpu/simd/"))
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"\bstd::", re.sub(r"//.*", "", text))
     assert not re.search(r"\b(throw|new|malloc|printf|abort)\b", re.sub(r"//.*|\"[^\"\n]*\"", "", text))
@@ -146,8 +148,10 @@ def test_imports_point_downward(path: Path) -> None:
         assert not reaches(path, "cli"), "only the command line may use itself"
     if top not in {"cli", "onnx", "__init__"}:
         assert not reaches(path, "onnx"), "a model runs without its exporter"
-    if top not in {"cli", "training", "__init__"} and name != "runtime/trainable":
+    if top not in {"cli", "tasks", "training", "__init__"} and name != "runtime/trainable":
         assert not reaches(path, "training"), "a model runs without what trains it"
+    if top not in {"cli", "tasks", "__init__"}:
+        assert not reaches(path, "tasks"), "models and training know no tasks"
     if top in {"onnx", "training"}:
         assert not reaches(path, "ops")
     if top in {"models", "io"}:

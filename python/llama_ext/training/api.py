@@ -47,7 +47,9 @@ class Training:
 
     options: TrainOptions
     trainer: _core.Trainer | None = None
-    adapter: _core.Adapter | None = None  # of the trainer
+    # Of the trainer.
+    core: _core.Model | None = None
+    adapter: _core.Adapter | None = None
 
 
 def compile_model(model: LlamaForCausalLM, **options: Any) -> None:
@@ -95,7 +97,7 @@ def fit(
             held_out, answers = validation_data
         validation = read_data(held_out, answers, dataclasses.replace(reading, pack=False))
     # Its moments would be those of other weights.
-    training.trainer = None
+    training.trainer = training.core = training.adapter = None
     name = model.active_adapter
     if name is not None:
         trainer, weights = tuning_trainer(model, training.options, name), TunedWeights(model, name)
@@ -166,11 +168,10 @@ def train_step(model: LlamaForCausalLM, input_ids: object, labels: object) -> St
     batch = _block(model, input_ids, labels)
     name = model.active_adapter
     adapter = None if name is None else model._loaded(name).core
-    if name is None:
-        use_trainable_core(model)
-    if training.trainer is None or training.adapter is not adapter:
+    core = use_trainable_core(model) if name is None else model._core
+    if training.trainer is None or training.core is not core or training.adapter is not adapter:
         training.trainer = tuning_trainer(model, options, name)
-        training.adapter = adapter
+        training.core, training.adapter = core, adapter
     trainer = training.trainer
     try:
         result = accumulate(trainer, [batch], 0, trainer.steps)

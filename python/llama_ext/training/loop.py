@@ -79,7 +79,7 @@ class RunSettings:
         object.__setattr__(
             self,
             "verbose",
-            whole("verbose", int(self.verbose) if isinstance(self.verbose, bool) else self.verbose, 0, 2),
+            whole("verbose", int(self.verbose) if isinstance(self.verbose, bool) else self.verbose, 0, 1),
         )
         if self.peak_flops is not None:
             object.__setattr__(self, "peak_flops", number("peak_flops", self.peak_flops, above=0.0))

@@ -20,7 +20,7 @@ from llama_ext.training.token_file import tokenizer_hash
 if TYPE_CHECKING:
     from llama_ext.runtime.model import LlamaForCausalLM
 
-__all__ = ["ModelWeights", "new_trainer", "parameter_names", "trainable_copy", "use_trainable_core"]
+__all__ = ["ModelWeights", "fill", "new_trainer", "parameter_names", "trainable_copy", "use_trainable_core"]
 
 
 class ModelWeights:
@@ -43,19 +43,7 @@ class ModelWeights:
         saving.save_model(self._model, folder)
 
     def load(self, folder: Path) -> None:
-        # Not load_into, which fills only what a core does not have yet.
-        with loading.open_model(folder) as files:
-            slots = {slot for slot, _, _ in self._model._core.slots()}
-            found = {tensor.slot for tensor in files.tensors}
-            if slots != found:
-                raise CheckpointError(
-                    f"the checkpoint's tensors are not this model's: {', '.join(sorted(slots ^ found)[:4])}.",
-                    path=str(folder),
-                )
-            for tensor in files.tensors:
-                values, dtype = files.read(tensor)
-                self._model._core.load(tensor.slot, values, dtype)
-                files.release(tensor)
+        fill(self._model._core, folder)
 
     def describe(self) -> dict[str, Any]:
         config = self._model.config.to_dict()
@@ -75,6 +63,28 @@ class ModelWeights:
         )
         attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * context
         return 6.0 * products + 12.0 * attention
+
+
+def fill(core: _core.Model, folder: Path) -> None:
+    """Sets all weights of a core to those of a directory that `save_pretrained` wrote.
+
+    Raises:
+        CheckpointError: It has other tensors.
+        FormatError: It is no such directory, or damaged.
+    """
+    # Not load_into, which fills only what a core does not have yet.
+    with loading.open_model(folder) as files:
+        slots = {slot for slot, _, _ in core.slots()}
+        found = {tensor.slot for tensor in files.tensors}
+        if slots != found:
+            raise CheckpointError(
+                f"the checkpoint's tensors are not this model's: {', '.join(sorted(slots ^ found)[:4])}.",
+                path=str(folder),
+            )
+        for tensor in files.tensors:
+            values, dtype = files.read(tensor)
+            core.load(tensor.slot, values, dtype)
+            files.release(tensor)
 
 
 def parameter_names(model: LlamaForCausalLM) -> dict[str, str]:

@@ -11,8 +11,9 @@ from llama_ext import _core
 from llama_ext._arrays import FloatArray
 from llama_ext.io.peft import AdapterFiles
 from llama_ext.models.llama import EMBEDDING, tensor_specs
-from llama_ext.runtime import loading, saving
+from llama_ext.runtime import saving
 from llama_ext.runtime.loaded_model import LoadedModel
+from llama_ext.training.model import fill
 from llama_ext.training.options import TrainOptions
 
 __all__ = ["TunedWeights", "remember_head", "tuning_trainer"]
@@ -53,8 +54,7 @@ class TunedWeights:
 
     def load(self, folder: Path) -> None:
         if self._adapter is None:
-            with loading.open_model(folder) as files:
-                files.load_into(self._model._core)
+            fill(self._model._core, folder)
             return
         core = self._model._loaded(self._adapter).core
         with AdapterFiles(folder, self._model.config) as files:
