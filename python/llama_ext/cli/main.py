@@ -67,7 +67,19 @@ exit codes:
 
 def build_parser() -> Parser:
     """The parser of the whole command."""
-    from llama_ext.cli import bench, chat, convert, export_onnx, generate, info, perplexity, quantize, verify_onnx
+    from llama_ext.cli import (
+        bench,
+        chat,
+        classify,
+        convert,
+        export_onnx,
+        generate,
+        info,
+        perplexity,
+        quantize,
+        translate,
+        verify_onnx,
+    )
     from llama_ext.cli.common import Parser
 
     parser = Parser(prog="llama-ext", usage="llama-ext COMMAND [OPTIONS]", description=_DESCRIPTION, epilog=_EPILOG)
@@ -75,7 +87,19 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(
         prog="llama-ext", title="commands", metavar="COMMAND [OPTIONS]", dest="command", required=True
     )
-    for module in (info, generate, chat, bench, perplexity, quantize, convert, export_onnx, verify_onnx):
+    for module in (
+        info,
+        generate,
+        chat,
+        bench,
+        perplexity,
+        quantize,
+        convert,
+        export_onnx,
+        verify_onnx,
+        classify,
+        translate,
+    ):
         module.add_to(commands)
     return parser
 
