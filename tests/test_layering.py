@@ -146,13 +146,31 @@ def test_imports_point_downward(path: Path) -> None:
         assert not reaches(path, "cli"), "only the command line may use itself"
     if top not in {"cli", "onnx", "__init__"}:
         assert not reaches(path, "onnx"), "a model runs without its exporter"
-    if top == "onnx":
+    if top not in {"cli", "training", "__init__"} and name != "runtime/trainable":
+        assert not reaches(path, "training"), "a model runs without what trains it"
+    if top in {"onnx", "training"}:
         assert not reaches(path, "ops")
     if top in {"models", "io"}:
         assert not reaches(path, "runtime")
         assert not reaches(path, "ops")
     if top in {"errors", "limits", "_version"}:
         assert not [each for each in imports(path) if each.startswith("llama_ext") and "errors" not in each]
+
+
+def test_a_model_imports_what_trains_it_when_it_is_trained() -> None:
+    script = """
+        import sys
+        import llama_ext
+        config = llama_ext.LlamaConfig(
+            vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=16,
+        )
+        model = llama_ext.LlamaForCausalLM(config)
+        print([name for name in sys.modules if name.startswith("llama_ext.training")])
+        model.compile()
+        print("llama_ext.training.api" in sys.modules)
+    """
+    assert run_script(script).split() == ["[]", "True"]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_of)

@@ -12,7 +12,9 @@
 namespace llama_ext {
 namespace {
 
-constexpr int64_t kPackedRows = 512;  // packed at a time
+constexpr int64_t kPackedRows = 512;  // packed at a time, more where k is short
+// Rows whose sums are finished together, in the L1 cache.
+constexpr int64_t kFinishedRows = 96;
 // Panels of a task with few rows: about a megabyte, so that a thread which is held up leaves the rest to the others.
 constexpr int64_t kDecodePanels = 4;
 // Kernels of up to so many rows ask for what they read by themselves.
@@ -41,9 +43,13 @@ void CpuBackend::multiply(const Product& product) {
     multiply_rounded(product);
     return;
   }
-  for (int64_t row = 0; row < product.x.rows(); row += kPackedRows) {
-    multiply_rows(product, row, std::min(kPackedRows, product.x.rows() - row));
-  }
+  // As many activations as fill a block of k of 512 rows, in equal parts.
+  const int64_t rows = product.x.rows();
+  const GemmKernel& kernel = kernel_for(product.weight->type(), product.compute);
+  const int64_t depth = std::clamp<int64_t>(product.weight->k_padded(), kernel.k_block / 3, kernel.k_block);
+  const int64_t parts = ceil_div(rows, kPackedRows * kernel.k_block / depth);
+  const int64_t part = parts == 0 ? 0 : round_up(ceil_div(rows, parts), kernel.tile_rows);
+  for (int64_t row = 0; row < rows; row += part) multiply_rows(product, row, std::min(part, rows - row));
 }
 
 void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t count) {
@@ -75,10 +81,15 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
 
   const int64_t packed_bytes = round_up(count * kernel.packed_bytes(k_padded, group), 64);
   const int64_t sums = std::min(count, block_rows) * kPanel;
+  // Sums of a single block of k are finished at once.
+  const int64_t kept_panels = k_padded > k_block ? group_panels : 1;
+  const int64_t finished_rows = weight.type().is_quantized()
+                                    ? block_rows  // some of these kernels widen the panel for all their rows
+                                    : std::max<int64_t>(1, kFinishedRows / kernel.tile_rows) * kernel.tile_rows;
   // Rows of a tile must not meet in the same sets of a cache.
   const int64_t normed_stride = round_up(k, kPanel) + kPanel / 2;
   const int64_t normed_size = product.norm ? kernel.tile_rows * normed_stride : 0;
-  const int64_t floats = threads * std::max(group_panels * sums, normed_size);
+  const int64_t floats = threads * std::max(kept_panels * sums, normed_size);
   auto* packed = static_cast<char*>(thread_scratch(
       Scratch::kProduct, static_cast<size_t>(packed_bytes + floats * static_cast<int64_t>(sizeof(float)))));
   // Of each thread: a tile's normalised rows, then, once all are packed, its sums.
@@ -116,7 +127,7 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
     const int64_t rows = std::min(block_rows, count - row);
     const int64_t first = task / row_blocks * group_panels;
     const int64_t last = std::min(panels, first + group_panels);
-    float* c = all_floats + worker * group_panels * sums;
+    float* c = all_floats + worker * kept_panels * sums;
     int64_t k0 = 0;
     do {  // once even for k = 0, which zeroes the sums
       const int64_t depth = std::min(k_block, k_padded - k0);
@@ -127,14 +138,25 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
         const void* next = !has_next ? nullptr
                            : is_last ? weight.panel_at(first, k0 + depth)
                                      : weight.panel_at(panel + 1, k0);
-        float* panel_sums = c + (panel - first) * sums;
-        kernel.panel({rows, depth, group, packed_at(row, k0), weight.panel_at(panel, k0), panel_sums, kPanel, k0 > 0,
-                      next, weight.bytes_of(depth)});
-        if (k0 + depth < k_padded) continue;
-        kernels_.epilogue({product.epilogue, product.bias == nullptr ? nullptr : product.bias + panel * kPanel,
-                           product.y.row<float>(begin + row) + panel * width, product.y.row_stride(),
-                           std::min(width, y_columns - panel * width)},
-                          rows, panel_sums, kPanel);
+        float* panel_sums = c + (kept_panels == 1 ? 0 : panel - first) * sums;
+        const bool finishes = k0 + depth >= k_padded;
+        const int64_t step = finishes ? finished_rows : rows;
+        const int64_t row_bytes = kernel.packed_bytes(depth, group);
+        const int64_t next_bytes = weight.bytes_of(depth);
+        for (int64_t r = 0; r < rows; r += step) {
+          const int64_t height = std::min(step, rows - r);
+          // Each part of the rows asks for its part of what is next.
+          const int64_t from = next_bytes * r / rows / 64 * 64;
+          const int64_t to = r + height == rows ? next_bytes : next_bytes * (r + height) / rows / 64 * 64;
+          float* part_sums = panel_sums + r * kPanel;
+          kernel.panel({height, depth, group, packed_at(row, k0) + r * row_bytes, weight.panel_at(panel, k0), part_sums,
+                        kPanel, k0 > 0, next == nullptr ? nullptr : static_cast<const char*>(next) + from, to - from});
+          if (!finishes) continue;
+          kernels_.epilogue({product.epilogue, product.bias == nullptr ? nullptr : product.bias + panel * kPanel,
+                             product.y.row<float>(begin + row + r) + panel * width, product.y.row_stride(),
+                             std::min(width, y_columns - panel * width)},
+                            height, part_sums, kPanel);
+        }
       }
       k0 += k_block;
     } while (k0 < k_padded);

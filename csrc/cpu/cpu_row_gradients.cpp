@@ -11,6 +11,8 @@ namespace {
 constexpr int64_t kNormRows = 64;
 // Columns of a task that sums over rows: whole cache lines.
 constexpr int64_t kSumColumns = 32;
+// Columns of a task of embedding_backward.
+constexpr int64_t kEmbeddingColumns = 128;
 
 }  // namespace
 
@@ -35,8 +37,9 @@ void CpuBackend::swiglu_backward(const SwigluBackwardArgs& args) {
 void CpuBackend::dropout(const DropoutArgs& args) {
   check(args);
   const int64_t size = args.x.dim(1);
-  DropoutRow of_all{
-      .seed = args.seed, .threshold = dropout_threshold(args.p), .factor = static_cast<float>(args.scale / (1.0 - args.p))};
+  DropoutRow of_all{.seed = args.seed,
+                    .threshold = dropout_threshold(args.p),
+                    .factor = static_cast<float>(args.scale / (1.0 - args.p))};
   for_each_row(args.x.rows(), threads_for(2.0 * row_microseconds(args.x)), [&](int64_t row) {
     DropoutRow of_row = of_all;
     of_row.index = static_cast<uint64_t>(row * size);
@@ -103,15 +106,34 @@ void CpuBackend::embedding_backward(const EmbeddingBackwardArgs& args) {
   check(args);
   PanelMatrix& table = panel_matrix(*args.d_table);
   const auto* ids = static_cast<const int32_t*>(args.ids.data());
+  const int64_t tokens = args.ids.rows();
   const int64_t size = table.cols();
-  // Columns are shared out, not tokens: a row is summed in the order of tokens.
-  parallel_for(threads_for(8.0 * row_microseconds(args.d_y)), ceil_div(size, kSumColumns), [&](int64_t task, int) {
-    const int64_t begin = task * kSumColumns;
-    const int64_t end = std::min(size, begin + kSumColumns);
-    for (int64_t t = 0; t < args.ids.rows(); ++t) {
-      const float* d_y = args.d_y.row<float>(t);
-      float* row = table.panel<float>(ids[t] / kPanel) + ids[t] % kPanel;
-      for (int64_t k = begin; k < end; ++k) row[k * kPanel] += d_y[k];
+  // A row of the table has an element in each cache line of its panel: it is gathered once, not for each token. So tokens are
+  // sorted by their ids, those of an id in their own order.
+  auto* ends = static_cast<int64_t*>(
+      thread_scratch(Scratch::kSums, static_cast<size_t>(table.rows() + 1 + tokens) * sizeof(int64_t)));
+  int64_t* sorted = ends + table.rows() + 1;
+  std::fill(ends, ends + table.rows() + 1, int64_t{0});
+  for (int64_t t = 0; t < tokens; ++t) ++ends[ids[t] + 1];
+  for (int64_t id = 0; id < table.rows(); ++id) ends[id + 1] += ends[id];
+  for (int64_t t = 0; t < tokens; ++t) sorted[ends[ids[t]]++] = t;  // now ends[id] is where those of id end
+
+  const int64_t blocks = ceil_div(size, kEmbeddingColumns);
+  const double microseconds = 3.0 * row_microseconds(args.d_y) + static_cast<double>(table.panels()) / 10.0;
+  parallel_for(threads_for(microseconds), table.panels() * blocks, [&](int64_t task, int) {
+    const int64_t panel = task / blocks;
+    const int64_t begin = task % blocks * kEmbeddingColumns;
+    const int64_t columns = std::min(kEmbeddingColumns, size - begin);
+    float sums[kEmbeddingColumns];
+    for (int64_t id = panel * kPanel; id < std::min(table.rows(), (panel + 1) * kPanel); ++id) {
+      const int64_t first = id == 0 ? 0 : ends[id - 1];
+      if (first == ends[id]) continue;
+      float* row = table.panel<float>(panel) + begin * kPanel + id % kPanel;
+      for (int64_t k = 0; k < columns; ++k) sums[k] = row[k * kPanel];
+      for (int64_t i = first; i < ends[id]; ++i) {
+        kernels_.training.add(args.d_y.row<float>(sorted[i]) + begin, columns, sums);
+      }
+      for (int64_t k = 0; k < columns; ++k) row[k * kPanel] = sums[k];
     }
   });
 }

@@ -43,8 +43,10 @@ void test_generate();
 void test_quant();
 void test_kv_store();
 void test_threads();
+void test_matmul_backward();
 void test_training_ops();
 void test_causal_attention();
+void test_trainer();
 
 }  // namespace llama_ext::test
 

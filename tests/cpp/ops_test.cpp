@@ -364,8 +364,10 @@ int main() {
   test_quant();
   test_kv_store();
   test_threads();
+  test_matmul_backward();
   test_training_ops();
   test_causal_attention();
+  test_trainer();
   std::printf("%s: %d failed\n", failures == 0 ? "ok" : "FAILED", failures);
   return failures == 0 ? 0 : 1;
 }

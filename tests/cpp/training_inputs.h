@@ -89,4 +89,24 @@ inline TensorView flat(std::vector<float>& values) {
   return TensorView(values.data(), DType::kF32, {static_cast<int64_t>(values.size())});
 }
 
+inline void append(std::vector<float>& to, const std::vector<float>& from) {
+  to.insert(to.end(), from.begin(), from.end());
+}
+
+inline std::unique_ptr<Matrix> matrix_of(Backend& backend, Grid& grid, WeightType type) {
+  auto matrix = backend.create_matrix(grid.rows, grid.columns, type);
+  std::vector<float> values;
+  for (int64_t r = 0; r < grid.rows; ++r) {
+    for (int64_t c = 0; c < grid.columns; ++c) values.push_back(grid.at(r, c));
+  }
+  backend.write_rows(*matrix, {}, TensorView(values.data(), DType::kF32, {grid.rows, grid.columns}), {});
+  return matrix;
+}
+
+inline Grid read(Backend& backend, const Matrix& matrix) {
+  Grid grid(matrix.rows(), matrix.cols(), 0);
+  backend.read_rows(matrix, {}, grid.view());
+  return grid;
+}
+
 }  // namespace llama_ext::test

@@ -76,6 +76,13 @@ _OPTION_IN_TEXT = re.compile(
     + r")\b(?!=\S+ of the checkpoint)"
 )
 
+# What `fit` and `compile` say of their arguments, where the command has other words than dashes for underscores.
+_TRAINING_WORDS = {"max_steps": "steps", "validate_every": "eval-every", "peak_flops": "peak-gflops"}
+_TRAINING_OPTION = re.compile(
+    r"^(batch_size|epochs|max_steps|grad_accum|lr|warmup|weight_decay|dropout|skip_outliers|seed|validate_every|save_every"
+    r"|keep_last|patience|peak_flops|vocab_size)(?= must)"
+)
+
 _ESCAPES = {"\\n": "\n", "\\t": "\t", "\\r": "\r", "\\\\": "\\"}
 
 
@@ -231,7 +238,10 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def in_words_of_the_command(message: str) -> str:
     """A message of the library with its options spelled as on the command line."""
-    message = message.replace("do_sample=False", "--greedy")
+    message = message.replace("do_sample=False", "--greedy").replace("resume=True", "--resume")
+    message = _TRAINING_OPTION.sub(
+        lambda match: "--" + _TRAINING_WORDS.get(match[1], match[1]).replace("_", "-"), message
+    )
     return _OPTION_IN_TEXT.sub(lambda match: "--" + _SHORT.get(match[1], match[1]).replace("_", "-"), message)
 
 

@@ -48,8 +48,8 @@ _EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
 )
 
 _DESCRIPTION = """\
-Run Llama models on this machine's CPU. Without --model it is the small
-demonstration model that comes with the package."""
+Run and train Llama models on this machine's CPU. Without --model it is the
+small demonstration model that comes with the package."""
 
 _EPILOG = """\
 examples:
@@ -77,6 +77,7 @@ def build_parser() -> Parser:
         info,
         perplexity,
         quantize,
+        train,
         translate,
         verify_onnx,
     )
@@ -87,19 +88,9 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(
         prog="llama-ext", title="commands", metavar="COMMAND [OPTIONS]", dest="command", required=True
     )
-    for module in (
-        info,
-        generate,
-        chat,
-        bench,
-        perplexity,
-        quantize,
-        convert,
-        export_onnx,
-        verify_onnx,
-        classify,
-        translate,
-    ):
+    learning = (train, classify, translate)
+    files = (quantize, convert, export_onnx, verify_onnx)
+    for module in (info, generate, chat, bench, perplexity, *learning, *files):
         module.add_to(commands)
     return parser
 

@@ -33,11 +33,7 @@ def train_tokenizer(
     """The body of `Tokenizer.train`."""
     if kind not in ("bpe", "char"):
         raise OptionError(f"kind must be bpe or char, got {kind!r}")
-    names = [name for name in special.values() if name is not None]
-    for name in names:
-        if not isinstance(name, str) or not name:
-            raise OptionError(f"a special token must be a text that is not empty, got {name!r}")
-    names = list(dict.fromkeys(names))
+    names = list(dict.fromkeys(_name(token) for token in special.values() if token is not None))
     if kind == "char":
         return _characters(cls, texts, vocab_size, special, len(names), unknown)
     if unknown != "raise":
@@ -46,6 +42,12 @@ def train_tokenizer(
     backend = _bpe(_checked(texts), size, names)
     # Trained with its special tokens, which therefore have the first ids.
     return cls.from_tokenizers(backend, **_named(special))
+
+
+def _name(token: object) -> str:
+    if not isinstance(token, str) or not token:
+        raise OptionError(f"a special token must be a text that is not empty, got {token!r}")
+    return token
 
 
 def _named(special: Mapping[str, str | None]) -> dict[str, Any]:
@@ -96,7 +98,8 @@ def _bpe(texts: Iterable[str], size: int, special: list[str]) -> tokenizers.Toke
     listed = list(texts)
     with typed_errors("the tokenizer cannot be trained on these texts"):
         backend.train_from_iterator(listed, trainer)
-    return backend
+    result: tokenizers.Tokenizer = backend
+    return result
 
 
 def _characters(

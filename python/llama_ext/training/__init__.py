@@ -13,7 +13,7 @@ from llama_ext.training.callbacks import Callback, EarlyStopping, RunView
 from llama_ext.training.history import Evaluation, History, StepRecord, Validation
 from llama_ext.training.loop import StepResult
 from llama_ext.training.presets import PRESETS, Preset
-from llama_ext.training.token_file import TokenFile, write_token_file
+from llama_ext.training.token_file import TokenFile, TokenSlice, write_token_file
 
 __all__ = [
     "PRESETS",
@@ -27,6 +27,7 @@ __all__ = [
     "StepRecord",
     "StepResult",
     "TokenFile",
+    "TokenSlice",
     "Validation",
     "write_token_file",
 ]

@@ -14,7 +14,7 @@ from llama_ext.runtime.prompts import encode_text
 from llama_ext.runtime.scoring import encode_pair
 from llama_ext.runtime.tokenizer import Tokenizer
 from llama_ext.training.batches import IGNORED, Example, Examples, Row, Source, Stream, stream_of
-from llama_ext.training.token_file import ArrayReader, TokenFile
+from llama_ext.training.token_file import ArrayReader, TokenFile, TokenSlice
 
 __all__ = ["Reading", "block_examples", "document_examples", "packed", "pair_example", "read_data"]
 
@@ -50,7 +50,7 @@ def read_data(x: object, y: object, reading: Reading) -> Source:
         ContextLengthError: A pair, or a row of an array, is longer than the context.
         FormatError, LimitError: A token file does not fit the model.
     """
-    if isinstance(x, TokenFile):
+    if isinstance(x, (TokenFile, TokenSlice)):
         return _file(x, y, reading)
     if isinstance(x, np.ndarray) and x.ndim == 2:
         return Examples(_rows(block_examples(x, y, reading), reading), shuffle=reading.shuffle)
@@ -114,15 +114,16 @@ def _stream(tokens: IntArray, reading: Reading) -> Stream:
     return Stream(ArrayReader(tokens), reading.context, shuffle=reading.shuffle)
 
 
-def _file(file: TokenFile, y: object, reading: Reading) -> Stream:
+def _file(tokens: TokenFile | TokenSlice, y: object, reading: Reading) -> Stream:
     _no_labels(y, "a token file")
+    file = tokens.file if isinstance(tokens, TokenSlice) else tokens
     if file.vocabulary > reading.vocabulary:
         raise LimitError(
             f"{file.path} has a vocabulary of {file.vocabulary} tokens, the model one of {reading.vocabulary}. "
             "Was it prepared for another model?"
         )
     file.check_tokenizer(reading.tokenizer)
-    return Stream(file, reading.context, shuffle=reading.shuffle)
+    return Stream(tokens, reading.context, shuffle=reading.shuffle)
 
 
 # -- documents --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import numpy as np
 
 from llama_ext import _core
 from llama_ext._arrays import FloatArray
-from llama_ext.errors import UnsupportedError
+from llama_ext.errors import CheckpointError, UnsupportedError
 from llama_ext.models import ARCHITECTURES
 from llama_ext.models.llama import EMBEDDING
 from llama_ext.runtime import loading, saving
@@ -43,8 +43,19 @@ class ModelWeights:
         saving.save_model(self._model, folder)
 
     def load(self, folder: Path) -> None:
+        # Not load_into, which fills only what a core does not have yet.
         with loading.open_model(folder) as files:
-            files.load_into(self._model._core)
+            slots = {slot for slot, _, _ in self._model._core.slots()}
+            found = {tensor.slot for tensor in files.tensors}
+            if slots != found:
+                raise CheckpointError(
+                    f"the checkpoint's tensors are not this model's: {', '.join(sorted(slots ^ found)[:4])}.",
+                    path=str(folder),
+                )
+            for tensor in files.tensors:
+                values, dtype = files.read(tensor)
+                self._model._core.load(tensor.slot, values, dtype)
+                files.release(tensor)
 
     def describe(self) -> dict[str, Any]:
         config = self._model.config.to_dict()

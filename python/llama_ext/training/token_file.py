@@ -24,7 +24,7 @@ from llama_ext.limits import DEFAULT_LIMITS, Limits
 from llama_ext.runtime.tokenizer import Tokenizer
 from llama_ext.training.options import whole
 
-__all__ = ["ArrayReader", "TokenFile", "tokenizer_hash", "write_token_file"]
+__all__ = ["ArrayReader", "TokenFile", "TokenSlice", "is_token_file", "tokenizer_hash", "write_token_file"]
 
 _MAGIC = b"LLXTOKEN"
 _VERSION = 1
@@ -150,6 +150,47 @@ class TokenFile:
                 offset=32,
                 field="tokenizer",
             )
+
+
+def is_token_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins as a token file does; False where there is none."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(_MAGIC)) == _MAGIC
+    except OSError:
+        return False
+
+
+class TokenSlice:
+    """A part of a token file, as data of its own.
+
+    Args:
+        file: The file, which stays open as long as this is used.
+        begin, end: 0 <= begin <= end <= len(file).
+    """
+
+    def __init__(self, file: TokenFile, begin: int, end: int) -> None:
+        if not 0 <= begin <= end <= len(file):
+            raise OptionError(f"{file.path}: tokens [{begin}, {end}) are not in [0, {len(file)})")
+        self.file = file
+        self._begin = begin
+        self._end = end
+
+    def __len__(self) -> int:
+        return self._end - self._begin
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the file, and which part it is."""
+        return f"{self._begin}-{self._end}/{self.file.fingerprint}"
+
+    def read(self, begin: int, end: int) -> IntArray:
+        """Tokens [begin, end) of the part."""
+        return self.file.read(self._begin + begin, self._begin + end)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self.file.close()
 
 
 class ArrayReader:

@@ -1,0 +1,387 @@
+"""Checkpoints: whole or absent, and a run that goes on from one ends with the same bits as one that was not interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import llama_ext
+from bigram_runs import Made, MakeRun, bigram_run, documents
+from llama_ext.training import Callback, EarlyStopping
+from llama_ext.training.batches import Stream
+from llama_ext.training.checkpoints import load_checkpoint, restore
+from llama_ext.training.token_file import ArrayReader
+
+COMMON: dict[str, Any] = {
+    "options": {"warmup": 4, "skip_outliers": 6},
+    "trainer": {"dropout": 0.2},
+    "grad_accum": 2,
+    "batch_size": 2,
+    "max_steps": 20,
+}
+
+
+class StopAt(Callback):
+    """Ends a run after a step; a run without has the same callbacks' names when it never stops."""
+
+    def __init__(self, step: int = -1) -> None:
+        self._step = step
+
+    def on_step_end(self, run: Any, record: Any) -> None:
+        if record.step == self._step:
+            run.stop("here")
+
+
+def same(first: Made, second: Made) -> None:
+    assert first.weights.bits() == second.weights.bits()
+    assert first.trainer.moment_bits() == second.trainer.moment_bits()
+    assert first.trainer.steps == second.trainer.steps
+    histories = [made.run.history for made in (first, second)]
+    for name in ("loss", "lr", "grad_norm", "val_loss"):
+        ours, theirs = (getattr(history, name) for history in histories)
+        assert ours == theirs, name
+    assert [each.epoch for each in histories[0].steps] == [each.epoch for each in histories[1].steps]
+
+
+@pytest.mark.parametrize("at", [1, 5, 6, 10, 19])
+@pytest.mark.parametrize("kind", ["documents", "stream"])
+def test_ten_and_ten_steps_are_twenty(make_run: MakeRun, folder: Path, stream: Stream, at: int, kind: str) -> None:
+    source = stream if kind == "stream" else None
+    whole = make_run(source, documents(seed=7), **COMMON, callbacks=[StopAt()], validate_every=5)
+    assert whole.run.go().stopped == "done"
+    begun = make_run(
+        source, documents(seed=7), **COMMON, callbacks=[StopAt(at)], validate_every=5, checkpoint_dir=folder
+    )
+    assert begun.run.go().stopped == "here"
+    ended = make_run(
+        source,
+        documents(seed=7),
+        **COMMON,
+        callbacks=[StopAt()],
+        validate_every=5,
+        checkpoint_dir=folder,
+        resume=True,
+    )
+    assert ended.run.go().stopped == "done"
+    assert len(ended.trainer.rates) == 20 - at
+    same(whole, ended)
+
+
+@pytest.mark.parametrize("at", [1, 7, 24])
+def test_an_interrupted_run_goes_on_with_the_same_bits(make_run: MakeRun, folder: Path, at: int) -> None:
+    whole = make_run(**COMMON)
+    whole.run.go()
+    begun = make_run(**COMMON, checkpoint_dir=folder)
+    begun.trainer.before_accumulate = lambda calls: os.kill(os.getpid(), signal.SIGINT) if calls == at else None
+    assert begun.run.go().stopped == "interrupted"
+    assert [path.name for path in folder.iterdir()][-1].startswith("step-")
+    ended = make_run(**COMMON, resume=folder)
+    ended.run.go()
+    same(whole, ended)
+
+
+def test_a_validation_that_was_interrupted_is_made_up_for(make_run: MakeRun, folder: Path) -> None:
+    settings = {**COMMON, "validate_every": 5}
+    whole = make_run(None, documents(seed=7), **settings, callbacks=[EarlyStopping(100)])
+    whole.run.go()
+    begun = make_run(None, documents(seed=7), **settings, callbacks=[EarlyStopping(100)], checkpoint_dir=folder)
+    validate = begun.trainer.evaluate
+
+    def interrupted(*arguments: Any) -> Any:
+        if begun.run.step == 10:
+            os.kill(os.getpid(), signal.SIGINT)
+        return validate(*arguments)
+
+    begun.trainer.evaluate = interrupted  # type: ignore[method-assign]
+    history = begun.run.go()
+    assert (history.stopped, len(history.steps), len(history.validations)) == ("interrupted", 10, 1)
+    stopping = EarlyStopping(100)
+    ended = make_run(None, documents(seed=7), **settings, callbacks=[stopping], checkpoint_dir=folder, resume=True)
+    ended.run.go()
+    same(whole, ended)
+    assert stopping.state() == whole.run._settings.callbacks[0].state()
+
+
+def test_early_stopping_goes_on_counting(make_run: MakeRun, folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    noise = Stream(ArrayReader(rng.integers(0, 11, 200).astype(np.int32)), 20)
+    settings: dict[str, Any] = {"epochs": 50, "options": {"lr": 0.3, "schedule": "constant"}}
+    whole = make_run(None, noise, **settings, callbacks=[EarlyStopping(3)])
+    stopped = whole.run.go()
+    for epochs in range(1, len(stopped.val_loss)):
+        path = folder / str(epochs)
+        make_run(
+            None, noise, **{**settings, "epochs": epochs}, callbacks=[EarlyStopping(3)], checkpoint_dir=path
+        ).run.go()
+        ended = make_run(None, noise, **settings, callbacks=[EarlyStopping(3)], resume=path)
+        assert ended.run.go().stopped == stopped.stopped
+        same(whole, ended)
+
+
+def test_the_last_checkpoints_stay_and_the_best_weights(make_run: MakeRun, folder: Path) -> None:
+    made = make_run(None, documents(seed=7), epochs=5, checkpoint_dir=folder, save_every=4, keep_last=2, keep_best=True)
+    history = made.run.go()
+    best = history.validations[int(np.argmin(history.val_loss))].step
+    assert sorted(os.listdir(folder)) == [f"best-{best:08d}", "step-00000028", "step-00000030"]
+    assert load_checkpoint(folder).step == 30
+    assert load_checkpoint(folder / "step-00000028").step == 28
+
+
+def test_a_run_may_go_on_elsewhere_and_from_an_earlier_checkpoint(make_run: MakeRun, folder: Path) -> None:
+    whole = make_run(**COMMON, checkpoint_dir=folder, save_every=5, keep_last=10)
+    whole.run.go()
+    for source in sorted(folder.glob("step-*")):
+        other = make_run(**COMMON, resume=source, checkpoint_dir=folder.with_name("other-" + source.name), save_every=5)
+        other.run.go()
+        same(whole, other)
+        assert load_checkpoint(folder.with_name("other-" + source.name)).step == 20
+    again = make_run(**COMMON, resume=folder / "step-00000010", checkpoint_dir=folder, save_every=5, keep_last=10)
+    again.run.go()
+    same(whole, again)
+
+
+def test_resume_true_begins_where_there_is_nothing(make_run: MakeRun, folder: Path) -> None:
+    made = make_run(**COMMON, checkpoint_dir=folder, resume=True)
+    assert len(made.run.go().steps) == 20
+    # And does nothing where all is done.
+    again = make_run(**COMMON, checkpoint_dir=folder, resume=True)
+    assert len(again.run.go().steps) == 20
+    assert again.trainer.calls == 0
+    same(made, again)
+
+
+def test_a_run_with_a_constant_rate_may_become_longer(make_run: MakeRun, folder: Path) -> None:
+    settings: dict[str, Any] = {**COMMON, "options": {"schedule": "constant", "warmup": 3}}
+    whole = make_run(**settings)
+    whole.run.go()
+    make_run(**{**settings, "max_steps": 10}, checkpoint_dir=folder).run.go()
+    longer = make_run(**settings, resume=folder)
+    longer.run.go()
+    same(whole, longer)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"options": {"warmup": 4, "skip_outliers": 6, "lr": 0.06}}, r"compile\.lr was 0\.05 and is 0\.06"),
+        ({"options": {"warmup": 4, "skip_outliers": 6, "betas": (0.9, 0.99)}}, r"compile\.betas was \[0\.9, 0\.95\]"),
+        ({"batch_size": 4}, r"fit\.batch_size was 2 and is 4"),
+        ({"grad_accum": 1}, r"fit\.grad_accum was 2 and is 1"),
+        ({"seed": 1}, r"fit\.seed was 0 and is 1"),
+        ({"max_steps": 21}, r"fit\.total_steps was 20 and is 21"),
+        ({"source": documents(seed=3)}, r"data was \"[0-9a-f.]+ and is"),
+        ({"validation": documents(seed=3)}, r"validation_data was null and is"),
+        ({"callbacks": [StopAt()]}, r"fit\.callbacks was \[\] and is \[\"StopAt\"\]"),
+    ],
+)
+def test_a_run_with_other_settings_or_data_is_refused(
+    make_run: MakeRun, folder: Path, change: dict[str, Any], words: str
+) -> None:
+    make_run(**COMMON, checkpoint_dir=folder, save_every=10).run.go()
+    made = make_run(**{**COMMON, **change}, resume=folder / "step-00000010")
+    before = made.weights.bits()
+    with pytest.raises(llama_ext.CheckpointError, match=words):
+        made.run.go()
+    assert made.weights.bits() == before
+
+
+def test_another_model_is_refused(make_run: MakeRun, folder: Path) -> None:
+    make_run(**COMMON, checkpoint_dir=folder).run.go()
+    made = make_run(**COMMON, resume=folder)
+    made.weights.name = "trigram"
+    with pytest.raises(llama_ext.CheckpointError, match=r"model\.kind"):
+        made.run.go()
+
+
+def test_a_folder_with_checkpoints_of_another_run_is_not_mixed_with_this_one(make_run: MakeRun, folder: Path) -> None:
+    make_run(**COMMON, checkpoint_dir=folder).run.go()
+    with pytest.raises(llama_ext.OptionError, match="resume=True"):
+        make_run(**COMMON, checkpoint_dir=folder).run.go()
+
+
+def test_no_checkpoint_is_an_error(make_run: MakeRun, tmp_path: Path) -> None:
+    with pytest.raises(llama_ext.CheckpointError, match="no checkpoint here"):
+        make_run(**COMMON, resume=tmp_path).run.go()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(llama_ext.FormatError, match="found a file"):
+        make_run(**COMMON, resume=tmp_path / "file").run.go()
+
+
+# -- damage -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(folder: Path) -> Path:
+    bigram_run(**{**COMMON, "max_steps": 3}, checkpoint_dir=folder).run.go()
+    return folder / "step-00000003"
+
+
+def _resume(saved: Path) -> None:
+    bigram_run(**{**COMMON, "max_steps": 3}, resume=saved).run.go()
+
+
+def test_every_truncation_of_a_checkpoint_is_a_typed_error(saved: Path) -> None:
+    for name in ("training.json", "training.safetensors"):
+        data = (saved / name).read_bytes()
+        for size in {0, 1, 7, 8, 9, *range(10, len(data) - 2, max(1, len(data) // 60)), len(data) - 2}:
+            (saved / name).write_bytes(data[:size])
+            with pytest.raises((llama_ext.FormatError, llama_ext.LimitError)):
+                _resume(saved)
+        (saved / name).unlink()
+        with pytest.raises((llama_ext.FormatError, llama_ext.LimitError)):
+            _resume(saved)
+        (saved / name).write_bytes(data)
+    _resume(saved)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": 2},
+        {"step": -1},
+        {"step": "3"},
+        {"step": True},
+        {"step": 10**30},
+        {"step": 2},
+        {"optimizer_steps": None},
+        {"run": 5},
+        {"settings": []},
+        {"state": {}},
+        {"state": {"validations": 3, "callbacks": [], "unfinished": False}},
+        {"state": {"validations": [{"loss": 1}], "callbacks": [], "unfinished": False}},
+        {"state": {"validations": [], "callbacks": [{}], "unfinished": False}},
+        {"state": {"validations": [], "unfinished": False}},
+    ],
+)
+def test_a_malformed_state_is_a_typed_error(saved: Path, change: dict[str, Any]) -> None:
+    path = saved / "training.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(llama_ext.CheckpointError):
+        _resume(saved)
+
+
+def test_moments_of_other_names_or_shapes_are_refused(saved: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    path = saved / "training.safetensors"
+    tensors = load_file(path)
+    checkpoint = load_checkpoint(saved)
+    for change, words in [
+        ({"first/bias": None}, "first/bias is missing"),
+        ({"third/bias": np.zeros(11, np.float32)}, "third/bias is not one"),
+        ({"second/bias": np.zeros(12, np.float32)}, r"second/bias must be F32 \(11,\), got F32 \(12,\)"),
+        ({"second/bias": np.zeros(11, np.float64)}, "got F64"),
+    ]:
+        changed = {name: each for name, each in {**tensors, **change}.items() if each is not None}
+        save_file(changed, path)
+        made = bigram_run()
+        with pytest.raises(llama_ext.CheckpointError, match=words):
+            restore(checkpoint, made.trainer, made.weights)
+
+
+# -- kills ------------------------------------------------------------------------------------------------------------
+
+_SAVER = """
+import sys
+import numpy as np
+sys.path[:0] = {paths!r}
+from bigram_runs import bigram_run
+made = bigram_run(max_steps=100000, checkpoint_dir=sys.argv[1], save_every=1, keep_last=2, resume=True,
+                  options={{"schedule": "constant"}})
+print("begun", flush=True)
+made.run.go()
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_while_saving_leaves_whole_checkpoints(folder: Path) -> None:
+    """kill -9 at random moments of a run that does little else than save: what is there can be gone on from, step after step."""
+    paths = [str(Path(__file__).parents[1]), *[path for path in sys.path if path]]
+    rng = random.Random(0)
+    step = 0
+    for _ in range(25):
+        process = subprocess.Popen(
+            [sys.executable, "-c", _SAVER.format(paths=paths), str(folder)], stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(rng.uniform(0.0, 0.12))
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        if not folder.exists() or not list(folder.glob("step-*")):
+            assert step == 0
+            continue
+        # Each one that is visible is whole, and none was lost.
+        for path in folder.glob("step-*"):
+            made = bigram_run()
+            restore(load_checkpoint(path), made.trainer, made.weights)
+            assert made.trainer.steps == load_checkpoint(path).step
+        assert load_checkpoint(folder).step >= step
+        step = load_checkpoint(folder).step
+    assert step > 25
+    straight = bigram_run(max_steps=step, options={"schedule": "constant"})
+    straight.run.go()
+    made = bigram_run()
+    restore(load_checkpoint(folder), made.trainer, made.weights)
+    assert made.weights.bits() == straight.weights.bits()
+    # What kills left behind goes with the next save.
+    bigram_run(
+        max_steps=step + 1, checkpoint_dir=folder, resume=True, keep_last=2, options={"schedule": "constant"}
+    ).run.go()
+    assert all(name.startswith("step-") for name in os.listdir(folder))
+
+
+class Crash:
+    """Lets a number of renames and removals happen; from then on none does, as if the process had been killed."""
+
+    def __init__(self, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._left = steps
+        for name in ("replace", "rename", "unlink", "rmdir", "mkdir"):
+            monkeypatch.setattr(os, name, self._counted(getattr(os, name)))
+
+    def _counted(self, function: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            self._left -= 1
+            if self._left < 0:
+                raise OSError("killed")
+            return function(*arguments, **options)
+
+        return call
+
+
+def test_a_save_that_is_cut_short_at_any_step_leaves_the_older_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for count in range(60):
+        folder = tmp_path / str(count)
+        begun = bigram_run(**COMMON, checkpoint_dir=folder, callbacks=[StopAt(4)], keep_last=1, save_every=100)
+        begun.run.go()
+        made = bigram_run(
+            **COMMON, checkpoint_dir=folder, resume=True, callbacks=[StopAt(8)], keep_last=1, save_every=100
+        )
+        ended = True
+        with monkeypatch.context() as patched:
+            Crash(count, patched)
+            try:
+                made.run.go()
+            except OSError:
+                ended = False
+        checkpoint = load_checkpoint(folder)
+        again = bigram_run()
+        restore(checkpoint, again.trainer, again.weights)
+        found.append(checkpoint.step)
+        if ended:
+            break
+    assert list(dict.fromkeys(found)) == [4, 8]
