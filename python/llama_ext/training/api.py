@@ -100,6 +100,7 @@ def fit(
     if name is not None:
         trainer, weights = tuning_trainer(model, training.options, name), TunedWeights(model, name)
         return Run(trainer, weights, training.options, checked, source, validation).go()
+    model._refuse_adapters("training all weights")
     core = use_trainable_core(model)
     trainer = new_trainer(core, training.options)
     return Run(trainer, ModelWeights(model), training.options, checked, source, validation).go()
@@ -167,6 +168,7 @@ def train_step(model: LlamaForCausalLM, input_ids: object, labels: object) -> St
     name = model.active_adapter
     adapter = None if name is None else model._loaded(name).core
     if name is None:
+        model._refuse_adapters("train_step of all weights")
         use_trainable_core(model)
     if training.trainer is None or training.adapter is not adapter:
         training.trainer = tuning_trainer(model, options, name)
