@@ -146,6 +146,7 @@ def test_adapters_bring_their_own_head(tmp_path: Path) -> None:
     expected = model.scores(ids)
     assert not np.array_equal(expected, before)
     assert np.array_equal(model.scores(ids, adapter=[None, "a"]), np.stack([before[0], expected[1]]))
+    assert np.array_equal(model.scores(ids, adapter=[None, None]), before)
     model.save_adapter(tmp_path, "a")
     other = LlamaForSequenceClassification.from_base(base(), LABELS, seed=9)
     other.load_adapter(tmp_path, "b")

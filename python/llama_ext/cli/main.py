@@ -70,6 +70,7 @@ def build_parser() -> Parser:
     from llama_ext.cli import (
         bench,
         chat,
+        classify,
         convert,
         export_onnx,
         generate,
@@ -77,6 +78,7 @@ def build_parser() -> Parser:
         perplexity,
         quantize,
         train,
+        translate,
         verify_onnx,
     )
     from llama_ext.cli.common import Parser
@@ -86,7 +88,9 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(
         prog="llama-ext", title="commands", metavar="COMMAND [OPTIONS]", dest="command", required=True
     )
-    for module in (info, generate, chat, bench, perplexity, train, quantize, convert, export_onnx, verify_onnx):
+    learning = (train, classify, translate)
+    files = (quantize, convert, export_onnx, verify_onnx)
+    for module in (info, generate, chat, bench, perplexity, *learning, *files):
         module.add_to(commands)
     return parser
 

@@ -253,6 +253,13 @@ class Adapted:
                 "set_adapter(None) chooses the base"
             )
 
+    def _refuse_adapters(self, what: str) -> None:
+        """Raises OptionError while adapters are loaded: they were made for the weights as they are."""
+        for name in self._adapters:
+            raise OptionError(
+                f"{what} changes what the adapter {name!r} was made for: set_adapter it to train it instead, or delete_adapter it"
+            )
+
     def _check_new(self, name: object) -> None:
         if not isinstance(name, str) or not name or len(name) > _MOST_CHARACTERS:
             raise OptionError(

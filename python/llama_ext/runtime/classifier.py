@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,12 +20,13 @@ from llama_ext.models.config import LlamaConfig
 from llama_ext.models.fields import shown
 from llama_ext.models.llama import CLASSIFIER_HEAD
 from llama_ext.runtime import loading
-from llama_ext.runtime.adapted import AdapterChoice
+from llama_ext.runtime.adapted import AdapterChoice, LoadedAdapter
 from llama_ext.runtime.loaded_model import LoadedModel
 from llama_ext.runtime.logits import id_block
 from llama_ext.runtime.model_files import ModelFiles
+from llama_ext.runtime.packed_files import PackedFiles
 from llama_ext.runtime.prompts import encode_text, read_mask
-from llama_ext.runtime.weight_types import is_quantized
+from llama_ext.runtime.weight_types import WeightType
 
 if TYPE_CHECKING:
     from llama_ext.runtime.model import LlamaForCausalLM
@@ -32,13 +35,26 @@ __all__ = ["LlamaForSequenceClassification", "checked_labels"]
 
 # Sequences that run at once in `predict`.
 _BATCH = 32
+# How a head is kept: it is trained together with adapters, whatever the base's weights are.
+_HEAD: WeightType = ("float32", 0)
 
 
 class LlamaForSequenceClassification(LoadedModel):
     """A Llama with a score for each label, at the last token of a text; transformers' class of the same name.
 
-    Made by `from_pretrained` or `from_base`. Results do not depend on what else is in a batch.
+    Made by `from_pretrained` or `from_base`. Results do not depend on what else is in a batch. The head is float32. An adapter
+    brings its own, which takes the place of the base's while its rows run: one call at a time computes, others wait.
     """
+
+    _base_head: FloatArray | None  # while the core has an adapter's; else None
+    _one_at_a_time: threading.RLock
+    _trained: str | None  # the adapter whose head in the core is being trained
+
+    def _prepare(self, *args: Any, **options: Any) -> None:
+        super()._prepare(*args, **options)
+        self._base_head = None
+        self._one_at_a_time = threading.RLock()
+        self._trained = None
 
     @classmethod
     def from_pretrained(
@@ -63,7 +79,7 @@ class LlamaForSequenceClassification(LoadedModel):
             labels: The names of the labels by index, for a language model, whose head then is random; a classifier has its own.
             seed: Of the random head, in [0, 2^64).
             dtype, group_size, symmetric, device, compute, threads, revision, limits: As `LlamaForCausalLM.from_pretrained`. The head
-                of quantised weights stays float32.
+                stays float32.
 
         Returns:
             The classifier.
@@ -80,8 +96,15 @@ class LlamaForSequenceClassification(LoadedModel):
             is_classifier = files.config.is_classifier
             config = _config(files, None if labels is None else checked_labels(labels))
             types = files.types(dtype, group_size, symmetric)
-            if not is_classifier:
-                types = {**types, "head": ("float32", 0)}
+            if isinstance(files, PackedFiles) and not is_classifier and types == files.stored_types():
+                # Codes stay what they are when they are copied as codes.
+                from llama_ext.runtime.model import LlamaForCausalLM
+
+                base = LlamaForCausalLM.from_pretrained(
+                    files.path, device=device, compute=compute, threads=threads, limits=limits
+                )
+                return cls.from_base(base, config.labels or [], seed=seed)
+            types = {**types, "head": types.get("head", _HEAD) if is_classifier else _HEAD}
             with files.named_in_errors():
                 # Packed matrices are used where they lie, all of them or none: a new head is not among them.
                 model._prepare(
@@ -110,7 +133,7 @@ class LlamaForSequenceClassification(LoadedModel):
             seed: Of the head, in [0, 2^64): normal with the config's initializer_range.
 
         Returns:
-            The classifier, of the same dtype; the head of quantised weights is float32.
+            The classifier, of the same dtype.
 
         Raises:
             OptionError: Labels are no names, fewer than two, or given twice; or an adapter of the base is active.
@@ -120,7 +143,7 @@ class LlamaForSequenceClassification(LoadedModel):
         base._refuse_active("a classifier is made of the base alone", "delete_adapter forgets it")
         config = base.config.as_classifier(checked_labels(labels))
         source, types = base._core, dict(base._core.types())
-        types["head"] = ("float32", 0) if is_quantized(types) else types[""]
+        types["head"] = _HEAD
         model = cls.__new__(cls)
         options: dict[str, Any] = {
             "device": base.device,
@@ -224,14 +247,70 @@ class LlamaForSequenceClassification(LoadedModel):
         return rows
 
     def _scores(self, rows: Sequence[IntArray], adapter: AdapterChoice) -> FloatArray:
-        adapters = self._chosen(adapter, len(rows))
         result = np.zeros((len(rows), self.num_labels), dtype=np.float32)
-        for first in range(0, len(rows), _BATCH):
-            part = adapters[first : first + _BATCH]
-            cores = [None if each is None else each.core for each in part] if any(part) else []
-            found = self._core.logits(rows[first : first + _BATCH], cores, "last")
-            result[first : first + _BATCH] = np.concatenate([each.reshape(1, -1) for each in found])
+        with self._one_at_a_time:
+            # A callback of a run of training asks, too: the head that is trained is in the core, and goes back there.
+            trained = self._keep_trained_head()
+            adapters = self._chosen(adapter, len(rows))
+            # Rows by head: few of a batch have different ones.
+            groups: dict[int, tuple[FloatArray | None, list[int]]] = {}
+            for index, each in enumerate(adapters):
+                head = None if each is None else each.head
+                groups.setdefault(id(head), (head, []))[1].append(index)
+            try:
+                for head, indices in groups.values():
+                    self._use_head(head)
+                    self._run(rows, adapters, indices, result)
+            finally:
+                self._use_head(trained)
         return result
+
+    def _run(
+        self,
+        rows: Sequence[IntArray],
+        adapters: Sequence[LoadedAdapter | None],
+        indices: Sequence[int],
+        result: FloatArray,
+    ) -> None:
+        for first in range(0, len(indices), _BATCH):
+            part = indices[first : first + _BATCH]
+            chosen = [adapters[index] for index in part]
+            cores = [None if each is None else each.core for each in chosen] if any(chosen) else []
+            found = self._core.logits([rows[index] for index in part], cores, "last")
+            result[part] = np.concatenate([each.reshape(1, -1) for each in found])
+
+    @contextlib.contextmanager
+    def _training_head_of(self, name: str) -> Iterator[None]:
+        """Has the head of an adapter in the core while it is trained there; the base's comes back afterwards."""
+        with self._one_at_a_time:
+            head = self._loaded(name).head
+            self._use_head(np.array(self._core.read("head"), dtype=np.float32) if head is None else head)
+            self._trained = name
+            try:
+                yield
+            finally:
+                self._keep_trained_head()
+                self._trained = None
+                self._use_head(None)
+
+    def _keep_trained_head(self) -> FloatArray | None:
+        """Keeps the head as it is now with the adapter that is being trained, if one is."""
+        if self._trained is None:
+            return None
+        head = np.array(self._core.read("head"), dtype=np.float32)
+        self._adapters[self._trained] = self._adapters[self._trained]._replace(head=head)
+        return head
+
+    def _use_head(self, head: FloatArray | None) -> None:
+        """Puts an adapter's head into the core, or, for None, the base's back."""
+        if head is None:
+            if self._base_head is not None:
+                self._core.load("head", self._base_head, "float32")
+                self._base_head = None
+            return
+        if self._base_head is None:
+            self._base_head = np.array(self._core.read("head"), dtype=np.float32)
+        self._core.load("head", head, "float32")
 
     def _pooled(self, ids: Array, ones: npt.NDArray[np.bool_]) -> list[IntArray]:
         pad = self.config.pad_token_id

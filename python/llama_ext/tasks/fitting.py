@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llama_ext import _core
 from llama_ext.errors import OptionError
 from llama_ext.models.lora import LoRA
+from llama_ext.runtime.classifier import LlamaForSequenceClassification
 from llama_ext.runtime.loaded_model import LoadedModel
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ def fit_whole(
     from llama_ext.training.tuning import tuning_trainer
 
     checked = TrainOptions(**options)
+    model._refuse_adapters("training all weights")
     core = model._core
     if core.dtype != "float32" or not core.separate_gate_up:
         model._core = trainable_copy(core)
@@ -68,7 +71,7 @@ def fit_adapter(
         CheckpointError: A checkpoint to go on from is of another run.
     """
     from llama_ext.training.options import TrainOptions
-    from llama_ext.training.tuning import remember_head, tuning_trainer
+    from llama_ext.training.tuning import tuning_trainer
 
     checked = TrainOptions(**options)
     if name not in model.adapters:
@@ -76,11 +79,9 @@ def fit_adapter(
             raise OptionError(f"there is no adapter {name!r} yet: pass adapter=llama_ext.LoRA(...)")
         model.add_adapter(name, lora, seed=int(settings.get("seed", 0)))
     model.set_adapter(name)
-    trainer = tuning_trainer(model, checked, name)
-    try:
-        return _run(model, trainer, name, examples, validation, checked, settings)
-    finally:
-        remember_head(model, name)
+    head = contextlib.nullcontext()
+    with model._training_head_of(name) if isinstance(model, LlamaForSequenceClassification) else head:
+        return _run(model, tuning_trainer(model, checked, name), name, examples, validation, checked, settings)
 
 
 def _run(

@@ -102,6 +102,7 @@ def fit(
     if name is not None:
         trainer, weights = tuning_trainer(model, training.options, name), TunedWeights(model, name)
         return Run(trainer, weights, training.options, checked, source, validation).go()
+    model._refuse_adapters("training all weights")
     core = use_trainable_core(model)
     trainer = new_trainer(core, training.options)
     return Run(trainer, ModelWeights(model), training.options, checked, source, validation).go()
@@ -168,6 +169,8 @@ def train_step(model: LlamaForCausalLM, input_ids: object, labels: object) -> St
     batch = _block(model, input_ids, labels)
     name = model.active_adapter
     adapter = None if name is None else model._loaded(name).core
+    if name is None:
+        model._refuse_adapters("train_step of all weights")
     core = use_trainable_core(model) if name is None else model._core
     if training.trainer is None or training.core is not core or training.adapter is not adapter:
         training.trainer = tuning_trainer(model, options, name)

@@ -12,11 +12,12 @@ from llama_ext._arrays import FloatArray
 from llama_ext.io.peft import AdapterFiles
 from llama_ext.models.llama import EMBEDDING, tensor_specs
 from llama_ext.runtime import saving
+from llama_ext.runtime.classifier import LlamaForSequenceClassification
 from llama_ext.runtime.loaded_model import LoadedModel
 from llama_ext.training.model import fill
 from llama_ext.training.options import TrainOptions
 
-__all__ = ["TunedWeights", "remember_head", "tuning_trainer"]
+__all__ = ["TunedWeights", "tuning_trainer"]
 
 
 class TunedWeights:
@@ -49,7 +50,8 @@ class TunedWeights:
         if self._adapter is None:
             saving.save_model(self._model, folder)
             return
-        remember_head(self._model, self._adapter)
+        if isinstance(self._model, LlamaForSequenceClassification):
+            self._model._keep_trained_head()
         self._model.save_adapter(folder, self._adapter)
 
     def load(self, folder: Path) -> None:
@@ -89,13 +91,6 @@ class TunedWeights:
         if not base or self._adapter is None:
             return None
         return self._model._loaded(self._adapter).core, base, which
-
-
-def remember_head(model: LoadedModel, adapter: str) -> None:
-    """Keeps the head as it is now with an adapter that was trained together with it."""
-    if model.config.is_classifier:
-        head = np.array(model._core.read("head"), dtype=np.float32)
-        model._adapters[adapter] = model._adapters[adapter]._replace(head=head)
 
 
 def tuning_trainer(model: LoadedModel, options: TrainOptions, adapter: str | None) -> _core.Trainer:

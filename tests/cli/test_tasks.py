@@ -1,0 +1,119 @@
+"""`llama-ext classify` and `llama-ext translate`: from a file of examples to scores."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from command_line import Run
+from grammars import example
+from llama_ext.cli.labelled_files import read_pairs
+from llama_ext.errors import FormatError
+
+GRAMMARS, SMALL = example("template_grammars"), example("small_model")
+
+
+def write_csv(path: Path, rows: list[tuple[str, str]], heading: tuple[str, ...] = ("text", "label")) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([heading, *rows])
+    return path
+
+
+def test_a_classifier_is_trained_used_and_scored(run: Run, tmp_path: Path) -> None:
+    train, test = GRAMMARS.sentiment()
+    SMALL.small_model((text for text, _ in train + test), width=48).save_pretrained(tmp_path / "base")
+    data, held_out = write_csv(tmp_path / "train.csv", train), write_csv(tmp_path / "test.csv", test)
+    found = run(
+        "classify", "train", data, "--out", tmp_path / "out", "--model", tmp_path / "base", "--epochs", 8, "--lr", "0.003",
+        "--validation", held_out,
+    )  # fmt: skip
+    assert found.code == 0, found.err
+    assert "loss" in found.err
+    found = run("classify", "evaluate", tmp_path / "out", held_out, "--json")
+    assert json.loads(found.out)["accuracy"] >= 0.95
+    found = run("classify", "predict", tmp_path / "out", "the film was superb", "what a dull book")
+    assert found.out == "positive\tthe film was superb\nnegative\twhat a dull book\n"
+    found = run("classify", "predict", tmp_path / "out", "the film was superb", "--json")
+    assert json.loads(found.out)["probabilities"]["positive"] > 0.5
+
+
+def test_a_translator_is_trained_used_and_scored(run: Run, tmp_path: Path) -> None:
+    pairs = GRAMMARS.number_pairs(range(12))
+    texts = [*(text for pair in pairs for text in pair), "Translate this from English to Chinese:\n"]
+    SMALL.small_model(texts, width=48).save_pretrained(tmp_path / "base")
+    data = tmp_path / "pairs.tsv"
+    data.write_text("".join(f"{english}\t{chinese}\n" for english, chinese in pairs), encoding="utf-8")
+    languages = ("--source", "English", "--target", "Chinese")
+    found = run(
+        "translate", "train", data, *languages, "--out", tmp_path / "out", "--model", tmp_path / "base", "--lora", 4,
+        "--epochs", 2,
+    )  # fmt: skip
+    assert found.code == 0, found.err
+    assert (tmp_path / "out" / "adapter_config.json").exists()
+    assert run("translate", "run", tmp_path / "out", "ten", "--num-beams", 1).code == 0
+    found = run("translate", "evaluate", tmp_path / "out", data, "--num-beams", 1, "--json")
+    assert json.loads(found.out)["count"] == 12
+
+
+@pytest.mark.parametrize("command", ["classify", "translate"])
+def test_help_shows_examples(run: Run, command: str) -> None:
+    for action in ((), ("train",)):
+        found = run(command, *action, "--help")
+        assert found.code == 0
+        assert "examples:" in found.out
+        assert f"llama-ext {command}" in found.out
+
+
+def test_mistakes_are_told_in_one_line(run: Run, tmp_path: Path) -> None:
+    data = write_csv(tmp_path / "one.csv", [("a", "x"), ("b", "x")])
+    for arguments, code, words in (
+        (("classify", "train", data, "--out", tmp_path), 2, "one label"),
+        (("classify", "train", data, "--out", tmp_path, "--lora-alpha", 3), 2, "belong to --lora"),
+        (("classify", "train", tmp_path / "no.csv", "--out", tmp_path), 3, "cannot be read"),
+        (("classify", "predict", tmp_path / "none", "text"), 3, "no such directory"),
+        (("translate", "run", tmp_path, "text"), 3, "translator.json"),
+    ):
+        found = run(*arguments)
+        assert found.code == code, found
+        assert words in found.err
+        assert found.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", 'text,label\n"one, two",x\nthree,y\n'),
+        ("b.csv", 'id,label,text\n1,x,"one, two"\n2,y,three\n'),
+        ("c.csv", '"one, two",x\nthree,y\n'),
+        ("d.tsv", "one, two\tx\nthree\ty\n"),
+        ("e.tsv", "label\ttext\nx\tone, two\n\ny\tthree\n"),
+        ("f.jsonl", '{"text": "one, two", "label": "x"}\n\n{"label": "y", "text": "three"}\n'),
+        ("g.csv", '\ufefftext,label\r\n"one, two",x\r\nthree,y\r\n'),
+    ],
+)
+def test_files_of_each_kind_are_read(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_bytes(text.encode("utf-8"))
+    assert read_pairs(str(tmp_path / name), "text", "label") == [("one, two", "x"), ("three", "y")]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.csv", "text,label\n", "no example"),
+        ("b.csv", "text,label\nalone\n", "line 2 has 1"),
+        ("c.csv", 'a,"b\n', "line"),
+        ("d.jsonl", "{\n", "line 1 is not JSON"),
+        ("e.jsonl", '{"text": "a"}\n', "line 1 must be"),
+        ("f.jsonl", "[1, 2]\n", "line 1 must be"),
+        ("g.jsonl", '{"text": "a", "label": true}\n', "line 1 must be"),
+        ("h.xml", "", "expected a .csv"),
+        ("i.tsv", "", "no example"),
+    ],
+)
+def test_a_malformed_file_names_the_line(tmp_path: Path, name: str, text: str, words: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(FormatError, match=words):
+        read_pairs(str(tmp_path / name), "text", "label")

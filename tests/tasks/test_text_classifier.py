@@ -1,0 +1,153 @@
+"""A text classifier learns a grammar, says so in its report, and goes into files and back."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import llama_ext
+from grammars import example
+from llama_ext import LoRA, TextClassifier
+from llama_ext.errors import ContextLengthError, DTypeError, FormatError, OptionError, ShapeError, UnsupportedError
+
+GRAMMARS, SMALL = example("template_grammars"), example("small_model")
+TRAIN, TEST = GRAMMARS.sentiment("English")
+LABELS = ["positive", "negative"]
+
+
+def unzipped(pairs: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
+    return [text for text, _ in pairs], [label for _, label in pairs]
+
+
+def base(**options: Any) -> llama_ext.LlamaForCausalLM:
+    model: llama_ext.LlamaForCausalLM = SMALL.small_model(
+        (text for text, _ in TRAIN + TEST), **{"width": 48, **options}
+    )
+    return model
+
+
+def test_all_weights_learn_held_out_combinations(tmp_path: Path) -> None:
+    classifier = TextClassifier(base(), LABELS)
+    before = classifier.evaluate(*unzipped(TEST))
+    history = classifier.fit(*unzipped(TRAIN), epochs=10, lr=3e-3, seed=1, validation_data=unzipped(TEST), verbose=0)
+    report = classifier.evaluate(*unzipped(TEST))
+    assert before.accuracy < 0.8
+    assert report.accuracy >= 0.98
+    assert report.loss is not None
+    assert report.loss < 0.1
+    assert history.validations[-1].accuracy == pytest.approx(report.accuracy)
+    texts = unzipped(TEST)[0]
+    probabilities = classifier.predict_proba(texts)
+    assert np.abs(probabilities.sum(axis=1) - 1).max() <= 1e-6
+    assert [LABELS[index] for index in probabilities.argmax(axis=1)] == classifier.predict(texts)
+    classifier.save(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
+    again = TextClassifier.load(tmp_path)
+    assert again.labels == LABELS
+    assert np.array_equal(again.predict_proba(texts), probabilities)
+
+
+def test_an_adapter_learns_and_leaves_the_base(tmp_path: Path) -> None:
+    model = base()
+    classifier = TextClassifier(model, LABELS)
+    kept = {slot: classifier.model._core.read(slot).copy() for slot, _, _ in classifier.model._core.slots()}
+    texts, labels = unzipped(TRAIN)
+    classifier.fit(texts, labels, adapter=LoRA(r=8, alpha=16), epochs=12, lr=1e-2, seed=1, verbose=0)
+    for slot, values in kept.items():
+        assert np.array_equal(classifier.model._core.read(slot), values), slot
+    report = classifier.evaluate(*unzipped(TEST))
+    assert report.accuracy >= 0.95
+    expected = classifier.predict_proba(texts[:20])
+    classifier.save(tmp_path / "adapter")
+    assert "base_model.model.score.weight" in load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    again = TextClassifier.load(tmp_path / "adapter", base=model)
+    assert again.labels == LABELS
+    assert np.array_equal(again.predict_proba(texts[:20]), expected)
+    with pytest.raises(OptionError, match="pass base="):
+        TextClassifier.load(tmp_path / "adapter")
+    classifier.save(tmp_path / "whole", merge=True)
+    assert np.abs(TextClassifier.load(tmp_path / "whole").predict_proba(texts[:20]) - expected).max() <= 1e-4
+
+
+def test_an_adapter_learns_on_a_quantised_base(tmp_path: Path) -> None:
+    base().save_pretrained(tmp_path)
+    model = llama_ext.LlamaForCausalLM.from_pretrained(tmp_path, dtype="int8")
+    classifier = TextClassifier(model, LABELS)
+    texts, labels = unzipped(TRAIN)
+    history = classifier.fit(texts, labels, adapter=LoRA(), epochs=3, lr=1e-2, seed=1, verbose=0)
+    assert history.steps[-1].loss < 0.8 * history.steps[0].loss
+    with pytest.raises(UnsupportedError, match="not merged into int8"):
+        classifier.save(tmp_path / "out", merge=True)
+    with pytest.raises(UnsupportedError, match="cannot be trained"):
+        TextClassifier(model, LABELS).fit(texts, labels, verbose=0)
+
+
+def test_the_same_seed_gives_the_same_classifier() -> None:
+    def scores(seed: int) -> Any:
+        classifier = TextClassifier(base(), LABELS)
+        classifier.fit(*unzipped(TRAIN[:32]), epochs=1, seed=seed, verbose=0)
+        return classifier.predict_proba(["the film was great"])
+
+    assert np.array_equal(scores(1), scores(1))
+    assert not np.array_equal(scores(1), scores(2))
+
+
+def test_rare_labels_are_repeated() -> None:
+    from llama_ext.tasks.text_classifier import _repeats
+
+    classifier = TextClassifier(base(), LABELS)
+    indices = [0] * 30 + [1] * 4
+    balanced = Counter(indices[place] for place in _repeats(indices, classifier._weights("balanced", indices), 0))
+    assert balanced[0] == 30
+    assert abs(balanced[1] - 30) <= 3
+    weighted = Counter(indices[place] for place in _repeats(indices, classifier._weights({"negative": 3}, indices), 0))
+    assert weighted == {0: 30, 1: 12}
+    halves = Counter(_repeats([0] * 1000, classifier._weights({0: 0.5}, [0]), 0))
+    assert 400 < len(halves) < 600
+    assert _repeats(indices, classifier._weights(None, indices), 0) == list(range(34))
+
+
+def test_labels_may_be_names_or_indices() -> None:
+    classifier = TextClassifier(base(), LABELS)
+    assert classifier.evaluate(["great"], [0]).confusion.sum(axis=1).tolist() == [1, 0]
+    assert classifier.evaluate(["great"], ["negative"]).confusion.sum(axis=1).tolist() == [0, 1]
+    assert classifier.evaluate(["great"], np.array([1])).confusion.sum(axis=1).tolist() == [0, 1]
+
+
+def test_arguments_are_checked(tmp_path: Path) -> None:
+    classifier = TextClassifier(base(), LABELS)
+    with pytest.raises(ShapeError, match="1 for 2 texts"):
+        classifier.fit(["a", "b"], ["positive"])
+    with pytest.raises(OptionError, match="'happy', which is no label"):
+        classifier.fit(["a"], ["happy"])
+    with pytest.raises(OptionError, match=r"labels\[0\] is 2"):
+        classifier.evaluate(["a"], [2])
+    with pytest.raises(OptionError, match=r"labels\[0\] is True"):
+        classifier.evaluate(["a"], [True])
+    with pytest.raises(OptionError, match="nothing to learn"):
+        classifier.fit([], [])
+    with pytest.raises(OptionError, match="nothing to evaluate"):
+        classifier.evaluate([], [])
+    with pytest.raises(ContextLengthError):
+        classifier.fit(["great " * 40], [0])
+    with pytest.raises(DTypeError):
+        classifier.predict("great")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="balanced"):
+        classifier.fit(["great"], [0], class_weights="even")
+    with pytest.raises(OptionError, match="class_weights"):
+        classifier.fit(["great"], [0], class_weights={"positive": 0})
+    with pytest.raises(OptionError, match=r"labels=\[\.\.\.\] are needed"):
+        TextClassifier(base())
+    with pytest.raises(OptionError, match="lr must be"):
+        classifier.fit(["great"], [0], lr=-1)
+    base().save_pretrained(tmp_path)
+    with pytest.raises(OptionError, match=r"pass labels"):
+        TextClassifier(tmp_path)
+    with pytest.raises(FormatError):
+        TextClassifier.load(tmp_path / "nowhere")
