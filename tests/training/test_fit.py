@@ -373,13 +373,13 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_saves_and_the_run_goes_on(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"batch_size": 4, "epochs": 20}
+    settings: dict[str, Any] = {"batch_size": 4, "epochs": 40}
     whole = make()
     whole.compile(lr=3e-3)
     steps = len(whole.fit(documents(), **settings).steps)
     model = make()
     model.compile(lr=3e-3)
-    timer = threading.Timer(0.02, signal.raise_signal, [signal.SIGINT])
+    timer = threading.Timer(0.005, signal.raise_signal, [signal.SIGINT])
 
     class Start(Callback):
         def on_step_end(self, run: Any, record: Any) -> None:
