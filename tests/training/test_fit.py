@@ -373,13 +373,13 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_saves_and_the_run_goes_on(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"batch_size": 4, "epochs": 20}
+    settings: dict[str, Any] = {"batch_size": 4, "epochs": 40}
     whole = make()
     whole.compile(lr=3e-3)
     steps = len(whole.fit(documents(), **settings).steps)
     model = make()
     model.compile(lr=3e-3)
-    timer = threading.Timer(0.02, signal.raise_signal, [signal.SIGINT])
+    timer = threading.Timer(0.005, signal.raise_signal, [signal.SIGINT])
 
     class Start(Callback):
         def on_step_end(self, run: Any, record: Any) -> None:
@@ -402,3 +402,19 @@ def test_ctrl_c_saves_and_the_run_goes_on(tmp_path: Path) -> None:
         == steps
     )
     same(whole, ended)
+
+
+@pytest.mark.parametrize("adapter", [None, llama_ext.LoRA(r=2)], ids=["whole", "adapter"])
+def test_a_classifiers_run_goes_on_with_the_same_bits(tmp_path: Path, adapter: Any) -> None:
+    texts = documents()
+    labels = ["even" if len(text) % 2 == 0 else "odd" for text in texts]
+
+    def run(**more: Any) -> Any:
+        classifier = llama_ext.TextClassifier(make(), labels=["even", "odd"])
+        classifier.fit(texts, labels, adapter=adapter, batch_size=6, max_steps=8, **more)
+        return classifier
+
+    whole = run(callbacks=[StopAt()])
+    run(callbacks=[StopAt(4)], checkpoint_dir=tmp_path)
+    ended = run(callbacks=[StopAt()], checkpoint_dir=tmp_path, resume=True)
+    assert ended.predict_proba(texts).tobytes() == whole.predict_proba(texts).tobytes()
