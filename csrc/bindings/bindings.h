@@ -42,6 +42,7 @@ void bind_quantize(py::module_& module);
 void bind_model(py::module_& module);
 void bind_session(py::module_& module);
 void bind_generation(py::module_& module);
+/// What bind_model calls once there is a class Model.
 void bind_adapter(py::module_& module);
 void bind_train(py::module_& module);
 

@@ -63,7 +63,6 @@ PYBIND11_MODULE(_core, module) {
 
   bind_backend(module);
   bind_quantize(module);
-  bind_adapter(module);
   bind_model(module);
   bind_session(module);
   bind_generation(module);
