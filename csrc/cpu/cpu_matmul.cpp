@@ -149,12 +149,17 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
           const int64_t from = next_bytes * r / rows / 64 * 64;
           const int64_t to = r + height == rows ? next_bytes : next_bytes * (r + height) / rows / 64 * 64;
           float* part_sums = panel_sums + r * kPanel;
+          float* y = product.y.row<float>(begin + row + r) + panel * width;
+          // What is written after the product: its lines arrive meanwhile.
+          for (int64_t i = 0; finishes && rows > kStreamedRows && i < height; ++i) {
+            __builtin_prefetch(y + i * product.y.row_stride(), 1);
+            __builtin_prefetch(y + i * product.y.row_stride() + 16, 1);
+          }
           kernel.panel({height, depth, group, packed_at(row, k0) + r * row_bytes, weight.panel_at(panel, k0), part_sums,
                         kPanel, k0 > 0, next == nullptr ? nullptr : static_cast<const char*>(next) + from, to - from});
           if (!finishes) continue;
-          kernels_.epilogue({product.epilogue, product.bias == nullptr ? nullptr : product.bias + panel * kPanel,
-                             product.y.row<float>(begin + row + r) + panel * width, product.y.row_stride(),
-                             std::min(width, y_columns - panel * width)},
+          kernels_.epilogue({product.epilogue, product.bias == nullptr ? nullptr : product.bias + panel * kPanel, y,
+                             product.y.row_stride(), std::min(width, y_columns - panel * width)},
                             height, part_sums, kPanel);
         }
       }

@@ -20,7 +20,9 @@ constexpr int64_t kTileBytes = 256 * 1024;
 constexpr int64_t kMostPanels = 8;
 // Tiles of x packed by one task.
 constexpr int64_t kPackedTiles = 16;
-constexpr int64_t kTasksPerThread = 4;
+// Rows of d_y packed at a time.
+constexpr int64_t kPackedRows = 16;
+constexpr int64_t kTasksPerThread = 8;
 constexpr int64_t kBiasColumns = 32;
 constexpr WeightType kF32 = {Encoding::kF32};
 constexpr WeightType kBF16 = {Encoding::kBF16};
@@ -157,7 +159,7 @@ void CpuBackend::accumulate_weight(const MatmulBackwardArgs& args) {
 
   const int64_t packed_bytes = round_up(columns * kernel.packed_bytes(depth_of(std::min(chunk, rows)), 0), 64);
   const int64_t panel_floats = depth_of(block) * kPanel;
-  const int64_t worker_floats = panel_floats + std::max(panel_floats, rounds ? tile * depth_of(block) : 0);
+  const int64_t worker_floats = std::max((group + 1) * panel_floats, rounds ? tile * depth_of(block) : int64_t{0});
   auto* packed = static_cast<char*>(thread_scratch(
       Scratch::kProduct,
       static_cast<size_t>(packed_bytes + threads * worker_floats * static_cast<int64_t>(sizeof(float)))));
@@ -196,17 +198,35 @@ void CpuBackend::accumulate_weight(const MatmulBackwardArgs& args) {
       const int64_t column = task % ranges * range_tiles * tile;
       const int64_t height = std::min(range_tiles * tile, columns - column);
       if (height <= 0) return;
-      float* d_y_panel = workers + worker * worker_floats;
-      float* rounded = d_y_panel + panel_floats;
+      float* d_y_panels = workers + worker * worker_floats;
+      float* rounded = d_y_panels + group * panel_floats;
       const int64_t first = task / ranges * group;
+      const int64_t last = std::min(panels, first + group);
+      const int64_t width = std::min(last * kPanel, outputs) - first * kPanel;
       for (int64_t index = 0; index < blocks; ++index) {
-        const int64_t depth = depth_of(rows_of(index));
-        for (int64_t panel = first; panel < std::min(panels, first + group); ++panel) {
-          const int64_t n = panel * kPanel;
-          kernels_.training.pack_panel(args.d_y.row<float>(begin + index * block) + n, args.d_y.row_stride(),
-                                       rows_of(index), std::min(kPanel, outputs - n), d_y_panel);
+        const int64_t d_y_rows = rows_of(index);
+        const int64_t depth = depth_of(d_y_rows);
+        const TensorView d_y = args.d_y.slice_rows(begin + index * block, d_y_rows);
+        // A few rows at a time, of all panels, as rows lie far apart.
+        for (int64_t row = 0; row < d_y_rows; row += kPackedRows) {
+          for (int64_t panel = first; panel < last; ++panel) {
+            const int64_t n = panel * kPanel;
+            kernels_.training.pack_panel(d_y.row<float>(row) + n, d_y.row_stride(),
+                                         std::min(kPackedRows, d_y_rows - row), std::min(kPanel, outputs - n),
+                                         d_y_panels + (panel - first) * panel_floats + row * kPanel);
+          }
+        }
+        const int64_t next_rows = index + 1 < blocks ? rows_of(index + 1) : 0;
+        for (int64_t panel = first; panel < last; ++panel) {
+          // Each panel asks for its part of the next rows.
+          const int64_t share = ceil_div(next_rows, last - first);
+          for (int64_t row = share * (panel - first); row < std::min(next_rows, share * (panel - first + 1)); ++row) {
+            const float* next = args.d_y.row<float>(begin + (index + 1) * block + row) + first * kPanel;
+            for (int64_t i = 0; i < width; i += 16) __builtin_prefetch(next + i, 0, 2);
+          }
+          const float* d_y_panel = d_y_panels + (panel - first) * panel_floats;
           if (rounds) {
-            kernels_.training.round_panel(d_y_panel, rows_of(index), depth, reinterpret_cast<uint16_t*>(rounded));
+            kernels_.training.round_panel(d_y_panel, d_y_rows, depth, reinterpret_cast<uint16_t*>(rounded));
           }
           kernel.panel({height, depth, 0, packed_at(index, column), rounds ? rounded : d_y_panel,
                         target.panel<float>(panel) + column * kPanel, kPanel, true, nullptr, 0});
