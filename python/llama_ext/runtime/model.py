@@ -21,6 +21,7 @@ from llama_ext.runtime import generation, loading, logits, saving, scoring
 from llama_ext.runtime.generation import Piece
 from llama_ext.runtime.model_files import ModelFiles
 from llama_ext.runtime.options import GenerateOptions
+from llama_ext.runtime.prompts import begin_token
 from llama_ext.runtime.scoring import LogLikelihood, Perplexity
 from llama_ext.runtime.session import Session, load_session, new_session
 from llama_ext.runtime.threads import checked_threads
@@ -256,12 +257,7 @@ class LlamaForCausalLM:
     @property
     def bos_token_id(self) -> int | None:
         """The token that begins a text: the tokenizer's, else the config's unless it is no special token of the tokenizer."""
-        bos = self.config.bos_token_id
-        if self.tokenizer is None:
-            return bos
-        if self.tokenizer.bos_token_id is not None:
-            return self.tokenizer.bos_token_id
-        return bos if bos in self.tokenizer.special_ids else None
+        return begin_token(self.config.bos_token_id, self.tokenizer)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
