@@ -40,6 +40,7 @@ void test_sample();
 void test_reference();
 void test_generate();
 void test_quant();
+void test_codes();
 void test_kv_store();
 void test_threads();
 

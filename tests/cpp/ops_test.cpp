@@ -361,6 +361,7 @@ int main() {
   test_reference();
   test_generate();
   test_quant();
+  test_codes();
   test_kv_store();
   test_threads();
   std::printf("%s: %d failed\n", failures == 0 ? "ok" : "FAILED", failures);
