@@ -29,8 +29,8 @@ from benchmarks.random_model import ensure_model
 __all__ = ["EngineRun", "main", "parse_arguments", "planned_engines", "row_of"]
 
 ROOT = Path(__file__).resolve().parents[1]
-_BYTES = {"float32": 4.0, "bfloat16": 2.0}
-_KIND = {"float32": "f32", "bfloat16": "bf16", "int8": "int8", "int4": "int8"}
+_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
+_KIND = {"float32": "f32", "float16": "f32", "bfloat16": "bf16", "int8": "int8", "int4": "int8"}
 # Engines with files of their own: a name for people, the runner, and the option of it and of this command.
 _PEERS = (
     ("llama.cpp", "llama_cpp_runner", "gguf"),
@@ -120,6 +120,7 @@ def planned_engines(options: argparse.Namespace, model: Path) -> list[EngineRun]
     runs = []
     for weights, dtype, more in (
         ("float32", "float32", ()),
+        ("float16", "float16", ()),
         ("bfloat16", "bfloat16", ()),
         ("bfloat16 exact", "bfloat16", ("--compute", "exact")),
         ("int8", "int8", ()),
@@ -139,7 +140,7 @@ def planned_engines(options: argparse.Namespace, model: Path) -> list[EngineRun]
         kind = "int8" if graph.stem in ("model_quantized", "model_q4") else "f32"
         command += ["--variant", graph.stem]
         runs.append(EngineRun("onnxruntime", f"{directory.name}/{graph.stem}", kind, None, command))
-    for dtype in _BYTES:
+    for dtype in ("float32", "bfloat16"):
         command = [options.peer_python, "-m", "benchmarks.peers.transformers_runner", "--model", str(model)]
         runs.append(EngineRun("transformers", dtype, _KIND[dtype], _BYTES[dtype], [*command, "--dtype", dtype]))
     for name, module, option in _PEERS:

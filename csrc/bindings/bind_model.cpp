@@ -294,6 +294,12 @@ void bind_model(py::module_& module) {
       .def("slots", &slots)
       .def("types", &types)
       .def("missing", [](const Model& m) { return m.weights().missing(); })
+      .def(
+          "copy_from",
+          [](Model& m, const Model& source, const std::string& slot) {
+            without_gil([&] { m.weights().copy_from(source.weights(), slot); });
+          },
+          py::arg("source"), py::arg("slot"))
       .def("load", &load, py::arg("slot"), py::arg("source"), py::arg("dtype"), py::arg("importance") = py::none())
       .def("load_blocks", &load_blocks, py::arg("slot"), py::arg("blocks"), py::arg("ggml_type"))
       .def("load_codes", &load_codes, py::arg("slot"), py::arg("codes"), py::arg("scales"),

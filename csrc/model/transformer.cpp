@@ -336,7 +336,7 @@ Model::Model(std::shared_ptr<Backend> backend, const ModelConfig& config, const 
 std::shared_ptr<Model> convert(const Model& model, const WeightPlan& plan) {
   auto converted =
       std::make_shared<Model>(model.shared_backend(), model.config(), plan, PackedWeights{}, model.compute());
-  converted->weights().copy_from(model.weights());
+  for (const Weights::Slot& slot : model.weights().slots()) converted->weights().copy_from(model.weights(), slot.name);
   return converted;
 }
 

@@ -280,24 +280,26 @@ void Weights::load_codes(std::string_view slot, const CodeRows& codes) {
   loaded_[index] = 1;
 }
 
-void Weights::copy_from(const Weights& source) {
-  for (size_t index = 0; index < slots_.size(); ++index) {
-    const Slot& slot = slots_[index];
-    const Place& from = source.place(slot.name);
-    const Place& to = place_to_fill(slot.name);
-    if (to.matrix != nullptr && from.matrix->type() == to.matrix->type()) {
-      backend_.copy_rows(*to.matrix, to.rows, *from.matrix, from.rows, slot.shape[0]);
-      loaded_[index] = 1;
-      continue;
-    }
-    const int64_t size = slot.is_matrix ? slot.shape[0] * slot.shape[1] : slot.shape[0];
-    std::vector<float> values(static_cast<size_t>(size));
-    const TensorView view = slot.is_matrix ? TensorView(values.data(), DType::kF32, {slot.shape[0], slot.shape[1]})
-                                           : TensorView(values.data(), DType::kF32, {size});
-    source.read(slot.name, view);
-    load(slot.name, view, {});
+void Weights::copy_from(const Weights& source, std::string_view name) {
+  const size_t index = find(name);
+  const Slot& slot = slots_[index];
+  const Slot& other = source.slots_[source.find(name)];
+  require(slot.shape == other.shape, ErrorKind::kShape, "weights: '", name, "' has shape ", shape_text_of(slot.shape),
+          ", and what is to be copied ", shape_text_of(other.shape));
+  const Place& from = source.place(name);
+  const Place& to = place_to_fill(name);
+  if (to.matrix != nullptr && from.matrix->type() == to.matrix->type()) {
+    backend_.copy_rows(*to.matrix, to.rows, *from.matrix, from.rows, slot.shape[0]);
+    backend_.synchronize();
+    loaded_[index] = 1;
+    return;
   }
-  backend_.synchronize();
+  const int64_t size = slot.is_matrix ? slot.shape[0] * slot.shape[1] : slot.shape[0];
+  std::vector<float> values(static_cast<size_t>(size));
+  const TensorView view = slot.is_matrix ? TensorView(values.data(), DType::kF32, {slot.shape[0], slot.shape[1]})
+                                         : TensorView(values.data(), DType::kF32, {size});
+  source.read(name, view);
+  load(name, view, {});
 }
 
 void Weights::read(std::string_view slot, const TensorView& target) const {

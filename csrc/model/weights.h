@@ -116,8 +116,8 @@ class Weights {
   /// Throws CheckpointError for a slot that does not exist.
   const Place& place(std::string_view slot) const { return places_[find(slot)]; }
   const WeightPlan& plan() const { return plan_; }
-  /// Fills every slot with those of `source`, a model of the same shapes, converted where types differ.
-  void copy_from(const Weights& source);
+  /// Fills a slot with that of `source`, which has the same shape: as it is kept, or converted where types differ.
+  void copy_from(const Weights& source, std::string_view slot);
 
   struct NamedMatrix {
     std::string name;

@@ -21,9 +21,13 @@ double plain_exp_sum(const float* logits, int64_t size, float largest) {
   return exp_sum_in_lanes(logits, size, largest);
 }
 
+void plain_weights(double* x, int64_t size, double largest, double temperature) {
+  weights_in_place(x, size, largest, temperature);
+}
+
 }  // namespace
 
-const LogitsLoops kPlainLogitsLoops = {plain_argmax, plain_exp_sum};
+const LogitsLoops kPlainLogitsLoops = {plain_argmax, plain_exp_sum, plain_weights};
 
 void check(const LogSumExpArgs& args) {
   require_tensor(args.logits, DType::kF32, {-1, -1}, Rows::kStrided, "log_sum_exp", "logits");

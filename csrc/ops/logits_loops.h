@@ -11,6 +11,8 @@ struct LogitsLoops {
   int64_t (*argmax)(const float* logits, int64_t size);
   /// sum(exp(logits - largest)), given their largest, which is finite; other logits may be -inf.
   double (*exp_sum)(const float* logits, int64_t size, float largest);
+  /// x[i] = exp((x[i] - largest) / temperature), in place, given their largest, which is finite; other x may be -inf.
+  void (*weights)(double* x, int64_t size, double largest, double temperature);
 };
 
 /// For backends without vectors.
@@ -63,8 +65,6 @@ static inline __attribute__((always_inline)) Number exp_of(Number x) {
   return series * power_of_two(half) * power_of_two(rest);
 }
 
-static inline double exp_nonpositive(double x) { return exp_of<double, uint64_t>(x); }
-
 /// LogitsLoops::exp_sum: in eight lanes, logit i in lane i % 8, which are added from the first to the last.
 static inline double exp_sum_in_lanes(const float* logits, int64_t size, float largest) {
   constexpr int kLanes = 8;
@@ -88,6 +88,18 @@ static inline double exp_sum_in_lanes(const float* logits, int64_t size, float l
   double sum = 0;
   for (int lane = 0; lane < kLanes; ++lane) sum += sums[lane / kDoubles][lane % kDoubles];
   return sum;
+}
+
+/// LogitsLoops::weights: each by itself, so the bits do not depend on the vectors.
+static inline void weights_in_place(double* x, int64_t size, double largest, double temperature) {
+  int64_t at = 0;
+  for (; at + kDoubles <= size; at += kDoubles) {
+    Doubles some;
+    __builtin_memcpy(&some, x + at, sizeof some);
+    some = exp_of<Doubles, DoublesBits>((some - largest) / temperature);
+    __builtin_memcpy(x + at, &some, sizeof some);
+  }
+  for (; at < size; ++at) x[at] = exp_of<double, uint64_t>((x[at] - largest) / temperature);
 }
 
 }  // namespace llama_ext

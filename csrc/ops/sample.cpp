@@ -5,6 +5,7 @@
 #include <cfloat>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "ops/argument_checks.h"
 #include "ops/embedding.h"
@@ -140,28 +141,38 @@ bool is_likelier(const Candidate& a, const Candidate& b) {
   return a.logit > b.logit || (a.logit == b.logit && a.token < b.token);
 }
 
-double weight_of(double logit, double largest, double temperature) {
-  return exp_nonpositive((logit - largest) / temperature);
-}
+/// Weights exp((logit - largest) / temperature).
+struct Weighing {
+  double largest;
+  double temperature;
+  const LogitsLoops& loops;
+
+  void in_place(std::vector<double>& logits) const {
+    loops.weights(logits.data(), static_cast<int64_t>(logits.size()), largest, temperature);
+  }
+  std::vector<double> of(const Candidate* begin, const Candidate* end) const {
+    std::vector<double> weights(static_cast<size_t>(end - begin));
+    std::transform(begin, end, weights.begin(), [](const Candidate& candidate) { return candidate.logit; });
+    in_place(weights);
+    return weights;
+  }
+};
 
 /// Drops all but the most likely candidates, as few as reach top_p of the total weight. A quickselect on weight: each
 /// step narrows the range in which the last of them lies, so little is ever sorted.
-void keep_top_p(std::vector<Candidate>& candidates, double largest, const SamplingOptions& options) {
+void keep_top_p(std::vector<Candidate>& candidates, double top_p, const Weighing& weighing) {
   constexpr std::ptrdiff_t kSortBelow = 64;
-  const auto weight_between = [&](auto begin, auto end) {
-    double sum = 0;
-    for (auto candidate = begin; candidate != end; ++candidate) {
-      sum += weight_of(candidate->logit, largest, options.temperature);
-    }
-    return sum;
+  const auto weight_between = [&](const Candidate* from, const Candidate* to) {
+    const std::vector<double> weights = weighing.of(from, to);
+    return std::accumulate(weights.begin(), weights.end(), 0.0);
   };
-  auto begin = candidates.begin();
-  auto end = candidates.end();
-  const double wanted = options.top_p * weight_between(begin, end);
+  Candidate* begin = candidates.data();
+  Candidate* end = begin + candidates.size();
+  const double wanted = top_p * weight_between(begin, end);
   double reached = 0;  // by everything before `begin`
   // The first cut is far off the middle, as the front usually holds most of the weight.
   for (std::ptrdiff_t parts = 16; end - begin > kSortBelow; parts = 2) {
-    const auto middle = begin + (end - begin) / parts;
+    Candidate* const middle = begin + (end - begin) / parts;
     std::nth_element(begin, middle, end, is_likelier);
     const double with_front = reached + weight_between(begin, middle);
     if (with_front >= wanted) {
@@ -172,15 +183,17 @@ void keep_top_p(std::vector<Candidate>& candidates, double largest, const Sampli
     }
   }
   std::sort(begin, end, is_likelier);
-  while (begin != end && reached < wanted) {
-    reached += weight_of(begin->logit, largest, options.temperature);
+  for (const double weight : weighing.of(begin, end)) {
+    if (reached >= wanted) break;
+    reached += weight;
     ++begin;
   }
-  candidates.resize(static_cast<size_t>(std::max<std::ptrdiff_t>(begin - candidates.begin(), 1)));
+  candidates.resize(static_cast<size_t>(std::max<std::ptrdiff_t>(begin - candidates.data(), 1)));
 }
 
 /// What top_k and top_p leave, in the order of ids: the draw then does not depend on how they were found.
-std::vector<Candidate> filtered(const std::vector<double>& logits, double largest, const SamplingOptions& options) {
+std::vector<Candidate> filtered(const std::vector<double>& logits, const SamplingOptions& options,
+                                const Weighing& weighing) {
   std::vector<Candidate> candidates;
   candidates.reserve(logits.size());
   for (size_t token = 0; token < logits.size(); ++token) {
@@ -191,34 +204,40 @@ std::vector<Candidate> filtered(const std::vector<double>& logits, double larges
     std::nth_element(candidates.begin(), candidates.begin() + options.top_k, candidates.end(), is_likelier);
     candidates.resize(kept);
   }
-  if (options.top_p < 1) keep_top_p(candidates, largest, options);
+  if (options.top_p < 1) keep_top_p(candidates, options.top_p, weighing);
   std::sort(candidates.begin(), candidates.end(),
             [](const Candidate& a, const Candidate& b) { return a.token < b.token; });
   return candidates;
 }
 
-/// Turns logits into weights exp((logit - largest) / temperature) without those below min_p, in place, and draws an
-/// index.
-size_t draw(std::vector<double>& logits, double largest, const SamplingOptions& options, const RandomKey& key) {
-  for (double& logit : logits) logit = weight_of(logit, largest, options.temperature);
-  double total = 0;
-  for (double& weight : logits) {
-    weight = weight >= options.min_p ? weight : 0.0;  // the most likely has weight 1
-    total += weight;
+/// Draws an index by weight, without those below min_p.
+size_t draw(const std::vector<double>& weights, double min_p, const RandomKey& key) {
+  // The most likely has weight 1.
+  const auto kept = [&](double weight) { return weight >= min_p ? weight : 0.0; };
+  // In lanes, as a chain of additions would wait for each.
+  std::array<double, 8> lanes = {};
+  size_t i = 0;
+  for (; i + lanes.size() <= weights.size(); i += lanes.size()) {
+    for (size_t lane = 0; lane < lanes.size(); ++lane) lanes[lane] += kept(weights[i + lane]);
   }
+  double total = 0;
+  for (const double sum : lanes) total += sum;
+  for (; i < weights.size(); ++i) total += kept(weights[i]);
+
   const double target = random_uniform(key) * total;
   double reached = 0;
   size_t last = 0;
-  for (size_t i = 0; i < logits.size(); ++i) {
-    if (logits[i] == 0) continue;
-    reached += logits[i];
+  for (i = 0; i < weights.size(); ++i) {
+    const double weight = kept(weights[i]);
+    if (weight == 0) continue;
+    reached += weight;
     last = i;
     if (reached > target) break;
   }
   return last;  // rounding may leave `reached` at the target: then the last one that has any weight
 }
 
-int64_t choose(const SampleArgs& args, int64_t argmax) {
+int64_t choose(const SampleArgs& args, int64_t argmax, const LogitsLoops& loops) {
   const SamplingOptions& options = *args.options;
   const float* raw = args.logits.f32();
   const int64_t vocabulary = args.logits.rows();
@@ -235,12 +254,14 @@ int64_t choose(const SampleArgs& args, int64_t argmax) {
             "sample: no token is left to choose from: every logit is -inf once logit_bias is added");
   }
   if (is_greedy) return std::find(logits.begin(), logits.end(), largest) - logits.begin();
-  if (options.top_k == 0 && options.top_p == 1) return static_cast<int64_t>(draw(logits, largest, options, args.key));
-
-  const std::vector<Candidate> candidates = filtered(logits, largest, options);
-  logits.resize(candidates.size());
-  for (size_t i = 0; i < candidates.size(); ++i) logits[i] = candidates[i].logit;
-  return candidates[draw(logits, largest, options, args.key)].token;
+  const Weighing weighing{largest, options.temperature, loops};
+  if (options.top_k == 0 && options.top_p == 1) {
+    weighing.in_place(logits);
+    return static_cast<int64_t>(draw(logits, options.min_p, args.key));
+  }
+  const std::vector<Candidate> candidates = filtered(logits, options, weighing);
+  const std::vector<double> weights = weighing.of(candidates.data(), candidates.data() + candidates.size());
+  return candidates[draw(weights, options.min_p, args.key)].token;
 }
 
 }  // namespace
@@ -249,7 +270,7 @@ SampleResult sample_on_host(const SampleArgs& args, const LogitsLoops& loops) {
   check(args);
   const float* logits = args.logits.f32();
   const LogSumExp sum = log_sum_exp_on_host(logits, args.logits.rows(), "sample", loops);
-  const int64_t token = choose(args, sum.argmax);
+  const int64_t token = choose(args, sum.argmax, loops);
   return {static_cast<int32_t>(token), static_cast<float>(static_cast<double>(logits[token]) - sum.value)};
 }
 

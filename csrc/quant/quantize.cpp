@@ -220,6 +220,7 @@ void group_factors(const WeightType& type, const QuantizedRow& row, int64_t cols
 void take_codes(const WeightType& type, const CodeRows& rows, int64_t index, int64_t cols, QuantizedRow& row) {
   const EncodingInfo& info = info_of(type.encoding);
   require(type.is_quantized() && info.superblock == 0, ErrorKind::kDType, "codes cannot be kept as ", type.text());
+  require(!info.has_min || rows.mins != nullptr || cols == 0, ErrorKind::kInternal, "codes: minima are missing");
   row.resize(type, cols);
   const uint8_t* const codes = rows.codes + index * cols;
   for (int64_t k = 0; k < cols; ++k) {

@@ -196,6 +196,7 @@ def test_every_engine_is_planned_or_its_absence_explained() -> None:
     runs = model.planned_engines(options, Path("m"))
     assert [(run.engine, run.weights, run.kind) for run in runs] == [
         ("llama_ext", "float32", "f32"),
+        ("llama_ext", "float16", "f32"),
         ("llama_ext", "bfloat16", "bf16"),
         ("llama_ext", "bfloat16 exact", "f32"),
         ("llama_ext", "int8", "int8"),
@@ -210,7 +211,7 @@ def test_every_engine_is_planned_or_its_absence_explained() -> None:
         ("onnxruntime-genai", "", "f32"),
         ("CTranslate2", "", "f32"),
     ]
-    assert runs[7].command[0] == "other"
+    assert runs[8].command[0] == "other"
     assert [run.error for run in runs[-3:]] == [
         f"not run: no --{name} given" for name in ("openvino", "genai", "ctranslate2")
     ]
@@ -225,6 +226,7 @@ def test_our_engine_is_told_what_to_load_and_how() -> None:
     assert told["a-q4_0 (GGUF)"] == f"--model {Path('a-q4_0.gguf').resolve()} --dtype auto"
     assert [run.weights for run in runs if run.bytes_per_weight is not None] == [
         "float32",
+        "float16",
         "bfloat16",
         "bfloat16 exact",
     ]
@@ -232,7 +234,7 @@ def test_our_engine_is_told_what_to_load_and_how() -> None:
 
 def test_engines_can_be_chosen_by_name() -> None:
     runs = model.planned_engines(model.parse_arguments(["--only", "llama_ext"]), Path("m"))
-    assert [run.engine for run in runs] == ["llama_ext"] * 6
+    assert [run.engine for run in runs] == ["llama_ext"] * 7
 
 
 def test_a_row_shows_shares_of_the_best_probe() -> None:

@@ -41,6 +41,7 @@ void test_reference();
 void test_matrix_values();
 void test_generate();
 void test_quant();
+void test_codes();
 void test_kv_store();
 void test_threads();
 void test_matmul_backward();

@@ -362,6 +362,7 @@ int main() {
   test_matrix_values();
   test_generate();
   test_quant();
+  test_codes();
   test_kv_store();
   test_threads();
   test_matmul_backward();

@@ -133,6 +133,18 @@ void test_every_isa_makes_the_same_bits_of_logits() {
       CHECK(loops.argmax(logits.data(), count) == argmax);
       const float largest = logits[static_cast<size_t>(argmax)];
       CHECK(loops.exp_sum(logits.data(), count, largest) == kPlainLogitsLoops.exp_sum(logits.data(), count, largest));
+      for (const double temperature : {0.01, 0.7, 1.0, 1e300}) {
+        std::vector<double> weights(logits.begin(), logits.end());
+        loops.weights(weights.data(), count, static_cast<double>(largest), temperature);
+        std::vector<double> plain(logits.begin(), logits.end());
+        kPlainLogitsLoops.weights(plain.data(), count, static_cast<double>(largest), temperature);
+        CHECK(weights == plain);
+        for (size_t i = 0; i < size; ++i) {
+          // Not below denormals, where the relative error has no bound.
+          const double exact = std::exp((static_cast<double>(logits[i]) - static_cast<double>(largest)) / temperature);
+          CHECK_NEAR(weights[i], exact, 5e-16 * exact + 1e-300);
+        }
+      }
       for (const size_t bad : {size_t{0}, size / 2, size - 1}) {
         for (float value : {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::quiet_NaN(), kInf}) {
           const float good = std::exchange(logits[bad], value);

@@ -45,6 +45,10 @@ static double logits_exp_sum(const float* logits, int64_t size, float largest) {
   return exp_sum_in_lanes(logits, size, largest);
 }
 
-static constexpr LogitsLoops kLogits = {logits_argmax, logits_exp_sum};
+static void logits_weights(double* x, int64_t size, double largest, double temperature) {
+  weights_in_place(x, size, largest, temperature);
+}
+
+static constexpr LogitsLoops kLogits = {logits_argmax, logits_exp_sum, logits_weights};
 
 }  // namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE

@@ -21,7 +21,7 @@ from llama_ext.runtime import generation
 from llama_ext.runtime.generation import Piece
 from llama_ext.runtime.logits import id_block
 from llama_ext.runtime.options import GenerateOptions
-from llama_ext.runtime.prompts import read_mask
+from llama_ext.runtime.prompts import begin_token, read_mask
 from llama_ext.runtime.threads import checked_threads
 from llama_ext.runtime.tokenizer import Tokenizer
 
@@ -118,12 +118,7 @@ class OrtModel:
     @property
     def bos_token_id(self) -> int | None:
         """The token that begins a text; see `LlamaForCausalLM.bos_token_id`."""
-        bos = self.config.bos_token_id
-        if self.tokenizer is None:
-            return bos
-        if self.tokenizer.bos_token_id is not None:
-            return self.tokenizer.bos_token_id
-        return bos if bos in self.tokenizer.special_ids else None
+        return begin_token(self.config.bos_token_id, self.tokenizer)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

@@ -137,7 +137,6 @@ class LlamaForSequenceClassification(LoadedModel):
 
         Raises:
             OptionError: Labels are no names, fewer than two, or given twice; or an adapter of the base is active.
-            UnsupportedError: The weights are of a GGUF file's types: load the file with `from_pretrained` instead.
             OutOfMemoryError: They do not fit into memory.
         """
         base._refuse_active("a classifier is made of the base alone", "delete_adapter forgets it")
@@ -154,9 +153,9 @@ class LlamaForSequenceClassification(LoadedModel):
         model._prepare(config, base.tokenizer, base.generation_defaults, types=types, **options)
         _load_head(model._core, config, seed)
         missing = set(model._core.missing())
-        for slot, _, is_matrix in source.slots():
+        for slot, _, _ in source.slots():
             if slot in missing:
-                _copy(source, model._core, slot, types.get(slot, types[""]) if is_matrix else ("float32", 0))
+                model._core.copy_from(source, slot)
         return model
 
     @property
@@ -386,16 +385,6 @@ def _load_head(core: _core.Model, config: LlamaConfig, seed: int) -> None:
         (config.num_labels, config.hidden_size), dtype=np.float32
     )
     core.load("head", values * np.float32(config.initializer_range), "float32")
-
-
-def _copy(source: _core.Model, target: _core.Model, slot: str, kept: tuple[str, int]) -> None:
-    """A tensor as it is kept, codes as codes."""
-    encoding, group = kept
-    if not group:
-        target.load(slot, source.read(slot), encoding)
-        return
-    codes, scales, mins = source.read_codes(slot)
-    target.load_codes(slot, codes, scales.astype(np.float16), None if mins is None else mins.astype(np.float16))
 
 
 def _ids(what: str, values: object, vocabulary: int) -> IntArray:

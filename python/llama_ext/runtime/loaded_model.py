@@ -12,6 +12,7 @@ from llama_ext.models.generation_config import GenerationDefaults
 from llama_ext.runtime import loading, saving
 from llama_ext.runtime.adapted import Adapted
 from llama_ext.runtime.model_files import ModelFiles
+from llama_ext.runtime.prompts import begin_token
 from llama_ext.runtime.threads import checked_threads
 from llama_ext.runtime.tokenizer import Tokenizer
 from llama_ext.runtime.weight_types import WeightTypes
@@ -100,12 +101,7 @@ class LoadedModel(Adapted):
     @property
     def bos_token_id(self) -> int | None:
         """The token that begins a text: the tokenizer's, else the config's unless it is no special token of the tokenizer."""
-        bos = self.config.bos_token_id
-        if self.tokenizer is None:
-            return bos
-        if self.tokenizer.bos_token_id is not None:
-            return self.tokenizer.bos_token_id
-        return bos if bos in self.tokenizer.special_ids else None
+        return begin_token(self.config.bos_token_id, self.tokenizer)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from llama_ext._arrays import Array, IntArray, check_token_range, token_ids
 from llama_ext.errors import DTypeError, OptionError, ShapeError
 from llama_ext.runtime.tokenizer import Tokenizer
 
-__all__ = ["Prompts", "encode_text", "read_mask", "read_prompts"]
+__all__ = ["Prompts", "begin_token", "encode_text", "read_mask", "read_prompts"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,23 @@ class Prompts:
     kind: Literal["text", "list", "array"]
     single: bool
     block: Array | None = None
+
+
+def begin_token(config_bos: int | None, tokenizer: Tokenizer | None) -> int | None:
+    """The token that begins a text: the tokenizer's, else the config's unless it is no special token of the tokenizer.
+
+    Args:
+        config_bos: What the model's config says.
+        tokenizer: The model's, or None.
+
+    Returns:
+        The id, or None.
+    """
+    if tokenizer is None:
+        return config_bos
+    if tokenizer.bos_token_id is not None:
+        return tokenizer.bos_token_id
+    return config_bos if config_bos in tokenizer.special_ids else None
 
 
 def read_prompts(
