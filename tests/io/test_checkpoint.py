@@ -340,7 +340,10 @@ def test_a_file_can_be_opened_by_itself(tmp_path: Path) -> None:
             r"found config\.json, pytorch_model\.bin\. Pickled weights are never read",
         ),
         (["consolidated.00.pth"], "save_pretrained"),
-        (["adapter_config.json", "adapter_model.safetensors"], "This is a PEFT adapter: load its base, and then the adapter with load_adapter"),
+        (
+            ["adapter_config.json", "adapter_model.safetensors"],
+            "This is a PEFT adapter: load its base, and then the adapter with load_adapter",
+        ),
         (["x.gguf"], "A GGUF file is no part of such a checkpoint"),
         ([f"{index:02}" for index in range(20)], "and 12 more"),
     ],

@@ -217,6 +217,8 @@ def test_what_it_does_not_do_is_said(models: dict[str, OrtModel], native: llama_
         model.generate("The", generation_config={"num_beams": 2})
     with pytest.raises(llama_ext.UnsupportedError, match="prompt_lookup_num_tokens"):
         model.generate("The", prompt_lookup_num_tokens=4)
+    with pytest.raises(llama_ext.UnsupportedError, match="an exported model has no adapters"):
+        model.generate("a", adapter="pirate")
     with pytest.raises(llama_ext.UnsupportedError, match="draft_model"):
         model.stream_generate("The", draft_model=native)
 

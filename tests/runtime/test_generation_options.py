@@ -118,7 +118,9 @@ def test_a_token_outside_the_vocabulary_is_an_error(given: dict[str, Any]) -> No
 def test_an_unknown_option_lists_close_matches() -> None:
     with pytest.raises(OptionError, match="unknown option 'max_new_token'; did you mean max_new_tokens"):
         plan(max_new_token=5)
-    with pytest.raises(OptionError, match="unknown option 'zzz'; known: do_sample, draft_model, early_stopping"):
+    with pytest.raises(
+        OptionError, match="unknown option 'zzz'; known: adapter, do_sample, draft_model, early_stopping"
+    ):
         plan(zzz=5)
 
 

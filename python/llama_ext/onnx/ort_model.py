@@ -265,11 +265,23 @@ class OrtModel:
         session: object,
         draft: object,
         draft_tokens: int,
+        adapters: object,
+        weights: object,
         **options: Any,
     ) -> OrtGeneration:
         """What `generate` asks for. Guesses that only the defaults ask for would change nothing but the speed."""
-        del session, draft, draft_tokens  # sessions are the native model's
+        del session, weights, draft, draft_tokens  # sessions are the native model's
+        del adapters  # there are none
         return self.begin(prompts, **options)
+
+    def _core_adapters(self, choice: object, sequences: int) -> list[None]:
+        """None: a graph has the weights that it was exported with."""
+        del sequences
+        if choice is not None:
+            raise UnsupportedError(
+                "an exported model has no adapters: merge_adapter makes one a part of the weights, and export the result"
+            )
+        return []
 
     def _as_native(self) -> LlamaForCausalLM:
         """This model for functions that need no more of a native one than both have."""
