@@ -29,11 +29,13 @@ void check_inputs(const Args& args, const char* op) {
   std::sort(ranges.begin(), ranges.end(), [](const RowRange& a, const RowRange& b) { return a.row < b.row; });
   int64_t end = 0;
   for (const RowRange& range : ranges) {
-    require(range.tokens >= 0 && range.tokens <= kMostAttentionTokens && range.row >= end &&
+    // A sequence of no tokens meets no other, wherever it lies.
+    const int64_t first = range.tokens == 0 ? 0 : end;
+    require(range.tokens >= 0 && range.tokens <= kMostAttentionTokens && range.row >= first &&
                 range.row <= rows - range.tokens,
             ErrorKind::kShape, op, ": sequences must be disjoint ranges within ", rows, " rows, of at most ",
             kMostAttentionTokens, " tokens, got rows [", range.row, ", ", range.row, " + ", range.tokens, ")");
-    end = range.row + range.tokens;
+    end = std::max(end, range.row + range.tokens);
   }
 }
 

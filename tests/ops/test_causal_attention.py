@@ -99,6 +99,8 @@ def _cases() -> list[Case]:
         one(300, 4, 2, 48),
         one(291, 2, 1, 33, dropout=0.2, gap=7),
         one(257, 1, 1, 64),
+        # Sequences of no tokens, beside others and within them.
+        Case(((0, 5), (0, 0), (2, 0), (5, 4), (9, 0)), 9, 2, 1, 3),
         # Nothing to do.
         Case((), 4, 2, 1, 3),
         Case(((0, 0),), 0, 2, 1, 3),
@@ -325,11 +327,28 @@ def test_a_later_token_changes_nothing(device: Device) -> None:
     p, whole = make_problem(case), attend(device, case)
     changed = Problem(*(each.copy() for each in p[:4]), p.scale)
     for each in changed[:3]:
-        each[40:] = np.nan
+        each[40:] = 1e6
     found = attend(device, case, p=changed)
     assert_same_bits(found.y[:40], whole.y[:40])
     assert_same_bits(found.log_sums[:40], whole.log_sums[:40])
-    assert np.isnan(found.y[40:]).all()
+    assert (found.y[40:] != whole.y[40:]).all()
+
+
+@all_devices
+def test_nan_stays_in_its_sequence(device: Device) -> None:
+    case = Case(((0, 40), (40, 33), (73, 20)), 93, 4, 2, 16)
+    p, forward, backward = make_problem(case), attend(device, case), differentiate(device, case)
+    changed = Problem(*(each.copy() for each in p[:4]), p.scale)
+    for each in changed[:4]:
+        each[40:73] = np.nan
+    others = np.r_[0:40, 73:93]
+    spoilt = attend(device, case, p=changed)
+    for ours, theirs in zip(spoilt, forward, strict=True):
+        assert_same_bits(ours[others], theirs[others])
+        assert np.isnan(ours[40:73]).all()
+    for ours, theirs in zip(differentiate(device, case, p=changed), backward, strict=True):
+        assert_same_bits(ours[others], theirs[others])
+        assert np.isnan(ours[40:73]).all()
 
 
 @all_devices

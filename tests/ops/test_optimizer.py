@@ -16,7 +16,7 @@ from tolerances import TINY, assert_same_bits, assert_within, units
 
 Array = npt.NDArray[Any]
 
-SIZES = [0, 1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 129, 1023, 4099, 100003]
+SIZES = [0, 1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 129, 1023, 4099, 20011]
 
 ADAMS: dict[str, dict[str, Any]] = {
     "plain": {},
