@@ -25,7 +25,14 @@ def main() -> None:
     classifier = llama_ext.TextClassifier(base, labels=["positive", "negative"])
     adapter = llama_ext.LoRA(r=16, alpha=32) if args.lora else None
     texts, labels = zip(*train, strict=True)
-    classifier.fit(list(texts), list(labels), adapter=adapter, epochs=15, lr=5e-3 if args.lora else 2e-3, seed=1)
+    classifier.fit(
+        list(texts),
+        list(labels),
+        adapter=adapter,
+        epochs=25 if args.lora else 15,
+        lr=1e-2 if args.lora else 2e-3,
+        seed=1,
+    )
 
     texts, labels = zip(*test, strict=True)
     print(classifier.evaluate(list(texts), list(labels)))

@@ -113,9 +113,11 @@ def test_a_tied_base_gives_the_same_features(tmp_path: Path) -> None:
     assert np.array_equal(loaded.scores(ids), model.scores(ids))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8", "int4"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8", "int4", "int4_min"])
 def test_other_weights_keep_their_numbers(dtype: str, tmp_path: Path) -> None:
-    model = llama_ext.LlamaForCausalLM(base().config, seed=3, dtype=dtype)
+    symmetric = False if dtype.endswith("_min") else None
+    dtype = dtype.removesuffix("_min")
+    model = llama_ext.LlamaForCausalLM(base().config, seed=3, dtype=dtype, symmetric=symmetric)
     classifier = LlamaForSequenceClassification.from_base(model, LABELS, seed=1)
     wide = LlamaForSequenceClassification.from_base(base(), LABELS, seed=1)
     for slot in ("layers.0.q", "layers.1.down", "embedding"):

@@ -55,7 +55,7 @@ def test_it_learns_pairs_by_heart_and_keeps_them(tmp_path: Path) -> None:
     assert history.steps[-1].loss < 0.1
     report = translator.evaluate(PAIRS, num_beams=1)
     assert report.exact >= 0.95
-    assert report.bleu >= 90
+    assert report.chrf >= 90, "BLEU wants four characters at a stretch, and these have one or two"
     texts = [text for text, _ in PAIRS[:12]]
     greedy = translator.translate(texts, num_beams=1)
     assert translator.translate(texts[0]) == translator.translate(texts[:1])[0]

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from llama_ext import _core
 from llama_ext._arrays import Array, FloatArray, IntArray, as_whole, check_token_range
-from llama_ext.errors import ContextLengthError, DTypeError, OptionError
+from llama_ext.errors import ContextLengthError, DTypeError, OptionError, UnsupportedError
 from llama_ext.limits import DEFAULT_LIMITS, Limits
 from llama_ext.models.config import LlamaConfig
 from llama_ext.models.fields import shown
@@ -35,6 +35,8 @@ __all__ = ["LlamaForSequenceClassification", "checked_labels"]
 
 # Sequences that run at once in `predict`.
 _BATCH = 32
+# Of codes without minima: what stands for zero.
+_ZEROS = {"int8": 128, "int5": 16, "int4": 8}
 # How a head is kept: it is trained together with adapters, whatever the base's weights are.
 _HEAD: WeightType = ("float32", 0)
 
@@ -394,8 +396,16 @@ def _copy(source: _core.Model, target: _core.Model, slot: str, kept: tuple[str, 
     if not group:
         target.load(slot, source.read(slot), encoding)
         return
+    zero = _ZEROS.get(encoding)
+    if zero is None and encoding.removesuffix("_min") not in _ZEROS:
+        raise UnsupportedError(
+            f"{slot} is kept as {encoding}, a GGUF file's type, which is not copied: make the classifier of the file, with "
+            "LlamaForSequenceClassification.from_pretrained(path, labels=[...])"
+        )
     codes, scales, mins = source.read_codes(slot)
-    target.load_codes(slot, codes, scales.astype(np.float16), None if mins is None else mins.astype(np.float16))
+    # Without minima the core takes codes around zero; it keeps and gives them from 0 on.
+    given = codes if zero is None else (codes.astype(np.int16) - zero).astype(np.int8)
+    target.load_codes(slot, given, scales.astype(np.float16), None if mins is None else mins.astype(np.float16))
 
 
 def _ids(what: str, values: object, vocabulary: int) -> IntArray:
