@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from llama_ext import _core
 from llama_ext._arrays import Array, FloatArray, IntArray, as_whole, check_token_range
-from llama_ext.errors import ContextLengthError, DTypeError, OptionError, UnsupportedError
+from llama_ext.errors import ContextLengthError, DTypeError, OptionError
 from llama_ext.limits import DEFAULT_LIMITS, Limits
 from llama_ext.models.config import LlamaConfig
 from llama_ext.models.fields import shown
@@ -35,8 +35,6 @@ __all__ = ["LlamaForSequenceClassification", "checked_labels"]
 
 # Sequences that run at once in `predict`.
 _BATCH = 32
-# Of codes without minima: what stands for zero.
-_ZEROS = {"int8": 128, "int5": 16, "int4": 8}
 # How a head is kept: it is trained together with adapters, whatever the base's weights are.
 _HEAD: WeightType = ("float32", 0)
 
