@@ -361,7 +361,14 @@ void CpuBackend::causal_attention_backward(const CausalAttentionBackwardArgs& ar
   check(args);
   const Sizes sizes = sizes_of(args, kernels_.f32);
   const int64_t longest = longest_of(args.sequences);
-  if (longest == 0 || sizes.heads == 0 || sizes.dim == 0) return;
+  if (longest == 0 || sizes.dim == 0) return;
+  if (sizes.heads == 0) {  // nobody asked the keys anything
+    for (const RowRange& sequence : args.sequences) {
+      zero(args.d_k.slice_rows(sequence.row, sequence.tokens));
+      zero(args.d_v.slice_rows(sequence.row, sequence.tokens));
+    }
+    return;
+  }
   const int threads = threads_for(5.0 * multiply_adds_of(args.sequences, sizes) / 20e3);
   const int64_t units = static_cast<int64_t>(args.sequences.size()) * sizes.kv_heads;
   const int64_t padded_keys = round_up(longest, kPanel);

@@ -124,7 +124,7 @@ def test_other_weights_keep_their_numbers(dtype: str, tmp_path: Path) -> None:
         assert np.array_equal(classifier._core.read(slot), model._core.read(slot))
     ids = [[3, 4, 5], [7, 8]]
     found, exact = classifier.scores(ids), wide.scores(ids)
-    assert np.abs(found - exact).max() <= (0.3 if dtype == "int4" else 0.06) * np.abs(exact).max()
+    assert np.abs(found - exact).max() <= (0.5 if dtype == "int4" else 0.06) * np.abs(exact).max()
     classifier.save_pretrained(tmp_path)
     assert np.array_equal(LlamaForSequenceClassification.from_pretrained(tmp_path).scores(ids), found)
 
