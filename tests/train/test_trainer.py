@@ -511,6 +511,7 @@ def test_a_classifier_does_not_generate() -> None:
 # -- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("uncovered")
 def test_ctrl_c_stops_at_once_and_the_next_result_is_unharmed() -> None:
     trainer = _core.Trainer(build(ISAS[-1], layers=8), optimizer=ADAMW)
     data = batch([400] * 12)

@@ -372,6 +372,7 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
         assert np.array_equal(values, before[slot])
 
 
+@pytest.mark.usefixtures("uncovered")
 def test_ctrl_c_saves_and_the_run_goes_on(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"batch_size": 4, "epochs": 40}
     whole = make()

@@ -356,6 +356,7 @@ def test_another_thread_trains_without_touching_signals(make_run: MakeRun) -> No
     assert found == ["done"]
 
 
+@pytest.mark.usefixtures("uncovered")
 def test_two_hundred_interrupts_at_any_moment_leave_whole_steps(make_run: MakeRun) -> None:
     """A timer that fires anywhere in a run, also between the lines of the loop."""
     reference: dict[int, bytes] = {}
