@@ -254,8 +254,9 @@ def test_two_preparations_do_not_write_the_same_file(checkpoint: Path, tmp_path:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
-    assert [state.split()[0] for state in states] == ["made", "present", "present"]
+        thread.join(300)
+    # Whoever made it may be the last to say so.
+    assert sorted(state.split()[0] for state in states) == ["made", "present", "present"]
 
 
 @pytest.mark.parametrize(
