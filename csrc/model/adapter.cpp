@@ -4,6 +4,8 @@
 #include <cmath>
 #include <string_view>
 
+#include "model/scaled.h"
+
 namespace llama_ext {
 namespace {
 
@@ -95,7 +97,7 @@ void add_low_rank(Backend& backend, const LowRank& part, const TensorView& x, co
                   const TensorView& scratch) {
   const TensorView inner(scratch.data(), DType::kF32, {x.rows(), part.a->rows()});
   backend.matmul({.x = x, .weight = part.a.get(), .bias = {}, .y = inner, .compute = Compute::kExact});
-  backend.dropout({.x = inner, .y = inner, .scale = part.scale});
+  set_scaled(backend, inner, inner, part.scale);
   backend.matmul(
       {.x = inner, .weight = part.b.get(), .bias = {}, .y = y, .accumulate = true, .compute = Compute::kExact});
 }

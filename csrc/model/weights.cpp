@@ -43,16 +43,6 @@ float element_as_f32(const TensorView& source, int64_t i) {
        name_of(source.dtype()));
 }
 
-/// Calls move(first element of the tensor, its place in the vector, how many) for each run that stays together.
-template <typename Move>
-void for_each_run(const RowMap& rows, int64_t count, Move&& move) {
-  for (int64_t i = 0; i < count;) {
-    const int64_t run = std::min(count - i, rows.group - i % rows.group);
-    move(i, rows(i), run);
-    i += run;
-  }
-}
-
 void check_source(const Weights::Slot& slot, const TensorView& tensor) {
   bool same = tensor.rank() == static_cast<int>(slot.shape.size());
   for (int axis = 0; same && axis < tensor.rank(); ++axis)

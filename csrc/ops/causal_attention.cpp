@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <tuple>
 
 #include "ops/argument_checks.h"
 #include "ops/dropout.h"
@@ -63,7 +64,15 @@ void check(const CausalAttentionBackwardArgs& args) {
        {std::pair{&args.d_q, "d_q"}, std::pair{&args.d_k, "d_k"}, std::pair{&args.d_v, "d_v"}}) {
     require_disjoint(*output, args.y, op, name, "y");
     require_disjoint(*output, args.d_y, op, name, "d_y");
+    for (const auto& [input, of, input_name] :
+         {std::tuple{&args.q, &args.d_q, "q"}, std::tuple{&args.k, &args.d_k, "k"},
+          std::tuple{&args.v, &args.d_v, "v"}}) {
+      if (of != output) require_disjoint(*output, *input, op, name, input_name);
+    }
   }
+  require_disjoint(args.d_q, args.d_k, op, "d_q", "d_k");
+  require_disjoint(args.d_q, args.d_v, op, "d_q", "d_v");
+  require_disjoint(args.d_k, args.d_v, op, "d_k", "d_v");
 }
 
 }  // namespace llama_ext

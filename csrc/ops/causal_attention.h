@@ -21,7 +21,8 @@ struct RowRange {
 /// q, y: (M, H, D) f32, k, v: (M, K, D) f32, rows may be strided, H a multiple of K; y must not overlap the others.
 /// sequences: disjoint ranges of rows, at most 2^20 tokens each; rows of none are left alone.
 /// log_sums: (M, H) f32: log sum_j exp(scale q . k[j]), which the gradient needs.
-/// A row's bits depend neither on other sequences nor on threads. Throws ShapeError, DTypeError, OptionError.
+/// A row's bits depend neither on other sequences nor on threads, nor on later tokens that are finite: what is not may spoil a few
+/// rows before it, whose weights for it are multiplied as zeros. Throws ShapeError, DTypeError, OptionError.
 /// Source: Vaswani et al. 2017; Ainslie et al., "GQA", 2023.
 struct CausalAttentionArgs {
   std::vector<RowRange> sequences;
@@ -41,7 +42,7 @@ void check(const CausalAttentionArgs& args);
 /// With p recomputed from log_sums, dp[i, j] = drop(d_y[i] . v[j]) and delta[i] = d_y[i] . y[i]:
 ///   ds = p (dp - delta);  d_q[i] = scale sum_j ds[i, j] k[j];  d_k[j] = scale sum_i ds[i, j] q[i];  d_v[j] = sum_i drop(p[i, j]) d_y[i]
 /// d_k and d_v sum over the H / K heads that share a key/value head. d_q: (M, H, D), d_k, d_v: (M, K, D) f32, rows may be
-/// strided, overwritten; they may be q, k and v themselves, otherwise they overlap nothing. The rest as causal_attention.
+/// strided, overwritten; they may be q, k and v themselves, otherwise they overlap neither an input nor each other. The rest as causal_attention.
 /// Source: Dao et al., "FlashAttention", 2022, appendix B.
 struct CausalAttentionBackwardArgs {
   std::vector<RowRange> sequences;

@@ -1,6 +1,7 @@
 // Weights as operations see them: a matrix in whatever layout its backend likes best.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "quant/weight_type.h"
@@ -38,6 +39,16 @@ struct RowMap {
     return group == INT64_MAX ? begin + i : begin + (i / group) * stride + i % group;
   }
 };
+
+/// Calls move(first row of the tensor, its place in the matrix, how many) for each run of rows that stays together.
+template <typename Move>
+void for_each_run(const RowMap& rows, int64_t count, Move&& move) {
+  for (int64_t i = 0; i < count;) {
+    const int64_t run = std::min(count - i, rows.group - i % rows.group);
+    move(i, rows(i), run);
+    i += run;
+  }
+}
 
 /// The arithmetic of a product. kAuto: the fastest of the ISA for the weights as they are stored, which may round the
 /// activations to the weights' precision: to bfloat16, or, with quantised weights, to int8 with a scale for 128 of a row.

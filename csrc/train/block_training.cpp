@@ -2,6 +2,8 @@
 
 #include <cmath>
 
+#include "model/scaled.h"
+
 namespace llama_ext {
 namespace {
 
@@ -79,13 +81,13 @@ void adapter_backward(const TrainingPass& pass, int64_t layer, Target target, co
   const TensorView inner = part_of(pass.scratch.low_rank, x.rows(), part->a->rows());
   const TensorView d_inner = part_of(pass.scratch.d_low_rank, x.rows(), part->a->rows());
   backend.matmul({.x = input, .weight = part->a.get(), .bias = {}, .y = inner, .compute = Compute::kExact});
-  backend.dropout({.x = inner, .y = inner, .scale = part->scale});
+  set_scaled(backend, inner, inner, part->scale);
   backend.matmul_backward({.d_y = d_y,
                            .weight = part->b.get(),
                            .x = inner,
                            .d_x = d_inner,
                            .d_weight = pass.parameters->gradient_of(part->b.get())});
-  backend.dropout({.x = d_inner, .y = d_inner, .scale = part->scale});
+  set_scaled(backend, d_inner, d_inner, part->scale);
   const bool drops = pass.dropout.adapter > 0.0;
   const TensorView d_input = drops ? part_of(pass.scratch.d_dropped, x.rows(), x.dim(1)) : d_x;
   backend.matmul_backward({.d_y = d_inner,
@@ -106,7 +108,7 @@ void adapter_backward(const TrainingPass& pass, int64_t layer, Target target, co
 void add_branch(const TrainingPass& pass, int64_t layer, Target target, int site, const TensorView& x,
                 const Linear& linear, const TensorView& before, const TensorView& stream) {
   Backend& backend = backend_of(pass);
-  if (before.data() != stream.data()) backend.dropout({.x = before, .y = stream});
+  if (before.data() != stream.data()) set_scaled(backend, before, stream);
   if (pass.dropout.residual == 0.0) {
     linear_forward(pass, x, *linear.weight, linear.bias, stream, /*accumulate=*/true);
     adapter_forward(pass, layer, target, x, stream);

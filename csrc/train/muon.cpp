@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "core/interrupt.h"
+#include "model/scaled.h"
 
 namespace llama_ext {
 namespace {
@@ -41,7 +42,7 @@ void orthogonalize(Backend& backend, std::vector<float>& host, int64_t rows, int
   const size_t nbytes = host.size() * sizeof(float);
   backend.copy_to_device(x.view.data(), host.data(), nbytes);
   const double norm = std::sqrt(backend.sum_of_squares({x.view.data(), DType::kF32, {rows * cols}}));
-  backend.dropout({.x = x.view, .y = x.view, .scale = 1.0 / (norm + 1e-7)});
+  set_scaled(backend, x.view, x.view, 1.0 / (norm + 1e-7));
   const WeightType kind{Encoding::kF32};
   const std::unique_ptr<Matrix> x_matrix = backend.create_matrix(rows, cols, kind);
   const std::unique_ptr<Matrix> gram_matrix = backend.create_matrix(rows, rows, kind);
@@ -58,9 +59,9 @@ void orthogonalize(Backend& backend, std::vector<float>& host, int64_t rows, int
     load(*gram_matrix, gram.view, gram_host);  // symmetric: its rows are its columns
     backend.matmul(
         {.x = gram.view, .weight = gram_matrix.get(), .bias = {}, .y = square.view, .compute = Compute::kExact});
-    backend.dropout({.x = square.view, .y = square.view, .scale = kC});
-    backend.dropout({.x = gram.view, .y = square.view, .accumulate = true, .scale = kB});
-    backend.dropout({.x = x.view, .y = next.view, .scale = kA});
+    set_scaled(backend, square.view, square.view, kC);
+    add_scaled(backend, gram.view, square.view, kB);
+    set_scaled(backend, x.view, next.view, kA);
     backend.matmul_backward({.d_y = square.view, .weight = x_matrix.get(), .d_x = next.view, .accumulate = true});
     std::swap(x, next);
   }

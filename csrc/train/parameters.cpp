@@ -11,16 +11,6 @@ namespace {
 
 const WeightType kFloat32{Encoding::kF32};
 
-/// Calls move(first element of the tensor, its place in the vector, how many) for each run that stays together.
-template <typename Move>
-void for_each_run(const RowMap& rows, int64_t count, Move&& move) {
-  for (int64_t i = 0; i < count;) {
-    const int64_t run = std::min(count - i, rows.group - i % rows.group);
-    move(i, rows(i), run);
-    i += run;
-  }
-}
-
 }  // namespace
 
 Parameters::Parameters(Model& model, Adapter* adapter, const Trainable& trainable, int moments)

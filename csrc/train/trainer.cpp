@@ -5,6 +5,7 @@
 
 #include "core/checked.h"
 #include "core/interrupt.h"
+#include "model/scaled.h"
 
 namespace llama_ext {
 namespace {
@@ -354,6 +355,7 @@ LossSum Trainer::head(const TrainingPass& pass, const TrainingBatch& batch, cons
   LossSum sum{.loss = 0.0, .counted = gathered, .correct = 0};
   std::vector<float> losses;
   std::vector<LogSumExp> sums;
+  std::vector<float> host;
   for (int64_t row = 0; row < gathered; row += workspace_->logits_rows()) {
     throw_if_interrupted();
     const int64_t count = std::min(gathered - row, workspace_->logits_rows());
@@ -361,12 +363,12 @@ LossSum Trainer::head(const TrainingPass& pass, const TrainingBatch& batch, cons
     const TensorView logits = workspace_->logits(count);
     linear_forward(pass, part, head, {}, logits, /*accumulate=*/false);
     if (!trains) {
+      // Both the loss and the most likely label are read from one copy in host memory, where log_sum_exp wants it.
       sums.resize(static_cast<size_t>(count));
-      backend.log_sum_exp({.logits = logits, .out = sums.data()});
+      host.resize(static_cast<size_t>(workspace_->logits_rows() * logits.dim(1)));
+      backend.copy_to_host(host.data(), logits.data(), static_cast<size_t>(logits.size()) * sizeof(float));
       backend.synchronize();
-      std::vector<float> host(static_cast<size_t>(logits.size()));
-      backend.copy_to_host(host.data(), logits.data(), host.size() * sizeof(float));
-      backend.synchronize();
+      backend.log_sum_exp({.logits = {host.data(), DType::kF32, {count, logits.dim(1)}}, .out = sums.data()});
       for (int64_t i = 0; i < count; ++i) {
         const int32_t label = labels[static_cast<size_t>(row + i)];
         sum.loss += sums[static_cast<size_t>(i)].value -
@@ -384,7 +386,7 @@ LossSum Trainer::head(const TrainingPass& pass, const TrainingBatch& batch, cons
     // Their gradient takes the place of the normed rows, which nothing needs after this part's product.
     const TensorView d_part = workspace_->d_head_x(count);
     linear_backward(pass, logits, part, head, {}, d_part, /*accumulate=*/false);
-    backend.dropout({.x = d_part, .y = part});
+    set_scaled(backend, d_part, part);
     backend.synchronize();
     for (const float loss : losses) sum.loss += static_cast<double>(loss);
   }

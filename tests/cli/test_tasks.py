@@ -32,6 +32,7 @@ def test_a_classifier_is_trained_used_and_scored(run: Run, tmp_path: Path) -> No
     )  # fmt: skip
     assert found.code == 0, found.err
     assert "loss" in found.err
+    assert f"{len(train)} texts: negative {sum(label == 'negative' for _, label in train)}, positive " in found.err
     found = run("classify", "evaluate", tmp_path / "out", held_out, "--json")
     assert json.loads(found.out)["accuracy"] >= 0.95
     found = run("classify", "predict", tmp_path / "out", "the film was superb", "what a dull book")

@@ -246,7 +246,7 @@ def test_a_classifier_scores_as_transformers_does(exported: Any, profile: str) -
 def test_the_reference_of_onnx_computes_the_same(profile: str, dtype: str, tmp_path: Path) -> None:
     """NumPy, by the standard's own definitions: another implementation, and the one that has bfloat16 on a CPU."""
     ml_dtypes = pytest.importorskip("ml_dtypes", reason="comes with onnx")
-    reference = pytest.importorskip("onnx.reference")
+    reference = pytest.importorskip("onnx.reference", reason="comes with onnx")
     config = llama_ext.LlamaConfig(
         vocab_size=32,
         hidden_size=32,

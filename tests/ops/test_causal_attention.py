@@ -470,3 +470,7 @@ def test_causal_attention_refuses_what_does_not_fit(device: Device) -> None:
         backend.causal_attention_backward(((0, 4),), *p[:3], 1.0, y, log_sums, d_q, d_q, d_k, d_v)
     with pytest.raises(ShapeError, match="d_k"):
         backend.causal_attention_backward(((0, 4),), *p[:3], 1.0, y, log_sums, p.d_y, d_q, d_q, d_v)
+    with pytest.raises(ShapeError, match="d_v must not overlap k"):
+        backend.causal_attention_backward(((0, 4),), *p[:3], 1.0, y, log_sums, p.d_y, d_q, d_k, p.k)
+    with pytest.raises(ShapeError, match="d_k must not overlap d_v"):
+        backend.causal_attention_backward(((0, 4),), *p[:3], 1.0, y, log_sums, p.d_y, d_q, d_k, d_k)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from llama_ext.cli.common import read_stdin, report, write
@@ -106,6 +107,9 @@ def _train(args: argparse.Namespace) -> int:
     names = sorted({label for _, label in pairs}) if args.labels is None else args.labels.split(",")
     if len(names) < 2:
         raise OptionError(f"{args.file} has the one label {names[0]!r}: there is nothing to tell apart")
+    # Told before it takes long: a heading that was taken for a text shows here.
+    counts = Counter(label for _, label in pairs)
+    report(f"{len(pairs)} texts: " + ", ".join(f"{name} {counts[name]}" for name in names))
     from llama_ext.tasks.text_classifier import TextClassifier
 
     classifier = TextClassifier(args.model, labels=names, seed=args.seed)
