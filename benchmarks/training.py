@@ -2,26 +2,26 @@
 
 Example:
     python -m benchmarks.training --peer-python /path/to/peers/bin/python
-    python -m benchmarks.training --loss tinyshakespeare.txt --save
+    python -m benchmarks.training --loss tinyshakespeare.txt --seeds 3 --rounds 0 --dtypes float32 --save
 
 Shares count 6 operations a token for each weight of a product; attention's products and everything else are not counted. With --loss the
-small setting is trained to its end with `fit`, in float32 and in bfloat16, and scored on the whole validation split.
+small setting is trained to its end by each engine, and scored on the whole validation split; --rounds 0 does nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import hardware, limits, report
+from benchmarks import hardware, limits, report, training_losses
 from benchmarks.training_runner import RESULT, SETTINGS, matmul_parameters
 
 __all__ = ["Trained", "main", "row_of"]
@@ -49,12 +49,25 @@ class Trained:
 
 
 def run_once(run: Trained, options: argparse.Namespace) -> dict[str, Any]:
-    """One process."""
-    python = sys.executable if run.engine == "llama_ext" else str(options.peer_python or sys.executable)
-    command = [python, "-m", "benchmarks.training_runner", "--engine", run.engine, "--setting", run.setting]
-    command += ["--dtype", run.dtype, "--threads", str(options.threads), "--seconds", str(options.seconds)]
+    """One process, timed."""
+    arguments = ["--setting", run.setting, "--seconds", str(options.seconds)]
+    return _process("benchmarks.training_runner", run.engine, run.dtype, arguments, options)
+
+
+def train_to_the_end(engine: str, dtype: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """One process: the small setting's loss after all its steps."""
+    arguments = [str(options.loss.resolve()), "--seed", str(seed)]
+    result = _process("benchmarks.training_losses", engine, dtype, arguments, options)
+    return {"engine": engine, "dtype": dtype, "seed": seed, **result}
+
+
+def _process(
+    module: str, engine: str, dtype: str, arguments: Sequence[str], options: argparse.Namespace
+) -> dict[str, Any]:
+    python = sys.executable if engine == "llama_ext" else str(options.peer_python or sys.executable)
+    command = [python, "-m", module, "--engine", engine, "--dtype", dtype, "--threads", str(options.threads)]
     folder = Path(__file__).parents[1]
-    found = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    found = subprocess.run([*command, *arguments], cwd=folder, capture_output=True, text=True, check=False)
     lines = [line for line in found.stdout.splitlines() if line.startswith(RESULT)]
     if not lines:
         return {"error": f"failed ({found.returncode}): {found.stderr[-500:]}"}
@@ -79,29 +92,11 @@ def row_of(run: Trained, peak: float) -> tuple[list[str], dict[str, Any]]:
     return [*cells, f"{memory / 2**20:,.0f}"], record
 
 
-def train_to_the_end(text: str, dtype: str, threads: int, seed: int) -> dict[str, Any]:
-    """The small setting's 2,000 steps with `fit`, and the loss on the whole validation split (the last tenth)."""
-    import llama_ext
-    from llama_ext.training.presets import PRESETS
-
-    preset = PRESETS["cpu"]
-    tokenizer = llama_ext.Tokenizer.train([text], kind="char")
-    model = llama_ext.LlamaForCausalLM(preset.config(tokenizer), tokenizer=tokenizer, seed=seed, threads=threads)
-    model.compile(precision=dtype, **preset.compile)
-    cut = int(0.9 * len(text))
-    start = time.perf_counter()
-    model.fit(text[:cut], context=preset.context, seed=seed, verbose=0, **preset.fit)
-    seconds = time.perf_counter() - start
-    scored = model.evaluate(text[cut:], context=preset.context)
-    tokens = preset.fit["max_steps"] * preset.fit["batch_size"] * preset.context
-    return {"dtype": dtype, "seed": seed, "validation_loss": scored.loss, "seconds": seconds, "rate": tokens / seconds}
-
-
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--peer-python", type=Path, help="an interpreter that has torch and transformers")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="of timed steps; 0: none")
     parser.add_argument("--seconds", type=float, default=8.0, help="for each engine in a round")
     parser.add_argument("--settings", default=",".join(SETTINGS))
     parser.add_argument("--dtypes", default="float32,bfloat16")
@@ -142,33 +137,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     records = []
     missing = []
     for run in runs:
+        if not run.results:
+            continue
         if not run.rates():
             missing.append(f"{run.setting} {run.engine} {run.dtype}: {run.results[0].get('error')}")
             continue
         cells, record = row_of(run, peak)
         table.rows.append(cells)
         records.append(record)
-    tables = [report.limits_table(best, probes), table]
     losses = []
     if options.loss:
-        text = options.loss.read_text(encoding="utf-8")
-        kinds = [(dtype, seed) for dtype in options.dtypes.split(",") for seed in range(options.seeds)]
-        for dtype, seed in kinds:
-            losses.append(train_to_the_end(text, dtype, options.threads, seed))
+        kinds = itertools.product(options.dtypes.split(","), range(options.seeds), engines)
+        for dtype, seed, engine in kinds:
+            losses.append(train_to_the_end(engine, dtype, seed, options))
             print(losses[-1], file=sys.stderr)
-        columns = ["products", "seed", "validation loss", "seconds", "tok/s"]
-        trained = report.Table("4 x 128 on tiny Shakespeare, 2,000 steps; the whole validation split", columns, left=1)
-        for each in losses:
-            cells = [each["dtype"], str(each["seed"]), f"{each['validation_loss']:.4f}"]
-            trained.rows.append([*cells, f"{each['seconds']:.0f}", f"{each['rate']:,.0f}"])
-        tables.append(trained)
-    notes = [
-        f"Shares are of {peak:,.0f} GFLOP/s, the best float32 probe of the run, counting 6 operations a token for each of "
-        + ", ".join(f"{matmul_parameters(SETTINGS[name]):,} weights of products ({name})" for name in SETTINGS)
-        + ".",
-        f"{options.rounds} interleaved rounds of {options.seconds} s. Memory: what the process grew by, imports included.",
-        *missing,
-    ]
+    notes = []
+    if options.rounds:
+        weights = [f"{matmul_parameters(SETTINGS[name]):,} weights of products ({name})" for name in SETTINGS]
+        notes = [
+            f"Shares are of {peak:,.0f} GFLOP/s, the best float32 probe of the run, counting 6 operations a token for each of "
+            + ", ".join(weights)
+            + ".",
+            f"{options.rounds} interleaved rounds of {options.seconds} s. Memory: what the process grew by, imports included.",
+        ]
+    notes += [*missing, *training_losses.summary(losses)]
+    tables = [report.limits_table(best, probes), *([table] if table.rows else [])]
+    tables += [training_losses.table(losses)] if losses else []
     print(report.machine_line(machine))
     report.print_tables(tables)
     print("\n".join(notes))

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 RESULT = "RESULT "
-# The settings of ../shared/peers/train_torch.py, which are nanoGPT's.
+# nanoGPT's two settings for tiny Shakespeare.
 SETTINGS: dict[str, dict[str, int]] = {
     "4x128": {"layers": 4, "heads": 4, "width": 128, "ffn_width": 344, "context": 64, "batch": 12},
     "6x384": {"layers": 6, "heads": 6, "width": 384, "ffn_width": 1024, "context": 256, "batch": 64},

@@ -25,6 +25,19 @@ _SENTIMENT = {
         "negative": ["糟糕", "无聊", "难看", "可怕", "差", "讨厌"],
     },
 }
+# A claim, and the same denied: what comes between the denial and the word is longer than the n-grams that are usually counted.
+_CLAIMS = {
+    "English": [
+        ("i would call the {noun} {word}", "i would not call the {noun} {word}"),
+        ("all of us found that {noun} {word}", "none of us found that {noun} {word}"),
+        ("anyone would say the {noun} was {word}", "no one would say the {noun} was {word}"),
+    ],
+    "Chinese": [
+        ("我觉得这一次的{noun}{word}", "我不觉得这一次的{noun}{word}"),
+        ("大家都说那里的{noun}{word}", "没有人说那里的{noun}{word}"),
+        ("我会把那个{noun}叫做{word}", "我不会把那个{noun}叫做{word}"),
+    ],
+}
 _NEWS = {
     "English": {
         "sport": (["the team", "a runner", "the coach"], ["won the match", "lost the final", "scored twice"]),
@@ -90,6 +103,27 @@ def sentiment(
         for noun, word in pairs:
             texts = [(frame.format(noun=noun, word=word), label) for frame in grammar["frames"]]
             (test if (noun, word) in chosen else train).extend(texts)
+    return train, test
+
+
+def denials(
+    language: str = "English", *, held_out: float = 0.2, seed: int = 0
+) -> tuple[list[Labelled], list[Labelled]]:
+    """Claims with a word of praise or blame, and their denials, which turn the label around; labels as in `sentiment`.
+
+    Every word is as often in texts of one label as in texts of the other, and so is every frame: only both together say which.
+    Combinations of a noun and a word are held out whole.
+    """
+    grammar = _SENTIMENT[language]
+    train: list[Labelled] = []
+    test: list[Labelled] = []
+    for label, other in (("positive", "negative"), ("negative", "positive")):
+        pairs = list(itertools.product(grammar["nouns"], grammar[label]))
+        chosen = _held_out(pairs, held_out, f"{seed}/denials/{label}")
+        for noun, word in pairs:
+            for claim, denial in _CLAIMS[language]:
+                texts = [(claim.format(noun=noun, word=word), label), (denial.format(noun=noun, word=word), other)]
+                (test if (noun, word) in chosen else train).extend(texts)
     return train, test
 
 

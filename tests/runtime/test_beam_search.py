@@ -23,10 +23,10 @@ PENALTIES = [0.0, 1.0, 2.0]
 
 
 @functools.cache
-def model(spread: float, seed: int) -> Model:
+def model(spread: float, seed: int, tokens: int = 12) -> Model:
     """Twelve tokens, so that the end comes in the middle of most searches, at a different place for each beam."""
     config = llama_ext.LlamaConfig(
-        vocab_size=12,
+        vocab_size=tokens,
         hidden_size=24,
         intermediate_size=50,
         num_hidden_layers=2,
@@ -47,12 +47,18 @@ def logprobs(source: Model, ids: list[int]) -> Any:
 
 
 def plain_beam_search(
-    source: Model, prompt: list[int], beams: int, eos: tuple[int, ...], penalty: float, early: bool
+    source: Model,
+    prompt: list[int],
+    beams: int,
+    eos: tuple[int, ...],
+    penalty: float,
+    early: bool,
+    new_tokens: int = NEW_TOKENS,
 ) -> Found:
     """The complete sequences and their scores, best first."""
     running: Found = [([], 0.0)]
     complete: Found = []
-    for length in range(1, NEW_TOKENS + 1):
+    for length in range(1, new_tokens + 1):
         candidates = [
             ([*tokens, token], total + logprob)
             for tokens, total in running
@@ -60,7 +66,7 @@ def plain_beam_search(
         ]
         candidates.sort(key=lambda candidate: -candidate[1])
         candidates = candidates[: max(2, 1 + len(eos)) * beams]
-        ended = [tokens[-1] in eos or length == NEW_TOKENS for tokens, _ in candidates]
+        ended = [tokens[-1] in eos or length == new_tokens for tokens, _ in candidates]
         # An end counts only if it is among the best `beams` candidates; the others make room for those that go on.
         complete += [
             (tokens, total / length**penalty)
@@ -122,3 +128,91 @@ def test_the_searches_compared_are_not_all_alike() -> None:
         for case, sequences in found.items():
             groups.setdefault(case[:option] + case[option + 1 :], []).append(sequences[:2])
         assert any(one != group[0] for group in groups.values() for one in group), option
+
+
+# -- all there is ------------------------------------------------------------------------------------------------------
+
+# Of five tokens and at most four new ones there are few enough to write all down. Models (initializer_range, seed) and their ends.
+TOKENS, MOST = 5, 4
+SMALL = [((0.4, 2), (4,)), ((0.2, 1), (0,)), ((0.2, 1), (1, 3))]
+SMALL_PROMPTS = [[1], [2, 0, 3]]
+
+
+@functools.cache
+def every_continuation(drawn: tuple[float, int], eos: tuple[int, ...], prompt: tuple[int, ...]) -> list[Any]:
+    """(tokens, sum of log p) of every sequence that ends with an end or with MOST tokens; each prefix is scored by itself."""
+    source = model(*drawn, TOKENS)
+    done, open_ = [], [((), 0.0)]
+    while open_:
+        tokens, total = open_.pop()
+        for token, logprob in enumerate(logprobs(source, [*prompt, *tokens]).tolist()):
+            longer = ((*tokens, token), total + logprob)
+            (done if token in eos or len(longer[0]) == MOST else open_).append(longer)
+    return done
+
+
+@pytest.mark.parametrize("prompt", SMALL_PROMPTS, ids=str)
+@pytest.mark.parametrize(("drawn", "eos"), SMALL, ids=str)
+@pytest.mark.parametrize("penalty", [0.0, 0.5, 1.0, 2.0])
+def test_a_beam_of_full_width_finds_everything_there_is(
+    penalty: float, drawn: tuple[float, int], eos: tuple[int, ...], prompt: list[int]
+) -> None:
+    expected = {
+        tokens: total / len(tokens) ** penalty for tokens, total in every_continuation(drawn, eos, tuple(prompt))
+    }
+    going = TOKENS - len(eos)
+    assert len(expected) == sum(len(eos) * going**length for length in range(MOST)) + going**MOST
+    assert np.exp([total for _, total in every_continuation(drawn, eos, tuple(prompt))]).sum() == pytest.approx(1.0)
+    found = model(*drawn, TOKENS).generate(
+        prompt,
+        max_new_tokens=MOST,
+        num_beams=len(expected),
+        num_return_sequences=len(expected),
+        length_penalty=penalty,
+        eos_token_id=list(eos),
+        return_details=True,
+    )
+    scores = {tuple(output.token_ids): output.score for output in found}
+    assert scores.keys() == expected.keys()
+    np.testing.assert_allclose([scores[tokens] for tokens in expected], list(expected.values()), atol=1e-5)
+    assert [output.score for output in found] == sorted(scores.values(), reverse=True)
+    assert tuple(found[0].token_ids) == max(expected, key=lambda tokens: expected[tokens])
+
+
+def test_the_best_of_all_is_not_found_step_by_step_and_depends_on_the_penalty() -> None:
+    """Else a search that is merely greedy, or one that forgets lengths, would find it as well."""
+    greedy_is_best, winners = [], []
+    for (drawn, eos), prompt in itertools.product(SMALL, SMALL_PROMPTS):
+        everything = every_continuation(drawn, eos, tuple(prompt))
+        best = {
+            max(everything, key=lambda each: each[1] / len(each[0]) ** penalty)[0] for penalty in (0.0, 0.5, 1.0, 2.0)
+        }
+        winners.append(len(best))
+        plain = plain_beam_search(model(*drawn, TOKENS), prompt, 1, eos, 1.0, False, MOST)
+        greedy_is_best.append(tuple(plain[0][0]) in best)
+    assert not all(greedy_is_best)
+    assert max(winners) > 1
+    lengths = {len(tokens) for tokens, _ in everything}
+    assert lengths == set(range(1, MOST + 1))
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=str)
+@pytest.mark.parametrize(("drawn", "eos"), CASES, ids=str)
+def test_a_beam_of_one_is_greedy(drawn: tuple[float, int], eos: tuple[int, ...], prompt: list[int]) -> None:
+    greedy: list[int] = []
+    while len(greedy) < NEW_TOKENS and not (greedy and greedy[-1] in eos):
+        greedy.append(int(logprobs(model(*drawn), prompt + greedy).argmax()))
+    options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "eos_token_id": list(eos), "return_details": True}
+    assert model(*drawn).generate(prompt, num_beams=1, do_sample=False, **options).token_ids == greedy
+    # `generate` goes another way there; the search itself has to agree.
+    (found,) = model(*drawn)._core.beam_search(
+        np.array(prompt, dtype=np.int32),
+        beams=1,
+        returned=1,
+        max_new_tokens=NEW_TOKENS,
+        length_penalty=1.0,
+        early_stopping=False,
+        eos=list(eos),
+        kv_dtype="float32",
+    )
+    assert found[0] == greedy

@@ -55,9 +55,15 @@ def test_three_tasks_share_a_base() -> None:
 
 
 @pytest.mark.slow
-def test_numbers_are_translated() -> None:
+@pytest.mark.parametrize("source", ["English", "Chinese"])
+def test_numbers_and_dates_that_were_held_out_are_translated(source: str) -> None:
     pytest.importorskip("sacrebleu", reason="sacrebleu is not installed")
-    assert "exact" in run("translate_numbers.py", "--numbers", "50", "--dates", "10", "--epochs", "2")
+    found = run("translate_numbers.py", "--source", source)
+    scores = re.findall(r"^(numbers|dates):\n.*\n.*\nexact +(\S+)  of (\d+) translations$", found, re.MULTILINE)
+    assert [name for name, _, _ in scores] == ["numbers", "dates"]
+    for name, exact, count in scores:
+        assert int(count) >= 150, name
+        assert float(exact) >= 98.0, name
 
 
 def test_the_guide_s_examples_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

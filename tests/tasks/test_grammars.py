@@ -10,7 +10,7 @@ GRAMMARS = example("template_grammars")
 
 
 @pytest.mark.parametrize("language", ["English", "Chinese"])
-@pytest.mark.parametrize("task", ["sentiment", "news"])
+@pytest.mark.parametrize("task", ["sentiment", "denials", "news"])
 def test_held_out_texts_are_new_but_made_of_known_words(task: str, language: str) -> None:
     train, test = getattr(GRAMMARS, task)(language)
     assert not {text for text, _ in train} & {text for text, _ in test}

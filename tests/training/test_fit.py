@@ -372,6 +372,29 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
         assert np.array_equal(values, before[slot])
 
 
+def test_a_checkpoint_of_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
+    def adapted(seed: int = 0, **lora: Any) -> llama_ext.LlamaForCausalLM:
+        model = make(seed=seed)
+        model.add_adapter("a", llama_ext.LoRA(r=2, **lora))
+        return model
+
+    settings: dict[str, Any] = {"checkpoint_dir": tmp_path, "epochs": 2, "batch_size": 4}
+    adapted().fit(documents(), **settings, callbacks=[StopAt(3)])
+    before = {slot: adapted(seed=7)._loaded("a").core.read(slot, "B") for slot in ("layers.0.q", "layers.1.down")}
+    other = adapted(seed=7)
+    with pytest.raises(llama_ext.CheckpointError, match=r'base_weights was "[0-9a-f]{32}" and is "[0-9a-f]{32}"'):
+        other.fit(documents(), **settings, callbacks=[StopAt()], resume=True)
+    for slot, values in before.items():
+        assert np.array_equal(other._loaded("a").core.read(slot, "B"), values)
+    with pytest.raises(llama_ext.CheckpointError, match=r"adapter\.dropout was 0\.0 and is 0\.25"):
+        adapted(dropout=0.25).fit(documents(), **settings, callbacks=[StopAt()], resume=True)
+    whole, ended = adapted(), adapted()
+    whole.fit(documents(), **{**settings, "checkpoint_dir": None}, callbacks=[StopAt()])
+    ended.fit(documents(), **settings, callbacks=[StopAt()], resume=True)
+    for slot in before:
+        assert np.array_equal(ended._loaded("a").core.read(slot, "B"), whole._loaded("a").core.read(slot, "B"))
+
+
 @pytest.mark.usefixtures("uncovered")
 def test_ctrl_c_saves_and_the_run_goes_on(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"batch_size": 4, "epochs": 40}

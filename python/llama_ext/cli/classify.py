@@ -7,16 +7,29 @@ import json
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from llama_ext.cli.common import read_stdin, report, write
-from llama_ext.cli.fitting import add_fit_options, fit_settings, lora_of, told
+from llama_ext.cli.common import report, write
+from llama_ext.cli.fitting import fit_settings
 from llama_ext.cli.labelled_files import FORMATS, read_pairs
+from llama_ext.cli.task_commands import (
+    add_evaluate_arguments,
+    add_task_argument,
+    add_text_arguments,
+    add_train_arguments,
+    read_examples,
+    save_and_tell,
+    texts_of,
+    write_report,
+)
 from llama_ext.errors import OptionError
 
 if TYPE_CHECKING:
-    from llama_ext.cli.common import Commands, Parser
+    from llama_ext.cli.common import Commands
     from llama_ext.tasks.text_classifier import TextClassifier
 
 __all__ = ["add_to"]
+
+_COLUMNS = ("text", "label")
+_CLASSIFIER = ("CLASSIFIER", "what `train` wrote, or one of transformers")
 
 _DESCRIPTION = """\
 Sort texts by labels: `train` learns it from a file of texts and labels, `predict`
@@ -53,9 +66,8 @@ def add_to(commands: Commands) -> None:
         "  llama-ext classify predict reviews --json < texts.txt\n",
     )
     predict.set_defaults(run=_predict)
-    _add_classifier(predict)
-    predict.add_argument("texts", nargs="*", metavar="TEXT", help="nothing reads standard input, a text a line")
-    predict.add_argument("--json", action="store_true", help="one JSON object a text, with probabilities")
+    add_task_argument(predict, *_CLASSIFIER)
+    add_text_arguments(predict, "one JSON object a text, with probabilities")
     evaluate = actions.add_parser(
         "evaluate",
         usage="llama-ext classify evaluate [OPTIONS] CLASSIFIER FILE",
@@ -64,9 +76,8 @@ def add_to(commands: Commands) -> None:
         epilog="\nexamples:\n  llama-ext classify evaluate reviews test.csv\n",
     )
     evaluate.set_defaults(run=_evaluate)
-    _add_classifier(evaluate)
-    evaluate.add_argument("file", metavar="FILE", help="columns text and label")
-    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    add_task_argument(evaluate, *_CLASSIFIER)
+    add_evaluate_arguments(evaluate, _COLUMNS)
 
 
 def _add_train(actions: Commands) -> None:
@@ -79,31 +90,19 @@ def _add_train(actions: Commands) -> None:
         "  llama-ext classify train reviews.jsonl --out reviews --model path/to/model --lora 16\n",
     )
     train.set_defaults(run=_train)
-    train.add_argument("file", metavar="FILE", help="columns text and label")
-    train.add_argument("--out", required=True, metavar="DIRECTORY", help="where the classifier goes")
-    train.add_argument("--model", default="demo", metavar="MODEL", help="the base (default: demo)")
     train.add_argument("--labels", metavar="NAMES", help="their order, with commas (default: as they sort)")
     train.add_argument("--class-weights", choices=("balanced",), help="balanced: repeat texts of rare labels")
-    add_fit_options(train)
-    train.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-
-def _add_classifier(parser: Parser) -> None:
-    parser.add_argument("classifier", metavar="CLASSIFIER", help="what `train` wrote, or one of transformers")
-    parser.add_argument("--base", metavar="MODEL", help="the base of an adapter (default: what the adapter names)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_train_arguments(train, _COLUMNS, "classifier", {"default": "demo", "help": "the base (default: demo)"})
 
 
 def _load(args: argparse.Namespace) -> TextClassifier:
     from llama_ext.tasks.text_classifier import TextClassifier
 
-    return TextClassifier.load(args.classifier, base=args.base)
+    return TextClassifier.load(args.directory, base=args.base)
 
 
 def _train(args: argparse.Namespace) -> int:
-    lora_of(args)  # a mistake there is told before anything is read
-    pairs = read_pairs(args.file, "text", "label")
-    held_out = None if args.validation is None else read_pairs(args.validation, "text", "label")
+    pairs, held_out = read_examples(args, _COLUMNS)
     names = sorted({label for _, label in pairs}) if args.labels is None else args.labels.split(",")
     if len(names) < 2:
         raise OptionError(f"{args.file} has the one label {names[0]!r}: there is nothing to tell apart")
@@ -122,17 +121,14 @@ def _train(args: argparse.Namespace) -> int:
         class_weights=args.class_weights,
         **fit_settings(args),
     )
-    classifier.save(args.out, merge=args.merge)
-    report(f"{told(history)}; saved in {args.out}")
+    save_and_tell(classifier, history, args)
     if held_out is not None:
         write(f"{classifier.evaluate([text for text, _ in held_out], [label for _, label in held_out])}\n")
     return 0
 
 
 def _predict(args: argparse.Namespace) -> int:
-    texts = args.texts or [line for line in read_stdin("texts, one a line").splitlines() if line]
-    if not texts:
-        raise OptionError("there is no text")
+    texts = texts_of(args)
     classifier = _load(args)
     for text, row in zip(texts, classifier.predict_proba(texts), strict=True):
         label = classifier.labels[int(row.argmax())]
@@ -145,7 +141,6 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    pairs = read_pairs(args.file, "text", "label")
-    found = _load(args).evaluate([text for text, _ in pairs], [label for _, label in pairs])
-    write((found.to_json() if args.json else str(found)) + "\n")
+    pairs = read_pairs(args.file, *_COLUMNS)
+    write_report(_load(args).evaluate([text for text, _ in pairs], [label for _, label in pairs]), args)
     return 0

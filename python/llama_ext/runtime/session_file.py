@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ from llama_ext.runtime.loading import core_config
 if TYPE_CHECKING:
     from llama_ext.runtime.model import LlamaForCausalLM
 
-__all__ = ["SavedSession", "fingerprint", "read_session", "write_session"]
+__all__ = ["SavedSession", "fingerprint", "read_session", "weights_hash", "write_session"]
 
 _FORMAT = "llama_ext session 1"
 # How keys and values of each dtype are stored: int8 ones as the numbers they stand for, which rounding gives back.
@@ -45,15 +45,28 @@ def fingerprint(model: LlamaForCausalLM) -> str:
     """
     if model._fingerprint is None:
         about = {"config": core_config(model.config), "dtype": model.dtype, "compute": model.compute}
-        digest = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=32)
-        missing = set(model._core.missing())  # optional ones
-        for name, _, _ in model._core.slots():
-            digest.update(f"/{name}/".encode())
-            if name not in missing:
-                for block in _sampled(model._core.read(name)):
-                    digest.update(block.data)
-        model._fingerprint = digest.hexdigest()
+        model._fingerprint = weights_hash(model._core, json.dumps(about, sort_keys=True))
     return model._fingerprint
+
+
+def weights_hash(core: _core.Model, about: str = "", without: Collection[str] = ()) -> str:
+    """64 hexadecimal digits of every tensor of a core as it is kept, sampled as `fingerprint` says.
+
+    Args:
+        core: Its weights.
+        about: What else counts.
+        without: Slots that do not count.
+    """
+    digest = hashlib.blake2b(about.encode(), digest_size=32)
+    missing = set(core.missing())  # optional ones
+    for name, _, _ in core.slots():
+        if name in without:
+            continue
+        digest.update(f"/{name}/".encode())
+        if name not in missing:
+            for block in _sampled(core.read(name)):
+                digest.update(block.data)
+    return digest.hexdigest()
 
 
 def _identity(model: LlamaForCausalLM, adapter: _core.Adapter | None) -> str:

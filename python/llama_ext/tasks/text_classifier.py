@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -14,15 +13,14 @@ import numpy.typing as npt
 
 from llama_ext._arrays import FloatArray, as_whole
 from llama_ext.errors import FormatError, OptionError, ShapeError
-from llama_ext.io.atomic import atomic_write
 from llama_ext.io.json_file import read_json_object
-from llama_ext.io.peft import CONFIG_FILE, read_adapter_base
 from llama_ext.models.fields import shown
 from llama_ext.models.lora import LoRA
 from llama_ext.runtime.classifier import LlamaForSequenceClassification, checked_labels
 from llama_ext.runtime.model import LlamaForCausalLM
 from llama_ext.tasks.classification_report import ClassificationReport
 from llama_ext.tasks.fitting import fit_adapter, fit_whole
+from llama_ext.tasks.task_files import base_of, write_about
 
 if TYPE_CHECKING:
     from llama_ext.training.batches import Example
@@ -214,8 +212,7 @@ class TextClassifier:
             self.model.save_pretrained(directory)
             return
         self.model.save_adapter(directory, self.adapter, base=self._base)
-        with atomic_write(Path(directory) / _FILE) as file:
-            file.write((json.dumps({"labels": self.labels}, ensure_ascii=False, indent=2) + "\n").encode("utf-8"))
+        write_about(Path(directory) / _FILE, {"labels": self.labels})
 
     @classmethod
     def load(
@@ -237,14 +234,10 @@ class TextClassifier:
             FormatError, CheckpointError, UnsupportedError, LimitError: A file is malformed or does not fit.
         """
         folder = Path(directory)
-        if not (folder / CONFIG_FILE).exists():
-            if base is not None:
-                raise OptionError(f"{folder} is no adapter: it needs no base")
+        found = base_of(folder, base)
+        if found is None:
             return cls(folder)
         labels = _read_labels(folder / _FILE) if (folder / _FILE).exists() else None
-        found = base if base is not None else read_adapter_base(folder)
-        if found is None:
-            raise OptionError(f"{folder} is an adapter that names no base: pass base=")
         if labels is None and isinstance(found, LlamaForCausalLM):
             raise OptionError(
                 f"{folder} does not name its labels: make a TextClassifier of the base with labels=[...] first"

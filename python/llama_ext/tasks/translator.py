@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_ext.errors import DTypeError, FormatError, OptionError
-from llama_ext.io.atomic import atomic_write
 from llama_ext.io.json_file import read_json_object
-from llama_ext.io.peft import CONFIG_FILE, read_adapter_base
 from llama_ext.models.fields import shown
 from llama_ext.models.lora import LoRA
 from llama_ext.runtime.model import LlamaForCausalLM
 from llama_ext.tasks.fitting import fit_adapter, fit_whole
+from llama_ext.tasks.task_files import base_of, write_about
 from llama_ext.tasks.translation_report import TranslationReport
 
 if TYPE_CHECKING:
@@ -233,8 +231,7 @@ class Translator:
         else:
             self.model.save_pretrained(directory)
         values = {"source": self.source, "target": self.target, "prompt": self.prompt}
-        with atomic_write(Path(directory) / _FILE) as file:
-            file.write((json.dumps(values, ensure_ascii=False, indent=2) + "\n").encode("utf-8"))
+        write_about(Path(directory) / _FILE, values)
 
     @classmethod
     def load(
@@ -255,20 +252,14 @@ class Translator:
         """
         folder = Path(directory)
         values = read_json_object(folder / _FILE, what="a translator's translator.json")
-        is_adapter = (folder / CONFIG_FILE).exists()
-        if is_adapter and base is None:
-            base = read_adapter_base(folder)
-            if base is None:
-                raise OptionError(f"{folder} is an adapter that names no base: pass base=")
-        elif not is_adapter and base is not None:
-            raise OptionError(f"{folder} is no adapter: it needs no base")
+        found = base_of(folder, base)
         texts = {name: values.get(name) for name in ("source", "target", "prompt")}
         for name, value in texts.items():
             if not isinstance(value, str):
                 raise FormatError(f"{name} must be a string, got {shown(value)}.", path=str(folder / _FILE), field=name)
         source, target, prompt = (str(value) for value in texts.values())
-        result = cls(folder if base is None else base, source, target, prompt=prompt)
-        if is_adapter:
+        result = cls(folder if found is None else found, source, target, prompt=prompt)
+        if found is not None:
             result.model.load_adapter(folder, result.adapter)
         return result
 

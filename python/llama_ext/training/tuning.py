@@ -14,10 +14,14 @@ from llama_ext.models.llama import EMBEDDING, tensor_specs
 from llama_ext.runtime import saving
 from llama_ext.runtime.classifier import LlamaForSequenceClassification
 from llama_ext.runtime.loaded_model import LoadedModel
+from llama_ext.runtime.session_file import weights_hash
 from llama_ext.training.model import fill
 from llama_ext.training.options import TrainOptions
 
 __all__ = ["TunedWeights", "tuning_trainer"]
+
+# Of the hash of a base's weights: enough to tell any two apart, and an error shows all of them.
+_DIGITS = 32
 
 
 class TunedWeights:
@@ -71,8 +75,14 @@ class TunedWeights:
         config = self._model.config.to_dict()
         for name in ("dtype", "torch_dtype"):
             config.pop(name, None)
-        slots = None if self._adapter is None else self._model._loaded(self._adapter).core.slots()
-        return {"config": config, "adapter": None if slots is None else [list(slot) for slot in slots]}
+        if self._adapter is None:
+            return {"config": config, "adapter": None}
+        loaded = self._model._loaded(self._adapter)
+        trained = ("head",) if isinstance(self._model, LlamaForSequenceClassification) else ()
+        # A checkpoint of an adapter has none of the base's weights: with others it would go on as another run, unnoticed.
+        base = weights_hash(self._model._core, without=trained)[:_DIGITS]
+        slots = [list(slot) for slot in loaded.core.slots()]
+        return {"config": config, "adapter": {"slots": slots, "dropout": loaded.lora.dropout}, "base_weights": base}
 
     def flops_per_token(self, context: int) -> float | None:
         """6 for each weight of a product, 4 where it is frozen and has no gradient of its own; attention as if unmasked."""

@@ -1,0 +1,110 @@
+"""What `classify` and `translate` share: arguments of their actions, and the texts and files that these are about."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any, Protocol
+
+from llama_ext.cli.common import read_stdin, report, write
+from llama_ext.cli.fitting import add_fit_options, lora_of, told
+from llama_ext.cli.labelled_files import read_pairs
+from llama_ext.errors import OptionError
+
+if TYPE_CHECKING:
+    from llama_ext.cli.common import Parser
+    from llama_ext.training.history import History
+
+__all__ = [
+    "add_evaluate_arguments",
+    "add_task_argument",
+    "add_text_arguments",
+    "add_train_arguments",
+    "read_examples",
+    "save_and_tell",
+    "texts_of",
+    "write_report",
+]
+
+Pairs = list[tuple[str, str]]
+
+
+class _Task(Protocol):
+    def save(self, directory: str, *, merge: bool = False) -> None: ...
+
+
+class _Report(Protocol):
+    def to_json(self) -> str: ...
+
+
+def add_train_arguments(parser: Parser, columns: tuple[str, str], what: str, model: dict[str, Any]) -> None:
+    """Adds what `train` takes.
+
+    Args:
+        parser: Of the action.
+        columns: The names of a file's columns.
+        what: What is written: "classifier".
+        model: Options of the argument --model.
+    """
+    _add_file(parser, columns)
+    parser.add_argument("--out", required=True, metavar="DIRECTORY", help=f"where the {what} goes")
+    parser.add_argument("--model", metavar="MODEL", **model)
+    add_fit_options(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_task_argument(parser: Parser, name: str, text: str) -> None:
+    """Adds what was trained: its directory, as `args.directory`, and the base of an adapter."""
+    parser.add_argument("directory", metavar=name, help=text)
+    parser.add_argument("--base", metavar="MODEL", help="the base of an adapter (default: what the adapter names)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_text_arguments(parser: Parser, json_help: str) -> None:
+    """Adds texts, for `texts_of`, and --json."""
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help="nothing reads standard input, a text a line")
+    parser.add_argument("--json", action="store_true", help=json_help)
+
+
+def add_evaluate_arguments(parser: Parser, columns: tuple[str, str]) -> None:
+    """Adds the file that is scored, and --json."""
+    _add_file(parser, columns)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_file(parser: Parser, columns: tuple[str, str]) -> None:
+    parser.add_argument("file", metavar="FILE", help="columns {} and {}".format(*columns))
+
+
+def read_examples(args: argparse.Namespace, columns: tuple[str, str]) -> tuple[Pairs, Pairs | None]:
+    """The file to learn from, and that of --validation.
+
+    Raises:
+        OptionError: Options of an adapter contradict each other, which is told before anything is read.
+        FormatError: A file cannot be read.
+    """
+    lora_of(args)
+    pairs = read_pairs(args.file, *columns)
+    return pairs, None if args.validation is None else read_pairs(args.validation, *columns)
+
+
+def save_and_tell(task: _Task, history: History, args: argparse.Namespace) -> None:
+    """Saves what was trained in --out, and says in a line how it went."""
+    task.save(args.out, merge=args.merge)
+    report(f"{told(history)}; saved in {args.out}")
+
+
+def texts_of(args: argparse.Namespace) -> list[str]:
+    """The texts of the command, or the lines of standard input.
+
+    Raises:
+        OptionError: There is none.
+    """
+    texts: list[str] = args.texts or [line for line in read_stdin("texts, one a line").splitlines() if line]
+    if not texts:
+        raise OptionError("there is no text")
+    return texts
+
+
+def write_report(found: _Report, args: argparse.Namespace) -> None:
+    """A report as a table, or with --json as one object."""
+    write((found.to_json() if args.json else str(found)) + "\n")
