@@ -15,6 +15,7 @@ from llama_ext.cli.task_commands import (
     add_task_argument,
     add_text_arguments,
     add_train_arguments,
+    base_dtype,
     read_examples,
     save_and_tell,
     texts_of,
@@ -111,7 +112,7 @@ def _train(args: argparse.Namespace) -> int:
     report(f"{len(pairs)} texts: " + ", ".join(f"{name} {counts[name]}" for name in names))
     from llama_ext.tasks.text_classifier import TextClassifier
 
-    classifier = TextClassifier(args.model, labels=names, seed=args.seed)
+    classifier = TextClassifier(args.model, labels=names, seed=args.seed, dtype=base_dtype(args))
     history = classifier.fit(
         [text for text, _ in pairs],
         [label for _, label in pairs],

@@ -19,6 +19,7 @@ __all__ = [
     "add_task_argument",
     "add_text_arguments",
     "add_train_arguments",
+    "base_dtype",
     "read_examples",
     "save_and_tell",
     "texts_of",
@@ -73,6 +74,11 @@ def add_evaluate_arguments(parser: Parser, columns: tuple[str, str]) -> None:
 
 def _add_file(parser: Parser, columns: tuple[str, str]) -> None:
     parser.add_argument("file", metavar="FILE", help="columns {} and {}".format(*columns))
+
+
+def base_dtype(args: argparse.Namespace) -> str:
+    """How `train` keeps the base: as it is stored under an adapter, and as float32 where all weights are trained."""
+    return "float32" if args.lora is None else "auto"
 
 
 def read_examples(args: argparse.Namespace, columns: tuple[str, str]) -> tuple[Pairs, Pairs | None]:

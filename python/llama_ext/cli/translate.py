@@ -14,6 +14,7 @@ from llama_ext.cli.task_commands import (
     add_task_argument,
     add_text_arguments,
     add_train_arguments,
+    base_dtype,
     read_examples,
     save_and_tell,
     texts_of,
@@ -102,7 +103,7 @@ def _train(args: argparse.Namespace) -> int:
     pairs, held_out = read_examples(args, _COLUMNS)
     from llama_ext.tasks.translator import Translator
 
-    translator = Translator(args.model, args.source, args.target)
+    translator = Translator(args.model, args.source, args.target, dtype=base_dtype(args))
     history = translator.fit(pairs, validation_data=held_out, **fit_settings(args))
     save_and_tell(translator, history, args)
     return 0

@@ -43,6 +43,8 @@ class TextClassifier:
         base: A language model, its path or Hub id; or a `LlamaForSequenceClassification`, or the path of one, to go on with.
         labels: The names of the labels; None: those of a classifier.
         seed: Of the head of a new classifier, in [0, 2^64).
+        dtype: How a base that is loaded here is kept, as in `from_pretrained`. Training all weights wants "float32" where it is
+            quantised; an adapter takes it as it is.
 
     Attributes:
         model: The classifier.
@@ -61,6 +63,7 @@ class TextClassifier:
         labels: Sequence[str] | None = None,
         *,
         seed: int = 0,
+        dtype: str = "auto",
     ) -> None:
         self._base = base if isinstance(base, (str, os.PathLike)) else None
         if isinstance(base, LlamaForSequenceClassification):
@@ -72,7 +75,7 @@ class TextClassifier:
                 raise OptionError("labels=[...] are needed to make a classifier of a language model")
             self.model = LlamaForSequenceClassification.from_base(base, labels, seed=seed)
         else:
-            self.model = LlamaForSequenceClassification.from_pretrained(base, labels=labels, seed=seed)
+            self.model = LlamaForSequenceClassification.from_pretrained(base, labels=labels, seed=seed, dtype=dtype)
 
     @property
     def labels(self) -> list[str]:

@@ -41,6 +41,8 @@ class Translator:
         source: The language of the texts, as it stands in the prompt: "English".
         target: The language of the translations.
         prompt: What is put before a translation; {source}, {target} and {text} are filled in, {text} exactly once.
+        dtype: How a base that is loaded here is kept, as in `from_pretrained`. Training all weights wants "float32" where it is
+            quantised; an adapter takes it as it is.
 
     Attributes:
         model: The language model.
@@ -58,10 +60,11 @@ class Translator:
         target: str,
         *,
         prompt: str = PROMPT,
+        dtype: str = "auto",
     ) -> None:
         _check_texts(source, target, prompt)
         self._base = base if isinstance(base, (str, os.PathLike)) else None
-        self.model = base if isinstance(base, LlamaForCausalLM) else LlamaForCausalLM.from_pretrained(base)
+        self.model = base if isinstance(base, LlamaForCausalLM) else LlamaForCausalLM.from_pretrained(base, dtype=dtype)
         self.source, self.target, self.prompt = source, target, prompt
         tokenizer = self.model.tokenizer
         if tokenizer is None or tokenizer.eos_token_id is None:
