@@ -147,12 +147,13 @@ void embedding_backward(const BackendPtr& backend, const py::object& ids, const 
 }
 
 void dropout(const BackendPtr& backend, const py::object& x, double p, uint64_t seed, const py::object& out,
-             bool accumulate) {
+             bool accumulate, double scale) {
   const DropoutArgs args{.x = rows_of(x, "dropout", "x"),
                          .y = rows_to(out, "dropout", "out"),
                          .p = p,
                          .seed = seed,
-                         .accumulate = accumulate};
+                         .accumulate = accumulate,
+                         .scale = scale};
   run_op(backend, [&] { backend->dropout(args); });
 }
 
@@ -214,7 +215,7 @@ void bind_gradients(py::class_<Backend, BackendPtr>& backend) {
            py::arg("losses"))
       .def("embedding_backward", &embedding_backward, py::arg("ids"), py::arg("d_y"), py::arg("d_table"))
       .def("dropout", &dropout, py::arg("x"), py::arg("p"), py::arg("seed"), py::arg("out"),
-           py::arg("accumulate") = false)
+           py::arg("accumulate") = false, py::arg("scale") = 1.0)
       .def("adam", &adam, py::arg("parameter"), py::arg("gradient"), py::arg("first"), py::arg("second"),
            py::arg("step"), py::arg("lr"), py::arg("beta1") = 0.9, py::arg("beta2") = 0.999, py::arg("eps") = 1e-8,
            py::arg("decay") = 0.0, py::arg("decoupled") = true, py::arg("gradient_scale") = 1.0)

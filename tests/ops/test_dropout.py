@@ -75,6 +75,19 @@ def test_dropout_keeps_its_share_and_the_mean(device: Device, p: float, seed: in
         assert abs(pairs.mean() - share) < 8 * (share * (1 - share) / pairs.size) ** 0.5
 
 
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("scale", [0.0, -1.75, 0.3, 1e3])
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@all_devices
+def test_dropout_scales_what_it_keeps(device: Device, p: float, scale: float, accumulate: bool) -> None:
+    x, before = make_problem(17, 65)
+    y = before.copy() if accumulate else np.full_like(x, np.nan)
+    device.backend.dropout(x, p, 11, y, accumulate=accumulate, scale=scale)
+    expected = scale * numpy_training.dropout(x, p, 11) + (before if accumulate else 0)
+    bound = units("dropout") * (np.abs(scale * x) / (1 - p) + (np.abs(before) if accumulate else 0)) + TINY
+    assert_within(y, expected, bound)
+
+
 @all_devices
 def test_the_gradient_is_the_same_operation_with_the_same_seed(device: Device) -> None:
     x, d_y = make_problem(7, 9)
@@ -116,6 +129,9 @@ def test_dropout_refuses_what_does_not_fit(device: Device) -> None:
     for p in (-0.1, 1.0, 1.5, float("nan")):
         with pytest.raises(OptionError, match="dropout"):
             backend.dropout(x, p, 0, y)
+    for scale in (float("inf"), float("nan")):
+        with pytest.raises(OptionError, match="scale must be finite"):
+            backend.dropout(x, 0.5, 0, y, scale=scale)
     with pytest.raises(ShapeError, match="y"):
         backend.dropout(x, 0.5, 0, np.ones((2, 5), np.float32))
     with pytest.raises(ShapeError, match="overlap"):

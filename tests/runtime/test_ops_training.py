@@ -173,6 +173,8 @@ def test_dropout_numbers_elements_along_the_flattened_array(device: str, normal:
     y = ops.dropout(x, 0.3, 7, device=device)
     np.testing.assert_allclose(y, numpy_training.dropout(x, 0.3, 7), atol=1e-6)
     np.testing.assert_array_equal(ops.dropout(x.reshape(6, 50), 0.3, 7, device=device).reshape(x.shape), y)
+    scaled = ops.dropout(x, 0.3, 7, scale=-2.5, device=device)
+    np.testing.assert_allclose(scaled, -2.5 * numpy_training.dropout(x, 0.3, 7), atol=2e-6)
     assert ops.dropout(x, 0.3, 7, out=x, device=device) is x
     np.testing.assert_array_equal(x, y)
 
@@ -234,6 +236,7 @@ HEADS = np.ones((4, 2, 6), np.float32)
         (lambda d: ops.embedding_backward(ONE, np.array([0, 1]), -1, device=d), OptionError),
         (lambda d: ops.dropout(ONE, 1.0, 0, device=d), OptionError),
         (lambda d: ops.dropout(ONE, 0.5, 1.5, device=d), OptionError),  # type: ignore[arg-type]
+        (lambda d: ops.dropout(ONE, 0.5, 1, scale=float("nan"), device=d), OptionError),
         (lambda d: ops.dropout(np.zeros(3), 0.5, 0, device=d), DTypeError),  # type: ignore[arg-type]
         (lambda d: ops.swiglu(ONE, ONE, device="gpu"), DeviceError),
     ],

@@ -16,20 +16,22 @@ def dropout(
     p: float,
     seed: int,
     *,
+    scale: float = 1.0,
     out: FloatArray | None = None,
     threads: int | None = None,
     isa: str | None = None,
     device: str = "cpu",
 ) -> FloatArray:
-    """y = 0 with probability p, else x / (1 - p).
+    """y = 0 with probability p, else scale x / (1 - p).
 
     Whether an element is dropped depends on nothing but `seed` and its place in the flattened array. So the gradient is the same
-    operation with the same seed on d_y, and nothing is saved.
+    operation with the same seed and scale on d_y, and nothing is saved.
 
     Args:
         x: (..., N) float32.
         p: Probability, 0 <= p < 1.
         seed: A whole number in [0, 2^64).
+        scale: Finite; such as a LoRA adapter's, whose input is dropped.
         out, threads, isa, device: See `llama_ext.ops`.
 
     Returns:
@@ -38,7 +40,7 @@ def dropout(
     Raises:
         ShapeError: `x` has no dimension.
         DTypeError: `x` is not float32.
-        OptionError: `p` or `seed` is out of range.
+        OptionError: `p`, `seed` or `scale` is out of range.
 
     Source: Srivastava et al., "Dropout", 2014; the random bits: csrc/ops/dropout.h.
     """
@@ -47,7 +49,7 @@ def dropout(
     width = last(op, "x", x)
     number = whole_seed(op, seed)
     target = destination(op, out, x.shape, (x,))
-    backend_for(device, threads, isa).dropout(flat(x, width), p, number, flat(target, width))
+    backend_for(device, threads, isa).dropout(flat(x, width), p, number, flat(target, width), scale=scale)
     return finish(out, target)
 
 
