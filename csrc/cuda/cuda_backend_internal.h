@@ -15,8 +15,8 @@ namespace llama_ext::cuda {
 class CudaBuffer final : public Buffer {
  public:
   CudaBuffer(std::shared_ptr<Gpu> gpu, size_t nbytes)
-      : Buffer(gpu->allocate(nbytes, "a buffer"), nbytes), gpu_(std::move(gpu)) {}
-  ~CudaBuffer() override { gpu_->release(data()); }
+      : Buffer(gpu->allocate(nbytes, "a buffer", Gpu::Source::kPool), nbytes), gpu_(std::move(gpu)) {}
+  ~CudaBuffer() override { gpu_->release(data(), Gpu::Source::kPool); }
 
  private:
   std::shared_ptr<Gpu> gpu_;

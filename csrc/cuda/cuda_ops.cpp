@@ -4,6 +4,7 @@
 
 #include "cuda/cuda_backend_internal.h"
 #include "cuda/device_views.h"
+#include "cuda/logits_avx2.h"
 
 namespace llama_ext::cuda {
 namespace {
@@ -16,6 +17,11 @@ std::vector<KvSegmentView> segments_of(const std::vector<KvSegment>& segments, i
     views.push_back({own(*segment.cache, op).layer(layer), segment.row, segment.tokens, segment.position});
   }
   return views;
+}
+
+const LogitsLoops& logits_loops() {
+  static const LogitsLoops& loops = __builtin_cpu_supports("avx2") ? avx2_logits_loops() : kPlainLogitsLoops;
+  return loops;
 }
 
 }  // namespace
@@ -182,19 +188,19 @@ void CudaBackend::cross_entropy(const CrossEntropyArgs& args) {
                       static_cast<const int32_t*>(args.labels.data()), optional_data(args.losses), nullptr);
 }
 
-// Logits of these two are in host memory (ops/sample.h, ops/log_sum_exp.h).
+// Logits of these two are in host memory (ops/sample.h, ops/log_sum_exp.h), so the CPU goes through them.
 
 void CudaBackend::log_sum_exp(const LogSumExpArgs& args) {
   check(args);
   for (int64_t row = 0; row < args.logits.rows(); ++row) {
-    args.out[row] = log_sum_exp_on_host(args.logits.row<float>(row), args.logits.dim(1), "log_sum_exp");
+    args.out[row] = log_sum_exp_on_host(args.logits.row<float>(row), args.logits.dim(1), "log_sum_exp", logits_loops());
   }
 }
 
 void CudaBackend::sample(std::span<const SampleArgs> rows, std::span<SampleResult> results) {
   require(rows.size() == results.size(), ErrorKind::kInternal, "sample: ", rows.size(), " rows, but ", results.size(),
           " results");
-  for (size_t row = 0; row < rows.size(); ++row) results[row] = sample_on_host(rows[row]);
+  for (size_t row = 0; row < rows.size(); ++row) results[row] = sample_on_host(rows[row], logits_loops());
 }
 
 void CudaBackend::swiglu(const SwigluArgs& args) {

@@ -1,6 +1,7 @@
 #include "cuda/entry.h"
 
 #include "cuda/cuda_backend.h"
+#include "cuda/kernels.h"
 #include "cuda/runtime.h"
 
 #ifndef LLAMA_EXT_VERSION

@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "cuda/launch.h"
-#if !defined(__CUDA_ARCH__)
+#if defined(LLAMA_EXT_CUDA_EMULATED)
 #include "core/half.h"
 #endif
 
@@ -20,8 +20,10 @@ __device__ __forceinline__ float from_f16(uint16_t bits) {
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
   return value;
-#else
+#elif defined(LLAMA_EXT_CUDA_EMULATED)
   return f16_to_f32(bits);
+#else
+  return static_cast<float>(bits);  // the host's pass of nvcc, which never runs it
 #endif
 }
 
@@ -31,8 +33,10 @@ __device__ __forceinline__ uint16_t to_bf16(float value) {
   uint16_t bits;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
   return bits;
-#else
+#elif defined(LLAMA_EXT_CUDA_EMULATED)
   return f32_to_bf16(value);
+#else
+  return static_cast<uint16_t>(value);
 #endif
 }
 
@@ -41,8 +45,10 @@ __device__ __forceinline__ uint16_t to_f16(float value) {
   uint16_t bits;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
   return bits;
-#else
+#elif defined(LLAMA_EXT_CUDA_EMULATED)
   return f32_to_f16(value);
+#else
+  return static_cast<uint16_t>(value);
 #endif
 }
 

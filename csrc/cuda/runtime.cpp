@@ -93,15 +93,18 @@ void Gpu::trim() const {
   require_success(cudaMemPoolTrimTo(pool_, 0), "giving back scratch memory");
 }
 
-void* Gpu::allocate(size_t nbytes, const char* what) const {
+void* Gpu::allocate(size_t nbytes, const char* what, Source source) const {
   if (nbytes == 0) return nullptr;
   use();
   void* memory = nullptr;
-  cudaError_t error = cudaMalloc(&memory, nbytes);
+  const auto attempt = [&] {
+    return source == Source::kPool ? cudaMallocAsync(&memory, nbytes, stream_) : cudaMalloc(&memory, nbytes);
+  };
+  cudaError_t error = attempt();
   if (error == cudaErrorMemoryAllocation) {
     cudaGetLastError();
     trim();
-    error = cudaMalloc(&memory, nbytes);
+    error = attempt();
   }
   if (error == cudaErrorMemoryAllocation) {
     cudaGetLastError();
@@ -111,15 +114,18 @@ void* Gpu::allocate(size_t nbytes, const char* what) const {
   }
   require_success(error, what);
   const cudaError_t filled = cudaMemsetAsync(memory, 0, nbytes, stream_);
-  if (filled != cudaSuccess) release(memory);
+  if (filled != cudaSuccess) release(memory, source);
   require_success(filled, what);
   return memory;
 }
 
-void Gpu::release(void* memory) const noexcept {
-  if (memory == nullptr) return;
-  // Operations that still use it are waited for, as with cudaFree on any stream of ours.
-  if (cudaSetDevice(index_) == cudaSuccess) cudaFree(memory);
+void Gpu::release(void* memory, Source source) const noexcept {
+  if (memory == nullptr || cudaSetDevice(index_) != cudaSuccess) return;
+  if (source == Source::kPool) {
+    cudaFreeAsync(memory, stream_);
+  } else {
+    cudaFree(memory);
+  }
 }
 
 void Gpu::copy_to_device(void* device, const void* host, size_t nbytes) const {

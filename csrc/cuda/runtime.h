@@ -44,9 +44,12 @@ class Gpu {
   /// Gives back what the pool of scratch memory holds beyond its use.
   void trim() const;
 
+  /// Where memory comes from. kPool: in the order of the stream and without waiting, for what comes and goes with every pass; what
+  /// is given back stays in the pool. kOwn: for what stays; giving it back waits for the GPU and gives it to everybody.
+  enum class Source : uint8_t { kOwn, kPool };
   /// Zero-filled, aligned to 16 bytes at least; null for no bytes. Throws OutOfMemoryError with both numbers, naming `what`.
-  void* allocate(size_t nbytes, const char* what) const;
-  void release(void* memory) const noexcept;
+  void* allocate(size_t nbytes, const char* what, Source source = Source::kOwn) const;
+  void release(void* memory, Source source = Source::kOwn) const noexcept;
   void copy_to_device(void* device, const void* host, size_t nbytes) const;
   void copy_to_host(void* host, const void* device, size_t nbytes) const;
   void copy_on_device(void* to, const void* from, size_t nbytes) const;

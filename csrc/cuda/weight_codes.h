@@ -56,20 +56,25 @@ struct Chunk {
   /// Elements 4 part ... 4 part + 3, in order: numbers, or codes less the zero that `magic` contains. `part` is known when this is compiled.
   __device__ __forceinline__ void values(int part, float magic, float out[4]) const {
     if constexpr (kKind == Kind::kF32) {
+#pragma unroll
       for (int i = 0; i < 4; ++i) out[i] = __uint_as_float(word(i));
     } else if constexpr (kKind == Kind::kBF16) {
+#pragma unroll
       for (int i = 0; i < 2; ++i) {
         out[2 * i] = __uint_as_float(word(2 * part + i) << 16);
         out[2 * i + 1] = __uint_as_float(word(2 * part + i) & 0xffff0000u);
       }
     } else if constexpr (kKind == Kind::kF16) {
+#pragma unroll
       for (int i = 0; i < 2; ++i) {
         out[2 * i] = from_f16(static_cast<uint16_t>(word(2 * part + i)));
         out[2 * i + 1] = from_f16(static_cast<uint16_t>(word(2 * part + i) >> 16));
       }
     } else if constexpr (kKind == Kind::kQ8) {
+#pragma unroll
       for (int i = 0; i < 4; ++i) out[i] = code_to_float((word(part) >> (8 * i)) & 255u, magic);
     } else {
+#pragma unroll
       for (int i = 0; i < 4; ++i) out[i] = code_to_float(code(part, i), magic);
     }
   }
