@@ -1,4 +1,5 @@
-"""The backends that every operation is tested on: the reference, and each instruction set there is with 1, 2 and 3 threads."""
+"""The backends that every operation is tested on: the reference, each instruction set there is with 1, 2 and 3 threads, and the
+CUDA backend, on a GPU or, where LLAMA_EXT_CUDA_LIBRARY names the emulated library (tests/cuda_emulation), on the CPU."""
 
 from __future__ import annotations
 
@@ -17,13 +18,19 @@ NATIVE_BF16 = frozenset({"avx512-bf16", "amx"})
 
 @dataclass(frozen=True)
 class Device:
-    """A way to make a backend; `isa` is "" for the reference."""
+    """A way to make a backend; `isa` is "" for the reference and "cuda" for the first GPU."""
 
     isa: str
     threads: int
 
     def __str__(self) -> str:
+        if self.is_cuda:
+            return "cuda"
         return f"{self.isa}-t{self.threads}" if self.isa else "reference"
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.isa == "cuda"
 
     @property
     def backend(self) -> _core.Backend:
@@ -31,18 +38,26 @@ class Device:
 
     def rounds_activations(self, dtype: str, compute: str) -> bool:
         """Whether a product with such weights first rounds its activations to bfloat16."""
-        return dtype == "bfloat16" and compute == "auto" and self.isa in NATIVE_BF16
+        return dtype == "bfloat16" and compute == "auto" and self.isa in {*NATIVE_BF16, "cuda"}
 
 
 @functools.cache
 def _backend(device: Device) -> _core.Backend:
     if not device.isa:
         return _core.Backend("reference")
+    if device.is_cuda:
+        return _core.Backend("cuda:0")
     return _core.Backend("cpu", device.threads, device.isa)
 
 
 REFERENCE = Device("", 1)
 CPU = [Device(isa, threads) for isa in ISAS for threads in (1, 2, 3)]
+
+CUDA = Device("cuda", 1)
+HAS_CUDA = bool(_core.gpus()[0])
+IS_EMULATED = HAS_CUDA and CUDA.backend.isa == "emulated"
+WHY_NO_CUDA = f"no GPU, and none emulated: {_core.gpus()[1]}"
+requires_cuda = pytest.mark.skipif(not HAS_CUDA, reason=WHY_NO_CUDA)
 
 _missing = [isa for isa in _core.compiled_isas() if isa not in ISAS]
 
@@ -56,8 +71,12 @@ def _params(devices: list[Device]) -> list[object]:
     return found + [_skipped(Device(isa, 1), isa) for isa in _missing]
 
 
+def _cuda() -> list[object]:
+    return [pytest.param(CUDA, id=str(CUDA), marks=[pytest.mark.gpu, requires_cuda])]
+
+
 # The kernels and the reference, which NumPy checks; each set of kernels once.
-all_devices = pytest.mark.parametrize("device", _params([REFERENCE, *CPU]))
+all_devices = pytest.mark.parametrize("device", [*_params([REFERENCE, *CPU]), *_cuda()])
 each_tier_and_thread_count = pytest.mark.parametrize("device", _params(CPU))
 each_isa = pytest.mark.parametrize("isa", [*ISAS, *[_skipped(isa, isa) for isa in _missing]])
 

@@ -58,7 +58,12 @@ class Kept:
         return -(-wanted // self.unit) * self.unit
 
     def rounds_activations(self, isa: str, compute: str) -> bool:
-        """Whether a product first rounds its activations to int8: not on the oldest tier, nor in the reference ("")."""
+        """Whether a product first rounds its activations to int8: not on the oldest tier, nor in the reference ("").
+
+        A GPU rounds to bfloat16, or for float16 weights to float16, when there are rows enough for its tensor cores: finer than int8.
+        """
+        if isa == "cuda":
+            return compute == "auto"
         return compute == "auto" and isa not in ("", "x86-64-v2") and self.name != "float16"
 
 

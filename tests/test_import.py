@@ -53,7 +53,7 @@ def test_info_says_what_was_chosen_and_why(monkeypatch: pytest.MonkeyPatch) -> N
     assert report.isa in report.available_isas
     assert report.isa_reason == "the best available"
     assert report.threads == llama_ext.get_num_threads()
-    assert report.gpus == ()
+    assert bool(report.gpus) != bool(report.gpus_reason), "either a GPU, or why there is none"
     text = str(report)
     for part in (report.cpu, report.isa, report.threads_reason, report.gpus_reason, "build"):
         assert part in text

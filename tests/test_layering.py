@@ -33,7 +33,8 @@ MAY_INCLUDE: dict[str, set[str]] = {
 }
 # Exceptions, by file: making backends, and asking the machine what it has.
 ALSO: dict[str, set[str]] = {
-    "bindings/backends.cpp": {f"{name}/{name}_backend.h" for name in BACKENDS},
+    # The CUDA backend is a library of its own, which has one entry.
+    "bindings/backends.cpp": {"cpu/cpu_backend.h", "reference/reference_backend.h", "cuda/entry.h"},
     "bindings/module.cpp": {"cpu/isa.h", "cpu/thread_pool.h"},
 }
 
@@ -104,6 +105,25 @@ def test_kernels_include_nothing_of_the_standard_library(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"\bstd::", re.sub(r"//.*", "", text))
     assert not re.search(r"\b(throw|new|malloc|printf|abort)\b", re.sub(r"//.*|\"[^\"\n]*\"", "", text))
+
+
+# The places that differ between a GPU and the emulator of the tests: everything else is one text for both.
+CUDA_SOURCES = [path for path in SOURCES if name_of(path).startswith("cuda/")]
+CUDA_ONLY = {
+    r"\bcuda[A-Z]\w*\s*\(": {"cuda/runtime.cpp", "cuda/launch.h"},  # calls of the runtime
+    r"\bcuda_emulation::": {"cuda/launch.h", "cuda/mma.h", "cuda/device_views.h"},
+    r"\basm\b": {"cuda/numeric.h", "cuda/mma.h"},
+    r"\b__shared__\b": {"cuda/launch.h"},  # memory that the emulator can guard and fill with NaN
+    r"<<<": set(),
+    r"\batomic\w*\s*\(": set(),  # sums in an order that nobody knows
+}
+
+
+@pytest.mark.parametrize("path", CUDA_SOURCES, ids=name_of)
+def test_cuda_sources_differ_from_the_emulated_ones_in_few_places(path: Path) -> None:
+    text = re.sub(r"//.*|\"[^\"\n]*\"", "", path.read_text(encoding="utf-8"))
+    for pattern, allowed in CUDA_ONLY.items():
+        assert name_of(path) in allowed or not re.search(pattern, text), pattern
 
 
 def test_nothing_in_the_library_prints_or_ends_the_process() -> None:

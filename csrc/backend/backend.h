@@ -55,6 +55,9 @@ class Backend {
   /// The instruction set or compute capability in use.
   virtual std::string isa() const = 0;
   virtual int threads() const = 0;
+  /// Whether operations follow pointers into host memory. Otherwise every view that is not said to be in host memory is of what
+  /// `allocate` gave.
+  virtual bool shares_host_memory() const = 0;
 
   // Memory.
   /// Zero-filled, aligned for any vector. Throws OutOfMemoryError.

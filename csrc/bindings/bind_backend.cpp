@@ -65,41 +65,43 @@ py::array matrix_to_array(const PyMatrix& matrix) {
 }
 
 void embedding(const BackendPtr& backend, const py::object& ids, const PyMatrix& table, const py::object& out) {
-  const EmbeddingArgs args{.ids = read_view(ids, DType::kI32, 1, "embedding", "ids"),
-                           .table = matrix_of(backend, table, "embedding", "table"),
-                           .y = write_view(out, DType::kF32, 2, "embedding", "out")};
-  run_op(backend, [&] { backend->embedding(args); });
+  EmbeddingArgs args{.ids = read_view(ids, DType::kI32, 1, "embedding", "ids"),
+                     .table = matrix_of(backend, table, "embedding", "table"),
+                     .y = write_view(out, DType::kF32, 2, "embedding", "out")};
+  run_op(DeviceArrays(*backend).writes(args.y), [&] { backend->embedding(args); });
 }
 
 void matmul(const BackendPtr& backend, const py::object& x, const PyMatrix& weight, const py::object& bias,
             const py::object& out, bool accumulate, const std::string& compute, const py::object& norm_weight,
             double norm_eps) {
-  const MatmulArgs args{.x = read_view(x, DType::kF32, 2, "matmul", "x"),
-                        .weight = matrix_of(backend, weight, "matmul", "weight"),
-                        .bias = optional_view(bias, 1, "matmul", "bias"),
-                        .y = write_view(out, DType::kF32, 2, "matmul", "out"),
-                        .accumulate = accumulate,
-                        .compute = compute_from_name(compute),
-                        .norm = {optional_view(norm_weight, 1, "matmul", "norm_weight"), norm_eps}};
-  run_op(backend, [&] { backend->matmul(args); });
+  MatmulArgs args{.x = read_view(x, DType::kF32, 2, "matmul", "x"),
+                  .weight = matrix_of(backend, weight, "matmul", "weight"),
+                  .bias = optional_view(bias, 1, "matmul", "bias"),
+                  .y = write_view(out, DType::kF32, 2, "matmul", "out"),
+                  .accumulate = accumulate,
+                  .compute = compute_from_name(compute),
+                  .norm = {optional_view(norm_weight, 1, "matmul", "norm_weight"), norm_eps}};
+  run_op(DeviceArrays(*backend).reads(args.x).reads(args.bias).reads(args.norm.weight).writes(args.y),
+         [&] { backend->matmul(args); });
 }
 
 void rms_norm(const BackendPtr& backend, const py::object& x, const py::object& weight, double eps,
               const py::object& out, const py::object& inv_rms) {
-  const RmsNormArgs args{.x = read_view(x, DType::kF32, 2, "rms_norm", "x"),
-                         .weight = read_view(weight, DType::kF32, 1, "rms_norm", "weight"),
-                         .eps = eps,
-                         .y = write_view(out, DType::kF32, 2, "rms_norm", "out"),
-                         .inv_rms = optional_write_view(inv_rms, 1, "rms_norm", "inv_rms")};
-  run_op(backend, [&] { backend->rms_norm(args); });
+  RmsNormArgs args{.x = read_view(x, DType::kF32, 2, "rms_norm", "x"),
+                   .weight = read_view(weight, DType::kF32, 1, "rms_norm", "weight"),
+                   .eps = eps,
+                   .y = write_view(out, DType::kF32, 2, "rms_norm", "out"),
+                   .inv_rms = optional_write_view(inv_rms, 1, "rms_norm", "inv_rms")};
+  run_op(DeviceArrays(*backend).reads(args.x).reads(args.weight).writes(args.y).writes(args.inv_rms),
+         [&] { backend->rms_norm(args); });
 }
 
 void rope(const BackendPtr& backend, const py::object& x, const py::object& cos, const py::object& sin, bool inverse) {
-  const RopeArgs args{.x = write_view(x, DType::kF32, 3, "rope", "x"),
-                      .cos = read_view(cos, DType::kF32, 2, "rope", "cos"),
-                      .sin = read_view(sin, DType::kF32, 2, "rope", "sin"),
-                      .inverse = inverse};
-  run_op(backend, [&] { backend->rope(args); });
+  RopeArgs args{.x = write_view(x, DType::kF32, 3, "rope", "x"),
+                .cos = read_view(cos, DType::kF32, 2, "rope", "cos"),
+                .sin = read_view(sin, DType::kF32, 2, "rope", "sin"),
+                .inverse = inverse};
+  run_op(DeviceArrays(*backend).reads(args.cos).reads(args.sin).writes(args.x), [&] { backend->rope(args); });
 }
 
 /// Attention over padded arrays. Row b's keys are k[b, starts[b] : starts[b] + lengths[b]]; the T queries are the last
@@ -108,10 +110,10 @@ void rope(const BackendPtr& backend, const py::object& x, const py::object& cos,
 void attention(const BackendPtr& backend, const py::object& q, const py::object& k, const py::object& v,
                const py::object& starts, const py::object& lengths, double scale, const std::string& cache_dtype,
                const py::object& out, const std::string& compute) {
-  const TensorView q_view = read_view(q, DType::kF32, 4, "attention", "q");
-  const TensorView k_view = read_view(k, DType::kF32, 4, "attention", "k");
-  const TensorView v_view = read_view(v, DType::kF32, 4, "attention", "v");
-  const TensorView y_view = write_view(out, DType::kF32, 4, "attention", "out");
+  TensorView q_view = read_view(q, DType::kF32, 4, "attention", "q");
+  TensorView k_view = read_view(k, DType::kF32, 4, "attention", "k");
+  TensorView v_view = read_view(v, DType::kF32, 4, "attention", "v");
+  TensorView y_view = write_view(out, DType::kF32, 4, "attention", "out");
   const TensorView starts_view = read_view(starts, DType::kI32, 1, "attention", "starts");
   const TensorView lengths_view = read_view(lengths, DType::kI32, 1, "attention", "lengths");
   const DType kept = kv_dtype_from_name(cache_dtype);
@@ -140,8 +142,8 @@ void attention(const BackendPtr& backend, const py::object& q, const py::object&
     require_disjoint(y_view, view, "attention", "out", name);
   }
 
-  run_op(backend, [&] {
-    std::fill_n(y_view.f32(), y_view.size(), 0.0f);
+  std::fill_n(y_view.f32(), y_view.size(), 0.0f);
+  run_op(DeviceArrays(*backend).reads(q_view).reads(k_view).reads(v_view).writes(y_view), [&] {
     AttentionArgs args;
     args.q = TensorView(q_view.data(), DType::kF32, {batch * queries, heads, head_dim});
     args.scale = scale;
@@ -225,21 +227,24 @@ void feed_forward(const BackendPtr& backend, const py::object& x,
   args.accumulate = accumulate;
   args.compute = compute_from_name(compute);
   args.norm = {optional_view(norm_weight, 1, "feed_forward", "norm_weight"), norm_eps};
-  run_op(backend, [&] { backend->feed_forward(args); });
+  DeviceArrays arrays(*backend);
+  arrays.reads(args.x).reads(args.gate_up_bias).reads(args.gate_bias).reads(args.up_bias).reads(args.down_bias);
+  arrays.reads(args.norm.weight).writes(args.y);
+  run_op(arrays, [&] { backend->feed_forward(args); });
 }
 
 void softmax(const BackendPtr& backend, const py::object& x, const py::object& out) {
-  const SoftmaxArgs args{.x = read_view(x, DType::kF32, 2, "softmax", "x"),
-                         .y = write_view(out, DType::kF32, 2, "softmax", "out")};
-  run_op(backend, [&] { backend->softmax(args); });
+  SoftmaxArgs args{.x = read_view(x, DType::kF32, 2, "softmax", "x"),
+                   .y = write_view(out, DType::kF32, 2, "softmax", "out")};
+  run_op(DeviceArrays(*backend).reads(args.x).writes(args.y), [&] { backend->softmax(args); });
 }
 
 void cross_entropy(const BackendPtr& backend, const py::object& logits, const py::object& labels,
                    const py::object& out) {
-  const CrossEntropyArgs args{.logits = read_view(logits, DType::kF32, 2, "cross_entropy", "logits"),
-                              .labels = read_view(labels, DType::kI32, 1, "cross_entropy", "labels"),
-                              .losses = write_view(out, DType::kF32, 1, "cross_entropy", "out")};
-  run_op(backend, [&] { backend->cross_entropy(args); });
+  CrossEntropyArgs args{.logits = read_view(logits, DType::kF32, 2, "cross_entropy", "logits"),
+                        .labels = read_view(labels, DType::kI32, 1, "cross_entropy", "labels"),
+                        .losses = write_view(out, DType::kF32, 1, "cross_entropy", "out")};
+  run_op(DeviceArrays(*backend).reads(args.logits).writes(args.losses), [&] { backend->cross_entropy(args); });
 }
 
 py::tuple sample(const BackendPtr& backend, const py::object& logits, const py::dict& options,

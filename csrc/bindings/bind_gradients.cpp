@@ -44,64 +44,73 @@ void matmul_backward(const BackendPtr& backend, const py::object& d_y, const PyM
                      const py::object& d_x, const PyMatrix* d_weight, const py::object& d_bias, bool accumulate,
                      const std::string& compute) {
   const char* op = "matmul_backward";
-  const MatmulBackwardArgs args{
-      .d_y = rows_of(d_y, op, "d_y"),
-      .weight = weight == nullptr ? nullptr : matrix_of(backend, *weight, op, "weight"),
-      .x = optional_view(x, 2, op, "x"),
-      .d_x = optional_write_view(d_x, 2, op, "d_x"),
-      .accumulate = accumulate,
-      .d_weight = d_weight == nullptr ? nullptr : gradient_of(backend, *d_weight, op, "d_weight"),
-      .d_bias = optional_write_view(d_bias, 1, op, "d_bias"),
-      .compute = compute_from_name(compute)};
-  run_op(backend, [&] { backend->matmul_backward(args); });
+  MatmulBackwardArgs args{.d_y = rows_of(d_y, op, "d_y"),
+                          .weight = weight == nullptr ? nullptr : matrix_of(backend, *weight, op, "weight"),
+                          .x = optional_view(x, 2, op, "x"),
+                          .d_x = optional_write_view(d_x, 2, op, "d_x"),
+                          .accumulate = accumulate,
+                          .d_weight = d_weight == nullptr ? nullptr : gradient_of(backend, *d_weight, op, "d_weight"),
+                          .d_bias = optional_write_view(d_bias, 1, op, "d_bias"),
+                          .compute = compute_from_name(compute)};
+  run_op(DeviceArrays(*backend).reads(args.d_y).reads(args.x).writes(args.d_x).writes(args.d_bias),
+         [&] { backend->matmul_backward(args); });
 }
 
 void rms_norm_backward(const BackendPtr& backend, const py::object& x, const py::object& weight, double eps,
                        const py::object& d_y, const py::object& d_x, bool accumulate, const py::object& d_weight) {
   const char* op = "rms_norm_backward";
-  const RmsNormBackwardArgs args{.x = rows_of(x, op, "x"),
-                                 .weight = flat_of(weight, op, "weight"),
-                                 .eps = eps,
-                                 .d_y = rows_of(d_y, op, "d_y"),
-                                 .d_x = rows_to(d_x, op, "d_x"),
-                                 .accumulate = accumulate,
-                                 .d_weight = optional_write_view(d_weight, 1, op, "d_weight")};
-  run_op(backend, [&] { backend->rms_norm_backward(args); });
+  RmsNormBackwardArgs args{.x = rows_of(x, op, "x"),
+                           .weight = flat_of(weight, op, "weight"),
+                           .eps = eps,
+                           .d_y = rows_of(d_y, op, "d_y"),
+                           .d_x = rows_to(d_x, op, "d_x"),
+                           .accumulate = accumulate,
+                           .d_weight = optional_write_view(d_weight, 1, op, "d_weight")};
+  run_op(DeviceArrays(*backend).reads(args.x).reads(args.weight).reads(args.d_y).writes(args.d_x).writes(args.d_weight),
+         [&] { backend->rms_norm_backward(args); });
 }
 
 void swiglu(const BackendPtr& backend, const py::object& gate, const py::object& up, const py::object& out) {
-  const SwigluArgs args{
+  SwigluArgs args{
       .gate = rows_of(gate, "swiglu", "gate"), .up = rows_of(up, "swiglu", "up"), .y = rows_to(out, "swiglu", "out")};
-  run_op(backend, [&] { backend->swiglu(args); });
+  run_op(DeviceArrays(*backend).reads(args.gate).reads(args.up).writes(args.y), [&] { backend->swiglu(args); });
 }
 
 void swiglu_backward(const BackendPtr& backend, const py::object& gate, const py::object& up, const py::object& d_y,
                      const py::object& d_gate, const py::object& d_up, const py::object& y) {
   const char* op = "swiglu_backward";
-  const SwigluBackwardArgs args{.gate = rows_of(gate, op, "gate"),
-                                .up = rows_of(up, op, "up"),
-                                .d_y = rows_of(d_y, op, "d_y"),
-                                .d_gate = rows_to(d_gate, op, "d_gate"),
-                                .d_up = rows_to(d_up, op, "d_up"),
-                                .y = optional_write_view(y, 2, op, "y")};
-  run_op(backend, [&] { backend->swiglu_backward(args); });
+  SwigluBackwardArgs args{.gate = rows_of(gate, op, "gate"),
+                          .up = rows_of(up, op, "up"),
+                          .d_y = rows_of(d_y, op, "d_y"),
+                          .d_gate = rows_to(d_gate, op, "d_gate"),
+                          .d_up = rows_to(d_up, op, "d_up"),
+                          .y = optional_write_view(y, 2, op, "y")};
+  run_op(DeviceArrays(*backend)
+             .reads(args.gate)
+             .reads(args.up)
+             .reads(args.d_y)
+             .writes(args.d_gate)
+             .writes(args.d_up)
+             .writes(args.y),
+         [&] { backend->swiglu_backward(args); });
 }
 
 void causal_attention(const BackendPtr& backend, const Ranges& sequences, const py::object& q, const py::object& k,
                       const py::object& v, double scale, const py::object& out, const py::object& log_sums,
                       double dropout_p, uint64_t seed, const std::string& compute) {
   const char* op = "causal_attention";
-  const CausalAttentionArgs args{.sequences = sequences_of(sequences),
-                                 .q = heads_of(q, op, "q"),
-                                 .k = heads_of(k, op, "k"),
-                                 .v = heads_of(v, op, "v"),
-                                 .scale = scale,
-                                 .y = heads_to(out, op, "out"),
-                                 .log_sums = rows_to(log_sums, op, "log_sums"),
-                                 .dropout = dropout_p,
-                                 .seed = seed,
-                                 .compute = compute_from_name(compute)};
-  run_op(backend, [&] { backend->causal_attention(args); });
+  CausalAttentionArgs args{.sequences = sequences_of(sequences),
+                           .q = heads_of(q, op, "q"),
+                           .k = heads_of(k, op, "k"),
+                           .v = heads_of(v, op, "v"),
+                           .scale = scale,
+                           .y = heads_to(out, op, "out"),
+                           .log_sums = rows_to(log_sums, op, "log_sums"),
+                           .dropout = dropout_p,
+                           .seed = seed,
+                           .compute = compute_from_name(compute)};
+  run_op(DeviceArrays(*backend).reads(args.q).reads(args.k).reads(args.v).writes(args.y).writes(args.log_sums),
+         [&] { backend->causal_attention(args); });
 }
 
 void causal_attention_backward(const BackendPtr& backend, const Ranges& sequences, const py::object& q,
@@ -110,87 +119,102 @@ void causal_attention_backward(const BackendPtr& backend, const Ranges& sequence
                                const py::object& d_k, const py::object& d_v, double dropout_p, uint64_t seed,
                                const std::string& compute) {
   const char* op = "causal_attention_backward";
-  const CausalAttentionBackwardArgs args{.sequences = sequences_of(sequences),
-                                         .q = heads_of(q, op, "q"),
-                                         .k = heads_of(k, op, "k"),
-                                         .v = heads_of(v, op, "v"),
-                                         .scale = scale,
-                                         .y = heads_of(y, op, "y"),
-                                         .log_sums = rows_of(log_sums, op, "log_sums"),
-                                         .d_y = heads_of(d_y, op, "d_y"),
-                                         .d_q = heads_to(d_q, op, "d_q"),
-                                         .d_k = heads_to(d_k, op, "d_k"),
-                                         .d_v = heads_to(d_v, op, "d_v"),
-                                         .dropout = dropout_p,
-                                         .seed = seed,
-                                         .compute = compute_from_name(compute)};
-  run_op(backend, [&] { backend->causal_attention_backward(args); });
+  CausalAttentionBackwardArgs args{.sequences = sequences_of(sequences),
+                                   .q = heads_of(q, op, "q"),
+                                   .k = heads_of(k, op, "k"),
+                                   .v = heads_of(v, op, "v"),
+                                   .scale = scale,
+                                   .y = heads_of(y, op, "y"),
+                                   .log_sums = rows_of(log_sums, op, "log_sums"),
+                                   .d_y = heads_of(d_y, op, "d_y"),
+                                   .d_q = heads_to(d_q, op, "d_q"),
+                                   .d_k = heads_to(d_k, op, "d_k"),
+                                   .d_v = heads_to(d_v, op, "d_v"),
+                                   .dropout = dropout_p,
+                                   .seed = seed,
+                                   .compute = compute_from_name(compute)};
+  run_op(DeviceArrays(*backend)
+             .reads(args.q)
+             .reads(args.k)
+             .reads(args.v)
+             .reads(args.y)
+             .reads(args.log_sums)
+             .reads(args.d_y)
+             .writes(args.d_q)
+             .writes(args.d_k)
+             .writes(args.d_v),
+         [&] { backend->causal_attention_backward(args); });
 }
 
 void cross_entropy_backward(const BackendPtr& backend, const py::object& logits, const py::object& labels, double scale,
                             const py::object& losses) {
   const char* op = "cross_entropy_backward";
-  const CrossEntropyBackwardArgs args{.logits = rows_to(logits, op, "logits"),
-                                      .labels = read_view(labels, DType::kI32, 1, op, "labels"),
-                                      .scale = scale,
-                                      .losses = flat_to(losses, op, "losses")};
-  run_op(backend, [&] { backend->cross_entropy_backward(args); });
+  CrossEntropyBackwardArgs args{.logits = rows_to(logits, op, "logits"),
+                                .labels = read_view(labels, DType::kI32, 1, op, "labels"),
+                                .scale = scale,
+                                .losses = flat_to(losses, op, "losses")};
+  run_op(DeviceArrays(*backend).writes(args.logits).writes(args.losses),
+         [&] { backend->cross_entropy_backward(args); });
 }
 
 void embedding_backward(const BackendPtr& backend, const py::object& ids, const py::object& d_y,
                         const PyMatrix& d_table) {
   const char* op = "embedding_backward";
-  const EmbeddingBackwardArgs args{.ids = read_view(ids, DType::kI32, 1, op, "ids"),
-                                   .d_y = rows_of(d_y, op, "d_y"),
-                                   .d_table = gradient_of(backend, d_table, op, "d_table")};
-  run_op(backend, [&] { backend->embedding_backward(args); });
+  EmbeddingBackwardArgs args{.ids = read_view(ids, DType::kI32, 1, op, "ids"),
+                             .d_y = rows_of(d_y, op, "d_y"),
+                             .d_table = gradient_of(backend, d_table, op, "d_table")};
+  run_op(DeviceArrays(*backend).reads(args.d_y), [&] { backend->embedding_backward(args); });
 }
 
 void dropout(const BackendPtr& backend, const py::object& x, double p, uint64_t seed, const py::object& out,
              bool accumulate, double scale) {
-  const DropoutArgs args{.x = rows_of(x, "dropout", "x"),
-                         .y = rows_to(out, "dropout", "out"),
-                         .p = p,
-                         .seed = seed,
-                         .accumulate = accumulate,
-                         .scale = scale};
-  run_op(backend, [&] { backend->dropout(args); });
+  DropoutArgs args{.x = rows_of(x, "dropout", "x"),
+                   .y = rows_to(out, "dropout", "out"),
+                   .p = p,
+                   .seed = seed,
+                   .accumulate = accumulate,
+                   .scale = scale};
+  run_op(DeviceArrays(*backend).reads(args.x).writes(args.y), [&] { backend->dropout(args); });
 }
 
 void adam(const BackendPtr& backend, const py::object& parameter, const py::object& gradient, const py::object& first,
           const py::object& second, int64_t step, double lr, double beta1, double beta2, double eps, double decay,
           bool decoupled, double gradient_scale) {
-  const AdamArgs args{.parameter = flat_to(parameter, "adam", "parameter"),
-                      .gradient = flat_of(gradient, "adam", "gradient"),
-                      .first = flat_to(first, "adam", "first"),
-                      .second = flat_to(second, "adam", "second"),
-                      .gradient_scale = gradient_scale,
-                      .lr = lr,
-                      .beta1 = beta1,
-                      .beta2 = beta2,
-                      .eps = eps,
-                      .decay = decay,
-                      .decoupled = decoupled,
-                      .step = step};
-  run_op(backend, [&] { backend->adam(args); });
+  AdamArgs args{.parameter = flat_to(parameter, "adam", "parameter"),
+                .gradient = flat_of(gradient, "adam", "gradient"),
+                .first = flat_to(first, "adam", "first"),
+                .second = flat_to(second, "adam", "second"),
+                .gradient_scale = gradient_scale,
+                .lr = lr,
+                .beta1 = beta1,
+                .beta2 = beta2,
+                .eps = eps,
+                .decay = decay,
+                .decoupled = decoupled,
+                .step = step};
+  run_op(DeviceArrays(*backend).writes(args.parameter).reads(args.gradient).writes(args.first).writes(args.second),
+         [&] { backend->adam(args); });
 }
 
 void sgd(const BackendPtr& backend, const py::object& parameter, const py::object& gradient, const py::object& velocity,
          double lr, double momentum, double decay, bool nesterov, double gradient_scale) {
-  const SgdArgs args{.parameter = flat_to(parameter, "sgd", "parameter"),
-                     .gradient = flat_of(gradient, "sgd", "gradient"),
-                     .velocity = optional_write_view(velocity, 1, "sgd", "velocity"),
-                     .gradient_scale = gradient_scale,
-                     .lr = lr,
-                     .momentum = momentum,
-                     .decay = decay,
-                     .nesterov = nesterov};
-  run_op(backend, [&] { backend->sgd(args); });
+  SgdArgs args{.parameter = flat_to(parameter, "sgd", "parameter"),
+               .gradient = flat_of(gradient, "sgd", "gradient"),
+               .velocity = optional_write_view(velocity, 1, "sgd", "velocity"),
+               .gradient_scale = gradient_scale,
+               .lr = lr,
+               .momentum = momentum,
+               .decay = decay,
+               .nesterov = nesterov};
+  run_op(DeviceArrays(*backend).writes(args.parameter).reads(args.gradient).writes(args.velocity),
+         [&] { backend->sgd(args); });
 }
 
 double sum_of_squares(const BackendPtr& backend, const py::object& x) {
-  const TensorView view = flat_of(x, "sum_of_squares", "x");
-  return without_gil([&] { return backend->sum_of_squares(view); });
+  TensorView view = flat_of(x, "sum_of_squares", "x");
+  double sum = 0;
+  run_op(DeviceArrays(*backend).reads(view), [&] { sum = backend->sum_of_squares(view); });
+  return sum;
 }
 
 }  // namespace

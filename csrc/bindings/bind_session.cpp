@@ -62,10 +62,8 @@ py::tuple read_layer(PySession& self, int64_t layer) {
   args.layer = layer;
   args.k = TensorView(float_data(k), DType::kF32, {length, shape.kv_heads, shape.head_dim});
   args.v = TensorView(float_data(v), DType::kF32, {length, shape.kv_heads, shape.head_dim});
-  without_gil([&] {
-    session.model().backend().kv_load(args);
-    session.model().backend().synchronize();
-  });
+  run_op(DeviceArrays(session.model().backend()).writes(args.k).writes(args.v),
+         [&] { session.model().backend().kv_load(args); });
   return py::make_tuple(k, v);
 }
 
@@ -91,10 +89,8 @@ void restore(PySession& self, const py::object& tokens, const py::function& laye
     args.v = read_view(v, DType::kF32, 3, "restore", "v");
     require_shape(args.k, {length, shape.kv_heads, shape.head_dim}, "restore", "k");
     require_shape(args.v, {length, shape.kv_heads, shape.head_dim}, "restore", "v");
-    without_gil([&] {
-      session.model().backend().kv_store(args);
-      session.model().backend().synchronize();
-    });
+    run_op(DeviceArrays(session.model().backend()).reads(args.k).reads(args.v),
+           [&] { session.model().backend().kv_store(args); });
   }
   session.restore(ids);
 }

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "bindings/device_arrays.h"
 #include "core/float_environment.h"
 #include "core/interrupt.h"
 #include "generate/generation.h"
@@ -48,6 +49,14 @@ void bind_train(py::module_& module);
 
 /// bindings/backends.cpp, the only file that names all backends.
 std::shared_ptr<Backend> make_backend(const std::string& device, int threads, const std::string& isa);
+/// A line for each GPU, and why there is none, or "".
+struct GpuReport {
+  std::vector<std::string> gpus;
+  std::string why_none;
+};
+GpuReport gpu_report();
+/// Bytes a second that the memory of device "cuda:0" can be read with. Throws DeviceError, OptionError, OutOfMemoryError.
+double gpu_read_bandwidth(const std::string& device, int64_t nbytes, int rounds);
 
 // Arrays. Nothing is cast or copied behind the caller's back: an array of another dtype or layout is an error that
 // names it.
@@ -174,6 +183,16 @@ void run_op(const BackendPtr& backend, Work&& work) {
   without_gil([&] {
     work();
     backend->synchronize();
+  });
+}
+
+/// Runs an operation on arrays in host memory, whose views are named in `arrays`.
+template <typename Work>
+void run_op(DeviceArrays& arrays, Work&& work) {
+  without_gil([&] {
+    arrays.to_device();
+    work();
+    arrays.to_host();
   });
 }
 

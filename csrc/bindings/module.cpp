@@ -13,6 +13,9 @@
 #ifndef LLAMA_EXT_SANITIZE
 #define LLAMA_EXT_SANITIZE "OFF"
 #endif
+#ifndef LLAMA_EXT_CUDA_BUILD
+#define LLAMA_EXT_CUDA_BUILD "not built"
+#endif
 #ifndef LLAMA_EXT_BUILD_TYPE
 #define LLAMA_EXT_BUILD_TYPE "unknown"
 #endif
@@ -34,7 +37,7 @@ std::map<std::string, std::string> build_info() {
   std::string isas;
   for (const std::string& isa : compiled_isas()) isas += (isas.empty() ? "" : ", ") + isa;
   return {{"version", LLAMA_EXT_VERSION},     {"compiler", compiler()}, {"build_type", LLAMA_EXT_BUILD_TYPE},
-          {"sanitizers", LLAMA_EXT_SANITIZE}, {"isas", isas},           {"cuda", "not built"}};
+          {"sanitizers", LLAMA_EXT_SANITIZE}, {"isas", isas},           {"cuda", LLAMA_EXT_CUDA_BUILD}};
 }
 
 }  // namespace
@@ -53,6 +56,16 @@ PYBIND11_MODULE(_core, module) {
     const ThreadDefault found = default_threads();
     return py::make_tuple(found.threads, found.reason);
   });
+  module.def("gpus", [] {
+    const GpuReport report = gpu_report();
+    return py::make_tuple(report.gpus, report.why_none);
+  });
+  module.def(
+      "gpu_read_bandwidth",
+      [](const std::string& device, int64_t nbytes, int rounds) {
+        return without_gil([&] { return gpu_read_bandwidth(device, nbytes, rounds); });
+      },
+      py::arg("device"), py::arg("nbytes"), py::arg("rounds"));
   module.def("set_default_threads", &set_default_threads, py::arg("threads"));
   module.def(
       "random_uniform",

@@ -29,6 +29,8 @@ class TensorView {
       : TensorView(const_cast<void*>(data), dtype, shape, row_stride) {}
 
   void* data() const { return data_; }
+  /// The same shape of other memory.
+  void set_data(void* data) { data_ = data; }
   DType dtype() const { return dtype_; }
   int rank() const { return rank_; }
   int64_t dim(int axis) const { return shape_[static_cast<size_t>(axis)]; }

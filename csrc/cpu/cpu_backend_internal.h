@@ -14,6 +14,7 @@ class CpuBackend final : public Backend {
   std::string device() const override { return "cpu"; }
   std::string isa() const override { return kernels_.name; }
   int threads() const override { return threads_; }
+  bool shares_host_memory() const override { return true; }
 
   std::unique_ptr<Buffer> allocate(size_t nbytes) override;
   void require_memory(int64_t nbytes, const std::string& what) override;

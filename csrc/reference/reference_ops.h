@@ -16,6 +16,7 @@ class ReferenceBackend final : public Backend {
   std::string device() const override { return "reference"; }
   std::string isa() const override { return "float64"; }
   int threads() const override { return 1; }
+  bool shares_host_memory() const override { return true; }
 
   std::unique_ptr<Buffer> allocate(size_t nbytes) override;
   /// The oracle runs tiny models: whatever the system allows.

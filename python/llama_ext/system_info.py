@@ -75,6 +75,7 @@ def info() -> Info:
     # A backend, because the core alone decides; one thread, because nothing will run on it.
     isa = _core.Backend("cpu", threads=1).isa
     threads, threads_reason = _core.default_threads()
+    gpus, gpus_reason = _core.gpus()
     return Info(
         version=__version__,
         cpu=_core.cpu_name(),
@@ -85,7 +86,7 @@ def info() -> Info:
         compiled_isas=tuple(_core.compiled_isas()),
         threads=threads,
         threads_reason=threads_reason,
-        gpus=(),
-        gpus_reason="this version has no CUDA backend",
+        gpus=tuple(gpus),
+        gpus_reason=gpus_reason,
         build=tuple(sorted(_core.build_info().items())),
     )

@@ -109,7 +109,7 @@ def test_a_wrong_tier_does_not_keep_the_package_from_being_imported() -> None:
     assert run_script("import llama_ext; print('imported')", LLAMA_EXT_ISA="none") == "imported\n"
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:0", "gpu", "", "CPU"])
+@pytest.mark.parametrize("device", ["cuda:99", "cuda:", "cuda:-1", "cuda:x", "cuda:12345", "cuda0", "gpu", "", "CPU"])
 def test_a_device_that_is_not_there_is_an_error(device: str) -> None:
     with pytest.raises(DeviceError, match="device"):
         _core.Backend(device)

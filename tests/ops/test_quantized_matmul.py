@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 
 import numpy_ops
-from devices import CPU, REFERENCE, Device, all_devices, each_isa, each_tier_and_thread_count
+from devices import CPU, CUDA, REFERENCE, Device, all_devices, each_isa, each_tier_and_thread_count, requires_cuda
 from guarded import guarded, guarded_empty, guarded_rows, guarded_rows_empty
 from llama_ext import _core
 from quantized import ALL, LAYOUTS, Kept, Weights, each_kept, each_layout, largest, rounding_bound, weights
@@ -103,6 +103,16 @@ def check_shapes(device: Device, kept: Kept, shapes: list[Shape]) -> None:
 @each_layout
 def test_quantized_matmul_matches_float64(device: Device, kept: Kept) -> None:
     check_shapes(device, kept, SHAPES)
+
+
+@requires_cuda
+@each_kept
+def test_quantized_matmul_of_a_gpu_matches_float64(kept: Kept) -> None:
+    # All rows of the first shape, and of the others every fifth, so that an emulated GPU is done in time.
+    first = SHAPES[0]
+    rows = first.rows if kept in LAYOUTS else first.rows[::4]
+    offset = ALL.index(kept) % 5
+    check_shapes(CUDA, kept, [Shape(first.n, first.k, rows), *SHAPES[1 + offset :: 5]])
 
 
 @each_isa

@@ -118,7 +118,7 @@ def test_options_of_quantised_weights_need_quantised_weights() -> None:
         ({"compute": "fast"}, llama_ext.OptionError, "compute"),
         ({"kv_dtype": "int4"}, llama_ext.OptionError, "kv_dtype"),
         ({"threads": 0}, llama_ext.OptionError, "threads"),
-        ({"device": "cuda"}, llama_ext.DeviceError, "CUDA"),
+        ({"device": "cuda:99"}, llama_ext.DeviceError, "cuda"),
         ({"device": "tpu"}, llama_ext.DeviceError, "tpu"),
     ],
 )

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 import llama_ext
+from devices import HAS_CUDA
 from llama_ext import ops
 
 # float32 sums of a few hundred terms of size 1.
 CLOSE: dict[str, float] = {"rtol": 1e-5, "atol": 1e-5}
-DEVICES = ["cpu", "reference"]
+DEVICES = ["cpu", "reference", *(["cuda"] if HAS_CUDA else [])]
 
 
 @pytest.fixture
@@ -277,7 +278,7 @@ def test_a_matrix_belongs_to_what_it_was_packed_for(normal: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"device": "cuda"}, llama_ext.DeviceError),
+        ({"device": "cuda:99"}, llama_ext.DeviceError),
         ({"isa": "sse9"}, llama_ext.DeviceError),
         ({"threads": 0}, llama_ext.OptionError),
         ({"compute": "fast"}, llama_ext.OptionError),

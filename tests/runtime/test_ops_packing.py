@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 import llama_ext
+from devices import HAS_CUDA
 from llama_ext import ops
 from llama_ext.io import gguf_types
 from quantized import blocks, dequantize
 from tolerances import relative_rms
 
-DEVICES = ["cpu", "reference"]
+DEVICES = ["cpu", "reference", *(["cuda"] if HAS_CUDA else [])]
 
 
 @pytest.fixture

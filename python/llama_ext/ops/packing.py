@@ -292,11 +292,12 @@ def check_packed(
     asked.append(("threads", threads, matrix.backend.threads))
     asked.append(("isa", isa, matrix.backend.isa))
     # "cpu" is also what a caller gets who says nothing, so it contradicts nothing.
-    asked.append(("device", None if device == "cpu" else device, matrix.backend.device))
-    for name, wanted, packed in asked:
-        if wanted is not None and wanted != packed:
+    wanted = {"cpu": None, "cuda": "cuda:0"}.get(device, device)
+    asked.append(("device", wanted, matrix.backend.device))
+    for name, option, packed in asked:
+        if option is not None and option != packed:
             raise OptionError(
-                f"{op}: {name}={wanted!r}, but the matrix was packed with {name}={packed!r}. Pack it again"
+                f"{op}: {name}={option!r}, but the matrix was packed with {name}={packed!r}. Pack it again"
             )
     return matrix
 

@@ -60,7 +60,8 @@ class LlamaForCausalLM(LoadedModel, Trainable):
             the head of int4 models as int8. Norms and biases are float32.
         group_size: Of quantised weights: how many of a row share a scale, 128, 64 or 32. None: the largest that divides.
         symmetric: Of quantised weights: whether a group has a scale alone (None, True) or also a minimum (False).
-        device: "cpu", or "reference" for the float64 loops that the fast kernels are tested against.
+        device: "cpu"; "cuda", the first NVIDIA GPU, or "cuda:1" and so on; or "reference" for the float64 loops that the fast kernels are
+            tested against.
         compute: "auto": the fastest arithmetic for these weights, which for bfloat16 ones may round activations to bfloat16, and
             for quantised ones to int8. "exact": float32 products of the stored weights.
         threads: None: the physical cores that affinity and cgroup quota allow, or what `set_num_threads` said.

@@ -1,0 +1,220 @@
+// Operations: arguments are checked, views become pointers into the GPU's memory, and kernels are chosen.
+#include <cmath>
+#include <vector>
+
+#include "cuda/cuda_backend_internal.h"
+#include "cuda/device_views.h"
+#include "cuda/logits_avx2.h"
+
+namespace llama_ext::cuda {
+namespace {
+
+std::vector<KvSegmentView> segments_of(const std::vector<KvSegment>& segments, int64_t layer, const char* op) {
+  std::vector<KvSegmentView> views;
+  views.reserve(segments.size());
+  for (const KvSegment& segment : segments) {
+    if (segment.tokens == 0) continue;
+    views.push_back({own(*segment.cache, op).layer(layer), segment.row, segment.tokens, segment.position});
+  }
+  return views;
+}
+
+const LogitsLoops& logits_loops() {
+  static const LogitsLoops& loops = __builtin_cpu_supports("avx2") ? avx2_logits_loops() : kPlainLogitsLoops;
+  return loops;
+}
+
+}  // namespace
+
+void CudaBackend::embedding(const EmbeddingArgs& args) {
+  check(args);
+  const CudaMatrix& table = own(*args.table, "embedding");
+  cuda::embedding(*gpu_, table.view(), static_cast<const int32_t*>(args.ids.data()), args.ids.rows(), rows_of(args.y));
+}
+
+void CudaBackend::rms_norm(const RmsNormArgs& args) {
+  check(args);
+  const NormView norm{device_data(args.weight), static_cast<float>(args.eps)};
+  cuda::rms_norm(*gpu_, rows_of(args.x), args.x.rows(), static_cast<int>(args.x.dim(1)), norm, rows_of(args.y),
+                 optional_data(args.inv_rms));
+}
+
+void CudaBackend::rope(const RopeArgs& args) {
+  check(args);
+  cuda::rope(*gpu_, rows_of(args.x), args.x.rows(), static_cast<int>(args.x.dim(1)), static_cast<int>(args.x.dim(2)),
+             device_data(args.cos), device_data(args.sin), args.inverse);
+}
+
+/// Products of few rows read the weights past the caches and take the norm along; others are made of tiles, on the tensor cores
+/// where x may be rounded.
+void CudaBackend::product(const ProductView& view, Compute compute) const {
+  ProductView p = view;
+  if (p.rows == 0 || p.weight.rows == 0) return;
+  // As on the tensor cores, so that x is rounded alike however many rows there are.
+  if (p.weight.kind == Kind::kBF16 && compute != Compute::kExact) p.rounding = Rounding::kBF16;
+  if (p.rows <= kMostVectorRows) return matmul_rows(*gpu_, p);
+  if (compute != Compute::kExact && has_mma(p.weight.kind) && p.weight.stride > 0) {
+    const size_t nbytes = static_cast<size_t>(p.rows * p.weight.stride) * sizeof(uint16_t);
+    const Scratch rounded(*gpu_, nbytes);
+    const Scratch scales(*gpu_, p.weight.kind == Kind::kF16 ? static_cast<size_t>(p.rows) * sizeof(float) : 0);
+    prepare_rows(*gpu_, p.x, p.rows, p.weight.cols, p.weight.stride, p.norm, rounded.as<uint16_t>(),
+                 scales.as<float>());
+    MmaView view_of_tiles;
+    view_of_tiles.x = rounded.as<uint16_t>();
+    view_of_tiles.row_scales = scales.as<float>();
+    view_of_tiles.rows = p.rows;
+    view_of_tiles.weight = p.weight;
+    view_of_tiles.bias = p.bias;
+    view_of_tiles.y = p.y;
+    view_of_tiles.accumulate = p.accumulate;
+    return matmul_mma(*gpu_, view_of_tiles);
+  }
+  if (p.norm.weight == nullptr) return matmul_tiles(*gpu_, p);
+  const Scratch normed(*gpu_, static_cast<size_t>(p.rows * p.weight.cols) * sizeof(float));
+  const Rows x{normed.as<float>(), p.weight.cols};
+  normalize_rows(*gpu_, p.x, p.rows, p.weight.cols, p.norm, x);
+  p.x = x;
+  p.norm = {};
+  matmul_tiles(*gpu_, p);
+}
+
+void CudaBackend::matmul(const MatmulArgs& args) {
+  check(args);
+  ProductView p;
+  p.x = rows_of(args.x);
+  p.rows = args.x.rows();
+  p.weight = own(*args.weight, "matmul").view();
+  p.norm = norm_of(args.norm);
+  p.bias = optional_data(args.bias);
+  p.y = rows_of(args.y);
+  p.accumulate = args.accumulate;
+  product(p, args.compute);
+}
+
+void CudaBackend::feed_forward(const FeedForwardArgs& args) {
+  check(args);
+  const int64_t rows = args.x.rows();
+  const WeightView down = own(*args.down, "feed_forward").view();
+  const int width = down.cols;
+  if (rows == 0) return;
+  ProductView first;
+  first.x = rows_of(args.x);
+  first.rows = rows;
+  first.norm = norm_of(args.norm);
+  const bool is_split = args.gate_up == nullptr;
+  const bool is_fused = !is_split && rows <= kMostVectorRows;
+  first.weight = own(is_split ? *args.gate : *args.gate_up, "feed_forward").view();
+  first.bias = optional_data(is_split ? args.gate_bias : args.gate_up_bias);
+
+  const int64_t pitch = is_split ? 2 * int64_t{width} : is_fused ? int64_t{width} : int64_t{first.weight.rows};
+  const Scratch products(*gpu_, static_cast<size_t>(rows * pitch) * sizeof(float));
+  const Scratch hidden_memory(*gpu_, is_fused ? 0 : static_cast<size_t>(rows * width) * sizeof(float));
+  Rows hidden{is_fused ? products.as<float>() : hidden_memory.as<float>(), width};
+  first.y = {products.as<float>(), pitch};
+  first.is_gate_up = is_fused;
+  first.width = width;
+  product(first, args.compute);
+  if (is_split) {
+    ProductView second = first;
+    second.weight = own(*args.up, "feed_forward").view();
+    second.bias = optional_data(args.up_bias);
+    second.y.data += width;
+    product(second, args.compute);
+    cuda::swiglu(*gpu_, first.y, second.y, {width > 0 ? width : 1, 0}, rows, width, hidden);
+  } else if (!is_fused) {
+    Rows up = first.y;
+    up.data += kGateGroup;
+    cuda::swiglu(*gpu_, first.y, up, {static_cast<int>(kGateGroup), static_cast<int>(2 * kGateGroup)}, rows, width,
+                 hidden);
+  }
+
+  ProductView last;
+  last.x = hidden;
+  last.rows = rows;
+  last.weight = down;
+  last.bias = optional_data(args.down_bias);
+  last.y = rows_of(args.y);
+  last.accumulate = args.accumulate;
+  product(last, args.compute);
+}
+
+void CudaBackend::kv_store(const KvStoreArgs& args) {
+  check(args);
+  const std::vector<KvSegmentView> segments = segments_of(args.segments, args.layer, "kv_store");
+  if (segments.empty()) return;
+  KvRowsView rows;
+  rows.k = rows_of(args.k);
+  rows.v = rows_of(args.v);
+  rows.cosines = optional_data(args.cos);
+  rows.sines = optional_data(args.sin);
+  // Queries are only rotated here.
+  if (args.q && args.cos) {
+    rows.q = rows_of(args.q);
+    rows.q_heads = static_cast<int>(args.q.dim(1));
+  }
+  cuda::kv_store(*gpu_, segments.data(), static_cast<int64_t>(segments.size()), rows);
+}
+
+void CudaBackend::kv_load(const KvLoadArgs& args) {
+  check(args);
+  if (args.k.size() == 0) return;
+  cuda::kv_load(*gpu_, own(*args.cache, "kv_load").layer(args.layer), args.position, args.k.rows(), device_data(args.k),
+                device_data(args.v));
+}
+
+void CudaBackend::attention(const AttentionArgs& args) {
+  check(args);
+  const std::vector<KvSegmentView> segments = segments_of(args.segments, args.layer, "attention");
+  if (segments.empty() || args.q.size() == 0) return;
+  const KvLayerView& layer = segments.front().layer;
+  const int heads = static_cast<int>(args.q.dim(1));
+  const bool may_round = args.compute != Compute::kExact;
+  const auto run = may_round && has_attention_mma(layer.kind, layer.head_dim, heads / layer.kv_heads)
+                       ? &cuda::attention_mma
+                       : &cuda::attention;
+  run(*gpu_, segments.data(), static_cast<int64_t>(segments.size()), rows_of(args.q), heads,
+      static_cast<float>(args.scale), rows_of(args.y));
+}
+
+void CudaBackend::softmax(const SoftmaxArgs& args) {
+  check(args);
+  if (args.x.size() == 0) return;
+  cuda::softmax(*gpu_, rows_of(args.x), args.x.rows(), args.x.dim(1), rows_of(args.y));
+}
+
+void CudaBackend::cross_entropy(const CrossEntropyArgs& args) {
+  check(args);
+  cuda::cross_entropy(*gpu_, rows_of(args.logits), args.logits.rows(), args.logits.dim(1),
+                      static_cast<const int32_t*>(args.labels.data()), optional_data(args.losses), nullptr);
+}
+
+// Logits of these two are in host memory (ops/sample.h, ops/log_sum_exp.h), so the CPU goes through them.
+
+void CudaBackend::log_sum_exp(const LogSumExpArgs& args) {
+  check(args);
+  for (int64_t row = 0; row < args.logits.rows(); ++row) {
+    args.out[row] = log_sum_exp_on_host(args.logits.row<float>(row), args.logits.dim(1), "log_sum_exp", logits_loops());
+  }
+}
+
+void CudaBackend::sample(std::span<const SampleArgs> rows, std::span<SampleResult> results) {
+  require(rows.size() == results.size(), ErrorKind::kInternal, "sample: ", rows.size(), " rows, but ", results.size(),
+          " results");
+  for (size_t row = 0; row < rows.size(); ++row) results[row] = sample_on_host(rows[row], logits_loops());
+}
+
+void CudaBackend::swiglu(const SwigluArgs& args) {
+  check(args);
+  const int width = static_cast<int>(args.gate.dim(1));
+  cuda::swiglu(*gpu_, rows_of(args.gate), rows_of(args.up), {width > 0 ? width : 1, 0}, args.gate.rows(), width,
+               rows_of(args.y));
+}
+
+void CudaBackend::dropout(const DropoutArgs& args) {
+  check(args);
+  const DropoutView how{args.seed, args.p == 0.0 ? 0u : dropout_threshold(args.p),
+                        static_cast<float>(args.scale / (1.0 - args.p)), args.accumulate};
+  cuda::dropout(*gpu_, rows_of(args.x), rows_of(args.y), args.x.rows(), args.x.dim(1), how);
+}
+
+}  // namespace llama_ext::cuda

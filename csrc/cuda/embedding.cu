@@ -1,0 +1,54 @@
+// A thread for an element of a row of the table. Ids travel as an argument of the kernel. Bound by memory.
+#include <algorithm>
+
+#include "cuda/kernels.h"
+#include "cuda/weight_codes.h"
+
+namespace llama_ext::cuda {
+namespace {
+
+constexpr int64_t kIds = 512;
+struct Ids {
+  int32_t of[kIds];
+};
+
+__global__ void embedding_kernel(WeightView table, const __grid_constant__ Ids ids, Rows y) {
+  const int64_t row = ids.of[blockIdx.x];
+  float* to = y.row(blockIdx.x);
+  for (int k = static_cast<int>(threadIdx.x); k < table.cols; k += static_cast<int>(blockDim.x)) {
+    to[k] = weight_element(table, row, k);
+  }
+}
+
+/// A thread for a column, so that rows of one id are added in order.
+__global__ void embedding_backward_kernel(WeightView d_table, const __grid_constant__ Ids ids, int64_t count,
+                                          Rows d_y) {
+  const int k = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (k >= d_table.cols) return;
+  auto* elements = reinterpret_cast<float*>(const_cast<unsigned char*>(d_table.data));
+  for (int64_t t = 0; t < count; ++t) elements[int64_t{ids.of[t]} * d_table.stride + k] += d_y.row(t)[k];
+}
+
+}  // namespace
+
+void embedding(const Gpu& gpu, const WeightView& table, const int32_t* ids, int64_t count, Rows y) {
+  for (int64_t begin = 0; begin < count; begin += kIds) {
+    const int64_t some = std::min(kIds, count - begin);
+    Ids part{};
+    std::copy_n(ids + begin, some, part.of);
+    launch(gpu, embedding_kernel, dim3(static_cast<unsigned>(some)), kThreads, 0, table, part,
+           Rows{y.row(begin), y.stride});
+  }
+}
+
+void embedding_backward(const Gpu& gpu, const WeightView& d_table, const int32_t* ids, int64_t count, Rows d_y) {
+  for (int64_t begin = 0; begin < count; begin += kIds) {
+    const int64_t some = std::min(kIds, count - begin);
+    Ids part{};
+    std::copy_n(ids + begin, some, part.of);
+    launch(gpu, embedding_backward_kernel, dim3(static_cast<unsigned>(blocks_for(d_table.cols, kThreads))), kThreads, 0,
+           d_table, part, some, Rows{d_y.row(begin), d_y.stride});
+  }
+}
+
+}  // namespace llama_ext::cuda

@@ -1,0 +1,27 @@
+// The one symbol of libllama_ext_cuda.so.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "backend/backend.h"
+
+namespace llama_ext {
+
+/// What the library offers. Both sides are built together from one source tree: `version` says so.
+struct CudaLibrary {
+  const char* version;
+  std::unique_ptr<Backend> (*make_backend)(int index);
+  /// A line for each GPU: "cuda:0: compute capability 9.0, 132 multiprocessors, ...".
+  std::vector<std::string> (*gpus)();
+  /// Why there is none, or "".
+  std::string (*why_no_gpu)();
+  /// Bytes a second that a GPU's memory can be read with: `nbytes`, a multiple of 16, `rounds` times.
+  double (*read_bandwidth)(int index, int64_t nbytes, int rounds);
+};
+
+inline constexpr const char* kCudaEntry = "llama_ext_cuda_library";
+using CudaEntry = const CudaLibrary* (*)();
+
+}  // namespace llama_ext

@@ -1,0 +1,208 @@
+// What the .cu files offer: one function per kernel family, on plain pointers into the GPU's memory. Arguments have been checked.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/kv_layout.h"
+#include "cuda/runtime.h"
+#include "cuda/weight_layout.h"
+
+namespace llama_ext::cuda {
+
+/// Rows of float32 numbers.
+struct Rows {
+  float* data = nullptr;
+  int64_t stride = 0;
+
+  __host__ __device__ float* row(int64_t index) const { return data + index * stride; }
+};
+
+/// What a product applies to its rows first; none: null.
+struct NormView {
+  const float* weight = nullptr;
+  float eps = 0.0f;
+};
+
+// rms_norm.cu. inverse_rms: (rows) or null.
+void rms_norm(const Gpu& gpu, Rows x, int64_t rows, int width, NormView norm, Rows y, float* inverse_rms);
+
+// rope.cu
+void rope(const Gpu& gpu, Rows x, int64_t tokens, int heads, int head_dim, const float* cosines, const float* sines,
+          bool inverse);
+
+// prepare_rows.cu: rows as a product takes them. Normalised; or, for the tensor cores, normalised where there is a norm and rounded
+// to bfloat16, or to float16 where there are row_scales, which then undo what fits a row into that range. stride: elements, zeros
+// beyond width.
+void normalize_rows(const Gpu& gpu, Rows x, int64_t rows, int width, NormView norm, Rows y);
+void prepare_rows(const Gpu& gpu, Rows x, int64_t rows, int width, int stride, NormView norm, uint16_t* y,
+                  float* row_scales);
+
+// softmax.cu
+void softmax(const Gpu& gpu, Rows x, int64_t rows, int64_t width, Rows y);
+
+// cross_entropy.cu. labels: host memory. With `scale` not null the logits become gradients.
+void cross_entropy(const Gpu& gpu, Rows logits, int64_t rows, int64_t width, const int32_t* labels, float* losses,
+                   const float* scale);
+
+// swiglu.cu. gates of a row: at gate + (f / group) * group_stride + f % group, and so for up.
+struct GatePlaces {
+  int group;
+  int group_stride;
+};
+void swiglu(const Gpu& gpu, Rows gate, Rows up, GatePlaces places, int64_t rows, int width, Rows y);
+
+struct SwigluGradients {
+  Rows gate;
+  Rows up;
+  Rows d_y;
+  Rows d_gate;
+  Rows d_up;
+  Rows y;  // or null
+};
+void swiglu_backward(const Gpu& gpu, const SwigluGradients& gradients, int64_t rows, int64_t width);
+
+// dropout.cu
+struct DropoutView {
+  uint64_t seed;
+  uint32_t threshold;  // 0 keeps everything
+  float scale;         // of what is kept
+  bool accumulate;
+};
+void dropout(const Gpu& gpu, Rows x, Rows y, int64_t rows, int64_t width, DropoutView how);
+
+// embedding.cu. ids: host memory, checked.
+void embedding(const Gpu& gpu, const WeightView& table, const int32_t* ids, int64_t count, Rows y);
+void embedding_backward(const Gpu& gpu, const WeightView& d_table, const int32_t* ids, int64_t count, Rows d_y);
+
+// matmul_rows.cu: a few rows of x.
+inline constexpr int64_t kMostVectorRows = 4;
+enum class Rounding : uint8_t { kNone, kBF16 };
+struct ProductView {
+  Rows x;
+  int64_t rows = 0;  // M
+  WeightView weight;
+  NormView norm;
+  const float* bias = nullptr;
+  Rows y;
+  bool accumulate = false;
+  Rounding rounding = Rounding::kNone;  // of x, once normalised
+  /// Rows of the weight are gates and ups in turns of 16 (ops/feed_forward.h): y is silu(gate) up, `width` numbers a row.
+  bool is_gate_up = false;
+  int width = 0;
+};
+void matmul_rows(const Gpu& gpu, const ProductView& product);
+
+// matmul_tiles.cu: many rows, float32 products. No norm, no rounding, no gates.
+void matmul_tiles(const Gpu& gpu, const ProductView& product);
+
+// matmul_mma.cu: many rows, on the tensor cores.
+struct MmaView {
+  const uint16_t* x = nullptr;  // (M, weight.stride), from prepare_rows
+  const float* row_scales = nullptr;
+  int64_t rows = 0;
+  WeightView weight;
+  const float* bias = nullptr;
+  Rows y;
+  bool accumulate = false;
+};
+/// Whether there is one for such weights; float32 would lose digits.
+bool has_mma(Kind kind);
+void matmul_mma(const Gpu& gpu, const MmaView& product);
+
+// kv_cache.cu
+struct KvRowsView {
+  Rows k;
+  Rows v;
+  Rows q;  // or null
+  const float* cosines = nullptr;
+  const float* sines = nullptr;
+  int q_heads = 0;
+};
+void kv_store(const Gpu& gpu, const KvSegmentView* segments, int64_t count, const KvRowsView& rows);
+/// Positions [0, length) of a layer of a cache of another capacity.
+void kv_copy(const Gpu& gpu, const KvLayerView& to, const KvLayerView& from, int64_t length);
+void kv_load(const Gpu& gpu, const KvLayerView& layer, int64_t position, int64_t tokens, float* k, float* v);
+
+// attention.cu
+void attention(const Gpu& gpu, const KvSegmentView* segments, int64_t count, Rows q, int heads, float scale, Rows y);
+
+// attention_mma.cu: queries and weights are rounded to bfloat16.
+bool has_attention_mma(KvKind kind, int head_dim, int group);
+void attention_mma(const Gpu& gpu, const KvSegmentView* segments, int64_t count, Rows q, int heads, float scale,
+                   Rows y);
+
+// read_probe.cu: bytes a second, from `nbytes` (a multiple of 16) read `rounds` times. Waits for the GPU.
+double read_probe(const Gpu& gpu, int64_t nbytes, int rounds);
+
+// Training, in float32 and in fixed orders of summation.
+
+// rms_norm_backward.cu. d_weight: (width) or null.
+struct NormGradients {
+  Rows x;
+  NormView norm;
+  Rows d_y;
+  Rows d_x;
+  bool accumulate = false;
+  float* d_weight = nullptr;
+};
+void rms_norm_backward(const Gpu& gpu, const NormGradients& gradients, int64_t rows, int width);
+
+// matmul_backward.cu: d_x = d_y W or d_x += d_y W; d_weight += d_y^T x; d_bias += the sum of d_y's rows.
+void matmul_backward_x(const Gpu& gpu, Rows d_y, int64_t rows, const WeightView& weight, Rows d_x, bool accumulate);
+void matmul_backward_weight(const Gpu& gpu, Rows d_y, int64_t rows, Rows x, const WeightView& d_weight);
+void matmul_backward_bias(const Gpu& gpu, Rows d_y, int64_t rows, int64_t width, float* d_bias);
+
+// causal_attention.cu. Heads of a token lie one after the other in a row.
+struct TokenRange {
+  int64_t row;
+  int64_t tokens;
+};
+struct CausalView {
+  Rows q;
+  Rows k;
+  Rows v;
+  Rows y;
+  float* log_sums = nullptr;  // (M, H)
+  Rows d_y;
+  Rows d_q;
+  Rows d_k;
+  Rows d_v;
+  int heads = 0;
+  int kv_heads = 0;
+  int head_dim = 0;
+  float scale = 1.0f;
+  uint32_t threshold = 0;  // of dropout; 0 keeps everything
+  float kept_scale = 1.0f;
+  uint64_t seed = 0;
+};
+void causal_attention(const Gpu& gpu, const CausalView& view, const TokenRange* ranges, int64_t count);
+void causal_attention_backward(const Gpu& gpu, const CausalView& view, const TokenRange* ranges, int64_t count,
+                               int64_t rows);
+
+// optimizer.cu
+struct AdamView {
+  float gradient_scale;
+  float added_decay;      // of Adam
+  float parameter_decay;  // lr decay of AdamW
+  float beta1;
+  float one_less_beta1;
+  float beta2;
+  float one_less_beta2;
+  float step_size;
+  float second_scale;
+  float eps;
+};
+void adam(const Gpu& gpu, const AdamView& step, int64_t size, float* parameter, const float* gradient, float* first,
+          float* second);
+struct SgdView {
+  float gradient_scale;
+  float lr;
+  float momentum;
+  float decay;
+  bool nesterov;
+};
+void sgd(const Gpu& gpu, const SgdView& step, int64_t size, float* parameter, const float* gradient, float* velocity);
+/// Waits for the GPU.
+double sum_of_squares(const Gpu& gpu, const float* x, int64_t size);
+
+}  // namespace llama_ext::cuda

@@ -1,0 +1,56 @@
+// How kernels are started, and the shared memory that they are given: the only places that differ in the emulator of the tests.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/runtime.h"
+
+namespace llama_ext::cuda {
+
+inline constexpr unsigned kWarp = 32;
+inline constexpr unsigned kAllLanes = 0xffffffffu;
+/// Threads of a block wherever nothing speaks for another number.
+inline constexpr unsigned kThreads = 256;
+
+/// Runs kernel(args...) on the GPU's stream, in blocks of `threads` (a multiple of 32) with `shared_bytes` of dynamic shared
+/// memory. An empty grid is no work. Throws DeviceError.
+template <typename... Parameters, typename... Arguments>
+void launch(const Gpu& gpu, void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared_bytes,
+            Arguments... arguments) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  gpu.use();
+#if defined(LLAMA_EXT_CUDA_EMULATED)
+  cuda_emulation::launch(grid, threads, shared_bytes, [&] { kernel(static_cast<Parameters>(arguments)...); });
+  require_success(cudaGetLastError(), "a kernel");
+#else
+  if (shared_bytes > 48 * 1024) {
+    require_success(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                         cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+                    "a kernel's shared memory");
+  }
+  const auto start = [&](Parameters... parameters) {
+    void* pointers[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
+    require_success(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads), pointers, shared_bytes,
+                                     gpu.stream()),
+                    "a kernel");
+  };
+  start(static_cast<Parameters>(arguments)...);
+#endif
+}
+
+/// The block's dynamic shared memory.
+__device__ __forceinline__ unsigned char* shared_memory() {
+#if defined(LLAMA_EXT_CUDA_EMULATED)
+  return cuda_emulation::block().shared;
+#else
+  extern __shared__ __align__(16) unsigned char bytes[];
+  return bytes;
+#endif
+}
+
+__host__ __device__ constexpr int64_t blocks_for(int64_t count, int64_t each) { return (count + each - 1) / each; }
+
+}  // namespace llama_ext::cuda

@@ -1,0 +1,66 @@
+// A block for a row of activations, on the way to a product: normalised, and for the tensor cores rounded to 16 bits. bfloat16 has
+// float32's range. float16 has not, so a row is first scaled by a power of two that brings its largest number just below
+// the end of that range: rounding costs half a unit of 11 bits, as everywhere in float16. Bound by memory.
+#include "cuda/kernels.h"
+#include "cuda/numeric.h"
+
+namespace llama_ext::cuda {
+namespace {
+
+__global__ void normalize_rows_kernel(Rows x, int width, NormView norm, Rows y) {
+  auto* place = reinterpret_cast<float*>(shared_memory());
+  const float* from = x.row(blockIdx.x);
+  float* to = y.row(blockIdx.x);
+  const float inverse = block_inverse_rms(from, width, norm.eps, place);
+  for (int i = static_cast<int>(threadIdx.x); i < width; i += static_cast<int>(blockDim.x)) {
+    to[i] = normalized(from[i], inverse, norm.weight[i]);
+  }
+}
+
+/// 2^n that brings `largest` to [2^14, 2^15), or as near as float32 can; 1 for what is zero or not finite.
+__device__ __forceinline__ float power_for_f16(float largest) {
+  if (!(largest > 0.0f && largest <= 3.4028235e38f)) return 1.0f;
+  const int exponent = static_cast<int>(__float_as_uint(largest) >> 23) - 127;
+  const int wanted = 14 - exponent;
+  return __uint_as_float(static_cast<uint32_t>(min(wanted, 100) + 127) << 23);
+}
+
+__global__ void prepare_rows_kernel(Rows x, int width, int stride, NormView norm, bool to_half, uint16_t* y,
+                                    float* row_scales) {
+  auto* place = reinterpret_cast<float*>(shared_memory());
+  const float* from = x.row(blockIdx.x);
+  uint16_t* to = y + int64_t{blockIdx.x} * stride;
+  float inverse = 1.0f;
+  if (norm.weight != nullptr) inverse = block_inverse_rms(from, width, norm.eps, place);
+  const auto value = [&](int i) {
+    if (i >= width) return 0.0f;
+    return norm.weight == nullptr ? from[i] : normalized(from[i], inverse, norm.weight[i]);
+  };
+  float power = 1.0f;
+  if (to_half) {
+    float largest = 0.0f;
+    for (int i = static_cast<int>(threadIdx.x); i < width; i += static_cast<int>(blockDim.x)) {
+      largest = max_or_nan(largest, fabsf(value(i)));
+    }
+    power = power_for_f16(block_max(largest, place));
+    if (threadIdx.x == 0) row_scales[blockIdx.x] = 1.0f / power;
+  }
+  for (int i = static_cast<int>(threadIdx.x); i < stride; i += static_cast<int>(blockDim.x)) {
+    to[i] = to_half ? to_f16(value(i) * power) : to_bf16(value(i));
+  }
+}
+
+}  // namespace
+
+void normalize_rows(const Gpu& gpu, Rows x, int64_t rows, int width, NormView norm, Rows y) {
+  launch(gpu, normalize_rows_kernel, dim3(static_cast<unsigned>(rows)), kThreads, kWarp * sizeof(float), x, width, norm,
+         y);
+}
+
+void prepare_rows(const Gpu& gpu, Rows x, int64_t rows, int width, int stride, NormView norm, uint16_t* y,
+                  float* row_scales) {
+  launch(gpu, prepare_rows_kernel, dim3(static_cast<unsigned>(rows)), kThreads, kWarp * sizeof(float), x, width, stride,
+         norm, row_scales != nullptr, y, row_scales);
+}
+
+}  // namespace llama_ext::cuda

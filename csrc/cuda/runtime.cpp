@@ -1,0 +1,172 @@
+#include "cuda/runtime.h"
+
+namespace llama_ext::cuda {
+namespace {
+
+// The runtime that this library is linked with needs a driver of the same major version: CUDA 13 came with driver 580.
+constexpr int kNeededDriver = 13000;
+constexpr const char* kNeededDriverText = "580";
+constexpr int kNeededCapability = 80;
+
+std::string version_text(int version) { return cat(version / 1000, ".", version % 1000 / 10); }
+
+}  // namespace
+
+void require_success(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) [[likely]] {
+    return;
+  }
+  cudaGetLastError();  // forget it: the next call is not to blame
+  fail(error == cudaErrorMemoryAllocation ? ErrorKind::kOutOfMemory : ErrorKind::kDevice, "CUDA: ", what, ": ",
+       cudaGetErrorString(error), " (", cudaGetErrorName(error), ")");
+}
+
+std::string why_no_gpu() {
+  int count = 0;  // which an error leaves alone
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaSuccess && count > 0) return "";
+  cudaGetLastError();
+  int driver = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess) driver = 0;
+  cudaGetLastError();
+  if (driver == 0) {
+    return cat("no NVIDIA driver was found; one of version ", kNeededDriverText, " or later is needed (CUDA ",
+               version_text(kNeededDriver), ")");
+  }
+  if (error == cudaErrorInsufficientDriver || driver < kNeededDriver) {
+    return cat("the NVIDIA driver is too old: it supports CUDA ", version_text(driver), ", and CUDA ",
+               version_text(kNeededDriver), " (driver ", kNeededDriverText, " or later) is needed. Update the driver");
+  }
+  if (error == cudaErrorNoDevice || error == cudaSuccess) return "the driver finds no NVIDIA GPU";
+  return cat("the driver does not answer: ", cudaGetErrorString(error), " (", cudaGetErrorName(error), ")");
+}
+
+int gpu_count() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
+  cudaGetLastError();
+  return 0;
+}
+
+Gpu::Gpu(int index) : index_(index) {
+  const std::string reason = why_no_gpu();
+  require(reason.empty(), ErrorKind::kDevice, "device 'cuda:", index, "': ", reason, ", or use device='cpu'");
+  const int count = gpu_count();
+  require(index >= 0 && index < count, ErrorKind::kDevice, "device 'cuda:", index, "': there ",
+          count == 1 ? "is 1 GPU" : cat("are ", count, " GPUs"), ", numbered from 0");
+  const auto attribute = [index](cudaDeviceAttr name) {
+    int value = 0;
+    require_success(cudaDeviceGetAttribute(&value, name, index), "asking for the GPU's attributes");
+    return value;
+  };
+  capability_ = 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+  multiprocessors_ = attribute(cudaDevAttrMultiProcessorCount);
+  require(capability_ >= kNeededCapability, ErrorKind::kDevice, "device 'cuda:", index,
+          "': the GPU has compute capability ", capability_ / 10, ".", capability_ % 10,
+          ", and 8.0 (Ampere) or later is needed. Use device='cpu'");
+  require(attribute(cudaDevAttrMemoryPoolsSupported) != 0, ErrorKind::kDevice, "device 'cuda:", index,
+          "': this driver offers no memory pools, which are needed. Use device='cpu'");
+  use();
+  // Memory of the pool is kept between operations.
+  require_success(cudaDeviceGetDefaultMemPool(&pool_, index), "asking for the memory pool");
+  uint64_t threshold = UINT64_MAX;
+  require_success(cudaMemPoolSetAttribute(pool_, cudaMemPoolAttrReleaseThreshold, &threshold),
+                  "configuring the memory pool");
+  require_success(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
+}
+
+Gpu::~Gpu() {
+  if (cudaSetDevice(index_) == cudaSuccess) cudaStreamDestroy(stream_);
+}
+
+void Gpu::use() const { require_success(cudaSetDevice(index_), "choosing the GPU"); }
+
+Gpu::Memory Gpu::memory() const {
+  use();
+  Memory memory{};
+  require_success(cudaMemGetInfo(&memory.available, &memory.total), "asking for the free memory");
+  return memory;
+}
+
+void Gpu::trim() const {
+  synchronize();
+  require_success(cudaMemPoolTrimTo(pool_, 0), "giving back scratch memory");
+}
+
+void* Gpu::allocate(size_t nbytes, const char* what, Source source) const {
+  if (nbytes == 0) return nullptr;
+  use();
+  void* memory = nullptr;
+  const auto attempt = [&] {
+    return source == Source::kPool ? cudaMallocAsync(&memory, nbytes, stream_) : cudaMalloc(&memory, nbytes);
+  };
+  cudaError_t error = attempt();
+  if (error == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    trim();
+    error = attempt();
+  }
+  if (error == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    const Memory found = this->memory();
+    fail(ErrorKind::kOutOfMemory, what, " needs ", nbytes, " bytes on cuda:", index_, ", which has ", found.available,
+         " of ", found.total, " bytes free");
+  }
+  require_success(error, what);
+  const cudaError_t filled = cudaMemsetAsync(memory, 0, nbytes, stream_);
+  if (filled != cudaSuccess) release(memory, source);
+  require_success(filled, what);
+  return memory;
+}
+
+void Gpu::release(void* memory, Source source) const noexcept {
+  if (memory == nullptr || cudaSetDevice(index_) != cudaSuccess) return;
+  if (source == Source::kPool) {
+    cudaFreeAsync(memory, stream_);
+  } else {
+    cudaFree(memory);
+  }
+}
+
+void Gpu::copy_to_device(void* device, const void* host, size_t nbytes) const {
+  if (nbytes == 0) return;
+  use();
+  require_success(cudaMemcpyAsync(device, host, nbytes, cudaMemcpyHostToDevice, stream_), "a copy to the GPU");
+}
+
+void Gpu::copy_to_host(void* host, const void* device, size_t nbytes) const {
+  if (nbytes == 0) return;
+  use();
+  require_success(cudaMemcpyAsync(host, device, nbytes, cudaMemcpyDeviceToHost, stream_), "a copy from the GPU");
+}
+
+void Gpu::copy_on_device(void* to, const void* from, size_t nbytes) const {
+  if (nbytes == 0) return;
+  use();
+  require_success(cudaMemcpyAsync(to, from, nbytes, cudaMemcpyDeviceToDevice, stream_), "a copy on the GPU");
+}
+
+void Gpu::fill_zero(void* memory, size_t pitch, size_t width, size_t height) const {
+  if (width == 0 || height == 0) return;
+  use();
+  const cudaError_t error = height == 1 ? cudaMemsetAsync(memory, 0, width, stream_)
+                                        : cudaMemset2DAsync(memory, pitch, 0, width, height, stream_);
+  require_success(error, "a fill on the GPU");
+}
+
+void Gpu::synchronize() const {
+  use();
+  require_success(cudaStreamSynchronize(stream_), "waiting for the GPU");
+}
+
+Scratch::Scratch(const Gpu& gpu, size_t nbytes) : gpu_(gpu) {
+  if (nbytes == 0) return;
+  gpu.use();
+  require_success(cudaMallocAsync(&memory_, nbytes, gpu.stream()), "scratch memory");
+}
+
+Scratch::~Scratch() {
+  if (memory_ != nullptr) cudaFreeAsync(memory_, gpu_.stream());
+}
+
+}  // namespace llama_ext::cuda

@@ -1,0 +1,85 @@
+// A thin layer over the CUDA runtime: one GPU, its stream, its memory; every error is one of ours.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "core/errors.h"
+
+namespace llama_ext::cuda {
+
+/// Throws OutOfMemoryError or DeviceError, saying what was being done, unless `error` is cudaSuccess.
+void require_success(cudaError_t error, const char* what);
+
+/// Why there is no GPU to be had, with what was found and what is needed; empty when there is one.
+std::string why_no_gpu();
+/// How many there are; 0 when why_no_gpu() says something.
+int gpu_count();
+
+/// One GPU with the stream that all of a backend's work goes to, in order, whatever thread asks.
+class Gpu {
+ public:
+  /// Throws DeviceError: there is no such GPU, its driver is too old, or it is of an unsupported kind.
+  explicit Gpu(int index);
+  ~Gpu();
+  Gpu(const Gpu&) = delete;
+  Gpu& operator=(const Gpu&) = delete;
+
+  int index() const { return index_; }
+  cudaStream_t stream() const { return stream_; }
+  /// 90 for compute capability 9.0.
+  int capability() const { return capability_; }
+  int multiprocessors() const { return multiprocessors_; }
+  /// Makes this GPU the calling thread's. Everything below does so, and launch() too.
+  void use() const;
+
+  struct Memory {
+    size_t available;
+    size_t total;
+  };
+  Memory memory() const;
+  /// Gives back what the pool of scratch memory holds beyond its use.
+  void trim() const;
+
+  /// Where memory comes from. kPool: in the order of the stream and without waiting, for what comes and goes with every pass; what
+  /// is given back stays in the pool. kOwn: for what stays; giving it back waits for the GPU and gives it to everybody.
+  enum class Source : uint8_t { kOwn, kPool };
+  /// Zero-filled, aligned to 16 bytes at least; null for no bytes. Throws OutOfMemoryError with both numbers, naming `what`.
+  void* allocate(size_t nbytes, const char* what, Source source = Source::kOwn) const;
+  void release(void* memory, Source source = Source::kOwn) const noexcept;
+  void copy_to_device(void* device, const void* host, size_t nbytes) const;
+  void copy_to_host(void* host, const void* device, size_t nbytes) const;
+  void copy_on_device(void* to, const void* from, size_t nbytes) const;
+  /// `height` rows of `width` bytes that start `pitch` bytes apart.
+  void fill_zero(void* memory, size_t pitch, size_t width, size_t height) const;
+  void synchronize() const;
+
+ private:
+  int index_;
+  int capability_ = 0;
+  int multiprocessors_ = 0;
+  cudaStream_t stream_ = nullptr;
+  cudaMemPool_t pool_ = nullptr;
+};
+
+/// Memory for the launches of one operation, in the order of the stream: cheap, as it comes from the runtime's pool.
+class Scratch {
+ public:
+  Scratch(const Gpu& gpu, size_t nbytes);
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  template <typename T>
+  T* as() const {
+    return static_cast<T*>(memory_);
+  }
+
+ private:
+  const Gpu& gpu_;
+  void* memory_ = nullptr;
+};
+
+}  // namespace llama_ext::cuda

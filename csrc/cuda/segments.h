@@ -1,0 +1,39 @@
+// Segments of a pass as an argument of a kernel: some at a time, so that nothing is copied and nobody waits.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/kv_layout.h"
+
+namespace llama_ext::cuda {
+
+inline constexpr int kMostSegments = 24;
+
+struct SegmentList {
+  KvSegmentView of[kMostSegments];
+  int count = 0;
+  int64_t tokens = 0;  // of all
+
+  /// The segment that token `index` of all belongs to; `index` becomes its place there.
+  __device__ const KvSegmentView& find(int64_t& index) const {
+    int i = 0;
+    while (index >= of[i].tokens) index -= of[i++].tokens;
+    return of[i];
+  }
+};
+
+/// Calls start(list) for some segments after the others.
+template <typename Start>
+void for_each_list(const KvSegmentView* segments, int64_t count, Start&& start) {
+  for (int64_t begin = 0; begin < count; begin += kMostSegments) {
+    SegmentList list;
+    list.count = static_cast<int>(std::min<int64_t>(kMostSegments, count - begin));
+    for (int i = 0; i < list.count; ++i) {
+      list.of[i] = segments[begin + i];
+      list.tokens += segments[begin + i].tokens;
+    }
+    if (list.tokens > 0) start(list);
+  }
+}
+
+}  // namespace llama_ext::cuda

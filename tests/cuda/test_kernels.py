@@ -1,0 +1,192 @@
+"""What the tests of each operation do not ask of a GPU: arithmetic that may round, bits from run to run, turns of threads."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import llama_ext
+import numpy_ops
+from devices import CUDA, IS_EMULATED, requires_cuda
+from guarded import guarded, guarded_empty
+from llama_ext import DeviceError, DTypeError, UnsupportedError, _core
+from quantized import LAYOUTS, Kept, each_layout, weights
+from tolerances import TINY, assert_same_bits, assert_within
+
+Array = npt.NDArray[Any]
+pytestmark = [requires_cuda, pytest.mark.gpu]
+
+ORDERS = ("forward", "backward", "shuffled") if IS_EMULATED else ("",)
+FLOATS = [Kept("float32"), Kept("bfloat16"), Kept("float16")]
+each_weight = pytest.mark.parametrize("kept", [*FLOATS[:2], *LAYOUTS], ids=str)
+
+
+def matrix_of(kept: Kept, rng: np.random.Generator, rows: int, columns: int) -> Any:
+    if kept.name in ("float32", "bfloat16"):
+        return CUDA.backend.matrix(rng.standard_normal((rows, columns)).astype(np.float32), kept.name)
+    return weights(kept, rng, rows, kept.columns(columns)).on(CUDA.backend)
+
+
+def multiply(x: Array, matrix: Any, compute: str) -> Array:
+    out = guarded_empty((len(x), matrix.shape[0]))
+    CUDA.backend.matmul(guarded(x), matrix, None, out, False, compute)
+    return out
+
+
+@pytest.mark.parametrize("compute", ["auto", "exact"])
+@each_weight
+def test_a_product_has_the_same_bits_again_and_in_any_order_of_turns(
+    kept: Kept, compute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    matrix = matrix_of(kept, rng, 41, 300)
+    for rows in (1, 3, 7, 70):
+        x = rng.standard_normal((rows, matrix.shape[1])).astype(np.float32)
+        whole = multiply(x, matrix, compute)
+        for order in ORDERS * 2:
+            monkeypatch.setenv("LLAMA_EXT_CUDA_EMULATION_ORDER", order)
+            assert_same_bits(multiply(x, matrix, compute), whole, f"{rows} rows, {order}")
+
+
+@pytest.mark.parametrize("compute", ["auto", "exact"])
+@each_weight
+def test_a_row_of_a_product_depends_on_whether_there_are_at_most_4_rows_and_on_nothing_else(
+    kept: Kept, compute: str
+) -> None:
+    rng = np.random.default_rng(1)
+    matrix = matrix_of(kept, rng, 45, 330)
+    x = rng.standard_normal((140, matrix.shape[1])).astype(np.float32)
+    few, many = multiply(x[:4], matrix, compute), multiply(x, matrix, compute)
+    for first, rows in itertools.product((0, 1, 2), (1, 2, 3, 4)):
+        if first + rows <= 4:
+            assert_same_bits(multiply(x[first : first + rows], matrix, compute), few[first : first + rows], rows)
+    for first, rows in ((0, 5), (3, 16), (7, 33), (60, 64), (60, 65), (1, 128)):
+        assert_same_bits(multiply(x[first : first + rows], matrix, compute), many[first : first + rows], rows)
+
+
+@each_layout
+def test_a_column_of_a_product_has_the_same_bits_among_any_others(kept: Kept) -> None:
+    rng = np.random.default_rng(2)
+    made = weights(kept, rng, 150, kept.columns(200))
+    whole_matrix = made.on(CUDA.backend)
+    for rows in (2, 9):
+        x = rng.standard_normal((rows, made.exact.shape[1])).astype(np.float32)
+        whole = multiply(x, whole_matrix, "auto")
+        for columns in (1, 31, 33, 129):
+            some = multiply(x, made.rows(3, 3 + columns).on(CUDA.backend), "auto")
+            assert_same_bits(some, np.ascontiguousarray(whole[:, 3 : 3 + columns]), f"{columns} columns")
+
+
+# T, S, H, K, D: decoding and prefill; groups of heads; the ends of tiles (64), parts (256) and rows of a block (16, 64).
+ATTENTION = [
+    (1, 1, 2, 2, 8),
+    (1, 63, 4, 1, 64),
+    (1, 64, 8, 2, 40),
+    (1, 65, 3, 3, 128),
+    (1, 257, 4, 2, 80),
+    (1, 700, 8, 1, 33),
+    (2, 513, 16, 2, 64),
+    (5, 5, 4, 2, 16),
+    (17, 300, 4, 4, 64),
+    (64, 64, 1, 1, 64),
+    (65, 65, 2, 1, 100),
+    (70, 330, 6, 2, 48),
+    (130, 130, 4, 2, 8),
+    (9, 270, 40, 1, 24),
+    (3, 20, 65, 1, 8),  # more heads in a group than a block has rows
+    (3, 70, 4, 2, 160),  # and longer ones than it keeps in registers
+]
+
+
+def attend(case: tuple[int, ...], cache: str, compute: str, size: float = 1.0) -> tuple[Array, Array, Array]:
+    tokens, keys, heads, kv_heads, dim = case
+    rng = np.random.default_rng(case)
+    q = (rng.standard_normal((1, tokens, heads, dim)) * size).astype(np.float32)
+    k, v = (rng.standard_normal((1, keys, kv_heads, dim)).astype(np.float32) for _ in range(2))
+    starts, lengths = np.zeros(1, np.int32), np.array([keys], np.int32)
+    out = guarded_empty(q.shape)
+    scale = dim**-0.5
+    CUDA.backend.attention(guarded(q), guarded(k), guarded(v), starts, lengths, scale, cache, out, compute)
+    kept = (numpy_ops.as_kept(each, cache) for each in (k, v))
+    expected, spread = numpy_ops.attention(q, *kept, starts, lengths, scale)
+    return out, expected, spread
+
+
+@pytest.mark.parametrize("cache", ["bfloat16", "int8"])
+@pytest.mark.parametrize("case", ATTENTION, ids=str)
+def test_attention_on_tensor_cores_costs_no_more_than_bfloat16(case: tuple[int, ...], cache: str) -> None:
+    for size in (1.0, 30.0):
+        out, expected, spread = attend(case, cache, "auto", size)
+        # Rounding q moves a score by up to 2^-9 of its magnitudes, and weights by as much again.
+        assert_within(out, expected, 2.0**-6 * spread + TINY, f"queries of size {size}")
+
+
+@pytest.mark.parametrize("cache", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("compute", ["auto", "exact"])
+def test_attention_has_the_same_bits_in_any_order_of_turns(
+    compute: str, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for case in ((1, 300, 4, 2, 32), (20, 300, 4, 2, 16), (70, 70, 2, 1, 8)):
+        whole = attend(case, cache, compute)[0]
+        for order in ORDERS * 2:
+            monkeypatch.setenv("LLAMA_EXT_CUDA_EMULATION_ORDER", order)
+            assert_same_bits(attend(case, cache, compute)[0], whole, order)
+
+
+@pytest.mark.parametrize("compute", ["auto", "exact"])
+@pytest.mark.parametrize("cache", ["float32", "bfloat16", "int8"])
+def test_attention_of_a_token_has_the_same_bits_in_prefill_chunks_batches_and_decode(cache: str, compute: str) -> None:
+    rng = np.random.default_rng(3)
+    length, heads, kv_heads, dim = 300, 4, 2, 24
+    q = rng.standard_normal((1, length, heads, dim)).astype(np.float32)
+    k, v = (rng.standard_normal((1, length, kv_heads, dim)).astype(np.float32) for _ in range(2))
+
+    def run(tokens: int, last: int, copies: int = 1) -> Array:
+        part = np.ascontiguousarray(np.repeat(q[:, last - tokens : last], copies, axis=0))
+        keys, values = (np.ascontiguousarray(np.repeat(each[:, :last], copies, axis=0)) for each in (k, v))
+        out = guarded_empty(part.shape)
+        starts, lengths = np.zeros(copies, np.int32), np.full(copies, last, np.int32)
+        # Keys of the second row are others, which must not matter.
+        keys[1:] = -keys[1:]
+        CUDA.backend.attention(part, keys, values, starts, lengths, 0.2, cache, out, compute)
+        return out[:1]
+
+    whole = run(length, length)
+    for last, tokens, copies in itertools.product((1, 2, 64, 65, 129, 256, 257, 300), (1, 3, 20), (1, 2)):
+        if tokens <= last:
+            assert_same_bits(run(tokens, last, copies), whole[:, last - tokens : last], f"{tokens} of {last}, {copies}")
+
+
+def test_a_half_precision_product_takes_activations_beyond_float16() -> None:
+    rng = np.random.default_rng(4)
+    made = weights(Kept("float16"), rng, 20, 96)
+    matrix = made.on(CUDA.backend)
+    for size in (1e-38, 1e-20, 1.0, 1e5, 1e30):
+        x = (rng.standard_normal((9, 96)) * size).astype(np.float32)
+        x[3] = 0
+        expected, scale = numpy_ops.matmul(x, made.exact, None, None)
+        # Half a unit of 11 bits, and of the row's largest number once more at the lower end of float16's range.
+        largest = np.abs(x).max(axis=1, keepdims=True) * np.abs(made.exact).sum(axis=1)
+        bound = (2.0**-11 + 2.0**-20) * scale + 2.0**-25 * largest + TINY * 96
+        assert_within(multiply(x, matrix, "auto"), expected, bound, f"activations of size {size}")
+
+
+def test_what_a_gpu_does_not_do_says_so(tmp_path: Path) -> None:
+    backend = CUDA.backend
+    arrays = [np.zeros((1, 1, 1, 2), np.float32) for _ in range(4)]
+    with pytest.raises(DTypeError):
+        backend.attention(*arrays[:3], np.zeros(1, np.int32), np.ones(1, np.int32), 1.0, "float16", arrays[3])
+    matrix = _core.Backend("cpu").matrix(np.zeros((2, 2), np.float32))
+    with pytest.raises(DeviceError, match="made by another Backend"):
+        backend.matmul(np.zeros((1, 2), np.float32), matrix, None, np.zeros((1, 2), np.float32))
+    config = llama_ext.LlamaConfig(
+        vocab_size=16, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    with pytest.raises(UnsupportedError, match=r"weights on a GPU cannot be saved packed\. Use device='cpu'"):
+        llama_ext.LlamaForCausalLM(config, dtype="int8", device="cuda").save_pretrained(tmp_path / "packed")

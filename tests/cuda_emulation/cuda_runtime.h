@@ -1,0 +1,115 @@
+// What csrc/cuda uses of CUDA, for a C++ compiler: the kernels' language and a small part of the runtime, emulated on the CPU so
+// that the very same sources run in tests on machines without a GPU. Never part of the package.
+//
+// Every thread of a block is a fiber (emulation.h). Nothing here is fast; everything is strict: a collective that not all
+// threads reach, memory beyond an allocation, and host code that follows a device pointer all end in an error or a crash.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __restrict__ __restrict
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+#include "emulation.h"
+
+#define threadIdx (::cuda_emulation::thread().index)
+#define blockIdx (::cuda_emulation::block().index)
+#define blockDim (::cuda_emulation::block().size)
+#define gridDim (::cuda_emulation::block().grid)
+
+inline void __syncthreads() { cuda_emulation::sync_block(); }
+inline void __syncwarp(unsigned = 0xffffffffu) { cuda_emulation::exchange("__syncwarp", 0); }
+template <typename T>
+inline T __shfl_xor_sync(unsigned, T value, int lanes) {
+  return cuda_emulation::exchange("__shfl_xor_sync", value)[cuda_emulation::lane() ^ static_cast<unsigned>(lanes)];
+}
+template <typename T>
+inline T __shfl_sync(unsigned, T value, int lane) {
+  return cuda_emulation::exchange("__shfl_sync", value)[static_cast<unsigned>(lane)];
+}
+
+template <typename T>
+inline T __ldcs(const T* from) {
+  return *from;
+}
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+inline int min(int a, int b) { return a < b ? a : b; }
+
+// The runtime.
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInsufficientDriver = 35,
+  cudaErrorNoDevice = 100,
+  cudaErrorInvalidDevice = 101,
+  cudaErrorLaunchFailure = 719,
+};
+enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
+enum cudaDeviceAttr {
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrMemoryPoolsSupported,
+};
+enum cudaMemPoolAttr { cudaMemPoolAttrReleaseThreshold };
+struct CUstream_st;
+using cudaStream_t = CUstream_st*;
+struct CUmemPoolHandle_st;
+using cudaMemPool_t = CUmemPoolHandle_st*;
+constexpr unsigned cudaStreamNonBlocking = 1;
+
+cudaError_t cudaGetDeviceCount(int* count);
+cudaError_t cudaDriverGetVersion(int* version);
+cudaError_t cudaSetDevice(int device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaMemGetInfo(size_t* available, size_t* total);
+cudaError_t cudaMalloc(void** memory, size_t nbytes);
+cudaError_t cudaFree(void* memory);
+cudaError_t cudaMallocAsync(void** memory, size_t nbytes, cudaStream_t stream);
+cudaError_t cudaFreeAsync(void* memory, cudaStream_t stream);
+cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t* pool, int device);
+cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t pool, cudaMemPoolAttr attribute, void* value);
+cudaError_t cudaMemPoolTrimTo(cudaMemPool_t pool, size_t kept);
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t nbytes, cudaMemcpyKind kind, cudaStream_t stream);
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t nbytes, cudaStream_t stream);
+cudaError_t cudaMemset2DAsync(void* memory, size_t pitch, int value, size_t width, size_t height, cudaStream_t stream);
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags);
+cudaError_t cudaStreamDestroy(cudaStream_t stream);
+cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaGetLastError();
+const char* cudaGetErrorString(cudaError_t error);
+const char* cudaGetErrorName(cudaError_t error);

@@ -1,0 +1,227 @@
+// The emulated runtime: memory, copies, errors. What a test wants to be wrong is named by environment variables.
+#include "device_memory.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdlib>
+#include <iterator>
+#include <map>
+#include <mutex>
+#include <string>
+
+namespace cuda_emulation {
+namespace {
+
+constexpr size_t kPage = 4096;
+
+struct Allocation {
+  size_t nbytes;
+  unsigned char* mapping;
+  size_t mapped;
+};
+
+std::mutex mutex;
+std::map<const unsigned char*, Allocation> allocations;
+size_t allocated = 0;
+thread_local cudaError_t last_error = cudaSuccess;
+thread_local std::string last_reason;
+thread_local int access_depth = 0;
+
+int protection_key() {
+  static const int key = pkey_alloc(0, 0);
+  return key;
+}
+
+size_t setting(const char* name, size_t otherwise) {
+  const char* text = std::getenv(name);
+  return text == nullptr ? otherwise : std::strtoull(text, nullptr, 10);
+}
+
+size_t memory_size() { return setting("LLAMA_EXT_CUDA_EMULATION_MEMORY", size_t{4} << 30); }
+
+cudaError_t fail(cudaError_t error, const char* reason) {
+  set_last_error(error, reason);
+  return error;
+}
+
+/// As the real runtime checks pointers: anything else is an error, not a crash.
+bool is_valid(const void* data, size_t nbytes, bool is_device) {
+  return nbytes == 0 || is_device_memory(data, nbytes) == is_device;
+}
+
+}  // namespace
+
+void set_last_error(cudaError_t error, const char* reason) {
+  last_error = error;
+  last_reason = reason;
+}
+
+bool has_protection_keys() { return protection_key() >= 0; }
+
+DeviceAccess::DeviceAccess() {
+  if (access_depth++ == 0 && protection_key() >= 0) pkey_set(protection_key(), 0);
+}
+
+DeviceAccess::~DeviceAccess() {
+  if (--access_depth == 0 && protection_key() >= 0) pkey_set(protection_key(), PKEY_DISABLE_ACCESS);
+}
+
+bool is_device_memory(const void* data, size_t nbytes) {
+  const auto* begin = static_cast<const unsigned char*>(data);
+  const std::lock_guard lock(mutex);
+  auto found = allocations.upper_bound(begin);
+  if (found == allocations.begin()) return false;
+  --found;
+  return begin + nbytes <= found->first + found->second.nbytes;
+}
+
+}  // namespace cuda_emulation
+
+using namespace cuda_emulation;
+
+cudaError_t cudaGetDeviceCount(int* count) {
+  const size_t driver = setting("LLAMA_EXT_CUDA_EMULATION_DRIVER", 13000);
+  if (driver < 13000) return fail(cudaErrorInsufficientDriver, "driver");
+  const size_t devices = setting("LLAMA_EXT_CUDA_EMULATION_DEVICES", 1);
+  if (devices == 0) return fail(cudaErrorNoDevice, "no device");
+  *count = static_cast<int>(devices);
+  return cudaSuccess;
+}
+
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = static_cast<int>(setting("LLAMA_EXT_CUDA_EMULATION_DRIVER", 13000));
+  return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int device) {
+  return device >= 0 && static_cast<size_t>(device) < setting("LLAMA_EXT_CUDA_EMULATION_DEVICES", 1)
+             ? cudaSuccess
+             : fail(cudaErrorInvalidDevice, "device");
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  switch (attribute) {
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = 227 * 1024;
+      break;
+    case cudaDevAttrMultiProcessorCount:
+      *value = 4;
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = static_cast<int>(setting("LLAMA_EXT_CUDA_EMULATION_CAPABILITY", 90) / 10);
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = static_cast<int>(setting("LLAMA_EXT_CUDA_EMULATION_CAPABILITY", 90) % 10);
+      break;
+    case cudaDevAttrMemoryPoolsSupported:
+      *value = 1;
+      break;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemGetInfo(size_t* available, size_t* total) {
+  const std::lock_guard lock(mutex);
+  *total = memory_size();
+  *available = *total - std::min(*total, allocated);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMalloc(void** memory, size_t nbytes) {
+  if (nbytes == 0) {
+    *memory = nullptr;
+    return cudaSuccess;
+  }
+  const size_t padded = (nbytes + 15) / 16 * 16;
+  const size_t usable = (padded + kPage - 1) / kPage * kPage;
+  {
+    const std::lock_guard lock(mutex);
+    if (padded > memory_size() || allocated > memory_size() - padded) {
+      return fail(cudaErrorMemoryAllocation, "out of memory");
+    }
+  }
+  void* mapping =
+      mmap(nullptr, usable + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (mapping == MAP_FAILED) return fail(cudaErrorMemoryAllocation, "out of memory");
+  auto* bytes = static_cast<unsigned char*>(mapping);
+  mprotect(bytes + usable, kPage, PROT_NONE);
+  unsigned char* begin = bytes + usable - padded;
+  std::memset(begin, 0xff, padded);
+  if (protection_key() >= 0) {
+    pkey_mprotect(bytes, usable, PROT_READ | PROT_WRITE, protection_key());
+    if (access_depth == 0) pkey_set(protection_key(), PKEY_DISABLE_ACCESS);
+  }
+  const std::lock_guard lock(mutex);
+  allocations[begin] = {nbytes, bytes, usable + kPage};
+  allocated += padded;
+  *memory = begin;
+  return cudaSuccess;
+}
+
+cudaError_t cudaFree(void* memory) {
+  if (memory == nullptr) return cudaSuccess;
+  const std::lock_guard lock(mutex);
+  const auto found = allocations.find(static_cast<unsigned char*>(memory));
+  if (found == allocations.end()) return fail(cudaErrorInvalidValue, "freed what was not allocated");
+  munmap(found->second.mapping, found->second.mapped);
+  allocated -= (found->second.nbytes + 15) / 16 * 16;
+  allocations.erase(found);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMallocAsync(void** memory, size_t nbytes, cudaStream_t) { return cudaMalloc(memory, nbytes); }
+cudaError_t cudaFreeAsync(void* memory, cudaStream_t) { return cudaFree(memory); }
+cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t* pool, int) {
+  *pool = nullptr;
+  return cudaSuccess;
+}
+cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t, cudaMemPoolAttr, void*) { return cudaSuccess; }
+cudaError_t cudaMemPoolTrimTo(cudaMemPool_t, size_t) { return cudaSuccess; }
+
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t nbytes, cudaMemcpyKind kind, cudaStream_t) {
+  if (!is_valid(to, nbytes, kind != cudaMemcpyDeviceToHost) ||
+      !is_valid(from, nbytes, kind != cudaMemcpyHostToDevice)) {
+    return fail(cudaErrorInvalidValue, "a copy between other memory than it says");
+  }
+  const DeviceAccess access;
+  if (nbytes > 0) std::memmove(to, from, nbytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t nbytes, cudaStream_t) {
+  if (!is_valid(memory, nbytes, true)) return fail(cudaErrorInvalidValue, "not memory of the device");
+  const DeviceAccess access;
+  if (nbytes > 0) std::memset(memory, value, nbytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemset2DAsync(void* memory, size_t pitch, int value, size_t width, size_t height, cudaStream_t) {
+  if (height == 0 || width == 0) return cudaSuccess;
+  if (!is_valid(memory, pitch * (height - 1) + width, true) || pitch < width) {
+    return fail(cudaErrorInvalidValue, "not memory of the device");
+  }
+  const DeviceAccess access;
+  for (size_t row = 0; row < height; ++row)
+    std::memset(static_cast<unsigned char*>(memory) + row * pitch, value, width);
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  *stream = nullptr;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+
+cudaError_t cudaGetLastError() {
+  const cudaError_t error = last_error;
+  last_error = cudaSuccess;
+  return error;
+}
+
+const char* cudaGetErrorString(cudaError_t) { return last_reason.c_str(); }
+const char* cudaGetErrorName(cudaError_t error) {
+  return error == cudaErrorMemoryAllocation ? "cudaErrorMemoryAllocation" : "cudaError (emulated)";
+}

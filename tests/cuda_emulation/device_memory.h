@@ -1,0 +1,25 @@
+// The emulated device's memory: allocations that end at a forbidden page, hold NaN at first, and can only be followed by kernels
+// and copies where the processor has protection keys.
+#pragma once
+
+#include <cstddef>
+
+#include "cuda_runtime.h"
+
+namespace cuda_emulation {
+
+void set_last_error(cudaError_t error, const char* reason);
+
+/// Whether host code that follows a device pointer is stopped.
+bool has_protection_keys();
+
+/// While one lives, the calling thread can follow device pointers.
+class DeviceAccess {
+ public:
+  DeviceAccess();
+  ~DeviceAccess();
+  DeviceAccess(const DeviceAccess&) = delete;
+  DeviceAccess& operator=(const DeviceAccess&) = delete;
+};
+
+}  // namespace cuda_emulation

@@ -1,0 +1,72 @@
+// Blocks of threads as fibers, run one block after the other on the thread that launches.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  constexpr dim3() = default;
+  constexpr dim3(unsigned x_, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+namespace cuda_emulation {
+
+constexpr unsigned kWarpSize = 32;
+constexpr size_t kSlot = 64;  // bytes that a lane can give to the others of its warp at once
+
+/// One thread of the block that runs.
+struct Thread {
+  dim3 index;
+  unsigned number = 0;  // within the block
+};
+
+struct Block {
+  dim3 index;
+  dim3 size;
+  dim3 grid;
+  unsigned char* shared = nullptr;
+};
+
+Thread& thread();
+Block& block();
+inline unsigned lane() { return thread().number % kWarpSize; }
+
+/// Waits until every thread of the block is here.
+void sync_block();
+
+/// Gives `nbytes` to the other lanes of the warp and waits until all 32 have called this with the same `what`. Returns the slots
+/// of all, which stay as they are until the calling lane's next but one exchange.
+const unsigned char* exchange_bytes(const char* what, const void* value, size_t nbytes);
+
+template <typename T>
+struct Lanes {
+  const unsigned char* slots;
+  T operator[](unsigned lane) const {
+    T value;
+    std::memcpy(&value, slots + (lane % kWarpSize) * kSlot, sizeof value);
+    return value;
+  }
+};
+
+template <typename T>
+Lanes<T> exchange(const char* what, const T& value) {
+  static_assert(sizeof(T) <= kSlot);
+  return {exchange_bytes(what, &value, sizeof value)};
+}
+
+/// The copy is only done when the thread waits for it; what lies there before is NaN.
+void copy_async(void* shared, const void* global, size_t nbytes);
+void commit_copies();
+/// Waits for all groups of copies but the last `pending`.
+void wait_for_copies(int pending);
+
+/// Runs `kernel` for every thread of the grid. Device memory can only be followed meanwhile. Errors show in cudaGetLastError.
+void launch(const dim3& grid, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel);
+
+/// Whether all these bytes lie within one allocation of the device.
+bool is_device_memory(const void* data, size_t nbytes);
+
+}  // namespace cuda_emulation

@@ -1,0 +1,147 @@
+// Index arithmetic that hosts and kernels share: where weights, activations and segments lie.
+#include <algorithm>
+#include <cstdio>
+#include <set>
+#include <vector>
+
+#include "cuda/cuda_matrix.h"
+#include "cuda/kv_layout.h"
+#include "cuda/segments.h"
+#include "quant/quantized_row.h"
+
+using namespace llama_ext;
+using namespace llama_ext::cuda;
+
+namespace {
+
+int failures = 0;
+void expect(bool ok, const char* claim) {
+  std::printf("%s: %s\n", ok ? "ok" : "FAILED", claim);
+  if (!ok) ++failures;
+}
+
+/// Banks of 4 bytes that a warp's words lie in, when each lane reads one.
+template <typename Word>
+bool is_free_of_conflicts(Word&& word, int lanes = 32) {
+  std::set<int> banks;
+  for (int lane = 0; lane < lanes; ++lane) banks.insert(word(lane) % 32);
+  return static_cast<int>(banks.size()) == lanes;
+}
+
+void check_activations() {
+  bool is_a_permutation = true;
+  bool is_conflict_free = true;
+  for (const int parts : {1, 2, 4, 8}) {
+    std::set<int> places;
+    for (int chunk = 0; chunk < 64; ++chunk) {
+      for (int part = 0; part < parts; ++part) places.insert(activation_place(chunk, part, parts));
+    }
+    is_a_permutation = is_a_permutation && static_cast<int>(places.size()) == 64 * parts && *places.begin() == 0 &&
+                       *places.rbegin() == 64 * parts - 1;
+    // 16-byte reads go in groups of 8 lanes, over 8 times 4 banks.
+    for (int first = 0; first < 32; first += 8) {
+      for (int part = 0; part < parts; ++part) {
+        std::set<int> groups;
+        for (int lane = 0; lane < 8; ++lane) groups.insert(activation_place(first + lane, part, parts) % 8);
+        is_conflict_free = is_conflict_free && groups.size() == 8;
+      }
+    }
+  }
+  expect(is_a_permutation, "activations in shared memory have a place each");
+  expect(is_conflict_free, "eight lanes that read vectors of their chunks meet in no bank");
+}
+
+void check_fragments() {
+  // mma.h: a lane reads the word of row g = lane / 4, pair t = lane % 4. Pitches of matmul_mma.cu and attention_mma.cu, in words.
+  bool is_conflict_free = true;
+  for (const int pitch : {(64 + 8) / 2, (128 + 8) / 2}) {
+    is_conflict_free = is_conflict_free && is_free_of_conflicts([&](int lane) { return lane / 4 * pitch + lane % 4; });
+    // 16-byte stores and ldmatrix: eight rows at a time, of four banks each.
+    std::set<int> banks;
+    for (int row = 0; row < 8; ++row) banks.insert(row * pitch % 32 / 4);
+    is_conflict_free = is_conflict_free && banks.size() == 8 && pitch % 4 == 0;
+  }
+  expect(is_conflict_free, "fragments of products meet in no bank, and rows stay aligned to 16 bytes");
+}
+
+void check_weights() {
+  std::set<std::pair<int, int>> nibbles;
+  for (int i = 0; i < kChunk; ++i) nibbles.insert({nibble_byte(i), nibble_shift(i)});
+  expect(nibbles.size() == kChunk, "the codes of a chunk have a nibble each");
+
+  bool planes_are_apart = true;
+  bool rows_are_aligned = true;
+  bool codes_come_back = true;
+  for (const EncodingInfo& info : kEncodings) {
+    for (const int group : {32, 64, 128}) {
+      const bool is_free = info.encoding >= Encoding::kInt8 && info.group == 0;
+      if (!is_free && group != 32) continue;
+      const WeightType type = weight_type(info.name, is_free ? group : 0, "test");
+      for (const int64_t cols : {int64_t{1}, int64_t{31}, int64_t{256}, int64_t{300}}) {
+        const WeightView view = weight_layout(5, cols, type);
+        rows_are_aligned = rows_are_aligned && view.row_bytes() % 16 == 0 && view.stride % kPad == 0;
+        int64_t end = 0;
+        for (const Plane& plane : planes_of(view)) {
+          if (plane.row_bytes == 0) continue;
+          planes_are_apart = planes_are_apart && plane.begin >= end && plane.begin % 4 == 0;
+          end = plane.begin + 5 * plane.row_bytes;
+        }
+        planes_are_apart = planes_are_apart && end <= view.nbytes;
+        if (!type.is_quantized()) continue;
+        QuantizedRow row;
+        row.resize(type, cols);
+        uint32_t state = 1;
+        const auto next = [&] { return (state = state * 1664525u + 1013904223u) >> 8; };
+        for (uint8_t& code : row.codes) code = static_cast<uint8_t>(next() & ((1u << info.bits) - 1));
+        for (uint16_t& scale : row.scales) scale = static_cast<uint16_t>(next() & 0x3fffu);
+        for (uint16_t& min : row.mins) min = static_cast<uint16_t>(next() & 0x3fffu);
+        for (uint8_t& scale : row.sub_scales) scale = static_cast<uint8_t>(next());
+        for (uint8_t& min : row.sub_mins) min = static_cast<uint8_t>(next());
+        HostRows rows(view, 5);
+        rows.store(3, row);
+        QuantizedRow found;
+        rows.load(3, type, found);
+        codes_come_back = codes_come_back && found.codes == row.codes && found.scales == row.scales &&
+                          found.mins == row.mins && found.sub_scales == row.sub_scales &&
+                          found.sub_mins == row.sub_mins;
+      }
+    }
+  }
+  expect(planes_are_apart, "the planes of a matrix lie one after the other within its memory");
+  expect(rows_are_aligned, "rows begin where 16 bytes can be read");
+  expect(codes_come_back, "codes, scales and minima of every encoding come back as they were");
+}
+
+void check_segments() {
+  std::vector<KvSegmentView> segments(53);
+  int64_t all = 0;
+  for (size_t i = 0; i < segments.size(); ++i) {
+    segments[i].tokens = static_cast<int64_t>(i * 7 % 5);
+    segments[i].row = all;
+    all += segments[i].tokens;
+  }
+  std::vector<int64_t> rows;
+  for_each_list(segments.data(), static_cast<int64_t>(segments.size()), [&](const SegmentList& list) {
+    for (int64_t token = 0; token < list.tokens; ++token) {
+      int64_t index = token;
+      const KvSegmentView& segment = list.find(index);
+      rows.push_back(segment.row + index);
+    }
+  });
+  bool is_complete = static_cast<int64_t>(rows.size()) == all;
+  for (size_t i = 0; is_complete && i < rows.size(); ++i) is_complete = rows[i] == static_cast<int64_t>(i);
+  expect(is_complete, "lists of segments meet every token once, in order");
+  expect(kv_row_bytes(KvKind::kF32, 3) == 16 && kv_row_bytes(KvKind::kBF16, 9) == 32 &&
+             kv_row_bytes(KvKind::kI8, 128) == 128,
+         "rows of a cache are padded to 16 bytes");
+}
+
+}  // namespace
+
+int main() {
+  check_activations();
+  check_fragments();
+  check_weights();
+  check_segments();
+  return failures == 0 ? 0 : 1;
+}
