@@ -8,12 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
-
-import llama_ext
-
-DEMO = Path(llama_ext.__file__).parent / "data" / "demo"
 
 
 class Result(NamedTuple):

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+# A trained Llama of 800,128 bfloat16 weights that writes tiny Shakespeare letter by letter; it was made with PyTorch.
+LETTERS: Path = Path(__file__).resolve().parent / "data" / "letters"
+
 SHARED: Path = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
 requires_shared = pytest.mark.skipif(

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 import llama_ext
-from command_line import DEMO, Result, Run
+from command_line import Result, Run
 from llama_ext.cli.main import main
+from shared_data import LETTERS
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role | upper }}:\n{{ m.content }}\n\n{% endfor %}"
@@ -50,7 +51,7 @@ def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bos_token_id=None,
         eos_token_id=None,
     )
-    tokenizer = llama_ext.Tokenizer.from_pretrained(DEMO)
+    tokenizer = llama_ext.Tokenizer.from_pretrained(LETTERS)
     llama_ext.LlamaForCausalLM(config, tokenizer=tokenizer, seed=1).save_pretrained(folder)
     return folder
 
@@ -59,7 +60,7 @@ def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo with a chat template, a turn of which ends at a full stop."""
     folder = tmp_path_factory.mktemp("chat") / "model"
-    shutil.copytree(DEMO, folder)
+    shutil.copytree(LETTERS, folder)
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": TEMPLATE, "eos_token": "."}))
     return folder

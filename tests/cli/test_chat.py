@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 import llama_ext
-from command_line import DEMO, Run, command
+from command_line import Run, command
 from llama_ext.cli.conversation import Conversation
 from llama_ext.runtime.session import Session
+from shared_data import LETTERS
 
 Model = llama_ext.LlamaForCausalLM
 
@@ -29,7 +30,7 @@ def talker(chat_model: Path) -> Model:
 @pytest.fixture(scope="module")
 def teller() -> Model:
     """A model without one."""
-    return Model.from_pretrained(DEMO)
+    return Model.from_pretrained(LETTERS)
 
 
 @pytest.fixture
@@ -318,7 +319,7 @@ def test_an_answer_that_is_cut_says_so(run: Run, chat_model: Path) -> None:
 
 def test_a_model_without_a_tokenizer_cannot_chat(run: Run, tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
-        (tmp_path / name).write_bytes((DEMO / name).read_bytes())
+        (tmp_path / name).write_bytes((LETTERS / name).read_bytes())
     result = run("chat", "--model", tmp_path, stdin="Who?")
     assert result.code == 2
     assert "no tokenizer" in result.err

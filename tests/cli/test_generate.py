@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import llama_ext
-from command_line import DEMO, Run, command, run_process
-from shared_data import SHARED, requires_shared
+from command_line import Run, command, run_process
+from shared_data import LETTERS, SHARED, requires_shared
 
 STORIES = SHARED / "stories260K"
 
@@ -93,7 +93,7 @@ def test_a_prompt_may_begin_with_a_dash(run: Run) -> None:
 
 def test_a_model_without_a_tokenizer_takes_ids(run: Run, tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
-        (tmp_path / name).write_bytes((DEMO / name).read_bytes())
+        (tmp_path / name).write_bytes((LETTERS / name).read_bytes())
     refused = run("generate", "ROMEO:", "--model", tmp_path)
     assert (refused.code, refused.err) == (2, "llama-ext: this model has no tokenizer: give token ids, with --ids\n")
     taken = run("generate", "1 2 3", "--ids", "--max-new-tokens", 4, "--model", tmp_path)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import llama_ext
-from command_line import DEMO, Run
-from shared_data import SHARED, requires_shared
+from command_line import Run
+from shared_data import LETTERS, SHARED, requires_shared
 
 
 def test_info_prints_the_report(run: Run) -> None:
@@ -18,7 +18,7 @@ def test_info_prints_the_report(run: Run) -> None:
 
 
 def test_info_of_a_model_says_what_it_is(run: Run) -> None:
-    out = run("info", "--model", "demo").out
+    out = run("info", "--model", LETTERS).out
     for part in (
         "800,128 in 1.5 MiB of bfloat16",
         "4 layers, width 128",
@@ -31,7 +31,7 @@ def test_info_of_a_model_says_what_it_is(run: Run) -> None:
 
 
 def test_info_as_json(run: Run) -> None:
-    record = json.loads(run("info", "--model", "demo", "--json").out)
+    record = json.loads(run("info", "--model", LETTERS, "--json").out)
     assert record["version"] == llama_ext.__version__
     assert record["isa"] == llama_ext.info().isa
     model = record["model"]
@@ -49,13 +49,13 @@ def test_info_of_a_model_with_shared_heads(run: Run) -> None:
 
 def test_info_does_not_need_a_tokenizer(run: Run, tmp_path: Path, chat_model: Path) -> None:
     for name in ("config.json", "model.safetensors"):
-        (tmp_path / name).write_bytes((DEMO / name).read_bytes())
+        (tmp_path / name).write_bytes((LETTERS / name).read_bytes())
     assert "none: token ids only" in run("info", "--model", tmp_path).out
     assert "chat template  yes" in run("info", "--model", chat_model).out
 
 
 def test_info_checks_the_files(run: Run, tmp_path: Path) -> None:
-    shutil.copytree(DEMO, tmp_path / "cut")
+    shutil.copytree(LETTERS, tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     result = run("info", "--model", tmp_path / "cut")
@@ -81,10 +81,11 @@ def test_bench_measures_each_dtype(run: Run) -> None:
 def test_bench_shows_a_table(run: Run) -> None:
     out = run("bench", "--prompt-tokens", 20, "--new-tokens", 4, "--repeat", 1, "--threads", 1).out
     lines = out.splitlines()
-    assert "demo: 800,128 parameters" in lines[0]
+    parameters = llama_ext.LlamaForCausalLM.from_pretrained("demo").num_parameters()
+    assert f"demo: {parameters:,} parameters" in lines[0]
     assert "1 thread;" in lines[0]
     assert lines[2].split()[:2] == ["dtype", "weights"]
-    assert lines[3].startswith("bfloat16")
+    assert lines[3].startswith("int8")
     assert len({len(line) for line in lines[2:]}) == 1
 
 

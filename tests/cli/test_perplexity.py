@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import llama_ext
-from command_line import DEMO, Run
+from command_line import Run
+from shared_data import LETTERS
 
 TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\n" * 20
 
@@ -67,7 +68,7 @@ def test_a_number_out_of_range_is_named_as_it_is_typed(option: str, run: Run, fi
 
 def test_a_model_without_a_tokenizer_cannot_read(run: Run, file: Path, tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
-        (tmp_path / name).write_bytes((DEMO / name).read_bytes())
+        (tmp_path / name).write_bytes((LETTERS / name).read_bytes())
     assert run("perplexity", file, "--model", tmp_path).code == 2
 
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 import llama_ext
 from onnx_runs import GOLDEN, PROFILES, each_profile, onnx
-from shared_data import SHARED, requires_shared
+from shared_data import LETTERS, SHARED, requires_shared
 
 from llama_ext.onnx.exporting import export  # isort: skip
 from llama_ext.onnx.ort_model import OrtModel  # isort: skip
@@ -28,9 +28,9 @@ PROMPTS = ["Once upon a time", "The", "A big dog ran to the park because"]
 
 @pytest.fixture(scope="module")
 def native() -> llama_ext.LlamaForCausalLM:
-    """stories260K where it is, else the demonstration model."""
+    """stories260K where it is, else the model of letters."""
     return llama_ext.LlamaForCausalLM.from_pretrained(
-        STORIES if STORIES.is_dir() else "demo", dtype="float32", threads=1
+        STORIES if STORIES.is_dir() else LETTERS, dtype="float32", threads=1
     )
 
 
@@ -40,7 +40,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     result = {}
     for profile in PROFILES:
         result[profile] = tmp_path_factory.mktemp(profile)
-        source = STORIES if STORIES.is_dir() else "demo"
+        source = STORIES if STORIES.is_dir() else LETTERS
         export(source, result[profile], profile=profile, dtype="float32", verify=False)
     return result
 
@@ -156,9 +156,8 @@ def test_a_prompt_as_long_as_the_context_is_taken_in_pieces(
 
 
 def test_chat_ends_at_the_end_of_a_turn(tmp_path: Path) -> None:
-    """The demonstration model with a template, exported with it."""
-    demo = Path(llama_ext.__file__).parent / "data" / "demo"
-    shutil.copytree(demo, tmp_path / "chat")
+    """A model with a template, exported with it."""
+    shutil.copytree(LETTERS, tmp_path / "chat")
     path = tmp_path / "chat" / "tokenizer_config.json"
     template = "{% for m in messages %}{{ m.role | upper }}:\n{{ m.content }}\n\n{% endfor %}ROMEO:\n"
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template, "eos_token": "."}))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import llama_ext
-from shared_data import SHARED
+from shared_data import LETTERS, SHARED
 
 STORIES = SHARED / "stories260K"
 
@@ -23,11 +23,11 @@ def load(name: str, **options: Any) -> llama_ext.LlamaForCausalLM:
 @pytest.fixture(scope="session")
 def stories(tmp_path_factory: pytest.TempPathFactory) -> llama_ext.LlamaForCausalLM:
     """A real trained model with a tokenizer: 260,032 parameters, 512 tokens. Where the shared data is missing, it is the
-    demonstration model, of 66 characters and without bos and eos; a test that must have the other says requires_shared.
+    model of letters, of 66 characters and without bos and eos; a test that must have the other says requires_shared.
     """
     if not STORIES.is_dir():
-        path = tmp_path_factory.mktemp("models") / "demo"
-        llama_ext.LlamaForCausalLM.from_pretrained("demo", dtype="float32").save_pretrained(path)
+        path = tmp_path_factory.mktemp("models") / "letters"
+        llama_ext.LlamaForCausalLM.from_pretrained(LETTERS, dtype="float32").save_pretrained(path)
         (path / "generation_config.json").unlink(missing_ok=True)  # it asks for sampling
         return llama_ext.LlamaForCausalLM.from_pretrained(path)
     return load("stories260K")

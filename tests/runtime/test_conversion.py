@@ -14,7 +14,7 @@ import gguf_models
 import llama_ext
 from llama_ext.errors import NumericError, OptionError, UnsupportedError
 from llama_ext.io.gguf_file import GgufFile
-from shared_data import SHARED, requires_shared
+from shared_data import LETTERS, SHARED, requires_shared
 from small_config import LLAMA3
 
 Model = llama_ext.LlamaForCausalLM
@@ -121,11 +121,11 @@ def test_the_file_is_what_the_package_reads(tmp_path: Path) -> None:
 def test_what_cannot_be_written_is_said_before_anything_is(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(OptionError, match="dtype must be one of f32"):
-        llama_ext.convert("demo", out, dtype="q4_k")
+        llama_ext.convert(LETTERS, out, dtype="q4_k")
     with pytest.raises(OptionError, match=r"end in \.gguf"):
-        llama_ext.convert("demo", out, dtype="q8_0")
+        llama_ext.convert(LETTERS, out, dtype="q8_0")
     with pytest.raises(UnsupportedError, match="this tokenizer cannot be written"):
-        llama_ext.convert("demo", tmp_path / "x.gguf")
+        llama_ext.convert(LETTERS, tmp_path / "x.gguf")
     large = Model(gguf_models.config())
     large._core.load("layers.1.v", np.full((64, 256), 1e6, np.float32), "float32")
     large.save_pretrained(tmp_path / "large")

@@ -12,11 +12,11 @@ from safetensors.numpy import load_file, save_file
 
 import llama_ext
 from llama_ext.models.llama import tensor_specs
-from shared_data import SHARED, requires_shared
+from shared_data import LETTERS, SHARED, requires_shared
 
 GOLDEN = ["mha-untied", "gqa-tied-llama3rope", "wide-head-dim", "linear-rope", "biases"]
 SAVED = [
-    "demo",
+    "letters",
     *(pytest.param(name, marks=requires_shared) for name in (*(f"golden/{name}" for name in GOLDEN), "stories260K")),
 ]
 
@@ -133,7 +133,7 @@ def test_a_path_that_is_not_there_is_a_format_error(tmp_path: Path) -> None:
 
 
 def test_a_tied_head_that_differs_is_a_checkpoint_error(tmp_path: Path) -> None:
-    Model.from_pretrained("demo", dtype="float32").save_pretrained(tmp_path / "copy")
+    Model.from_pretrained(LETTERS, dtype="float32").save_pretrained(tmp_path / "copy")
     weights = load_file(tmp_path / "copy" / "model.safetensors")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
     save_file(weights, tmp_path / "copy" / "model.safetensors", metadata={"format": "pt"})
@@ -152,7 +152,7 @@ def test_nothing_is_printed_while_loading(capfd: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "int4"])
 @pytest.mark.parametrize("name", SAVED)
 def test_a_saved_model_is_the_same_model(name: str, dtype: str, tmp_path: Path) -> None:
-    model = Model.from_pretrained(name if name == "demo" else SHARED / name, dtype=dtype)
+    model = Model.from_pretrained(LETTERS if name == "letters" else SHARED / name, dtype=dtype)
     model.save_pretrained(tmp_path / "new")
     again = Model.from_pretrained(tmp_path / "new")
     assert again.dtype == dtype

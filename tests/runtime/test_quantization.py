@@ -14,7 +14,7 @@ import gguf_models
 import llama_ext
 from llama_ext.errors import OptionError
 from llama_ext.runtime.calibration import Activations, calibration_ids
-from shared_data import SHARED, requires_shared
+from shared_data import LETTERS, SHARED, requires_shared
 
 Model = llama_ext.LlamaForCausalLM
 PLAY = "\n".join(f"{name}: what is it, {name.lower()}, that you would have of me?" for name in ("ROMEO", "JULIET")) * 20
@@ -27,9 +27,9 @@ def rms(values: Any) -> float:
 @pytest.mark.parametrize("options", [{}, {"group_size": 32}, {"symmetric": False}])
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_it_is_the_model_that_loading_would_make(dtype: str, options: dict[str, Any], tmp_path: Path) -> None:
-    report = llama_ext.quantize("demo", tmp_path, dtype, **options)
+    report = llama_ext.quantize(LETTERS, tmp_path, dtype, **options)
     made = Model.from_pretrained(tmp_path)
-    loaded = Model.from_pretrained("demo", dtype=dtype, **options)
+    loaded = Model.from_pretrained(LETTERS, dtype=dtype, **options)
     ids = np.arange(60)[None]
     np.testing.assert_array_equal(made(ids), loaded(ids))
     assert made.generate("ROMEO:", seed=1) == loaded.generate("ROMEO:", seed=1)
@@ -38,8 +38,8 @@ def test_it_is_the_model_that_loading_would_make(dtype: str, options: dict[str, 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_the_report_has_the_errors_there_are(dtype: str, tmp_path: Path) -> None:
-    report = llama_ext.quantize("demo", tmp_path, dtype)
-    original, made = Model.from_pretrained("demo", dtype="float32"), Model.from_pretrained(tmp_path)
+    report = llama_ext.quantize(LETTERS, tmp_path, dtype)
+    original, made = Model.from_pretrained(LETTERS, dtype="float32"), Model.from_pretrained(tmp_path)
     matrices = {name for name, _, is_matrix in made._core.slots() if is_matrix}
     assert {tensor.name for tensor in report.tensors} == matrices
     for tensor in report.tensors:
@@ -55,7 +55,7 @@ def test_the_report_has_the_errors_there_are(dtype: str, tmp_path: Path) -> None
 
 
 def test_calibration_lowers_the_errors_of_outputs_and_says_by_how_much(tmp_path: Path) -> None:
-    report = llama_ext.quantize("demo", tmp_path, "int4", calibration=PLAY)
+    report = llama_ext.quantize(LETTERS, tmp_path, "int4", calibration=PLAY)
     assert report.calibration_tokens > 1000
     assert report.improvement is not None
     assert report.improvement > 0.15
@@ -87,7 +87,7 @@ def test_the_activations_are_those_of_the_model(changes: dict[str, Any]) -> None
 
 
 def test_a_calibration_text_becomes_windows() -> None:
-    model = Model.from_pretrained("demo")
+    model = Model.from_pretrained(LETTERS)
     assert calibration_ids(model.tokenizer, "ROMEO", model.config).shape == (1, 5)
     assert calibration_ids(model.tokenizer, ["ROMEO" * 500, "x" * 10000], model.config).shape == (8, 512)
     with pytest.raises(OptionError, match="is empty"):
@@ -102,7 +102,7 @@ def test_other_sources_and_wrong_options(tmp_path: Path) -> None:
     report = llama_ext.quantize(tmp_path / "int8", tmp_path / "int4", "int4", group_size=64)
     assert {tensor.group for tensor in report.tensors} == {64}
     with pytest.raises(OptionError, match="dtype must be int8 or int4"):
-        llama_ext.quantize("demo", tmp_path / "x", "float16")
+        llama_ext.quantize(LETTERS, tmp_path / "x", "float16")
     with pytest.raises(OptionError, match="no tokenizer"):
         llama_ext.quantize(tmp_path / "int8", tmp_path / "x", calibration="text")
 
@@ -113,7 +113,7 @@ def test_int8_hardly_changes_the_perplexity(tmp_path: Path) -> None:
     held_out = play[int(0.9 * len(play)) :][:20000]
     stories = Model.from_pretrained(SHARED / "stories260K")
     texts = stories.generate(["Once upon a time", "One day"] * 8, max_new_tokens=250, temperature=1.0, seed=77)
-    cases = (("demo", held_out, 1.02), (str(SHARED / "stories260K"), texts, 1.15))
+    cases = ((str(LETTERS), held_out, 1.02), (str(SHARED / "stories260K"), texts, 1.15))
     for source, text, most in cases:
         before = Model.from_pretrained(source, dtype="float32").perplexity(text).perplexity
         llama_ext.quantize(source, tmp_path / "int8", "int8")
