@@ -60,8 +60,8 @@ def read(objects: list[str]) -> list[Kernel]:
 
 
 def short(name: str) -> str:
-    """The part of a mangled name that tells kernels apart."""
-    return re.sub(r"^_ZN\d+llama_ext\d+cuda\d+_GLOBAL__N__[0-9a-f]+_\d+_\w+?_cu_[0-9a-f]+_\d+", "", name)[:90]
+    """The part of a mangled name that tells kernels apart: the file's own namespace comes first, with a hash."""
+    return re.sub(r"^_ZN9llama_ext4cuda\d+_GLOBAL__N__\w{8}_\d+_\w+?_cu_\w{8}", "", name)[:90]
 
 
 def main(arguments: list[str]) -> int:

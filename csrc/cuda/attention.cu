@@ -45,7 +45,7 @@ __device__ __forceinline__ float load_value(const unsigned char* row, int d) {
 }
 
 template <KvKind kKind, int kHeads>
-__global__ void __launch_bounds__(kKeys) attention_kernel(const __grid_constant__ AttentionView a) {
+__global__ void __launch_bounds__(kKeys, 6) attention_kernel(const __grid_constant__ AttentionView a) {
   int64_t token = blockIdx.x;
   const int64_t pass_token = token;
   const KvSegmentView& segment = a.segments.find(token);

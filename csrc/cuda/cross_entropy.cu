@@ -17,7 +17,7 @@ struct Labels {
 
 struct Gradient {
   bool is_wanted;
-  float scale;
+  double scale;
 };
 
 __global__ void cross_entropy_kernel(Rows logits, int64_t width, const __grid_constant__ Labels labels, float* losses,
@@ -42,24 +42,26 @@ __global__ void cross_entropy_kernel(Rows logits, int64_t width, const __grid_co
   }
   if (!gradient.is_wanted) return;
   __syncthreads();  // the label's logit has been read
-  const float inverse = static_cast<float>(1.0 / sum);
+  const double share = gradient.scale / sum;
   for (int64_t i = threadIdx.x; i < width; i += blockDim.x) {
-    const float p = expf(x[i] - largest) * inverse;
-    x[i] = gradient.scale * (i == label ? p - 1.0f : p);
+    const float power = expf(x[i] - largest);
+    // Where p - 1 is small, float32 would lose digits.
+    x[i] = i == label ? static_cast<float>(gradient.scale * (static_cast<double>(power) / sum - 1.0))
+                      : static_cast<float>(share) * power;
   }
 }
 
 }  // namespace
 
 void cross_entropy(const Gpu& gpu, Rows logits, int64_t rows, int64_t width, const int32_t* labels, float* losses,
-                   const float* scale) {
+                   const double* scale) {
   for (int64_t begin = 0; begin < rows; begin += kLabels) {
     const int64_t count = std::min(kLabels, rows - begin);
     Labels some{};
     std::copy_n(labels + begin, count, some.of);
     launch(gpu, cross_entropy_kernel, dim3(static_cast<unsigned>(count)), kThreads, kWarp * sizeof(double),
            Rows{logits.row(begin), logits.stride}, width, some, losses + begin,
-           Gradient{scale != nullptr, scale == nullptr ? 0.0f : *scale});
+           Gradient{scale != nullptr, scale == nullptr ? 0.0 : *scale});
   }
 }
 

@@ -39,9 +39,8 @@ CausalView view_of(const Args& args) {
 
 void CudaBackend::cross_entropy_backward(const CrossEntropyBackwardArgs& args) {
   check(args);
-  const float scale = static_cast<float>(args.scale);
   cuda::cross_entropy(*gpu_, rows_of(args.logits), args.logits.rows(), args.logits.dim(1),
-                      static_cast<const int32_t*>(args.labels.data()), optional_data(args.losses), &scale);
+                      static_cast<const int32_t*>(args.labels.data()), optional_data(args.losses), &args.scale);
 }
 
 void CudaBackend::causal_attention(const CausalAttentionArgs& args) {

@@ -42,7 +42,7 @@ void softmax(const Gpu& gpu, Rows x, int64_t rows, int64_t width, Rows y);
 
 // cross_entropy.cu. labels: host memory. With `scale` not null the logits become gradients.
 void cross_entropy(const Gpu& gpu, Rows logits, int64_t rows, int64_t width, const int32_t* labels, float* losses,
-                   const float* scale);
+                   const double* scale);
 
 // swiglu.cu. gates of a row: at gate + (f / group) * group_stride + f % group, and so for up.
 struct GatePlaces {

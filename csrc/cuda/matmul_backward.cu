@@ -33,7 +33,7 @@ struct WeightColumns {  // of any kind
 template <typename Operand>
 __device__ __forceinline__ void bring(const Operand& operand, int64_t first, int64_t size, int64_t begin, int64_t depth,
                                       float* tile) {
-#pragma unroll
+#pragma unroll 1  // a weight of any kind is many instructions
   for (int part = 0; part < kTile * kDepth / static_cast<int>(kThreads); ++part) {
     const int number = static_cast<int>(threadIdx.x) + part * static_cast<int>(kThreads);
     const int i = Operand::kIsTransposed ? number % kTile : number / kDepth;

@@ -1,11 +1,13 @@
 // y = x W^T on the tensor cores (mma.sync, so one source for sm_80 and later), for more rows than decoding has. x has been
-// rounded to 16 bits (prepare_rows.cu). A block of 4 warps makes 128 x 128 numbers, or 32 x 32 of few rows; both operands pass
+// rounded to 16 bits (prepare_rows.cu). A block of 4 warps makes 128 x 128 numbers (128 x 64 with codes), or 32 x 32 of few rows; both operands pass
 // through shared memory 64 k at a time in two stages: the next one is on its way while this one is multiplied. Rows there are
 // 144 bytes apart, so that neither fragments nor 16-byte stores meet in a bank.
 //
 // Quantised weights are multiplied as whole numbers, which bfloat16 holds exactly, and every 32 k (16 of q6_k) the sum of a group
 // is scaled into the float32 sums; minima meet the sums of x, which a product with ones gives. A number's order of summation
 // depends on nothing but k: its bits do not depend on M, N or the size of the block. Bound by the tensor cores.
+#include <type_traits>
+
 #include "cuda/kernels.h"
 #include "cuda/mma.h"
 #include "cuda/weight_codes.h"
@@ -31,6 +33,7 @@ struct Shape {
   static_assert(kWarpRows * kWarpColumns * static_cast<int>(kWarp) == kMmaThreads);
 };
 using Large = Shape<2, 2, 4, 8>;
+using LargeOfCodes = Shape<2, 2, 4, 4>;  // whose sums leave registers for factors
 using Small = Shape<1, 4, 2, 1>;
 
 /// The part of a stage that one thread brings of quantised weights, in registers on its way.
@@ -151,7 +154,7 @@ __global__ void __launch_bounds__(kMmaThreads) matmul_mma_kernel(const __grid_co
     };
 
     if constexpr (!is_quantized(kKind)) {
-#pragma unroll
+#pragma unroll 1  // several steps at once would not fit into registers
       for (int step = 0; step < kDepth / 16; ++step) {
         uint32_t a[Shape::kMs][4];
 #pragma unroll
@@ -170,7 +173,7 @@ __global__ void __launch_bounds__(kMmaThreads) matmul_mma_kernel(const __grid_co
         const int k = begin + step * 16;
         if (k >= w.stride) break;
         uint32_t a[kStepsPerGroup][Shape::kMs][4];
-        float x_sums[Shape::kMs][4] = {};
+        float x_sums[Shape::kMs][2] = {};  // of the lane's two rows
 #pragma unroll
         for (int s = 0; s < kStepsPerGroup; ++s) {
 #pragma unroll
@@ -178,7 +181,10 @@ __global__ void __launch_bounds__(kMmaThreads) matmul_mma_kernel(const __grid_co
             load_a(i, step + s, a[s][i]);
             if (!w.has_min) continue;
             const uint32_t ones[2] = {kOnes, kOnes};
-            mma<kType>(x_sums[i], a[s][i], ones);
+            float totals[4] = {x_sums[i][0], 0.0f, x_sums[i][1], 0.0f};  // all columns are alike
+            mma<kType>(totals, a[s][i], ones);
+            x_sums[i][0] = totals[0];
+            x_sums[i][1] = totals[2];
           }
         }
 #pragma unroll
@@ -201,7 +207,7 @@ __global__ void __launch_bounds__(kMmaThreads) matmul_mma_kernel(const __grid_co
 #pragma unroll
             for (int c = 0; c < 4; ++c) {
               sums[i][j][c] = fmaf(factors[c % 2].scale, dots[c], sums[i][j][c]);
-              if (w.has_min) sums[i][j][c] = fmaf(factors[c % 2].min, x_sums[i][c], sums[i][j][c]);
+              if (w.has_min) sums[i][j][c] = fmaf(factors[c % 2].min, x_sums[i][c / 2], sums[i][j][c]);
             }
           }
         }
@@ -245,7 +251,7 @@ void start(const Gpu& gpu, const MmaView& p) {
 template <Kind kKind>
 void start_rows(const Gpu& gpu, const MmaView& p) {
   if (p.rows <= 64) return start<kKind, Small>(gpu, p);
-  start<kKind, Large>(gpu, p);
+  start<kKind, std::conditional_t<is_quantized(kKind), LargeOfCodes, Large>>(gpu, p);
 }
 
 }  // namespace

@@ -46,16 +46,19 @@ __global__ void __launch_bounds__(kThreads) matmul_rows_kernel(const __grid_cons
   constexpr int kElements = kChunkElements<kKind>;
   // Vectors of 4 whose codes share a scale: q6_k has one for 16, all others at least for a whole chunk.
   constexpr int kPartsPerGroup = kKind == Kind::kQ6 ? 4 : kParts;
+  // Of each row of W. More than one of codes for several rows of x would not fit into registers.
+  [[maybe_unused]] constexpr int kChunksInFlight = is_quantized(kKind) && kRows > 1 ? 1 : 2;
   const WeightView& w = p.weight;
   const int tile = tile_size(w.stride, kRows);
   auto* activations = reinterpret_cast<float*>(shared_memory());
   float* place = activations + kRows * tile;
-  float inverse_rms[kRows] = {};
+  float* inverse_rms = place + kWarp;  // (kRows), read after the barrier that follows
   if (p.norm.weight != nullptr) {
-#pragma unroll
     for (int m = 0; m < kRows; ++m) {
-      inverse_rms[m] = block_inverse_rms(p.x.row(m < p.rows ? m : 0), w.cols, p.norm.eps, place);
+      const float inverse = block_inverse_rms(p.x.row(m < p.rows ? m : 0), w.cols, p.norm.eps, place);
+      if (threadIdx.x == 0) inverse_rms[m] = inverse;
     }
+    __syncthreads();
   }
 
   const int lane = static_cast<int>(threadIdx.x % kWarp);
@@ -79,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) matmul_rows_kernel(const __grid_cons
     if (begin > 0) __syncthreads();
     load_activations<kKind, kRows>(p, inverse_rms, begin, tile, activations);
     __syncthreads();
-#pragma unroll 2
+#pragma unroll kChunksInFlight
     for (int chunk = lane; chunk < columns / kElements; chunk += static_cast<int>(kWarp)) {
       const int index = begin / kElements + chunk;
       Chunk<kKind> weights[kRowsPerWarp];
@@ -151,7 +154,7 @@ __global__ void __launch_bounds__(kThreads) matmul_rows_kernel(const __grid_cons
 template <Kind kKind, int kRows>
 void start(const Gpu& gpu, const ProductView& p) {
   const int64_t warps = p.is_gate_up ? p.width : blocks_for(p.weight.rows, kRowsPerWarp);
-  const size_t floats = static_cast<size_t>(kRows * tile_size(p.weight.stride, kRows)) + kWarp;
+  const size_t floats = static_cast<size_t>(kRows * tile_size(p.weight.stride, kRows)) + kWarp + kRows;
   launch(gpu, matmul_rows_kernel<kKind, kRows>, dim3(static_cast<unsigned>(blocks_for(warps, kWarps))), kThreads,
          floats * sizeof(float), p);
 }

@@ -3,9 +3,10 @@
 namespace llama_ext::cuda {
 namespace {
 
-// The runtime that this library is linked with needs a driver of the same major version: CUDA 13 came with driver 580.
-constexpr int kNeededDriver = 13000;
-constexpr const char* kNeededDriverText = "580";
+// The runtime that this library is linked with needs a driver of the same major version: CUDA 13 came with driver 580, CUDA 12 with
+// driver 525.
+constexpr int kNeededDriver = CUDART_VERSION / 1000 * 1000;
+constexpr const char* kNeededDriverText = kNeededDriver >= 13000 ? "580" : "525";
 constexpr int kNeededCapability = 80;
 
 std::string version_text(int version) { return cat(version / 1000, ".", version % 1000 / 10); }

@@ -157,7 +157,7 @@ def test_attention_of_a_token_has_the_same_bits_in_prefill_chunks_batches_and_de
         return out[:1]
 
     whole = run(length, length)
-    for last, tokens, copies in itertools.product((1, 2, 64, 65, 129, 256, 257, 300), (1, 3, 20), (1, 2)):
+    for last, tokens, copies in itertools.product((1, 64, 65, 257, 300), (1, 3, 20), (1, 2)):
         if tokens <= last:
             assert_same_bits(run(tokens, last, copies), whole[:, last - tokens : last], f"{tokens} of {last}, {copies}")
 

@@ -109,8 +109,8 @@ def test_logits_are_those_of_the_cpu(dtype: str) -> None:
         options = {"dtype": dtype, "compute": "exact", "symmetric": symmetric}
         expected, found = both(lambda model: model(np.arange(40)[None] % 53), **options)
         assert relative_rms(found, expected) < 5e-6
-        options["compute"] = "auto"
-        expected, found = both(lambda model: model(np.arange(40)[None] % 53), **options)
+        # The CPU rounds activations in its own way: what both are near to is its exact arithmetic.
+        found = tiny("cuda", **{**options, "compute": "auto"})(np.arange(40)[None] % 53)
         assert relative_rms(found, expected) < 3e-2
 
 

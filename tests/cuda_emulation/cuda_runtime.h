@@ -11,6 +11,8 @@
 #include <cstring>
 #include <type_traits>
 
+#define CUDART_VERSION 13000
+
 #define __global__
 #define __device__
 #define __host__
