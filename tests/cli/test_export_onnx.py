@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from command_line import Run
+from shared_data import LETTERS
 
 pytest.importorskip("onnx", reason="needs the extra 'onnx'")
 pytest.importorskip("onnxruntime", reason="needs the extra 'onnx'")
@@ -22,14 +23,14 @@ def test_a_model_is_exported_and_proven(run: Run, tmp_path: Path) -> None:
 
 def test_a_quick_export_says_that_nothing_was_proven(run: Run, tmp_path: Path) -> None:
     options = ("--dtype", "int4", "--group-size", 32, "--asymmetric", "--no-verify", "--max-file-bytes", 300000)
-    code, out, err = run("export-onnx", "demo", tmp_path / "out", *options)
+    code, out, err = run("export-onnx", LETTERS, tmp_path / "out", *options)
     assert (code, err) == (0, "")
     assert "not verified: it was not asked for" in out
     assert len(list((tmp_path / "out" / "onnx").glob("model_q4.onnx_data*"))) > 1
-    again = run("export-onnx", "demo", tmp_path / "out", *options)
+    again = run("export-onnx", LETTERS, tmp_path / "out", *options)
     assert again.code == 2
     assert "exists: name another directory" in again.err
-    assert run("export-onnx", "demo", tmp_path / "out", *options, "--overwrite").code == 0
+    assert run("export-onnx", LETTERS, tmp_path / "out", *options, "--overwrite").code == 0
 
 
 def test_bfloat16_says_why_it_is_not_proven(run: Run, tmp_path: Path) -> None:
@@ -39,7 +40,7 @@ def test_bfloat16_says_why_it_is_not_proven(run: Run, tmp_path: Path) -> None:
 
 
 def test_mistakes_have_their_exit_codes(run: Run, tmp_path: Path) -> None:
-    assert run("export-onnx", "demo", tmp_path, "--dtype", "float16", "--profile", "ort").code == 2
+    assert run("export-onnx", LETTERS, tmp_path, "--dtype", "float16", "--profile", "ort").code == 2
     assert run("export-onnx", "demo", tmp_path, "--profile", "fast").code == 2
     assert run("export-onnx", tmp_path / "nothing", tmp_path / "out").code == 3
     assert run("export-onnx", "demo").code == 2

@@ -11,7 +11,7 @@ import pytest
 import gguf_models
 import llama_ext
 from command_line import Run
-from shared_data import SHARED, requires_shared
+from shared_data import LETTERS, SHARED, requires_shared
 
 TEXT = "ROMEO: what is it that you would have of me? " * 30
 
@@ -19,7 +19,7 @@ TEXT = "ROMEO: what is it that you would have of me? " * 30
 def test_quantize_prints_each_matrix_and_writes_a_model(run: Run, tmp_path: Path) -> None:
     (tmp_path / "play.txt").write_text(TEXT)
     code, out, err = run(
-        "quantize", "demo", tmp_path / "int4", "--dtype", "int4", "--group-size", 64, "--asymmetric", "--calibrate",
+        "quantize", LETTERS, tmp_path / "int4", "--dtype", "int4", "--group-size", 64, "--asymmetric", "--calibrate",
         tmp_path / "play.txt",
     )  # fmt: skip
     assert (code, err) == (0, "")
@@ -98,7 +98,7 @@ def test_wrong_usage(run: Run, tmp_path: Path) -> None:
         ("convert", "demo"),
     ):
         assert run(*line).code == 2
-    assert run("convert", "demo", tmp_path / "x.gguf").code == 3  # GGUF has no kind for its tokenizer
+    assert run("convert", LETTERS, tmp_path / "x.gguf").code == 3  # GGUF has no kind for its tokenizer
     assert run("quantize", tmp_path / "nothing", tmp_path / "x", "--dtype", "int8").code == 3
     assert run("quantize", "demo", tmp_path / "x", "--dtype", "int8", "--calibrate", tmp_path / "nothing").code == 3
     assert list(tmp_path.iterdir()) == []

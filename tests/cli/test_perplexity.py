@@ -33,7 +33,7 @@ def test_the_numbers_are_those_of_the_library(run: Run, file: Path) -> None:
 def test_people_get_lines(run: Run, file: Path) -> None:
     result = run("perplexity", file)
     assert (result.code, result.err) == (0, "")
-    for word in ("perplexity  ", "bits per byte", f"{len(TEXT) - 1:,} tokens", "tokens/s"):
+    for word in ("perplexity  ", "bits per byte", f"tokens of {len(TEXT) - 1:,} bytes", "tokens/s"):
         assert word in result.out
 
 

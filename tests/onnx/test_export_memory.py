@@ -12,6 +12,7 @@ import pytest
 import llama_ext
 from llama_ext.io.checkpoint import write_safetensors
 from llama_ext.models.llama import tensor_specs
+from shared_data import LETTERS
 
 pytest.importorskip("onnx", reason="needs the extra 'onnx'")
 
@@ -24,7 +25,7 @@ def peak():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) * 1024
 
-export("demo", sys.argv[2] + "/demo", profile=sys.argv[3], dtype=sys.argv[4], verify=False)  # everything is imported
+export(sys.argv[5], sys.argv[2] + "/first", profile=sys.argv[3], dtype=sys.argv[4], verify=False)  # everything is imported
 before = peak()
 result = export(sys.argv[1], sys.argv[2] + "/out", profile=sys.argv[3], dtype=sys.argv[4], verify=False)
 print(peak() - before, result.nbytes)
@@ -51,7 +52,7 @@ def test_the_peak_of_memory_is_a_matrix_or_two(profile: str, dtype: str, times: 
         for spec in tensor_specs(config)
     ]
     write_safetensors(tmp_path / "model.safetensors", tensors)
-    command = [sys.executable, "-c", MEASURE, str(tmp_path), str(tmp_path / "out"), profile, dtype]
+    command = [sys.executable, "-c", MEASURE, str(tmp_path), str(tmp_path / "out"), profile, dtype, str(LETTERS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     growth, nbytes = (int(word) for word in done.stdout.split())
