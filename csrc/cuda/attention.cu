@@ -45,7 +45,7 @@ __device__ __forceinline__ float load_value(const unsigned char* row, int d) {
 }
 
 template <KvKind kKind, int kHeads>
-__global__ void __launch_bounds__(kKeys, 6) attention_kernel(const __grid_constant__ AttentionView a) {
+__global__ void __launch_bounds__(kKeys) attention_kernel(const __grid_constant__ AttentionView a) {
   int64_t token = blockIdx.x;
   const int64_t pass_token = token;
   const KvSegmentView& segment = a.segments.find(token);
@@ -92,6 +92,7 @@ __global__ void __launch_bounds__(kKeys, 6) attention_kernel(const __grid_consta
     if (thread < keys) {
       const int64_t at = layer.row(kv_head, first_key + thread);
       const unsigned char* key = layer.keys + at * layer.row_bytes;
+#pragma unroll 1
       for (int d = 0; d < padded; d += kVector<kKind>) {
         float values[16];
         load_vector<kKind>(key + d * element_bytes(kKind), values);
@@ -155,6 +156,7 @@ __global__ void __launch_bounds__(kKeys, 6) attention_kernel(const __grid_consta
       for (int h = 0; h < kHeads; ++h) found[h] = 0.0f;
       const int64_t at = layer.row(kv_head, first_key);
       const unsigned char* values = layer.values + at * layer.row_bytes;
+#pragma unroll 2
       for (int key = 0; key < keys; ++key) {
         float value = load_value<kKind>(values + int64_t{key} * layer.row_bytes, d);
         if constexpr (kKind == KvKind::kI8) value *= value_scales[key];

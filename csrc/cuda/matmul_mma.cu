@@ -88,7 +88,7 @@ struct Codes {
 template <int kCount>
 __device__ __forceinline__ void copy_rows(const uint16_t* from, int64_t stride, int64_t first, int64_t rows, int begin,
                                           uint16_t* tile) {
-#pragma unroll
+#pragma unroll 1  // addresses of all at once would take registers from the sums
   for (int i = 0; i < kCount * kVectors / kMmaThreads; ++i) {
     const int number = static_cast<int>(threadIdx.x) + i * kMmaThreads;
     const int row = number / kVectors;
