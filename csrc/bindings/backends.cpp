@@ -30,7 +30,7 @@ const CudaLibrary& cuda_library() {
   static const CudaLibrary& library = []() -> const CudaLibrary& {
     const std::filesystem::path path = cuda_library_path();
     require(std::filesystem::exists(path), ErrorKind::kDevice, "this build of llama_ext has no CUDA backend (",
-            path.string(), " is not there). Build it where nvcc is found, or use device='cpu'");
+            path.string(), " is not there). Build it with -C cmake.define.LLAMA_EXT_CUDA=ON, or use device='cpu'");
     void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
     require(handle != nullptr, ErrorKind::kDevice, "the CUDA backend cannot be opened: ", dlerror());
     const auto entry = reinterpret_cast<CudaEntry>(dlsym(handle, kCudaEntry));
