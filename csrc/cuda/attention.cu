@@ -13,25 +13,32 @@ namespace {
 constexpr int kKeys = 128;  // of a tile, and threads of a block
 constexpr int kKeyWarps = kKeys / static_cast<int>(kWarp);
 
-/// The numbers of 16 bytes of a row of the cache.
+/// Bytes of a row of the cache that a thread takes at once: sixteen codes in float32 would not fit into registers.
 template <KvKind kKind>
-inline constexpr int kVector = 16 / element_bytes(kKind);
+inline constexpr int kVectorBytes = kKind == KvKind::kI8 ? 8 : 16;
+/// The numbers of so many bytes.
+template <KvKind kKind>
+inline constexpr int kVector = kVectorBytes<kKind> / element_bytes(kKind);
 
 template <KvKind kKind>
-__device__ __forceinline__ void load_vector(const unsigned char* from, float out[16]) {
-  const uint4 words = *reinterpret_cast<const uint4*>(from);
-  const uint32_t all[4] = {words.x, words.y, words.z, words.w};
+__device__ __forceinline__ void load_vector(const unsigned char* from, float out[8]) {
+  if constexpr (kKind == KvKind::kI8) {
+    const uint2 words = *reinterpret_cast<const uint2*>(from);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (kKind == KvKind::kF32) {
-      out[i] = __uint_as_float(all[i]);
-    } else if constexpr (kKind == KvKind::kBF16) {
-      out[2 * i] = __uint_as_float(all[i] << 16);
-      out[2 * i + 1] = __uint_as_float(all[i] & 0xffff0000u);
-    } else {
+    for (int i = 0; i < 4; ++i) {
+      out[i] = static_cast<float>(static_cast<signed char>(words.x >> (8 * i)));
+      out[4 + i] = static_cast<float>(static_cast<signed char>(words.y >> (8 * i)));
+    }
+  } else {
+    const uint4 words = *reinterpret_cast<const uint4*>(from);
+    const uint32_t all[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        out[4 * i + j] = static_cast<float>(static_cast<signed char>(all[i] >> (8 * j)));
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (kKind == KvKind::kF32) {
+        out[i] = __uint_as_float(all[i]);
+      } else {
+        out[2 * i] = __uint_as_float(all[i] << 16);
+        out[2 * i + 1] = __uint_as_float(all[i] & 0xffff0000u);
       }
     }
   }
@@ -94,7 +101,7 @@ __global__ void __launch_bounds__(kKeys) attention_kernel(const __grid_constant_
       const unsigned char* key = layer.keys + at * layer.row_bytes;
 #pragma unroll 1
       for (int d = 0; d < padded; d += kVector<kKind>) {
-        float values[16];
+        float values[8];
         load_vector<kKind>(key + d * element_bytes(kKind), values);
 #pragma unroll
         for (int h = 0; h < kHeads; ++h) {

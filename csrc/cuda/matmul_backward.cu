@@ -49,7 +49,7 @@ struct Extents {
 };
 
 template <typename A, typename B>
-__global__ void __launch_bounds__(kThreads) product_kernel(A a, B b, Extents e, Rows y, bool accumulate) {
+__global__ void __launch_bounds__(kThreads, 2) product_kernel(A a, B b, Extents e, Rows y, bool accumulate) {
   auto* a_tile = reinterpret_cast<float*>(shared_memory());
   float* b_tile = a_tile + kDepth * kPitch;
   const int64_t first_row = int64_t{blockIdx.y} * kTile;

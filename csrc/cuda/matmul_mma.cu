@@ -100,7 +100,7 @@ __device__ __forceinline__ void copy_rows(const uint16_t* from, int64_t stride, 
 }
 
 template <Kind kKind, typename Shape>
-__global__ void __launch_bounds__(kMmaThreads) matmul_mma_kernel(const __grid_constant__ MmaView p) {
+__global__ void __launch_bounds__(kMmaThreads, 2) matmul_mma_kernel(const __grid_constant__ MmaView p) {
   constexpr MmaType kType = kKind == Kind::kF16 ? MmaType::kF16 : MmaType::kBF16;
   constexpr int kStage = (Shape::kRows + Shape::kColumns) * kPitch;
   constexpr int kStepsPerGroup = kKind == Kind::kQ6 ? 1 : 2;  // of 16 k

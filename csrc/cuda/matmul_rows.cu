@@ -41,7 +41,7 @@ __device__ __forceinline__ void load_activations(const ProductView& p, const flo
 }
 
 template <Kind kKind, int kRows>
-__global__ void __launch_bounds__(kThreads) matmul_rows_kernel(const __grid_constant__ ProductView p) {
+__global__ void __launch_bounds__(kThreads, 2) matmul_rows_kernel(const __grid_constant__ ProductView p) {
   constexpr int kParts = kChunkParts<kKind>;
   constexpr int kElements = kChunkElements<kKind>;
   // Vectors of 4 whose codes share a scale: q6_k has one for 16, all others at least for a whole chunk.
@@ -54,6 +54,7 @@ __global__ void __launch_bounds__(kThreads) matmul_rows_kernel(const __grid_cons
   float* place = activations + kRows * tile;
   float* inverse_rms = place + kWarp;  // (kRows), read after the barrier that follows
   if (p.norm.weight != nullptr) {
+#pragma unroll 1
     for (int m = 0; m < kRows; ++m) {
       const float inverse = block_inverse_rms(p.x.row(m < p.rows ? m : 0), w.cols, p.norm.eps, place);
       if (threadIdx.x == 0) inverse_rms[m] = inverse;
