@@ -60,7 +60,7 @@ class Shape:
 
 
 SHAPES = {
-    "tiny": Shape(64, 160, 2, 4, 2, 16, 512, True, (("float32", 0), ("bfloat16", 0), ("int8", 64), ("int4", 32))),
+    "tiny": Shape(64, 160, 2, 4, 2, 16, 512, True, (("float32", 0), ("bfloat16", 0), ("int8", 32), ("int4", 32))),
     "1b": Shape(2048, 8192, 16, 32, 8, 64, 128256, True, (("bfloat16", 0), ("int8", 128), ("int4", 128))),
     "8b": Shape(4096, 14336, 32, 32, 8, 128, 128256, False, (("bfloat16", 0), ("int4", 128))),
 }
@@ -98,7 +98,7 @@ def seconds(call: Callable[[], Any], rounds: int) -> float:
     return statistics.median(times)
 
 
-def measure(device: str, shape: Shape, kind: tuple[str, int], prompt: int, probe: float) -> list[object]:
+def measure(device: str, shape: Shape, kind: tuple[str, int], prompt: int, tokens: int, probe: float) -> list[object]:
     backend = _core.Backend(device)
     encoding, group = kind
     types = {"": (encoding, group)}
@@ -117,7 +117,7 @@ def measure(device: str, shape: Shape, kind: tuple[str, int], prompt: int, probe
     prefill_seconds = seconds(prefill, 3)
     session = prefill()
     one = ids[:1].copy()
-    decode_seconds = seconds(lambda: session.append(one, "last"), 48)
+    decode_seconds = seconds(lambda: session.append(one, "last"), tokens)
     read = model.nbytes if shape.tied else model.nbytes * (1 - shape.vocabulary * shape.width / parameters(shape))
     share = read / decode_seconds / probe
     return [
@@ -205,8 +205,8 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[list[object]] = []
     for name in options.shapes:
         shape = SHAPES[name]
-        prompt = 40 if is_tiny else options.prompt
-        rows += [[name, *measure(options.device, shape, kind, prompt, probe)] for kind in shape.kinds]
+        prompt, tokens = (9, 3) if is_tiny else (options.prompt, 48)
+        rows += [[name, *measure(options.device, shape, kind, prompt, tokens, probe)] for kind in shape.kinds]
     print(f"\n{', '.join(_core.gpus()[0])}; llama_ext {llama_ext.__version__}")
     print(f"read probe: {probe / 1e9:,.0f} GB/s\n")
     print_table(["shape", "weights", "GB", "prefill tok/s", "TFLOP/s", "decode tok/s", "of the probe"], rows)

@@ -16,7 +16,7 @@ namespace {
 
 constexpr int kTileKeys = 64;
 constexpr int kPartKeys = 256;
-constexpr int kTilesPerPart = kPartKeys / kTileKeys;
+static_assert(kPartKeys % kTileKeys == 0);
 constexpr int kSteps = kTileKeys / 16;  // of 16 keys
 constexpr int kScores = kTileKeys / 8;  // products of 8 keys
 

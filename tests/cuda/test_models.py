@@ -60,7 +60,8 @@ def test_greedy_ids_are_those_of_transformers(name: str) -> None:
 @pytest.mark.parametrize("size", [1, 7, 64])
 @each_name
 def test_a_session_fed_in_chunks_gives_the_logits_of_the_whole(name: str, size: int) -> None:
-    ids, expected = golden(name)["input_ids"][:1], golden(name)["logits"][:1]
+    length = 24 if IS_EMULATED else 40
+    ids, expected = golden(name)["input_ids"][:1, :length], golden(name)["logits"][:1, :length]
     session = load(name).session(kv_dtype="float32")
     parts = [session.append(ids[0, i : i + size], logits="all") for i in range(0, ids.shape[1], size)]
     assert relative_rms(np.concatenate(parts), expected[0]) < units("logits")

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import random_models
-from devices import ISAS, REFERENCE, Device, each_isa
+from devices import ISAS, REFERENCE, Device, each_isa, requires_cuda
 from llama_ext import _core
 from llama_ext.errors import ContextLengthError, DTypeError, OptionError, ShapeError, TokenIdError, UnsupportedError
 from llama_ext.models import llama
@@ -24,7 +24,8 @@ from tolerances import assert_same_bits, relative_rms
 Batch = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int64]]
 
 ADAMW: dict[str, Any] = {"kind": "adamw", "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
-each_backend = pytest.mark.parametrize("isa", ["", *ISAS], ids=lambda isa: isa or "reference")
+on_cuda = pytest.param("cuda", marks=[pytest.mark.gpu, requires_cuda])
+each_backend = pytest.mark.parametrize("isa", ["", *ISAS, on_cuda], ids=lambda isa: isa or "reference")
 
 
 def backend(isa: str, threads: int = 2) -> _core.Backend:
