@@ -58,6 +58,8 @@ class Backend {
   /// Whether operations follow pointers into host memory. Otherwise every view that is not said to be in host memory is of what
   /// `allocate` gave.
   virtual bool shares_host_memory() const = 0;
+  /// Rows that a pass through a model has at most: as many as keep the device busy, while a pass's memory stays small beside weights.
+  virtual int64_t pass_rows() const { return 512; }
 
   // Memory.
   /// Zero-filled, aligned for any vector. Throws OutOfMemoryError.

@@ -50,6 +50,7 @@ class CudaBackend final : public Backend {
   std::string isa() const override;
   int threads() const override { return 1; }
   bool shares_host_memory() const override { return false; }
+  int64_t pass_rows() const override { return 2048; }
 
   std::unique_ptr<Buffer> allocate(size_t nbytes) override { return std::make_unique<CudaBuffer>(gpu_, nbytes); }
   void require_memory(int64_t nbytes, const std::string& what) override;
@@ -112,6 +113,7 @@ class CudaBackend final : public Backend {
 
  private:
   void product(const ProductView& view, Compute compute) const;
+  void feed_forward_on_tensor_cores(const FeedForwardArgs& args) const;
 
   std::shared_ptr<Gpu> gpu_;
 };

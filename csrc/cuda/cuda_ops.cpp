@@ -19,6 +19,11 @@ std::vector<KvSegmentView> segments_of(const std::vector<KvSegment>& segments, i
   return views;
 }
 
+/// Whether a product of many rows takes x rounded to bfloat16.
+bool takes_bf16(const WeightView& weight) {
+  return has_mma(weight.kind) && weight.kind != Kind::kF16 && weight.stride > 0;
+}
+
 const LogitsLoops& logits_loops() {
   static const LogitsLoops& loops = __builtin_cpu_supports("avx2") ? avx2_logits_loops() : kPlainLogitsLoops;
   return loops;
@@ -54,13 +59,16 @@ void CudaBackend::product(const ProductView& view, Compute compute) const {
   if (p.weight.kind == Kind::kBF16 && compute != Compute::kExact) p.rounding = Rounding::kBF16;
   if (p.rows <= kMostVectorRows) return matmul_rows(*gpu_, p);
   if (compute != Compute::kExact && has_mma(p.weight.kind) && p.weight.stride > 0) {
-    const size_t nbytes = static_cast<size_t>(p.rows * p.weight.stride) * sizeof(uint16_t);
+    const bool is_rounded = p.rounded != nullptr;
+    const size_t nbytes = is_rounded ? 0 : static_cast<size_t>(p.rows * p.weight.stride) * sizeof(uint16_t);
     const Scratch rounded(*gpu_, nbytes);
     const Scratch scales(*gpu_, p.weight.kind == Kind::kF16 ? static_cast<size_t>(p.rows) * sizeof(float) : 0);
-    prepare_rows(*gpu_, p.x, p.rows, p.weight.cols, p.weight.stride, p.norm, rounded.as<uint16_t>(),
-                 scales.as<float>());
+    if (!is_rounded) {
+      prepare_rows(*gpu_, p.x, p.rows, p.weight.cols, p.weight.stride, p.norm, rounded.as<uint16_t>(),
+                   scales.as<float>());
+    }
     MmaView view_of_tiles;
-    view_of_tiles.x = rounded.as<uint16_t>();
+    view_of_tiles.x = is_rounded ? p.rounded : rounded.as<uint16_t>();
     view_of_tiles.row_scales = scales.as<float>();
     view_of_tiles.rows = p.rows;
     view_of_tiles.weight = p.weight;
@@ -97,6 +105,9 @@ void CudaBackend::feed_forward(const FeedForwardArgs& args) {
   const WeightView down = own(*args.down, "feed_forward").view();
   const int width = down.cols;
   if (rows == 0) return;
+  if (rows > kMostVectorRows && args.compute != Compute::kExact && takes_bf16(down)) {
+    return feed_forward_on_tensor_cores(args);
+  }
   ProductView first;
   first.x = rows_of(args.x);
   first.rows = rows;
@@ -130,6 +141,62 @@ void CudaBackend::feed_forward(const FeedForwardArgs& args) {
 
   ProductView last;
   last.x = hidden;
+  last.rows = rows;
+  last.weight = down;
+  last.bias = optional_data(args.down_bias);
+  last.y = rows_of(args.y);
+  last.accumulate = args.accumulate;
+  product(last, args.compute);
+}
+
+/// Many rows: the hidden numbers are only kept as the second product takes them.
+void CudaBackend::feed_forward_on_tensor_cores(const FeedForwardArgs& args) const {
+  const int64_t rows = args.x.rows();
+  const WeightView down = own(*args.down, "feed_forward").view();
+  const int width = down.cols;
+  const Scratch hidden_memory(*gpu_, static_cast<size_t>(rows * down.stride) * sizeof(uint16_t));
+  const RoundedRows hidden{hidden_memory.as<uint16_t>(), width, down.stride};
+
+  const bool is_split = args.gate_up == nullptr;
+  ProductView first;
+  first.x = rows_of(args.x);
+  first.rows = rows;
+  first.norm = norm_of(args.norm);
+  first.weight = own(is_split ? *args.gate : *args.gate_up, "feed_forward").view();
+  first.bias = optional_data(is_split ? args.gate_bias : args.gate_up_bias);
+  if (!is_split && first.weight.stride > 0 && has_wgmma(*gpu_, first.weight.kind)) {
+    const int stride = first.weight.stride;
+    const Scratch rounded(*gpu_, static_cast<size_t>(rows * stride) * sizeof(uint16_t));
+    prepare_rows(*gpu_, first.x, rows, first.weight.cols, stride, first.norm, rounded.as<uint16_t>(), nullptr);
+    MmaView gate_up;
+    gate_up.x = rounded.as<uint16_t>();
+    gate_up.rows = rows;
+    gate_up.weight = first.weight;
+    gate_up.bias = first.bias;
+    gate_up_wgmma(*gpu_, gate_up, hidden);
+  } else {
+    const int64_t pitch = is_split ? 2 * int64_t{width} : int64_t{first.weight.rows};
+    const Scratch products(*gpu_, static_cast<size_t>(rows * pitch) * sizeof(float));
+    first.y = {products.as<float>(), pitch};
+    product(first, args.compute);
+    Rows up = first.y;
+    GatePlaces places{static_cast<int>(kGateGroup), static_cast<int>(2 * kGateGroup)};
+    if (is_split) {
+      ProductView second = first;
+      second.weight = own(*args.up, "feed_forward").view();
+      second.bias = optional_data(args.up_bias);
+      second.y.data += width;
+      product(second, args.compute);
+      up = second.y;
+      places = {width, 0};
+    } else {
+      up.data += kGateGroup;
+    }
+    swiglu_rounded(*gpu_, first.y, up, places, rows, hidden);
+  }
+
+  ProductView last;
+  last.rounded = hidden.data;
   last.rows = rows;
   last.weight = down;
   last.bias = optional_data(args.down_bias);

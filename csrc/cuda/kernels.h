@@ -51,6 +51,14 @@ struct GatePlaces {
 };
 void swiglu(const Gpu& gpu, Rows gate, Rows up, GatePlaces places, int64_t rows, int width, Rows y);
 
+/// Rows of bfloat16 numbers as the next product on the tensor cores takes them: (M, stride), zeros from width on.
+struct RoundedRows {
+  uint16_t* data = nullptr;
+  int width = 0;
+  int stride = 0;
+};
+void swiglu_rounded(const Gpu& gpu, Rows gate, Rows up, GatePlaces places, int64_t rows, RoundedRows y);
+
 struct SwigluGradients {
   Rows gate;
   Rows up;
@@ -86,6 +94,8 @@ struct ProductView {
   Rows y;
   bool accumulate = false;
   Rounding rounding = Rounding::kNone;  // of x, once normalised
+  /// Not null: x as prepare_rows gives it for bfloat16, instead of x. For the tensor cores alone.
+  const uint16_t* rounded = nullptr;
   /// Rows of the weight are gates and ups in turns of 16 (ops/feed_forward.h): y is silu(gate) up, `width` numbers a row.
   bool is_gate_up = false;
   int width = 0;
@@ -108,6 +118,12 @@ struct MmaView {
 /// Whether there is one for such weights; float32 would lose digits.
 bool has_mma(Kind kind);
 void matmul_mma(const Gpu& gpu, const MmaView& product);
+
+// matmul_wgmma.cu: the same on Hopper's own tensor cores, for which matmul_mma() calls it.
+bool has_wgmma(const Gpu& gpu, Kind kind);
+void matmul_wgmma(const Gpu& gpu, const MmaView& product);
+/// Rows of the weight are gates and ups in turns of 16 (ops/feed_forward.h): hidden = silu(gate) up. y and accumulate are not used.
+void gate_up_wgmma(const Gpu& gpu, const MmaView& product, RoundedRows hidden);
 
 // kv_cache.cu
 struct KvRowsView {

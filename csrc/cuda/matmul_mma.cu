@@ -259,6 +259,7 @@ void start_rows(const Gpu& gpu, const MmaView& p) {
 bool has_mma(Kind kind) { return kind != Kind::kF32; }
 
 void matmul_mma(const Gpu& gpu, const MmaView& p) {
+  if (has_wgmma(gpu, p.weight.kind)) return matmul_wgmma(gpu, p);
   switch (p.weight.kind) {
     case Kind::kF16:
       return start_rows<Kind::kF16>(gpu, p);

@@ -24,7 +24,7 @@ constexpr int kSharedBytes = 227 * 1024;
 constexpr int kBarrierBytes = 1024;
 constexpr int kGateGroup = 16;  // ops/feed_forward.h
 
-enum class Epilogue : uint8_t { kStore, kAdd, kRed, kGateUp };
+enum class Epilogue : uint8_t { kStore, kAdd, kGateUp };
 
 struct WgmmaView {
   CUtensorMap x;
@@ -35,9 +35,8 @@ struct WgmmaView {
   int steps = 0;    // of 64 k
   const float* bias = nullptr;
   Rows y;
-  uint16_t* hidden = nullptr;
-  int hidden_width = 0;
-  int hidden_stride = 0;
+  bool is_aligned = false;  // rows of y, to 16 bytes
+  RoundedRows hidden;
 };
 
 template <int kColumns, int kCluster>
@@ -54,90 +53,128 @@ struct Stages {
 /// silu(gate) up to far more digits than bfloat16 keeps.
 __device__ __forceinline__ float gated(float gate, float up) { return __fdividef(gate, 1.0f + fast_exp(-gate)) * up; }
 
-__device__ __forceinline__ void red_add(float* at, float a, float b) {
-  asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(at), "f"(a), "f"(b) : "memory");
+/// The lane of t ^ kOther gives what this lane is not to keep, and gets what that one is not: `second` is kept where `keeps_second`.
+template <int kOther, typename Number>
+__device__ __forceinline__ void exchange(Number& first, Number& second, bool keeps_second) {
+  const Number given = keeps_second ? first : second;
+  const Number got = __shfl_xor_sync(kAllLanes, given, kOther);
+  if (keeps_second) {
+    first = got;
+  } else {
+    second = got;
+  }
 }
 
-template <int kColumns, Epilogue kEpilogue>
-__device__ __forceinline__ void finish_tile(const WgmmaView& p, float (&sums)[kColumns / 2], int row, int column) {
-  const int lane = static_cast<int>(threadIdx.x % kWarp);
-  const int g = lane / 4;
-  const int t = lane % 4;
-  if (p.bias != nullptr) {
+struct Tile {
+  int row;  // of the warp's 16
+  int column;
+  bool is_whole;  // nothing of it lies outside, and 16 bytes can be stored at once
+};
+
+template <int kColumns>
+__device__ __forceinline__ void add_bias(const WgmmaView& p, float (&sums)[kColumns / 2], int column) {
+  const int t = static_cast<int>(threadIdx.x % 4);
+#pragma unroll
+  for (int j = 0; j < kColumns / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int n = column + j * 8 + 2 * t + i;
+      const float bias = n < p.columns ? p.bias[n] : 0.0f;
+      sums[4 * j + i] += bias;
+      sums[4 * j + 2 + i] += bias;
+    }
+  }
+}
+
+/// Gates and ups come in turns of two times 8 columns. The four lanes of a row gather 16 hidden numbers of it and of the row 8
+/// below, 16 bytes a lane.
+template <int kColumns>
+__device__ __forceinline__ void store_hidden(const WgmmaView& p, const float (&sums)[kColumns / 2], Tile tile) {
+  const int g = static_cast<int>(threadIdx.x % kWarp) / 4;
+  const int t = static_cast<int>(threadIdx.x % 4);
+  const int m = tile.row + g + 8 * (t % 2);
+#pragma unroll
+  for (int q = 0; q < kColumns / 32; ++q) {
+    const int f = tile.column / 2 + q * 16;
+    uint32_t words[2][2];  // which 8 columns, which row
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int n = f + h * 8 + 2 * t;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int gate = 4 * (4 * q + h) + 2 * half;
+        const float low = n < p.hidden.width ? gated(sums[gate], sums[gate + 8]) : 0.0f;
+        const float high = n + 1 < p.hidden.width ? gated(sums[gate + 1], sums[gate + 9]) : 0.0f;
+        words[h][half] = round_pair(low, high);
+      }
+    }
+    // Lane t keeps row t % 2 and columns t / 2, and gets the words of lanes 0 to 3 in order.
+    exchange<1>(words[0][0], words[0][1], t % 2 == 1);
+    exchange<1>(words[1][0], words[1][1], t % 2 == 1);
+    exchange<2>(words[0][0], words[1][0], t / 2 == 1);
+    exchange<2>(words[0][1], words[1][1], t / 2 == 1);
+    const int n = f + 8 * (t / 2);
+    if (m < p.rows && n < p.hidden.stride) {
+      *reinterpret_cast<uint4*>(p.hidden.data + int64_t{m} * p.hidden.stride + n) =
+          uint4{words[0][0], words[0][1], words[1][0], words[1][1]};
+    }
+  }
+}
+
+/// A row's four lanes gather 16 columns of it, 16 bytes a lane.
+template <int kColumns, bool kAdds>
+__device__ __forceinline__ void store_whole(const WgmmaView& p, const float (&sums)[kColumns / 2], Tile tile) {
+  const int g = static_cast<int>(threadIdx.x % kWarp) / 4;
+  const int t = static_cast<int>(threadIdx.x % 4);
+  const int column = tile.column + 8 * (t % 2) + 4 * (t / 2);
+  float* rows[2] = {p.y.row(tile.row + g) + column, p.y.row(tile.row + 8 + g) + column};
+  constexpr int kBatch = kColumns >= 64 ? 4 : 2;  // whose old numbers are on their way together
+#pragma unroll
+  for (int first = 0; first < kColumns / 16; first += kBatch) {
+    float4 old[kBatch][2];
+    if constexpr (kAdds) {
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          old[j][half] = *reinterpret_cast<const float4*>(rows[half] + (first + j) * 16);
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int at = 8 * (first + j) + 2 * half;
+        float4 sum{sums[at], sums[at + 1], sums[at + 4], sums[at + 5]};
+        exchange<1>(sum.x, sum.z, t % 2 == 1);
+        exchange<1>(sum.y, sum.w, t % 2 == 1);
+        if constexpr (kAdds) {
+          const float4& y = old[j][half];
+          sum = {y.x + sum.x, y.y + sum.y, y.z + sum.z, y.w + sum.w};
+        }
+        *reinterpret_cast<float4*>(rows[half] + (first + j) * 16) = sum;
+      }
+    }
+  }
+}
+
+template <int kColumns, bool kAdds>
+__device__ __forceinline__ void store_part(const WgmmaView& p, const float (&sums)[kColumns / 2], Tile tile) {
+  const int g = static_cast<int>(threadIdx.x % kWarp) / 4;
+  const int t = static_cast<int>(threadIdx.x % 4);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int m = tile.row + 8 * half + g;
+    if (m >= p.rows) continue;
+    float* row = p.y.row(m);
 #pragma unroll
     for (int j = 0; j < kColumns / 8; ++j) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int n = column + j * 8 + 2 * t + i;
-        const float bias = n < p.columns ? p.bias[n] : 0.0f;
-        sums[4 * j + i] += bias;
-        sums[4 * j + 2 + i] += bias;
-      }
-    }
-  }
-  if constexpr (kEpilogue == Epilogue::kGateUp) {
-#pragma unroll
-    for (int q = 0; q < kColumns / 32; ++q) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int m = row + 8 * half + g;
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int f = column / 2 + q * 16 + h * 8 + 2 * t;
-          const int gate = 4 * (4 * q + h) + 2 * half;
-          const int up = gate + 8;
-          const float low = f < p.hidden_width ? gated(sums[gate], sums[up]) : 0.0f;
-          const float high = f + 1 < p.hidden_width ? gated(sums[gate + 1], sums[up + 1]) : 0.0f;
-          if (m < p.rows && f < p.hidden_stride) {
-            *reinterpret_cast<uint32_t*>(p.hidden + int64_t{m} * p.hidden_stride + f) = round_pair(low, high);
-          }
-        }
-      }
-    }
-  } else {
-    const bool is_paired = p.y.stride % 2 == 0 && reinterpret_cast<uintptr_t>(p.y.data) % 8 == 0;
-    float* rows[2] = {p.y.row(row + g) + column + 2 * t, p.y.row(row + 8 + g) + column + 2 * t};
-    constexpr int kBatch = 4;
-#pragma unroll
-    for (int first = 0; first < kColumns / 8; first += kBatch) {
-      float2 old[kBatch][2];
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        const int n = column + (first + j) * 8 + 2 * t;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          old[j][half] = {0.0f, 0.0f};
-          if (kEpilogue != Epilogue::kAdd || row + 8 * half + g >= p.rows) continue;
-          const float* from = rows[half] + (first + j) * 8;
-          if (is_paired && n + 1 < p.columns) {
-            old[j][half] = *reinterpret_cast<const float2*>(from);
-          } else {
-            if (n < p.columns) old[j][half].x = from[0];
-            if (n + 1 < p.columns) old[j][half].y = from[1];
-          }
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        const int n = column + (first + j) * 8 + 2 * t;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          if (row + 8 * half + g >= p.rows) continue;
-          float* to = rows[half] + (first + j) * 8;
-          float2 sum = {sums[4 * (first + j) + 2 * half], sums[4 * (first + j) + 2 * half + 1]};
-          if (kEpilogue == Epilogue::kAdd) sum = {old[j][half].x + sum.x, old[j][half].y + sum.y};
-          if (is_paired && n + 1 < p.columns) {
-            if (kEpilogue == Epilogue::kRed) {
-              red_add(to, sum.x, sum.y);
-            } else {
-              *reinterpret_cast<float2*>(to) = sum;
-            }
-          } else {
-            const bool adds = kEpilogue == Epilogue::kRed;
-            if (n < p.columns) to[0] = adds ? to[0] + sum.x : sum.x;
-            if (n + 1 < p.columns) to[1] = adds ? to[1] + sum.y : sum.y;
-          }
-        }
+        const int n = tile.column + j * 8 + 2 * t + i;
+        const float sum = sums[4 * j + 2 * half + i];
+        if (n < p.columns) row[n] = kAdds ? row[n] + sum : sum;
       }
     }
   }
@@ -204,7 +241,11 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) matmul_wgmma_kernel(const __
     const int warp = static_cast<int>(threadIdx.x) % kGroupThreads / static_cast<int>(kWarp);
     const uint32_t lane = threadIdx.x % kWarp;
     const auto release = [&](int stage) {
-      if (lane < kCluster) arrive_at(empty + stage, lane);
+      if constexpr (kCluster == 1) {
+        if (lane == 0) arrive(empty + stage);
+      } else {
+        if (lane < kCluster) arrive_at(empty + stage, lane);
+      }
     };
     int stage = 0;
     uint32_t phase = 0;
@@ -233,9 +274,19 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) matmul_wgmma_kernel(const __
       wait_for_products<0>();
       release(previous);
       const TilePlace place = tile_place(p.grid, tile);
-      const int row = (place.row_group * kCluster + static_cast<int>(rank)) * kTileRows +
-                      group * (kTileRows / kConsumers) + warp * 16;
-      finish_tile<kColumns, kEpilogue>(p, sums, row, place.column * kColumns);
+      Tile found;
+      found.row = (place.row_group * kCluster + static_cast<int>(rank)) * kTileRows +
+                  group * (kTileRows / kConsumers) + warp * 16;
+      found.column = place.column * kColumns;
+      found.is_whole = p.is_aligned && found.row + 16 <= p.rows && found.column + kColumns <= p.columns;
+      if (p.bias != nullptr) add_bias<kColumns>(p, sums, found.column);
+      if constexpr (kEpilogue == Epilogue::kGateUp) {
+        store_hidden<kColumns>(p, sums, found);
+      } else if (found.is_whole) {
+        store_whole<kColumns, kEpilogue == Epilogue::kAdd>(p, sums, found);
+      } else {
+        store_part<kColumns, kEpilogue == Epilogue::kAdd>(p, sums, found);
+      }
     }
   }
   // Nobody leaves while others bring something here, or arrive here.
@@ -284,6 +335,7 @@ void start(const Gpu& gpu, WgmmaView p, const void* x, const WeightView& w) {
   p.columns = w.rows;
   p.steps = (w.stride + kTileDepth - 1) / kTileDepth;
   p.grid = tile_grid(p.rows, w.rows, kCluster, kColumns);
+  p.is_aligned = p.y.stride % 4 == 0 && reinterpret_cast<uintptr_t>(p.y.data) % 16 == 0;
   const int clusters = min(p.grid.count(), gpu.multiprocessors() / kCluster);
   const auto kernel = matmul_wgmma_kernel<kColumns, kCluster, kEpilogue>;
   gpu.use();

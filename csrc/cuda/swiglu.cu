@@ -14,6 +14,15 @@ __global__ void swiglu_kernel(Rows gate, Rows up, GatePlaces places, int64_t cou
   y.row(row)[f] = silu(gate.row(row)[at]) * up.row(row)[at];
 }
 
+__global__ void swiglu_rounded_kernel(Rows gate, Rows up, GatePlaces places, int64_t count, RoundedRows y) {
+  const int64_t number = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (number >= count) return;
+  const int64_t row = number / y.stride;
+  const int f = static_cast<int>(number % y.stride);
+  const int at = f / places.group * places.group_stride + f % places.group;
+  y.data[number] = f < y.width ? to_bf16(silu(gate.row(row)[at]) * up.row(row)[at]) : uint16_t{0};
+}
+
 __global__ void swiglu_backward_kernel(SwigluGradients g, int64_t count, int64_t width) {
   const int64_t number = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (number >= count) return;
@@ -41,6 +50,12 @@ void swiglu(const Gpu& gpu, Rows gate, Rows up, GatePlaces places, int64_t rows,
   const int64_t count = rows * width;
   launch(gpu, swiglu_kernel, dim3(static_cast<unsigned>(blocks_for(count, kThreads))), kThreads, 0, gate, up, places,
          count, width, y);
+}
+
+void swiglu_rounded(const Gpu& gpu, Rows gate, Rows up, GatePlaces places, int64_t rows, RoundedRows y) {
+  const int64_t count = rows * y.stride;
+  launch(gpu, swiglu_rounded_kernel, dim3(static_cast<unsigned>(blocks_for(count, kThreads))), kThreads, 0, gate, up,
+         places, count, y);
 }
 
 }  // namespace llama_ext::cuda

@@ -75,7 +75,8 @@ std::vector<Batch::Work> Batch::plan() {
   guess();
   std::vector<Work> works;
   works.reserve(running_.size());
-  int64_t room = decoding == 0 ? std::numeric_limits<int64_t>::max() : std::max(kPassRows - decoding, kLeastPromptRows);
+  const int64_t pass_rows = request_.model->backend().pass_rows();
+  int64_t room = decoding == 0 ? std::numeric_limits<int64_t>::max() : std::max(pass_rows - decoding, kLeastPromptRows);
   for (Row* row : running_) {
     if (row->twin != nullptr) {
       // Begun right after the row that it waits for, or after others that do: whose logits come now, if any do, is last.

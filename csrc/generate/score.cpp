@@ -8,13 +8,12 @@
 namespace llama_ext {
 namespace {
 
-// Logits held at a time: 64 MiB, but never fewer than 64 rows (one product of the head should have work) or more than a
-// pass.
+// Logits held at a time: 64 MiB, but never fewer than 64 rows (one product of the head should have work) or more than a pass.
 constexpr int64_t kLogitsHeld = int64_t{1} << 24;
 constexpr int64_t kLeastRows = 64;
 
-// Sequences of one logits call run together until they have this many tokens, which bounds their KV caches.
-constexpr int64_t kGroupRows = 4 * kPassRows;
+// Sequences of one logits call run together until they have tokens for this many passes, which bounds their KV caches.
+constexpr int64_t kGroupPasses = 4;
 
 Score score_of(const float* logits, const LogSumExp& sum, int32_t token) {
   return {.logprob = static_cast<float>(static_cast<double>(logits[token]) - sum.value),
@@ -40,7 +39,7 @@ std::vector<Score> score(const std::shared_ptr<const Model>& model, const std::v
   // The last token is predicted, never run. Logits at position p score token p + 1.
   Session session(model, count - 1, DType::kF32, std::move(adapter));
   session.append(tokens.data(), first - 1, LogitsRows::kNone, nullptr);
-  const int64_t rows = std::clamp(kLogitsHeld / vocabulary, kLeastRows, kPassRows);
+  const int64_t rows = std::clamp(kLogitsHeld / vocabulary, kLeastRows, model->backend().pass_rows());
   std::vector<float> logits(static_cast<size_t>(std::min(rows, count - first) * vocabulary));
   std::vector<LogSumExp> sums(static_cast<size_t>(std::min(rows, count - first)));
   for (int64_t position = first - 1; position < count - 1;) {
@@ -70,11 +69,12 @@ void sequence_logits(const Model& model, const std::vector<std::vector<int32_t>>
             " tokens do not fit into the model's context of ", model.config().context);
     check_token_ids(sequence.data(), count, model.config().vocabulary);
   }
+  const int64_t group_rows = kGroupPasses * model.backend().pass_rows();
   for (size_t next = 0; next < sequences.size();) {
     std::vector<std::unique_ptr<KvCache>> caches;
     std::vector<Chunk> chunks;
     int64_t rows = 0;
-    for (; next < sequences.size() && rows < kGroupRows; ++next) {
+    for (; next < sequences.size() && rows < group_rows; ++next) {
       const int64_t count = static_cast<int64_t>(sequences[next].size());
       if (count == 0) continue;
       caches.push_back(model.backend().create_kv_cache(model.kv_shape(count, DType::kF32)));

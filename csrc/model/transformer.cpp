@@ -72,16 +72,16 @@ void check_chunks(const Model& model, const std::vector<Chunk>& chunks, const fl
           "forward: there is no room for the logits");
 }
 
-/// Cuts and packs the chunks into passes of at most kPassRows rows. The parts of a chunk come in order, so the keys and
+/// Cuts and packs the chunks into passes of at most `pass_rows` rows. The parts of a chunk come in order, so the keys and
 /// values of a part are stored in every layer before the next part asks for them.
-std::vector<std::vector<Part>> cut_into_passes(const std::vector<Chunk>& chunks) {
+std::vector<std::vector<Part>> cut_into_passes(const std::vector<Chunk>& chunks, int64_t pass_rows) {
   std::vector<std::vector<Part>> passes;
   int64_t room = 0;
   for (size_t i = 0; i < chunks.size(); ++i) {
     for (int64_t begin = 0; begin < chunks[i].count;) {
       if (room == 0) {
         passes.emplace_back();
-        room = kPassRows;
+        room = pass_rows;
       }
       const int64_t count = std::min(room, chunks[i].count - begin);
       passes.back().push_back({.chunk = i, .begin = begin, .count = count});
@@ -128,7 +128,7 @@ class ForwardCall {
   ForwardCall& operator=(const ForwardCall&) = delete;
 
   void run() {
-    const std::vector<std::vector<Part>> passes = cut_into_passes(chunks_);
+    const std::vector<std::vector<Part>> passes = cut_into_passes(chunks_, backend_.pass_rows());
     if (passes.empty()) return;
     int64_t most_rows = 0;
     int64_t most_logits = 0;

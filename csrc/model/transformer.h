@@ -53,12 +53,10 @@ struct Chunk {
 
 /// Runs the model over a ragged batch and fills the caches. Chunks must be of different caches.
 /// logits: host memory, (rows asked for, V; a classifier's labels) f32 row-major: the chunks' rows in order; may be nullptr when none are
-/// asked. A row's bits depend on its own sequence alone. Long batches run in passes of at most kPassRows rows.
+/// asked. A row's bits depend on its own sequence alone. Long batches run in passes of at most the backend's pass_rows().
 /// Throws TokenIdError, ContextLengthError, NumericError (a logit that is not finite), Interrupted. After a throw the
 /// positions written are undefined, everything before `position` is intact.
 void forward(const Model& model, const std::vector<Chunk>& chunks, float* logits);
-
-inline constexpr int64_t kPassRows = 512;
 
 /// Rows of logits that `chunks` ask for.
 int64_t logits_rows(const std::vector<Chunk>& chunks);
