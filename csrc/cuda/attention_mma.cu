@@ -8,6 +8,8 @@
 // few blocks would leave the GPU idle, by a second kernel after blocks that had 256 keys each. So a row's bits depend neither on the
 // split nor on the other rows. Only numbers that are not finite spoil the earlier tokens of a block: a weight of 0 times
 // infinity. Bound by the tensor cores, or by the cache's memory when decoding.
+#include <vector>
+
 #include "cuda/attention_parts.h"
 #include "cuda/mma.h"
 
@@ -15,7 +17,7 @@ namespace llama_ext::cuda {
 namespace {
 
 constexpr int kTileKeys = 64;
-constexpr int kPartKeys = 256;
+constexpr int kPartKeys = kAttentionPartKeys;
 static_assert(kPartKeys % kTileKeys == 0);
 constexpr int kSteps = kTileKeys / 16;  // of 16 keys
 constexpr int kScores = kTileKeys / 8;  // products of 8 keys
@@ -195,25 +197,26 @@ __global__ void __launch_bounds__(kWarps * 32) attention_mma_kernel(const __grid
       }
     }
 
+    // Scores of int8 keys are scaled here, others with the exponential.
+    const float scale = kKind == KvKind::kI8 ? 1.0f : a.scale;
     float top[2] = {largest[0], largest[1]};
 #pragma unroll
     for (int j = 0; j < kScores; ++j) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         const int key = j * 8 + 2 * t + c % 2;
-        float scale = a.scale;
-        if constexpr (kKind == KvKind::kI8) scale *= tiles.key_scales(stage)[key];
-        scores[j][c] = first + key < visible[c / 2] ? scores[j][c] * scale : -INFINITY;
-        top[c / 2] = fmaxf(top[c / 2], scores[j][c]);
+        if constexpr (kKind == KvKind::kI8) scores[j][c] *= a.scale * tiles.key_scales(stage)[key];
+        if (first + key >= visible[c / 2]) scores[j][c] = -INFINITY;
+        top[c / 2] = fmaxf(top[c / 2], scores[j][c] * scale);
       }
     }
-    float shift[2];
+    uint32_t weights[kScores][2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       top[half] = fmaxf(top[half], __shfl_xor_sync(kAllLanes, top[half], 1));
       top[half] = fmaxf(top[half], __shfl_xor_sync(kAllLanes, top[half], 2));
-      shift[half] = top[half] == -INFINITY ? 0.0f : top[half];  // a row that sees no key of these
-      const float factor = fast_exp(largest[half] - shift[half]);
+      const AttentionShift shift(top[half]);
+      const float factor = fast_exp(largest[half] - shift.natural);
       largest[half] = top[half];
       sums[half] *= factor;
 #pragma unroll
@@ -221,14 +224,10 @@ __global__ void __launch_bounds__(kWarps * 32) attention_mma_kernel(const __grid
         found[j][2 * half] *= factor;
         found[j][2 * half + 1] *= factor;
       }
-    }
-    uint32_t weights[kScores][2];
 #pragma unroll
-    for (int j = 0; j < kScores; ++j) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float low = fast_exp(scores[j][2 * half] - shift[half]);
-        float high = fast_exp(scores[j][2 * half + 1] - shift[half]);
+      for (int j = 0; j < kScores; ++j) {
+        float low = attention_weight(scores[j][2 * half], scale * kLog2E, shift);
+        float high = attention_weight(scores[j][2 * half + 1], scale * kLog2E, shift);
         sums[half] += low + high;
         if constexpr (kKind == KvKind::kI8) {
           low *= tiles.value_scales(stage)[j * 8 + 2 * t];
@@ -344,7 +343,15 @@ bool has_attention_mma(KvKind kind, int head_dim, int group) {
 
 void attention_mma(const Gpu& gpu, const KvSegmentView* segments, int64_t count, Rows q, int heads, float scale,
                    Rows y) {
-  for_each_list(segments, count, [&](const SegmentList& list) {
+  std::vector<KvSegmentView> others;
+  for (int64_t i = 0; i < count; ++i) {
+    if (has_attention_wgmma(gpu, segments[i], heads, scale)) {
+      attention_wgmma(gpu, segments[i], q, heads, scale, y);
+    } else {
+      others.push_back(segments[i]);
+    }
+  }
+  for_each_list(others.data(), static_cast<int64_t>(others.size()), [&](const SegmentList& list) {
     AttentionView a;
     a.segments = list;
     a.q = q;

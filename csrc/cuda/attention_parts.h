@@ -19,6 +19,22 @@ struct AttentionView {
   float* partial = nullptr;  // (tokens, H, parts): largest, sum, head_dim sums
 };
 
+/// Keys of a part, on the tensor cores; tiles of 64 keys are weighed together.
+inline constexpr int kAttentionPartKeys = 256;
+
+/// What is subtracted from scores: the largest of a row, or 0 where it sees none of the keys.
+struct AttentionShift {
+  float natural;
+  float binary;  // times log2(e)
+
+  __device__ __forceinline__ explicit AttentionShift(float largest)
+      : natural(largest == -INFINITY ? 0.0f : largest), binary(natural * kLog2E) {}
+};
+/// e^(product scale - shift). binary_scale: scale log2(e).
+__device__ __forceinline__ float attention_weight(float product, float binary_scale, const AttentionShift& shift) {
+  return fast_exp2(fmaf(product, binary_scale, -shift.binary));
+}
+
 /// Softmax over some keys: the largest score, the sum of exponentials, and for each dimension the weighted sum. Every merge of a
 /// pass is this one, so that a split changes no bits.
 struct MergeFactors {

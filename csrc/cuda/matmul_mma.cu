@@ -35,6 +35,7 @@ struct Shape {
 using Large = Shape<2, 2, 4, 8>;
 using LargeOfCodes = Shape<2, 2, 4, 4>;  // whose sums leave registers for factors
 using Small = Shape<1, 4, 2, 1>;
+constexpr int64_t kMostRowsOfSmall = 64;
 
 /// The part of a stage that one thread brings of quantised weights, in registers on its way.
 template <Kind kKind, int kColumns>
@@ -250,7 +251,7 @@ void start(const Gpu& gpu, const MmaView& p) {
 
 template <Kind kKind>
 void start_rows(const Gpu& gpu, const MmaView& p) {
-  if (p.rows <= 64) return start<kKind, Small>(gpu, p);
+  if (p.rows <= kMostRowsOfSmall) return start<kKind, Small>(gpu, p);
   start<kKind, std::conditional_t<is_quantized(kKind), LargeOfCodes, Large>>(gpu, p);
 }
 
@@ -259,7 +260,7 @@ void start_rows(const Gpu& gpu, const MmaView& p) {
 bool has_mma(Kind kind) { return kind != Kind::kF32; }
 
 void matmul_mma(const Gpu& gpu, const MmaView& p) {
-  if (has_wgmma(gpu, p.weight.kind)) return matmul_wgmma(gpu, p);
+  if (p.rows > kMostRowsOfSmall && has_wgmma(gpu, p.weight.kind)) return matmul_wgmma(gpu, p);
   switch (p.weight.kind) {
     case Kind::kF16:
       return start_rows<Kind::kF16>(gpu, p);

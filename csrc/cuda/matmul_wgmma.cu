@@ -5,15 +5,20 @@
 //
 // A number's order of summation depends on nothing but k: its bits depend on neither M, N, the shape of tiles nor the cluster.
 // Bound by the tensor cores.
-#include <cuda.h>
-
 #include "cuda/kernels.h"
 #include "cuda/numeric.h"
 #include "cuda/mma.h"
+#include "cuda/tensor_map.h"
 #include "cuda/wgmma.h"
 #include "cuda/wgmma_tiles.h"
 
 namespace llama_ext::cuda {
+
+#if defined(LLAMA_EXT_CUDA_EMULATED)
+bool has_wgmma(const Gpu&, Kind) { return false; }
+void matmul_wgmma(const Gpu&, const MmaView&) {}
+void gate_up_wgmma(const Gpu&, const MmaView&, RoundedRows) {}
+#else
 namespace {
 
 constexpr int kGroupThreads = 128;
@@ -294,37 +299,12 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) matmul_wgmma_kernel(const __
 #endif
 }
 
-using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
-                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-/// The driver's function, without linking the driver.
-EncodeTiled encoder() {
-  static const EncodeTiled function = [] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result{};
-    require_success(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result),
-                    "asking the driver for tensor maps");
-    require(result == cudaDriverEntryPointSuccess, ErrorKind::kDevice, "CUDA: the driver makes no tensor maps");
-    return reinterpret_cast<EncodeTiled>(found);
-  }();
-  return function;
-}
-
-/// (rows, stride) bfloat16 numbers, brought in boxes of `box` rows and 64 columns; zeros from outside.
-CUtensorMap map_of(const void* data, int64_t rows, int64_t stride, int box) {
-  CUtensorMap map{};
-  const cuuint64_t size[2] = {static_cast<cuuint64_t>(stride), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t pitch[1] = {static_cast<cuuint64_t>(stride) * 2};
-  const cuuint32_t extent[2] = {kTileDepth, static_cast<cuuint32_t>(box)};
-  const cuuint32_t strides[2] = {1, 1};
-  const CUresult result =
-      encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(data), size, pitch, extent, strides,
-                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  require(result == CUDA_SUCCESS, ErrorKind::kDevice, "CUDA: the driver refused a tensor map of ", rows, " x ", stride,
-          " (error ", static_cast<int>(result), ")");
-  return map;
+/// (rows, stride) numbers, in boxes of 64 columns.
+CUtensorMap map_of(const void* data, int64_t rows, int64_t stride, int box_rows) {
+  const int64_t size[2] = {stride, rows};
+  const int64_t pitch[1] = {2 * stride};
+  const int box[2] = {kTileDepth, box_rows};
+  return tensor_map(data, 2, size, pitch, box);
 }
 
 template <int kColumns, int kCluster, Epilogue kEpilogue>
@@ -354,5 +334,37 @@ void start(const Gpu& gpu, WgmmaView p, const void* x, const WeightView& w) {
   require_success(cudaLaunchKernelEx(&config, kernel, p), "a kernel");
 }
 
+template <Epilogue kEpilogue>
+void start_shape(const Gpu& gpu, const WgmmaView& p, const void* x, const WeightView& w) {
+  const int steps = (w.stride + kTileDepth - 1) / kTileDepth;
+  const TileShape& shape = kTileShapes[choose_tile_shape(p.rows, w.rows, steps, gpu.multiprocessors())];
+  if (shape.columns == 256) return start<256, 2, kEpilogue>(gpu, p, x, w);
+  if (shape.columns == 192) return start<192, 2, kEpilogue>(gpu, p, x, w);
+  if (shape.columns == 128 && shape.cluster == 2) return start<128, 2, kEpilogue>(gpu, p, x, w);
+  if (shape.columns == 128) return start<128, 1, kEpilogue>(gpu, p, x, w);
+  start<64, 1, kEpilogue>(gpu, p, x, w);
+}
+
 }  // namespace
+
+bool has_wgmma(const Gpu& gpu, Kind kind) { return kind == Kind::kBF16 && gpu.capability() == 90; }
+
+void matmul_wgmma(const Gpu& gpu, const MmaView& product) {
+  WgmmaView p;
+  p.rows = static_cast<int>(product.rows);
+  p.bias = product.bias;
+  p.y = product.y;
+  if (product.accumulate) return start_shape<Epilogue::kAdd>(gpu, p, product.x, product.weight);
+  start_shape<Epilogue::kStore>(gpu, p, product.x, product.weight);
+}
+
+void gate_up_wgmma(const Gpu& gpu, const MmaView& product, RoundedRows hidden) {
+  WgmmaView p;
+  p.rows = static_cast<int>(product.rows);
+  p.bias = product.bias;
+  p.hidden = hidden;
+  start_shape<Epilogue::kGateUp>(gpu, p, product.x, product.weight);
+}
+#endif
+
 }  // namespace llama_ext::cuda

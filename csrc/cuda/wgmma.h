@@ -93,6 +93,15 @@ __device__ __forceinline__ void bring_box(const void* map, int column, int row, 
         : "memory");
   }
 }
+/// The same of a stack of matrices, for this block alone.
+__device__ __forceinline__ void bring_box(const void* map, int column, int row, int matrix, void* shared,
+                                          uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::
+          "r"(shared_address(shared)),
+      "l"(map), "r"(column), "r"(row), "r"(matrix), "r"(shared_address(barrier))
+      : "memory");
+}
 __device__ __forceinline__ void prefetch_map(const void* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -116,6 +125,14 @@ __device__ __forceinline__ uint64_t operand(const void* tile) {
   return kSwizzle128 | kGroupOfRows | kUnused | ((shared_address(tile) & 0x3ffff) / 16);
 }
 inline constexpr uint64_t kOperandStep = 2;
+/// An operand b whose rows are k and whose 64 numbers are columns; the next 64 columns come `bytes` later. k advances by 16 rows.
+__device__ __forceinline__ uint64_t transposed_operand(const void* tile, int bytes) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  constexpr uint64_t kGroupOfRows = uint64_t{1024 / 16} << 32;
+  return kSwizzle128 | kGroupOfRows | (static_cast<uint64_t>(bytes / 16) << 16) |
+         ((shared_address(tile) & 0x3ffff) / 16);
+}
+inline constexpr uint64_t kTransposedStep = 2048 / 16;
 
 __device__ __forceinline__ void fence_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -193,6 +210,33 @@ __device__ __forceinline__ void product_of_tiles(float (&c)[kColumns / 2], uint6
   }
 }
 
+/// The same with a in registers, as mma.h lays it out for the warp's 16 rows. kIsTransposed: b is a transposed_operand().
+template <int kColumns, bool kIsTransposed>
+__device__ __forceinline__ void product_of_registers(float (&c)[kColumns / 2], const uint32_t (&a)[4], uint64_t b,
+                                                     bool adds) {
+  static_assert(kColumns == 64 || kColumns == 128);
+  if constexpr (kColumns == 64) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
+        "{%32,%33,%34,%35}, %36, p, 1, 1, %38;\n}"
+        : LLAMA_EXT_F32(c, 0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(adds)), "n"(kIsTransposed ? 1 : 0));
+  } else {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+        "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
+        "{%64,%65,%66,%67}, %68, p, 1, 1, %70;\n}"
+        : LLAMA_EXT_F32(c, 0), LLAMA_EXT_F32(c, 32)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(adds)), "n"(kIsTransposed ? 1 : 0));
+  }
+}
 #undef LLAMA_EXT_F4
 #undef LLAMA_EXT_F16
 #undef LLAMA_EXT_F32

@@ -44,4 +44,35 @@ __host__ __device__ inline TilePlace tile_place(const TileGrid& grid, int index)
   return {first + rest % height, rest / height};
 }
 
+/// A block's tile has kTileRows x columns numbers; `cluster` of them, one below the other, share the weights.
+struct TileShape {
+  int columns;
+  int cluster;
+  int cycles;  // of a step of kTileDepth k, about
+};
+inline constexpr TileShape kTileShapes[] = {{256, 2, 1100}, {192, 2, 850}, {128, 2, 640}, {128, 1, 720}, {64, 1, 450}};
+inline constexpr int kTileShapeCount = sizeof(kTileShapes) / sizeof(kTileShapes[0]);
+/// Of storing 128 x 64 numbers, and of what a tile takes however large it is.
+inline constexpr int kCyclesPerStore = 1000;
+inline constexpr int kCyclesPerTile = 1500;
+
+/// The shape (index into kTileShapes) that makes a product in the least time: the last tiles should leave few multiprocessors idle.
+inline int choose_tile_shape(int64_t rows, int64_t columns, int steps, int multiprocessors) {
+  int best = 0;
+  int64_t least = 0;
+  for (int i = 0; i < kTileShapeCount; ++i) {
+    const TileShape& shape = kTileShapes[i];
+    const int64_t tiles = tile_grid(rows, columns, shape.cluster, shape.columns).count();
+    const int64_t at_once = multiprocessors / shape.cluster > 0 ? multiprocessors / shape.cluster : 1;
+    const int64_t rounds = (tiles + at_once - 1) / at_once;
+    const int64_t cycles =
+        rounds * (int64_t{steps} * shape.cycles + shape.columns / 64 * kCyclesPerStore + kCyclesPerTile);
+    if (i == 0 || cycles < least) {
+      best = i;
+      least = cycles;
+    }
+  }
+  return best;
+}
+
 }  // namespace llama_ext::cuda

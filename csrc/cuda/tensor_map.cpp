@@ -1,0 +1,53 @@
+#include "cuda/tensor_map.h"
+
+#if !defined(LLAMA_EXT_CUDA_EMULATED)
+#include "cuda/runtime.h"
+
+namespace llama_ext::cuda {
+namespace {
+
+using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
+                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+/// The driver's function, without linking the driver.
+EncodeTiled encoder() {
+  static const EncodeTiled function = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result{};
+    require_success(
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result),
+        "asking the driver for tensor maps");
+    require(result == cudaDriverEntryPointSuccess, ErrorKind::kDevice, "CUDA: the driver makes no tensor maps");
+    return reinterpret_cast<EncodeTiled>(found);
+  }();
+  return function;
+}
+
+}  // namespace
+
+CUtensorMap tensor_map(const void* data, int rank, const int64_t* size, const int64_t* pitch, const int* box) {
+  constexpr int kMostAxes = 3;
+  require(rank >= 1 && rank <= kMostAxes, ErrorKind::kInternal, "tensor_map: ", rank, " axes");
+  cuuint64_t sizes[kMostAxes];
+  cuuint64_t pitches[kMostAxes];
+  cuuint32_t boxes[kMostAxes];
+  cuuint32_t steps[kMostAxes];
+  for (int i = 0; i < rank; ++i) {
+    sizes[i] = static_cast<cuuint64_t>(size[i]);
+    if (i + 1 < rank) pitches[i] = static_cast<cuuint64_t>(pitch[i]);
+    boxes[i] = static_cast<cuuint32_t>(box[i]);
+    steps[i] = 1;
+  }
+  CUtensorMap map{};
+  const CUresult result =
+      encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, static_cast<cuuint32_t>(rank), const_cast<void*>(data), sizes,
+                pitches, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  require(result == CUDA_SUCCESS, ErrorKind::kDevice, "CUDA: the driver refused to describe a matrix of ", size[0],
+          " columns (error ", static_cast<int>(result), ")");
+  return map;
+}
+
+}  // namespace llama_ext::cuda
+#endif
