@@ -135,6 +135,8 @@ struct KvRowsView {
   int q_heads = 0;
 };
 void kv_store(const Gpu& gpu, const KvSegmentView* segments, int64_t count, const KvRowsView& rows);
+/// kv_store_rows.cu: the same for many tokens; kv_store() calls it.
+void kv_store_rows(const Gpu& gpu, const KvSegmentView* segments, int64_t count, const KvRowsView& rows);
 /// Positions [0, length) of a layer of a cache of another capacity.
 void kv_copy(const Gpu& gpu, const KvLayerView& to, const KvLayerView& from, int64_t length);
 void kv_load(const Gpu& gpu, const KvLayerView& layer, int64_t position, int64_t tokens, float* k, float* v);

@@ -9,6 +9,7 @@ namespace llama_ext::cuda {
 namespace {
 
 constexpr unsigned kHeadThreads = 128;
+constexpr int64_t kManyTokens = 32;
 
 /// One head of a token to one row of the cache, by a whole block.
 __device__ void store_row(const float* from, int head_dim, KvKind kind, unsigned char* to, float* scale, float* place) {
@@ -98,6 +99,9 @@ void kv_copy(const Gpu& gpu, const KvLayerView& to, const KvLayerView& from, int
 }
 
 void kv_store(const Gpu& gpu, const KvSegmentView* segments, int64_t count, const KvRowsView& rows) {
+  int64_t tokens = 0;
+  for (int64_t i = 0; i < count; ++i) tokens += segments[i].tokens;
+  if (tokens >= kManyTokens) return kv_store_rows(gpu, segments, count, rows);
   for_each_list(segments, count, [&](const SegmentList& list) {
     const unsigned heads = static_cast<unsigned>(list.of[0].layer.kv_heads + rows.q_heads);
     launch(gpu, kv_store_kernel, dim3(static_cast<unsigned>(list.tokens), heads), kHeadThreads, kWarp * sizeof(float),

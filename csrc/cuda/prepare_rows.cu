@@ -50,6 +50,44 @@ __global__ void prepare_rows_kernel(Rows x, int width, int stride, NormView norm
   }
 }
 
+/// The same to bfloat16 for rows of at most kEach x kThreads numbers, which registers hold: x is read once.
+template <int kEach>
+__global__ void round_rows_kernel(Rows x, int width, int stride, NormView norm, uint16_t* y) {
+  auto* place = reinterpret_cast<float*>(shared_memory());
+  const float* from = x.row(blockIdx.x);
+  uint16_t* to = y + int64_t{blockIdx.x} * stride;
+  const int thread = static_cast<int>(threadIdx.x);
+  constexpr int kStep = static_cast<int>(kThreads);
+  float values[kEach];
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) values[i] = thread + i * kStep < width ? from[thread + i * kStep] : 0.0f;
+  if (norm.weight != nullptr) {
+    float weights[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) weights[i] = thread + i * kStep < width ? norm.weight[thread + i * kStep] : 0.0f;
+    // In the order of block_inverse_rms(): zeros beyond the width change no bits.
+    float squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) squares = fmaf(values[i], values[i], squares);
+    const float inverse = inverse_rms(block_sum(squares, place), width, norm.eps);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) values[i] = normalized(values[i], inverse, weights[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int k = thread + i * kStep;
+    if (k < stride) to[k] = k < width ? to_bf16(values[i]) : uint16_t{0};
+  }
+}
+
+template <int kEach>
+bool start_round_rows(const Gpu& gpu, Rows x, int64_t rows, int width, int stride, NormView norm, uint16_t* y) {
+  if (stride > kEach * static_cast<int>(kThreads)) return false;
+  launch(gpu, round_rows_kernel<kEach>, dim3(static_cast<unsigned>(rows)), kThreads, kWarp * sizeof(float), x, width,
+         stride, norm, y);
+  return true;
+}
+
 }  // namespace
 
 void normalize_rows(const Gpu& gpu, Rows x, int64_t rows, int width, NormView norm, Rows y) {
@@ -59,6 +97,11 @@ void normalize_rows(const Gpu& gpu, Rows x, int64_t rows, int width, NormView no
 
 void prepare_rows(const Gpu& gpu, Rows x, int64_t rows, int width, int stride, NormView norm, uint16_t* y,
                   float* row_scales) {
+  if (row_scales == nullptr && (start_round_rows<4>(gpu, x, rows, width, stride, norm, y) ||
+                                start_round_rows<8>(gpu, x, rows, width, stride, norm, y) ||
+                                start_round_rows<16>(gpu, x, rows, width, stride, norm, y))) {
+    return;
+  }
   launch(gpu, prepare_rows_kernel, dim3(static_cast<unsigned>(rows)), kThreads, kWarp * sizeof(float), x, width, stride,
          norm, row_scales != nullptr, y, row_scales);
 }
