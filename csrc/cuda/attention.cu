@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kKeys) attention_kernel(const __grid_constant_
   for (int d = thread; d < dim; d += kKeys) {
     for (int h = 0; h < heads; ++h) {
       if (a.parts == 0) {
-        a.y.row(row)[(first_head + h) * dim + d] = merged[h * dim + d] / sums[h];
+        a.y.row(row)[(first_head + h) * dim + d] = merged[h * dim + d] * (1.0f / sums[h]);
       } else {
         float* partial = a.partial + partial_at(a, pass_token, first_head + h, first_tile, dim);
         partial[2 + d] = merged[h * dim + d];
@@ -217,7 +217,7 @@ __global__ void merge_parts_kernel(const __grid_constant__ AttentionView a, int 
       sum = merge(sum, next[2 + d], factors);
       largest = factors.largest;
     }
-    a.y.row(segment.row + token)[head * dim + d] = sum / total;
+    a.y.row(segment.row + token)[head * dim + d] = sum * (1.0f / total);
   }
 }
 

@@ -278,21 +278,21 @@ __global__ void __launch_bounds__(kWarps * 32) attention_mma_kernel(const __grid
     const int64_t token = row / a.group;
     const int head = kv_head * a.group + row % a.group;
     float* to = a.y.row(segment.row + place.token + token) + head * dim;
-    float divisor = merged_sums[half];
+    float factor = 1.0f / merged_sums[half];
     if (a.parts != 0) {
       to = a.partial + partial_at(a, place.pass_token + token, head, static_cast<int>(blockIdx.z), dim) + 2;
       if (t == 0) {
         to[-2] = merged_largest[half];
         to[-1] = merged_sums[half];
       }
-      divisor = 1.0f;
+      factor = 1.0f;
     }
 #pragma unroll
     for (int j = 0; j < kProducts; ++j) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         const int d = j * 8 + 2 * t + c;
-        if (d < dim) to[d] = merged[j][2 * half + c] / divisor;
+        if (d < dim) to[d] = merged[j][2 * half + c] * factor;
       }
     }
   }

@@ -1,13 +1,14 @@
 // Attention of long chunks on Hopper: what attention_mma.cu does, with wgmma and tiles that the copy engine brings (wgmma.h). A block has
 // 128 rows of queries (192 where heads are small), 64 for each warpgroup, and one warp that asks for keys and values. Scores of the next 64
-// keys are computed together with the weighted sums of the last; one warpgroup's exponentials run beside the products of another. Queries,
-// scores, weights and both sums stay in registers.
+// keys are computed together with the weighted sums of the last; one warpgroup's exponentials run beside the products of another. Scores,
+// weights and both sums stay in registers; so could queries, but ptxas 13.0 then gives weights their registers.
 //
 // Every sum has the order that it has in attention_mma.cu, and so the same bits. Bound by the tensor cores and the exponentials.
 #include "cuda/attention_parts.h"
 #include "cuda/mma.h"
 #include "cuda/tensor_map.h"
 #include "cuda/wgmma.h"
+#include "cuda/wgmma_tiles.h"
 
 namespace llama_ext::cuda {
 
@@ -23,6 +24,8 @@ constexpr int kGroupThreads = 128;
 constexpr int kGroupRows = 64;
 constexpr int kBoxBytes = kTileKeys * 128;  // of 64 dimensions
 constexpr int kBarrierBytes = 1024;
+constexpr int kTurnBarrier = 1;  // of each warpgroup, and so the next
+constexpr int kQueriesBarrier = 5;
 
 struct WgmmaAttention {
   CUtensorMap keys;  // (kv_heads, positions, dimensions)
@@ -42,8 +45,10 @@ struct Layout {
   static constexpr int kRegisters = kDim == 64 ? 160 : 240;
   static constexpr int kBoxes = kDim / 64;
   static constexpr int kStageBytes = 2 * kBoxes * kBoxBytes;
-  static constexpr int kStages = kDim == 64 ? 8 : 6;
-  static constexpr int kShared = kStages * kStageBytes + kBarrierBytes + 1024;
+  static constexpr int kStages = kDim == 64 ? 8 : 5;
+  static constexpr int kQueriesAt = kStages * kStageBytes;
+  static constexpr int kBarriersAt = kQueriesAt + kRows * kDim * 2;
+  static constexpr int kShared = kBarriersAt + kBarrierBytes + 1024;
 };
 
 #if defined(LLAMA_EXT_HAS_WGMMA)
@@ -113,6 +118,54 @@ __device__ __forceinline__ void weigh(float (&scores)[kTileKeys / 2], float scal
     }
   }
 }
+
+/// found += weights values.
+template <int kDim>
+__device__ __forceinline__ void add_values(Sums<kDim>& s, const uint32_t (&weights)[kTileKeys / 16][4],
+                                           const unsigned char* values) {
+#pragma unroll
+  for (int step = 0; step < kTileKeys / 16; ++step) {
+    const uint64_t b = transposed_operand(values, kBoxBytes) + step * kTransposedStep;
+    product_of_registers<kDim, true>(s.found, weights[step], b, true);
+  }
+}
+
+/// A warpgroup's queries, rounded and swizzled: rows [first, first + 64) of the block's.
+template <int kDim>
+__device__ __forceinline__ void load_queries(const WgmmaAttention& a, int64_t token, int kv_head, int first, int rows,
+                                             unsigned char* queries) {
+  constexpr int kVectors = kDim / 8;
+  const int dim = a.segment.layer.head_dim;
+  const bool is_aligned = dim % 4 == 0 && a.q.stride % 4 == 0 && reinterpret_cast<uintptr_t>(a.q.data) % 16 == 0;
+#pragma unroll 4
+  for (int i = static_cast<int>(threadIdx.x) % kGroupThreads; i < kGroupRows * kVectors; i += kGroupThreads) {
+    const int row = i / kVectors;
+    const int d = i % kVectors * 8;
+    float values[8] = {};
+    if (first + row < rows) {
+      const int of_block = first + row;
+      const float* from = a.q.row(a.segment.row + token + of_block / a.group) +
+                          (kv_head * a.group + of_block % a.group) * dim + d;
+#pragma unroll
+      for (int part = 0; part < 8; part += 4) {
+        if (is_aligned && d + part < dim) {
+          const float4 four = *reinterpret_cast<const float4*>(from + part);
+          values[part] = four.x;
+          values[part + 1] = four.y;
+          values[part + 2] = four.z;
+          values[part + 3] = four.w;
+        } else {
+#pragma unroll
+          for (int j = part; j < part + 4; ++j) values[j] = d + j < dim ? from[j] : 0.0f;
+        }
+      }
+    }
+    const uint4 words{round_pair(values[0], values[1]), round_pair(values[2], values[3]),
+                      round_pair(values[4], values[5]), round_pair(values[6], values[7])};
+    unsigned char* box = queries + d / 64 * Layout<kDim>::kRows * 128;
+    *reinterpret_cast<uint4*>(box + swizzled_byte(row, d % 64 / 8)) = words;
+  }
+}
 #endif
 
 template <int kDim>
@@ -122,7 +175,7 @@ __global__ void __launch_bounds__(Layout<kDim>::kThreadCount, 1)
   using L = Layout<kDim>;
   unsigned char* memory = shared_memory();
   memory += (1024 - shared_address(memory) % 1024) % 1024;
-  auto* full = reinterpret_cast<uint64_t*>(memory + L::kStages * L::kStageBytes);
+  auto* full = reinterpret_cast<uint64_t*>(memory + L::kBarriersAt);
   uint64_t* empty = full + L::kStages;
 
   const KvSegmentView& segment = a.segment;
@@ -173,29 +226,21 @@ __global__ void __launch_bounds__(Layout<kDim>::kThreadCount, 1)
     const int lane = static_cast<int>(threadIdx.x % kWarp);
     const int g = lane / 4;
     const int t = lane % 4;
+    const int group = static_cast<int>(threadIdx.x) / kGroupThreads - 1;
+    const int next_group = group + 1 == L::kGroups ? 0 : group + 1;
     const int first_row = static_cast<int>(threadIdx.x / kWarp - 4) * 16 + g;
     const int dim = segment.layer.head_dim;
 
-    uint32_t queries[kDim / 16][4];
     int visible[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = first_row + 8 * half;
-      const bool is_there = row < rows;
-      visible[half] = is_there ? static_cast<int>(segment.position + token) + row / a.group + 1 : 0;
-      const float* from = a.q.row(segment.row + token + (is_there ? row / a.group : 0)) +
-                          (kv_head * a.group + (is_there ? row % a.group : 0)) * dim;
-#pragma unroll
-      for (int step = 0; step < kDim / 16; ++step) {
-#pragma unroll
-        for (int upper = 0; upper < 2; ++upper) {
-          const int d = step * 16 + 8 * upper + 2 * t;
-          const float low = is_there && d < dim ? from[d] : 0.0f;
-          const float high = is_there && d + 1 < dim ? from[d + 1] : 0.0f;
-          queries[step][2 * upper + half] = round_pair(low, high);
-        }
-      }
+      visible[half] = row < rows ? static_cast<int>(segment.position + token) + row / a.group + 1 : 0;
     }
+    unsigned char* queries = memory + L::kQueriesAt + group * kGroupRows * 128;  // boxes of all rows and 64 dimensions
+    load_queries<kDim>(a, token, kv_head, group * kGroupRows, rows, queries);
+    publish_stores();
+    sync_warps(kQueriesBarrier + group, kGroupThreads);
 
     Sums<kDim> s;
     const auto begin_part = [&] {
@@ -210,26 +255,17 @@ __global__ void __launch_bounds__(Layout<kDim>::kThreadCount, 1)
     int stage = 0;
     int previous = 0;
     uint32_t phase = 0;
-    for (int tile = 0; tile < tiles; ++tile) {
+    const auto multiply_keys = [&] {
       const unsigned char* keys = memory + stage * L::kStageBytes;
-      const unsigned char* values = keys + L::kBoxes * kBoxBytes;
-      const bool begins_part = tile % kTilesPerPart == 0;
-      wait_barrier(full + stage, phase);
-      fence_products();
 #pragma unroll
       for (int step = 0; step < kDim / 16; ++step) {
-        const uint64_t b = operand(keys + step / 4 * kBoxBytes) + step % 4 * kOperandStep;
-        product_of_registers<kTileKeys, false>(scores, queries[step], b, step > 0);
+        const uint64_t of_queries = operand(queries + step / 4 * L::kRows * 128) + step % 4 * kOperandStep;
+        const uint64_t of_keys = operand(keys + step / 4 * kBoxBytes) + step % 4 * kOperandStep;
+        product_of_tiles<kTileKeys>(scores, of_queries, of_keys, step > 0);
       }
       commit_products();
-      wait_for_products<0>();  // of the values before, too
-      if (tile > 0) {
-        if (lane == 0) arrive(empty + previous);
-      }
-      if (begins_part && tile > 0) {
-        merge_part<kDim>(s, tile == kTilesPerPart);
-        begin_part();
-      }
+    };
+    const auto weigh_tile = [&](int tile) {
       if ((tile + 1) * kTileKeys > end_key - rows / a.group) {  // not all rows see all of these
 #pragma unroll
         for (int i = 0; i < kTileKeys / 2; ++i) {
@@ -238,19 +274,44 @@ __global__ void __launch_bounds__(Layout<kDim>::kThreadCount, 1)
         }
       }
       weigh<kDim>(scores, a.scale, s, weights);
-      fence_products();
-#pragma unroll
-      for (int step = 0; step < kTileKeys / 16; ++step) {
-        const uint64_t b = transposed_operand(values, kBoxBytes) + step * kTransposedStep;
-        product_of_registers<kDim, true>(s.found, weights[step], b, true);
-      }
-      commit_products();
       previous = stage;
       if (++stage == L::kStages) {
         stage = 0;
         phase ^= 1;
       }
+    };
+    // Warpgroups take turns, so that the exponentials of one run beside the products of the others.
+    const auto take_turn = [&] { sync_warps(kTurnBarrier + group, 2 * kGroupThreads); };
+    const auto end_turn = [&](int tile) {
+      if (tile + 1 < tiles || group + 1 < L::kGroups) arrive_warps(kTurnBarrier + next_group, 2 * kGroupThreads);
+    };
+    if (group + 1 == L::kGroups) arrive_warps(kTurnBarrier, 2 * kGroupThreads);
+
+    wait_barrier(full, 0);
+    take_turn();
+    fence_products();
+    multiply_keys();
+    end_turn(0);
+    wait_for_products<0>();
+    weigh_tile(0);
+    for (int tile = 1; tile < tiles; ++tile) {
+      wait_barrier(full + stage, phase);
+      take_turn();
+      fence_products();
+      add_values<kDim>(s, weights, memory + previous * L::kStageBytes + L::kBoxes * kBoxBytes);
+      multiply_keys();
+      end_turn(tile);
+      wait_for_products<0>();
+      if (lane == 0) arrive(empty + previous);
+      if (tile % kTilesPerPart == 0) {
+        merge_part<kDim>(s, tile == kTilesPerPart);
+        begin_part();
+      }
+      weigh_tile(tile);
     }
+    fence_products();
+    add_values<kDim>(s, weights, memory + previous * L::kStageBytes + L::kBoxes * kBoxBytes);
+    commit_products();
     wait_for_products<0>();
     merge_part<kDim>(s, tiles <= kTilesPerPart);
 
@@ -259,12 +320,13 @@ __global__ void __launch_bounds__(Layout<kDim>::kThreadCount, 1)
       const int row = first_row + 8 * half;
       if (row >= rows) continue;
       float* to = a.y.row(segment.row + token + row / a.group) + (kv_head * a.group + row % a.group) * dim;
+      const float factor = 1.0f / s.merged_sums[half];
 #pragma unroll
       for (int j = 0; j < kDim / 8; ++j) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           const int d = j * 8 + 2 * t + c;
-          if (d < dim) to[d] = s.merged[4 * j + 2 * half + c] / s.merged_sums[half];
+          if (d < dim) to[d] = s.merged[4 * j + 2 * half + c] * factor;
         }
       }
     }

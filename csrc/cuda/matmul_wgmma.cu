@@ -5,6 +5,8 @@
 //
 // A number's order of summation depends on nothing but k: its bits depend on neither M, N, the shape of tiles nor the cluster.
 // Bound by the tensor cores.
+#include <atomic>
+
 #include "cuda/kernels.h"
 #include "cuda/numeric.h"
 #include "cuda/mma.h"
@@ -133,7 +135,7 @@ __device__ __forceinline__ void store_whole(const WgmmaView& p, const float (&su
   const int t = static_cast<int>(threadIdx.x % 4);
   const int column = tile.column + 8 * (t % 2) + 4 * (t / 2);
   float* rows[2] = {p.y.row(tile.row + g) + column, p.y.row(tile.row + 8 + g) + column};
-  constexpr int kBatch = kColumns >= 64 ? 4 : 2;  // whose old numbers are on their way together
+  constexpr int kBatch = kColumns >= 128 ? 8 : 4;  // whose old numbers are on their way together
 #pragma unroll
   for (int first = 0; first < kColumns / 16; first += kBatch) {
     float4 old[kBatch][2];
@@ -319,8 +321,13 @@ void start(const Gpu& gpu, WgmmaView p, const void* x, const WeightView& w) {
   const int clusters = min(p.grid.count(), gpu.multiprocessors() / kCluster);
   const auto kernel = matmul_wgmma_kernel<kColumns, kCluster, kEpilogue>;
   gpu.use();
-  require_success(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kShared),
-                  "a kernel's shared memory");
+  static std::atomic<uint64_t> has_memory{0};  // a bit for each GPU: asking takes a microsecond
+  const uint64_t bit = uint64_t{1} << (gpu.index() % 64);
+  if ((has_memory.load(std::memory_order_relaxed) & bit) == 0) {
+    require_success(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kShared),
+                    "a kernel's shared memory");
+    has_memory.fetch_or(bit, std::memory_order_relaxed);
+  }
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {kCluster, 1, 1};

@@ -64,6 +64,16 @@ __device__ __forceinline__ void wait_barrier(uint64_t* barrier, uint32_t parity)
       : "memory");
 }
 
+// Barriers of some warps of a block by number, 1 to 15: `count` threads sync or arrive.
+__device__ __forceinline__ void sync_warps(int barrier, int count) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+__device__ __forceinline__ void arrive_warps(int barrier, int count) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+/// Before a barrier, so that the tensor cores and the copy engine see what the calling thread has stored in shared memory.
+__device__ __forceinline__ void publish_stores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));

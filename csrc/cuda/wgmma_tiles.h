@@ -14,6 +14,9 @@ inline constexpr int kTileDepth = 64;
 /// Rows of tiles that share their columns before the next columns come, so that x stays in the L2 cache.
 inline constexpr int kBandRows = 2048;
 
+/// Where the copy engine puts a vector of 8 numbers of a row of 64, and the tensor cores look for it.
+__host__ __device__ constexpr int swizzled_byte(int row, int vector) { return row * 128 + (vector ^ row % 8) * 16; }
+
 /// Tiles of (rows x columns), `high` of them stacked for a cluster.
 struct TileGrid {
   int row_groups = 0;  // of `high` tiles
