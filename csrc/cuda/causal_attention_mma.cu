@@ -14,7 +14,7 @@ namespace {
 constexpr unsigned kBlockThreads = 128;
 constexpr int kRows = 64;  // queries or keys of a block
 constexpr int kKeys = 64;  // that pass by, for queries
-constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLog2OfE = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
 /// Rounded inputs, (M, heads, kDim) with zeros beyond head_dim, and what the gradients need.
@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   T::template bring<kRows>(in.q, range.row, a.heads, head, first, range.tokens, q_tile);
   bring(0, 0);
 
-  const float scale = a.scale * kLog2E;
+  const float scale = a.scale * kLog2OfE;
   const int token = first + warp_row + g;  // and the one 8 further on
   float found[T::kOutputs][4] = {};
   float largest[2] = {-INFINITY, -INFINITY};
@@ -300,7 +300,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   T::template bring<kRows>(in.d_y, range.row, a.heads, head, first, range.tokens, d_y_tile);
   bring(0, 0);
 
-  const float scale = a.scale * kLog2E;
+  const float scale = a.scale * kLog2OfE;
   const int token = first + warp_row + g;
   float log_sums[2];
   float deltas[2];
@@ -308,7 +308,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   for (int half = 0; half < 2; ++half) {
     const bool is_there = token + 8 * half < range.tokens;
     const int64_t at = (range.row + (is_there ? token + 8 * half : 0)) * a.heads + head;
-    log_sums[half] = a.log_sums[at] * kLog2E;
+    log_sums[half] = a.log_sums[at] * kLog2OfE;
     deltas[half] = in.deltas[at];
   }
   float sums[T::kOutputs][4] = {};
@@ -372,7 +372,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
       const bool is_there = query + i < range.tokens;
       const int64_t at = (range.row + (is_there ? query + i : 0)) * a.heads + head;
       float* to = numbers + 2 * stage * T::kQueries + i;
-      to[0] = a.log_sums[at] * kLog2E;
+      to[0] = a.log_sums[at] * kLog2OfE;
       to[T::kQueries] = in.deltas[at];
     }
   };
@@ -380,7 +380,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   T::template bring<kRows>(in.v, range.row, a.kv_heads, kv_head, first, range.tokens, v_tile);
   bring(0, 0);
 
-  const float scale = a.scale * kLog2E;
+  const float scale = a.scale * kLog2OfE;
   const int token = first + warp_row + g;  // the key
   float k_sums[T::kOutputs][4] = {};
   float v_sums[T::kOutputs][4] = {};

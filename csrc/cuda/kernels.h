@@ -39,15 +39,15 @@ void prepare_rows(const Gpu& gpu, Rows x, int64_t rows, int width, int stride, N
 
 // round_operands.cu: operands of the tensor cores' products. x: float32. Numbers beyond an operand's are zeros, up to its stride, a
 // multiple of 8.
-struct RoundedRows {
+struct RoundedOperand {
   uint16_t* data = nullptr;  // or null
   int64_t stride = 0;
 };
-void round_rows(const Gpu& gpu, Rows x, int64_t rows, int64_t width, RoundedRows y);
+void round_rows(const Gpu& gpu, Rows x, int64_t rows, int64_t width, RoundedOperand y);
 /// across: (width, rows), the transposed numbers; along: (rows, width), from the same reading.
-void round_transposed(const Gpu& gpu, Rows x, int64_t rows, int64_t width, RoundedRows across, RoundedRows along);
+void round_transposed(const Gpu& gpu, Rows x, int64_t rows, int64_t width, RoundedOperand across, RoundedOperand along);
 /// weight: float32 or bfloat16, whose transposed numbers are (weight.cols, weight.rows).
-void round_transposed(const Gpu& gpu, const WeightView& weight, RoundedRows across);
+void round_transposed(const Gpu& gpu, const WeightView& weight, RoundedOperand across);
 
 // softmax.cu
 void softmax(const Gpu& gpu, Rows x, int64_t rows, int64_t width, Rows y);

@@ -25,8 +25,8 @@ __device__ __forceinline__ void read(const uint16_t* row, int64_t column, int64_
 
 template <typename Number, bool kVectors>
 __global__ void __launch_bounds__(kThreads)
-    transpose_kernel(const Number* x, int64_t stride, int64_t rows, int64_t width, RoundedRows across,
-                     RoundedRows along) {
+    transpose_kernel(const Number* x, int64_t stride, int64_t rows, int64_t width, RoundedOperand across,
+                     RoundedOperand along) {
   auto* words = reinterpret_cast<uint32_t*>(shared_memory());  // (kTile columns, kPitch)
   const int64_t first_row = int64_t{blockIdx.y} * kTile;
   const int64_t first_column = int64_t{blockIdx.x} * kTile;
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <bool kVectors>
-__global__ void round_kernel(Rows x, int64_t width, RoundedRows y) {
+__global__ void round_kernel(Rows x, int64_t width, RoundedOperand y) {
   const float* from = x.row(blockIdx.x);
   uint16_t* to = y.data + int64_t{blockIdx.x} * y.stride;
   for (int64_t at = int64_t{threadIdx.x} * 8; at < y.stride; at += int64_t{blockDim.x} * 8) {
@@ -74,8 +74,8 @@ __global__ void round_kernel(Rows x, int64_t width, RoundedRows y) {
 }
 
 template <typename Number>
-void transpose(const Gpu& gpu, const Number* x, int64_t stride, int64_t rows, int64_t width, RoundedRows across,
-               RoundedRows along) {
+void transpose(const Gpu& gpu, const Number* x, int64_t stride, int64_t rows, int64_t width, RoundedOperand across,
+               RoundedOperand along) {
   const int64_t widest = along.data != nullptr && along.stride > width ? along.stride : width;
   const dim3 grid(static_cast<unsigned>(blocks_for(widest, kTile)),
                   static_cast<unsigned>(blocks_for(across.stride, kTile)));
@@ -90,18 +90,18 @@ void transpose(const Gpu& gpu, const Number* x, int64_t stride, int64_t rows, in
 
 }  // namespace
 
-void round_rows(const Gpu& gpu, Rows x, int64_t rows, int64_t width, RoundedRows y) {
+void round_rows(const Gpu& gpu, Rows x, int64_t rows, int64_t width, RoundedOperand y) {
   const int64_t vectors = blocks_for(y.stride, 8);
   const unsigned threads = vectors >= kThreads ? kThreads : static_cast<unsigned>(blocks_for(vectors, kWarp)) * kWarp;
   const auto kernel = has_vectors(x.data, x.stride) ? round_kernel<true> : round_kernel<false>;
   if (vectors > 0) launch(gpu, kernel, dim3(static_cast<unsigned>(rows)), threads, 0, x, width, y);
 }
 
-void round_transposed(const Gpu& gpu, Rows x, int64_t rows, int64_t width, RoundedRows across, RoundedRows along) {
+void round_transposed(const Gpu& gpu, Rows x, int64_t rows, int64_t width, RoundedOperand across, RoundedOperand along) {
   transpose(gpu, static_cast<const float*>(x.data), x.stride, rows, width, across, along);
 }
 
-void round_transposed(const Gpu& gpu, const WeightView& weight, RoundedRows across) {
+void round_transposed(const Gpu& gpu, const WeightView& weight, RoundedOperand across) {
   if (weight.kind == Kind::kF32) {
     return transpose(gpu, reinterpret_cast<const float*>(weight.data), weight.stride, weight.rows, weight.cols, across,
                      {});

@@ -12,7 +12,7 @@ struct Operand {
 
   Operand(const Gpu& gpu, int64_t rows, int64_t width)
       : stride(round_up(width, kPad)), memory(gpu, static_cast<size_t>(rows * stride) * sizeof(uint16_t)) {}
-  RoundedRows rows() const { return {memory.as<uint16_t>(), stride}; }
+  RoundedOperand rows() const { return {memory.as<uint16_t>(), stride}; }
   const uint16_t* data() const { return memory.as<uint16_t>(); }
   WeightView as_weight(int64_t count, int64_t width) const {
     WeightView view;
@@ -58,7 +58,7 @@ void rounded_gradients(const Gpu& gpu, const ProductGradients& g) {
   const Operand along(gpu, wants_x ? g.rows : 0, g.width);
   const Operand across(gpu, wants_weight ? g.width : 0, g.rows);
   if (wants_weight) {
-    round_transposed(gpu, g.d_y, g.rows, g.width, across.rows(), wants_x ? along.rows() : RoundedRows{});
+    round_transposed(gpu, g.d_y, g.rows, g.width, across.rows(), wants_x ? along.rows() : RoundedOperand{});
   } else {
     round_rows(gpu, g.d_y, g.rows, g.width, along.rows());
   }
