@@ -99,6 +99,32 @@ def _weights(q: F64, k: F64, own: slice, head: int, scale: float, p: float, seed
     return _Weights(powers / total, factors, (top + np.log(total))[:, 0], magnitude)
 
 
+class AttentionGradients(NamedTuple):
+    d_q: F64
+    d_k: F64
+    d_v: F64
+
+
+def causal_attention_gradients(
+    q: Array, k: Array, v: Array, d_y: Array, ranges: Ranges, scale: float, p: float = 0.0, seed: int = 0
+) -> AttentionGradients:
+    """By the formulas of the operation, in float64."""
+    q, k, v, d_y = (each.astype(np.float64) for each in (q, k, v, d_y))
+    group = q.shape[1] // k.shape[1]
+    found = AttentionGradients(np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape))
+    for begin, count in ranges:
+        own = slice(begin, begin + count)
+        for head in range(q.shape[1]):
+            source = head // group
+            part = _weights(q, k, own, head, scale, p, seed)
+            d_weights = part.factors * (d_y[own, head] @ v[own, source].T)
+            d_scores = part.weights * (d_weights - (part.weights * d_weights).sum(axis=1, keepdims=True))
+            found.d_q[own, head] += scale * d_scores @ k[own, source]
+            found.d_k[own, source] += scale * d_scores.T @ q[own, head]
+            found.d_v[own, source] += (part.weights * part.factors).T @ d_y[own, head]
+    return found
+
+
 class AttentionBounds(NamedTuple):
     d_q: F64
     d_k: F64

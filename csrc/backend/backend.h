@@ -149,6 +149,12 @@ class Backend {
   virtual void sgd(const SgdArgs& args) = 0;
   /// The sum of x^2 in float64, in an order that does not depend on threads. x: (n) f32, contiguous.
   virtual double sum_of_squares(const TensorView& x) = 0;
+  /// The sum of those of several tensors, in their order: of all gradients, waiting once.
+  virtual double sum_of_all_squares(std::span<const TensorView> tensors) {
+    double sum = 0.0;
+    for (const TensorView& x : tensors) sum += sum_of_squares(x);
+    return sum;
+  }
 };
 
 }  // namespace llama_ext

@@ -1,9 +1,7 @@
 // Attention of whole sequences for training, and its gradients, in float32. A block has a head of a token: of the queries for y
 // and d_q, of the keys for d_k and d_v, which go through the heads that share them. It meets the other side 128 tokens at a time:
 // first a thread has one of those tokens, then one dimension of the sums. Simple and in a fixed order, not fast: bound by the cache.
-#include <algorithm>
-
-#include "cuda/kernels.h"
+#include "cuda/causal_ranges.h"
 #include "cuda/numeric.h"
 #include "ops/dropout.h"
 
@@ -11,25 +9,11 @@ namespace llama_ext::cuda {
 namespace {
 
 constexpr int kTokens = 128;  // met at a time, and threads of a block
-constexpr int kMostRanges = 128;
-constexpr int64_t kPlaces = int64_t{1} << 20;  // ops/causal_attention.h
 
-struct Ranges {
-  TokenRange of[kMostRanges];
-  int count = 0;
-  int64_t tokens = 0;
-
-  /// The range of token `index` of all; `index` becomes its place there.
-  __device__ const TokenRange& find(int64_t& index) const {
-    int i = 0;
-    while (index >= of[i].tokens) index -= of[i++].tokens;
-    return of[i];
-  }
-};
-
+/// A weight after dropout, of a query's row and a key's token.
 __device__ __forceinline__ float dropped(const CausalView& a, int64_t row, int head, int64_t key, float weight) {
   if (a.threshold == 0) return weight;
-  const uint64_t index = static_cast<uint64_t>((row * a.heads + head) * kPlaces + key);
+  const uint64_t index = static_cast<uint64_t>((row * a.heads + head) * kDropoutPlaces + key);
   return dropout_bits(a.seed, index) >= a.threshold ? weight * a.kept_scale : 0.0f;
 }
 
@@ -198,19 +182,6 @@ __global__ void copy_kernel(const __grid_constant__ Ranges ranges, const float* 
   const TokenRange& range = ranges.find(token);
   const int64_t row = range.row + token;
   for (int i = static_cast<int>(threadIdx.x); i < width; i += kTokens) to.row(row)[i] = from[row * width + i];
-}
-
-template <typename Start>
-void for_each_list(const TokenRange* ranges, int64_t count, const Start& start) {
-  for (int64_t begin = 0; begin < count; begin += kMostRanges) {
-    Ranges list;
-    list.count = static_cast<int>(std::min<int64_t>(kMostRanges, count - begin));
-    for (int i = 0; i < list.count; ++i) {
-      list.of[i] = ranges[begin + i];
-      list.tokens += ranges[begin + i].tokens;
-    }
-    if (list.tokens > 0) start(list);
-  }
 }
 
 }  // namespace

@@ -109,7 +109,8 @@ class CudaBackend final : public Backend {
   void cross_entropy_backward(const CrossEntropyBackwardArgs& args) override;
   void adam(const AdamArgs& args) override;
   void sgd(const SgdArgs& args) override;
-  double sum_of_squares(const TensorView& x) override;
+  double sum_of_squares(const TensorView& x) override { return sum_of_all_squares({&x, 1}); }
+  double sum_of_all_squares(std::span<const TensorView> tensors) override;
 
  private:
   void product(const ProductView& view, Compute compute) const;

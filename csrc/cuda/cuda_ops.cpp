@@ -5,6 +5,7 @@
 #include "cuda/cuda_backend_internal.h"
 #include "cuda/device_views.h"
 #include "cuda/logits_avx2.h"
+#include "cuda/rounded_products.h"
 
 namespace llama_ext::cuda {
 namespace {
@@ -57,6 +58,7 @@ void CudaBackend::product(const ProductView& view, Compute compute) const {
   if (p.rows == 0 || p.weight.rows == 0) return;
   // As on the tensor cores, so that x is rounded alike however many rows there are.
   if (p.weight.kind == Kind::kBF16 && compute != Compute::kExact) p.rounding = Rounding::kBF16;
+  if (rounds_weights(p.weight, compute)) return rounded_product(*gpu_, p);
   if (p.rows <= kMostVectorRows) return matmul_rows(*gpu_, p);
   if (compute != Compute::kExact && has_mma(p.weight.kind) && p.weight.stride > 0) {
     const bool is_rounded = p.rounded != nullptr;
@@ -113,8 +115,8 @@ void CudaBackend::feed_forward(const FeedForwardArgs& args) {
   first.rows = rows;
   first.norm = norm_of(args.norm);
   const bool is_split = args.gate_up == nullptr;
-  const bool is_fused = !is_split && rows <= kMostVectorRows;
   first.weight = own(is_split ? *args.gate : *args.gate_up, "feed_forward").view();
+  const bool is_fused = !is_split && rows <= kMostVectorRows && !rounds_weights(first.weight, args.compute);
   first.bias = optional_data(is_split ? args.gate_bias : args.gate_up_bias);
 
   const int64_t pitch = is_split ? 2 * int64_t{width} : is_fused ? int64_t{width} : int64_t{first.weight.rows};

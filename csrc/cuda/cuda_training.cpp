@@ -4,6 +4,7 @@
 
 #include "cuda/cuda_backend_internal.h"
 #include "cuda/device_views.h"
+#include "cuda/rounded_products.h"
 
 namespace llama_ext::cuda {
 namespace {
@@ -46,7 +47,12 @@ void CudaBackend::cross_entropy_backward(const CrossEntropyBackwardArgs& args) {
 void CudaBackend::causal_attention(const CausalAttentionArgs& args) {
   check(args);
   const std::vector<TokenRange> ranges = ranges_of(args.sequences);
-  cuda::causal_attention(*gpu_, view_of(args), ranges.data(), static_cast<int64_t>(ranges.size()));
+  const CausalView view = view_of(args);
+  const auto count = static_cast<int64_t>(ranges.size());
+  if (args.compute != Compute::kExact && has_causal_attention_mma(view.heads, view.head_dim)) {
+    return causal_attention_mma(*gpu_, view, ranges.data(), count, args.q.rows());
+  }
+  cuda::causal_attention(*gpu_, view, ranges.data(), count);
 }
 
 void CudaBackend::causal_attention_backward(const CausalAttentionBackwardArgs& args) {
@@ -57,7 +63,9 @@ void CudaBackend::causal_attention_backward(const CausalAttentionBackwardArgs& a
   view.d_q = rows_of(args.d_q);
   view.d_k = rows_of(args.d_k);
   view.d_v = rows_of(args.d_v);
-  cuda::causal_attention_backward(*gpu_, view, ranges.data(), static_cast<int64_t>(ranges.size()), args.q.rows());
+  const bool rounds = args.compute != Compute::kExact && has_causal_attention_mma(view.heads, view.head_dim);
+  const auto run = rounds ? &cuda::causal_attention_backward_mma : &cuda::causal_attention_backward;
+  run(*gpu_, view, ranges.data(), static_cast<int64_t>(ranges.size()), args.q.rows());
 }
 
 void CudaBackend::embedding_backward(const EmbeddingBackwardArgs& args) {
@@ -70,15 +78,35 @@ void CudaBackend::matmul_backward(const MatmulBackwardArgs& args) {
   check(args);
   const Rows d_y = rows_of(args.d_y);
   const int64_t rows = args.d_y.rows();
+  const int64_t outputs = args.d_y.dim(1);
+  // Products that round what they multiply; those with weights of other kinds than these are float32, as on the CPU.
+  ProductGradients rounded;
+  rounded.d_y = d_y;
+  rounded.rows = rows;
+  rounded.width = outputs;
+  const bool has_numbers = rows > 0 && outputs > 0;
   if (args.d_x) {
     const WeightView& weight = own(*args.weight, "matmul_backward").view();
-    matmul_backward_x(*gpu_, d_y, rows, weight, rows_of(args.d_x), args.accumulate);
+    if (has_numbers && weight.cols > 0 &&
+        (rounds_weights(weight, args.compute) || (weight.kind == Kind::kBF16 && args.compute != Compute::kExact))) {
+      rounded.weight = &weight;
+      rounded.d_x = rows_of(args.d_x);
+      rounded.accumulate = args.accumulate;
+    } else {
+      matmul_backward_x(*gpu_, d_y, rows, weight, rows_of(args.d_x), args.accumulate);
+    }
   }
-  if (rows == 0) return;
-  if (args.d_weight != nullptr) {
-    matmul_backward_weight(*gpu_, d_y, rows, rows_of(args.x), own(*args.d_weight, "matmul_backward").view());
+  if (args.d_weight != nullptr && has_numbers) {
+    const WeightView& d_weight = own(*args.d_weight, "matmul_backward").view();
+    if (rounds_weights(d_weight, args.compute)) {
+      rounded.d_weight = &d_weight;
+      rounded.x = rows_of(args.x);
+    } else {
+      matmul_backward_weight(*gpu_, d_y, rows, rows_of(args.x), d_weight);
+    }
   }
-  if (args.d_bias) matmul_backward_bias(*gpu_, d_y, rows, args.d_y.dim(1), device_data(args.d_bias));
+  if (rounded.weight != nullptr || rounded.d_weight != nullptr) rounded_gradients(*gpu_, rounded);
+  if (args.d_bias && rows > 0) add_column_sums(*gpu_, d_y, rows, outputs, device_data(args.d_bias));
 }
 
 void CudaBackend::rms_norm_backward(const RmsNormBackwardArgs& args) {
@@ -127,8 +155,18 @@ void CudaBackend::sgd(const SgdArgs& args) {
             optional_data(args.velocity));
 }
 
-double CudaBackend::sum_of_squares(const TensorView& x) {
-  return x.size() == 0 ? 0.0 : cuda::sum_of_squares(*gpu_, device_data(x), x.size());
+double CudaBackend::sum_of_all_squares(std::span<const TensorView> tensors) {
+  const Scratch memory(*gpu_, tensors.size() * sizeof(double));
+  auto* totals = memory.as<double>();
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    cuda::sum_of_squares(*gpu_, optional_data(tensors[i]), tensors[i].size(), totals + i);
+  }
+  std::vector<double> found(tensors.size());
+  gpu_->copy_to_host(found.data(), totals, found.size() * sizeof(double));
+  gpu_->synchronize();
+  double sum = 0.0;
+  for (const double each : found) sum += each;
+  return sum;
 }
 
 }  // namespace llama_ext::cuda

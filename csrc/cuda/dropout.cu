@@ -1,28 +1,37 @@
-// A thread for an element. Bound by memory.
+// A thread for four elements of a row. Bound by memory.
 #include "cuda/kernels.h"
 #include "cuda/numeric.h"
+#include "cuda/vectors.h"
 #include "ops/dropout.h"
 
 namespace llama_ext::cuda {
 namespace {
 
-__global__ void dropout_kernel(Rows x, Rows y, int64_t count, int64_t width, DropoutView how) {
-  const int64_t number = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (number >= count) return;
-  const int64_t row = number / width;
-  const int64_t column = number % width;
-  const bool is_kept = how.threshold == 0 || dropout_bits(how.seed, static_cast<uint64_t>(number)) >= how.threshold;
-  const float kept = is_kept ? how.scale * x.row(row)[column] : 0.0f;
-  float& out = y.row(row)[column];
-  out = how.accumulate ? out + kept : kept;
+template <bool kVectors>
+__global__ void dropout_kernel(Rows x, Rows y, int64_t width, DropoutView how) {
+  const int64_t row = blockIdx.x;
+  const int64_t at = (int64_t{blockIdx.y} * blockDim.x + threadIdx.x) * kVector;
+  if (at >= width) return;
+  float values[kVector];
+  float sums[kVector] = {};
+  read_vector<kVectors>(x.row(row), at, width, values);
+  if (how.accumulate) read_vector<kVectors>(y.row(row), at, width, sums);
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    const auto number = static_cast<uint64_t>(row * width + at + i);
+    const bool is_kept = how.threshold == 0 || dropout_bits(how.seed, number) >= how.threshold;
+    const float kept = is_kept ? how.scale * values[i] : 0.0f;
+    values[i] = how.accumulate ? sums[i] + kept : kept;
+  }
+  write_vector<kVectors>(y.row(row), at, width, values);
 }
 
 }  // namespace
 
 void dropout(const Gpu& gpu, Rows x, Rows y, int64_t rows, int64_t width, DropoutView how) {
-  const int64_t count = rows * width;
-  launch(gpu, dropout_kernel, dim3(static_cast<unsigned>(blocks_for(count, kThreads))), kThreads, 0, x, y, count, width,
-         how);
+  const dim3 grid(static_cast<unsigned>(rows), static_cast<unsigned>(blocks_for(width, kThreads * kVector)));
+  const bool is_aligned = has_vectors(x.data, x.stride) && has_vectors(y.data, y.stride);
+  launch(gpu, is_aligned ? dropout_kernel<true> : dropout_kernel<false>, grid, kThreads, 0, x, y, width, how);
 }
 
 }  // namespace llama_ext::cuda

@@ -1,5 +1,6 @@
 // A thread for an element of a row of the table. Ids travel as an argument of the kernel. Bound by memory.
 #include <algorithm>
+#include <numeric>
 
 #include "cuda/kernels.h"
 #include "cuda/weight_codes.h"
@@ -20,13 +21,24 @@ __global__ void embedding_kernel(WeightView table, const __grid_constant__ Ids i
   }
 }
 
-/// A thread for a column, so that rows of one id are added in order.
-__global__ void embedding_backward_kernel(WeightView d_table, const __grid_constant__ Ids ids, int64_t count,
+/// Tokens in ascending order of their ids, and those of one id in the order of their rows.
+struct SortedIds {
+  int32_t of[kIds];
+  uint16_t row[kIds];
+};
+
+/// A block for a part of a row of the table, begun at the first token of its id: rows of one id are added in order.
+__global__ void embedding_backward_kernel(WeightView d_table, const __grid_constant__ SortedIds ids, int count,
                                           Rows d_y) {
-  const int k = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  const int first = static_cast<int>(blockIdx.x);
+  const int32_t id = ids.of[first];
+  if (first > 0 && ids.of[first - 1] == id) return;
+  const int k = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x);
   if (k >= d_table.cols) return;
-  auto* elements = reinterpret_cast<float*>(const_cast<unsigned char*>(d_table.data));
-  for (int64_t t = 0; t < count; ++t) elements[int64_t{ids.of[t]} * d_table.stride + k] += d_y.row(t)[k];
+  auto* elements = reinterpret_cast<float*>(const_cast<unsigned char*>(d_table.data)) + int64_t{id} * d_table.stride;
+  float sum = elements[k];
+  for (int t = first; t < count && ids.of[t] == id; ++t) sum += d_y.row(ids.row[t])[k];
+  elements[k] = sum;
 }
 
 }  // namespace
@@ -44,10 +56,14 @@ void embedding(const Gpu& gpu, const WeightView& table, const int32_t* ids, int6
 void embedding_backward(const Gpu& gpu, const WeightView& d_table, const int32_t* ids, int64_t count, Rows d_y) {
   for (int64_t begin = 0; begin < count; begin += kIds) {
     const int64_t some = std::min(kIds, count - begin);
-    Ids part{};
-    std::copy_n(ids + begin, some, part.of);
-    launch(gpu, embedding_backward_kernel, dim3(static_cast<unsigned>(blocks_for(d_table.cols, kThreads))), kThreads, 0,
-           d_table, part, some, Rows{d_y.row(begin), d_y.stride});
+    SortedIds part{};
+    std::iota(part.row, part.row + some, uint16_t{0});
+    std::stable_sort(part.row, part.row + some,
+                     [&](uint16_t a, uint16_t b) { return ids[begin + a] < ids[begin + b]; });
+    for (int64_t i = 0; i < some; ++i) part.of[i] = ids[begin + part.row[i]];
+    const dim3 grid(static_cast<unsigned>(some), static_cast<unsigned>(blocks_for(d_table.cols, kThreads)));
+    launch(gpu, embedding_backward_kernel, grid, kThreads, 0, d_table, part, static_cast<int>(some),
+           Rows{d_y.row(begin), d_y.stride});
   }
 }
 

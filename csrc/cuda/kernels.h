@@ -37,6 +37,18 @@ void normalize_rows(const Gpu& gpu, Rows x, int64_t rows, int width, NormView no
 void prepare_rows(const Gpu& gpu, Rows x, int64_t rows, int width, int stride, NormView norm, uint16_t* y,
                   float* row_scales);
 
+// round_operands.cu: operands of the tensor cores' products. x: float32. Numbers beyond an operand's are zeros, up to its stride, a
+// multiple of 8.
+struct RoundedOperand {
+  uint16_t* data = nullptr;  // or null
+  int64_t stride = 0;
+};
+void round_rows(const Gpu& gpu, Rows x, int64_t rows, int64_t width, RoundedOperand y);
+/// across: (width, rows), the transposed numbers; along: (rows, width), from the same reading.
+void round_transposed(const Gpu& gpu, Rows x, int64_t rows, int64_t width, RoundedOperand across, RoundedOperand along);
+/// weight: float32 or bfloat16, whose transposed numbers are (weight.cols, weight.rows).
+void round_transposed(const Gpu& gpu, const WeightView& weight, RoundedOperand across);
+
 // softmax.cu
 void softmax(const Gpu& gpu, Rows x, int64_t rows, int64_t width, Rows y);
 
@@ -156,7 +168,7 @@ void attention_wgmma(const Gpu& gpu, const KvSegmentView& segment, Rows q, int h
 // read_probe.cu: bytes a second, from `nbytes` (a multiple of 16) read `rounds` times. Waits for the GPU.
 double read_probe(const Gpu& gpu, int64_t nbytes, int rounds);
 
-// Training, in float32 and in fixed orders of summation.
+// Training, in fixed orders of summation.
 
 // rms_norm_backward.cu. d_weight: (width) or null.
 struct NormGradients {
@@ -169,10 +181,12 @@ struct NormGradients {
 };
 void rms_norm_backward(const Gpu& gpu, const NormGradients& gradients, int64_t rows, int width);
 
-// matmul_backward.cu: d_x = d_y W or d_x += d_y W; d_weight += d_y^T x; d_bias += the sum of d_y's rows.
+// column_sums.cu: sums (width) += the sum of x's rows.
+void add_column_sums(const Gpu& gpu, Rows x, int64_t rows, int64_t width, float* sums);
+
+// matmul_backward.cu: d_x = d_y W or d_x += d_y W; d_weight += d_y^T x, with float32 products.
 void matmul_backward_x(const Gpu& gpu, Rows d_y, int64_t rows, const WeightView& weight, Rows d_x, bool accumulate);
 void matmul_backward_weight(const Gpu& gpu, Rows d_y, int64_t rows, Rows x, const WeightView& d_weight);
-void matmul_backward_bias(const Gpu& gpu, Rows d_y, int64_t rows, int64_t width, float* d_bias);
 
 // causal_attention.cu. Heads of a token lie one after the other in a row.
 struct TokenRange {
@@ -201,6 +215,13 @@ void causal_attention(const Gpu& gpu, const CausalView& view, const TokenRange* 
 void causal_attention_backward(const Gpu& gpu, const CausalView& view, const TokenRange* ranges, int64_t count,
                                int64_t rows);
 
+// causal_attention_mma.cu: operands are rounded to bfloat16.
+bool has_causal_attention_mma(int heads, int head_dim);
+void causal_attention_mma(const Gpu& gpu, const CausalView& view, const TokenRange* ranges, int64_t count,
+                          int64_t rows);
+void causal_attention_backward_mma(const Gpu& gpu, const CausalView& view, const TokenRange* ranges, int64_t count,
+                                   int64_t rows);
+
 // optimizer.cu
 struct AdamView {
   float gradient_scale;
@@ -224,7 +245,7 @@ struct SgdView {
   bool nesterov;
 };
 void sgd(const Gpu& gpu, const SgdView& step, int64_t size, float* parameter, const float* gradient, float* velocity);
-/// Waits for the GPU.
-double sum_of_squares(const Gpu& gpu, const float* x, int64_t size);
+/// *total, on the GPU: the sum of x^2 in float64.
+void sum_of_squares(const Gpu& gpu, const float* x, int64_t size, double* total);
 
 }  // namespace llama_ext::cuda

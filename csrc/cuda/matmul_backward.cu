@@ -1,6 +1,5 @@
 // Gradients of products: tiles of 64 x 64 in float32 as in matmul_tiles.cu, whose operands lie across. Bound by the float32 units.
-// A thread sums over the rows (d_weight) or outputs (d_x) in ascending order. The bias's is a sum over rows by a thread for a
-// column.
+// A thread sums over the rows (d_weight) or outputs (d_x) in ascending order.
 #include "cuda/kernels.h"
 #include "cuda/weight_codes.h"
 
@@ -87,14 +86,6 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(A a, B b, Extents 
   }
 }
 
-__global__ void column_sums_kernel(Rows d_y, int64_t rows, int64_t width, float* d_bias) {
-  const int64_t n = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (n >= width) return;
-  float sum = 0.0f;
-  for (int64_t m = 0; m < rows; ++m) sum += d_y.row(m)[n];
-  d_bias[n] += sum;
-}
-
 template <typename A, typename B>
 void start(const Gpu& gpu, const A& a, const B& b, const Extents& e, Rows y, bool accumulate) {
   const dim3 grid(static_cast<unsigned>(blocks_for(e.columns, kTile)),
@@ -111,11 +102,6 @@ void matmul_backward_x(const Gpu& gpu, Rows d_y, int64_t rows, const WeightView&
 void matmul_backward_weight(const Gpu& gpu, Rows d_y, int64_t rows, Rows x, const WeightView& d_weight) {
   const Rows to{reinterpret_cast<float*>(const_cast<unsigned char*>(d_weight.data)), d_weight.stride};
   start(gpu, AlongRows{d_y}, AlongRows{x}, {d_weight.rows, d_weight.cols, rows}, to, /*accumulate=*/true);
-}
-
-void matmul_backward_bias(const Gpu& gpu, Rows d_y, int64_t rows, int64_t width, float* d_bias) {
-  launch(gpu, column_sums_kernel, dim3(static_cast<unsigned>(blocks_for(width, kThreads))), kThreads, 0, d_y, rows,
-         width, d_bias);
 }
 
 }  // namespace llama_ext::cuda

@@ -143,9 +143,9 @@ void Parameters::zero_gradients() {
 }
 
 double Parameters::gradient_norm() const {
-  double sum = 0.0;
-  for (const Parameter& parameter : parameters_) sum += backend_.sum_of_squares(parameter.gradient);
-  return std::sqrt(sum);
+  std::vector<TensorView> gradients;
+  for (const Parameter& parameter : parameters_) gradients.push_back(parameter.gradient);
+  return std::sqrt(backend_.sum_of_all_squares(gradients));
 }
 
 int64_t Parameters::nbytes() const {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "core/checked.h"
 #include "core/interrupt.h"
@@ -10,9 +11,25 @@
 namespace llama_ext {
 namespace {
 
-// Logits are made for so many rows at a time that they take 64 MiB at most, but never for fewer than these.
+// Logits are made for so many rows at a time that they take 64 MiB at most, but never for fewer than these. A device with memory of
+// its own has more of it, and reads the head's weights for each of those parts: 1 GiB, in whole tiles of a product.
 constexpr int64_t kLogitsHeld = int64_t{1} << 24;
+constexpr int64_t kLogitsHeldOnDevice = int64_t{1} << 28;
 constexpr int64_t kLeastLogitsRows = 64;
+constexpr int64_t kLogitsTile = 128;
+
+// Tokens of a pass. On a device with memory of its own more, as each pass rounds, reads and adds to all weights once more: as many
+// as activations may take memory, four times that of the weights or 4 GiB.
+constexpr int64_t kPassTokens = 2048;
+constexpr int64_t kPassTokensOnDevice = 8192;
+constexpr int64_t kActivationsOnDevice = int64_t{4} << 30;
+
+int64_t logits_rows_of(const Backend& backend, int64_t head_rows, int64_t outputs) {
+  const int64_t held = backend.shares_host_memory() ? kLogitsHeld : kLogitsHeldOnDevice;
+  int64_t rows = std::max(held / outputs, kLeastLogitsRows);
+  if (!backend.shares_host_memory() && rows > kLogitsTile) rows -= rows % kLogitsTile;
+  return std::min(head_rows, rows);
+}
 
 constexpr int64_t kRegionFloats = 64;
 
@@ -101,7 +118,7 @@ class Trainer::Workspace {
     const bool drops_inputs = size.trains && adapter != nullptr && options.dropout.adapter > 0.0;
     const int64_t rank = adapter == nullptr ? 0 : adapter->rank();
     const int64_t widest = std::max({config.width, config.ffn_width, config.q_size()});
-    logits_rows_ = std::min(size.head_rows, std::max(kLogitsHeld / config.outputs(), kLeastLogitsRows));
+    logits_rows_ = logits_rows_of(backend, size.head_rows, config.outputs());
 
     add(x_out_, rows, config.width);
     for (size_t i = 0; i < saved_.size(); ++i) {
@@ -132,7 +149,7 @@ class Trainer::Workspace {
     add(head_x_, size.head_rows, config.width);
     add(d_head_x_, size.trains ? logits_rows_ : 0, config.width);
     add(logits_, logits_rows_, config.outputs());
-    add(losses_, logits_rows_, 1);
+    add(losses_, size.head_rows, 1);
 
     backend.require_memory(checked_mul(floats_, sizeof(float), "train"), "train: the activations of a pass");
     memory_ = backend.allocate(static_cast<size_t>(checked_mul(floats_, sizeof(float), "train")));
@@ -174,7 +191,7 @@ class Trainer::Workspace {
   TensorView head_x(int64_t rows) const { return head_x_.slice_rows(0, rows); }
   TensorView d_head_x(int64_t rows) const { return d_head_x_.slice_rows(0, rows); }
   TensorView logits(int64_t rows) const { return logits_.slice_rows(0, rows); }
-  TensorView losses(int64_t rows) const { return {losses_.data(), DType::kF32, {rows}}; }
+  TensorView losses(int64_t first, int64_t rows) const { return {losses_.f32() + first, DType::kF32, {rows}}; }
 
  private:
   struct Region {
@@ -215,6 +232,16 @@ void Trainer::set_steps(int64_t steps) {
 
 int64_t Trainer::nbytes() const { return parameters_.nbytes() + (workspace_ ? workspace_->nbytes() : 0); }
 
+int64_t Trainer::pass_tokens() const {
+  if (model_->backend().shares_host_memory()) return kPassTokens;
+  const ModelConfig& config = model_->config();
+  const int64_t kept = 2 * config.width + config.qkv_size() + config.heads + config.q_size() + 2 * config.ffn_width;
+  const int64_t layer_floats = options_.checkpoint_activations ? config.width : kept;
+  const int64_t floats = std::max<int64_t>(1, config.layers * layer_floats);
+  const int64_t memory = std::max(kActivationsOnDevice, 4 * model_->weights().nbytes());
+  return std::clamp(memory / (floats * static_cast<int64_t>(sizeof(float))), kPassTokens, kPassTokensOnDevice);
+}
+
 LossSum Trainer::accumulate(const TrainingBatch& batch, double scale, uint64_t seed) {
   require(std::isfinite(scale), ErrorKind::kOption, "train: scale must be finite, got ", scale);
   return run(batch, /*trains=*/true, scale, seed);
@@ -235,11 +262,12 @@ LossSum Trainer::run(const TrainingBatch& batch, bool trains, double scale, uint
   LossSum sum;
   size_t first = 0;
   int64_t token = 0;
+  const int64_t most = pass_tokens();
   for (uint64_t pass = 0; first < batch.lengths.size(); ++pass) {
     // Whole sequences, until there are enough tokens.
     size_t last = first;
     int64_t tokens = 0;
-    while (last < batch.lengths.size() && (last == first || tokens + batch.lengths[last] <= kPassTokens)) {
+    while (last < batch.lengths.size() && (last == first || tokens + batch.lengths[last] <= most)) {
       tokens += batch.lengths[last++];
     }
     const TrainingBatch part{.tokens = batch.tokens.subspan(static_cast<size_t>(token), static_cast<size_t>(tokens)),
@@ -288,18 +316,7 @@ LossSum Trainer::run_pass(const TrainingBatch& batch, bool trains, double scale,
                     .dropout = trains ? options_.dropout : DropoutRates{},
                     .seed = seed,
                     .scratch = workspace.scratch(rows)};
-  std::vector<int64_t> positions;
-  positions.reserve(batch.tokens.size());
-  for (const int64_t length : batch.lengths) {
-    pass.sequences.push_back({.row = static_cast<int64_t>(positions.size()), .tokens = length});
-    for (int64_t i = 0; i < length; ++i) positions.push_back(i);
-  }
-  const size_t angles = static_cast<size_t>(pass.cos.size());
-  std::vector<float> cos(angles);
-  std::vector<float> sin(angles);
-  rope_angles(config.rope, model_->inverse_frequencies(), positions.data(), rows, cos.data(), sin.data());
-  backend.copy_to_device(pass.cos.data(), cos.data(), angles * sizeof(float));
-  backend.copy_to_device(pass.sin.data(), sin.data(), angles * sizeof(float));
+  set_angles(batch, pass);
 
   const TensorView ids(batch.tokens.data(), DType::kI32, {rows});
   const TensorView x_out = workspace.x_out(rows);
@@ -315,7 +332,7 @@ LossSum Trainer::run_pass(const TrainingBatch& batch, bool trains, double scale,
     block_forward(pass, layer, workspace.saved(layer, rows), x);
   }
   const TensorView d = trains ? workspace.d(rows) : TensorView();
-  const LossSum sum = head(pass, batch, x, trains, scale, d);
+  LossSum sum = head(pass, batch, x, trains, scale, d);
   for (int64_t layer = config.layers - 1; trains && layer >= 0; --layer) {
     throw_if_interrupted();
     const Saved saved = workspace.saved(layer, rows);
@@ -329,8 +346,35 @@ LossSum Trainer::run_pass(const TrainingBatch& batch, bool trains, double scale,
     }
     backend.embedding_backward({.ids = ids, .d_y = d, .d_table = d_table});
   }
+  if (trains) read_losses(sum);
   backend.synchronize();  // the batch is the caller's
   return sum;
+}
+
+/// The pass's sequences, and the angles of its rows. Those of a position are computed once.
+void Trainer::set_angles(const TrainingBatch& batch, TrainingPass& pass) {
+  Backend& backend = model_->backend();
+  const ModelConfig& config = model_->config();
+  const int64_t half = config.head_dim / 2;
+  const int64_t longest = *std::max_element(batch.lengths.begin(), batch.lengths.end());
+  if (static_cast<int64_t>(cos_.size()) < longest * half) {
+    std::vector<int64_t> positions(static_cast<size_t>(longest));
+    std::iota(positions.begin(), positions.end(), int64_t{0});
+    cos_.resize(static_cast<size_t>(longest * half));
+    sin_.resize(static_cast<size_t>(longest * half));
+    rope_angles(config.rope, model_->inverse_frequencies(), positions.data(), longest, cos_.data(), sin_.data());
+  }
+  pass_cos_.clear();
+  pass_sin_.clear();
+  int64_t row = 0;
+  for (const int64_t length : batch.lengths) {
+    pass.sequences.push_back({.row = row, .tokens = length});
+    pass_cos_.insert(pass_cos_.end(), cos_.begin(), cos_.begin() + length * half);
+    pass_sin_.insert(pass_sin_.end(), sin_.begin(), sin_.begin() + length * half);
+    row += length;
+  }
+  backend.copy_to_device(pass.cos.data(), pass_cos_.data(), pass_cos_.size() * sizeof(float));
+  backend.copy_to_device(pass.sin.data(), pass_sin_.data(), pass_sin_.size() * sizeof(float));
 }
 
 /// The losses of the rows that have labels; with `trains` the gradient of the residual stream in d, and those of head and norm. Logits are
@@ -341,7 +385,8 @@ LossSum Trainer::head(const TrainingPass& pass, const TrainingBatch& batch, cons
   const Weights& weights = model_->weights();
   const Matrix& head = weights.head();
   const std::vector<Run> runs = labelled_runs(batch.labels);
-  std::vector<int32_t> labels;
+  std::vector<int32_t>& labels = labels_;
+  labels.clear();
   int64_t gathered = 0;
   for (const Run& run : runs) gathered += run.rows;
   const TensorView normed = workspace_->head_x(gathered);
@@ -353,7 +398,6 @@ LossSum Trainer::head(const TrainingPass& pass, const TrainingBatch& batch, cons
     labels.insert(labels.end(), begin, begin + run.rows);
   }
   LossSum sum{.loss = 0.0, .counted = gathered, .correct = 0};
-  std::vector<float> losses;
   std::vector<LogSumExp> sums;
   std::vector<float> host;
   for (int64_t row = 0; row < gathered; row += workspace_->logits_rows()) {
@@ -380,15 +424,11 @@ LossSum Trainer::head(const TrainingPass& pass, const TrainingBatch& batch, cons
     backend.cross_entropy_backward({.logits = logits,
                                     .labels = {labels.data() + row, DType::kI32, {count}},
                                     .scale = scale,
-                                    .losses = workspace_->losses(count)});
-    losses.resize(static_cast<size_t>(count));
-    backend.copy_to_host(losses.data(), workspace_->losses(count).data(), losses.size() * sizeof(float));
+                                    .losses = workspace_->losses(row, count)});
     // Their gradient takes the place of the normed rows, which nothing needs after this part's product.
     const TensorView d_part = workspace_->d_head_x(count);
     linear_backward(pass, logits, part, head, {}, d_part, /*accumulate=*/false);
     set_scaled(backend, d_part, part);
-    backend.synchronize();
-    for (const float loss : losses) sum.loss += static_cast<double>(loss);
   }
   if (!trains) return sum;
   if (gathered < x.rows()) backend.zero(d);
@@ -399,6 +439,15 @@ LossSum Trainer::head(const TrainingPass& pass, const TrainingBatch& batch, cons
     gathered += run.rows;
   }
   return sum;
+}
+
+/// The sum of the losses that head() left on the device.
+void Trainer::read_losses(LossSum& sum) {
+  Backend& backend = model_->backend();
+  std::vector<float> losses(static_cast<size_t>(sum.counted));
+  backend.copy_to_host(losses.data(), workspace_->losses(0, sum.counted).data(), losses.size() * sizeof(float));
+  backend.synchronize();
+  for (const float loss : losses) sum.loss += static_cast<double>(loss);
 }
 
 }  // namespace llama_ext

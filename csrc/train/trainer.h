@@ -41,8 +41,8 @@ class Trainer {
   Trainer(std::shared_ptr<Model> model, std::shared_ptr<Adapter> adapter, const TrainerOptions& options);
   ~Trainer();
 
-  /// Adds the gradient of scale * (sum of losses). Batches are cut at the ends of sequences into passes of about kPassTokens tokens, so
-  /// memory does not grow with the batch. Deterministic, and the same for any number of threads.
+  /// Adds the gradient of scale * (sum of losses). Batches are cut at the ends of sequences into passes of about pass_tokens()
+  /// tokens, so memory does not grow with the batch. Deterministic, and the same for any number of threads.
   /// Throws ShapeError, TokenIdError, ContextLengthError, NumericError (a loss that is not finite), Interrupted; after a throw the
   /// gradients are undefined until zero_gradients().
   LossSum accumulate(const TrainingBatch& batch, double scale, uint64_t seed);
@@ -61,22 +61,30 @@ class Trainer {
   /// Of gradients, moments, and the activations of the largest pass so far.
   int64_t nbytes() const;
 
-  static constexpr int64_t kPassTokens = 2048;
+  /// Tokens of a pass, about: a function of the model's shape and of the kind of device, so that the same batch is cut alike.
+  int64_t pass_tokens() const;
 
  private:
   class Workspace;
-  struct Rows;
 
   LossSum run(const TrainingBatch& batch, bool trains, double scale, uint64_t seed);
   LossSum run_pass(const TrainingBatch& batch, bool trains, double scale, uint64_t seed);
+  void set_angles(const TrainingBatch& batch, TrainingPass& pass);
   LossSum head(const TrainingPass& pass, const TrainingBatch& batch, const TensorView& x, bool trains, double scale,
                const TensorView& d);
+  void read_losses(LossSum& sum);
 
   std::shared_ptr<Model> model_;
   std::shared_ptr<Adapter> adapter_;
   TrainerOptions options_;
   Parameters parameters_;
   std::unique_ptr<Workspace> workspace_;
+  // What operations read of a pass until it is over.
+  std::vector<int32_t> labels_;
+  std::vector<float> cos_;  // of positions from 0 on, (n, D/2); and for the rows of a pass
+  std::vector<float> sin_;
+  std::vector<float> pass_cos_;
+  std::vector<float> pass_sin_;
   int64_t steps_ = 0;
 };
 

@@ -223,7 +223,7 @@ def test_the_gradient_points_downhill_by_its_length(isa: str) -> None:
     assert (losses[1] - losses[0]) / (2 * step * norm**2) == pytest.approx(1, rel=0.02)
 
 
-@each_isa
+@pytest.mark.parametrize("isa", [*ISAS, on_cuda])
 def test_bfloat16_products_are_close(isa: str) -> None:
     data = batch([37, 1, 64, 5])
     exact = run(_core.Trainer(build(isa), optimizer=ADAMW), data)
