@@ -8,6 +8,7 @@
 #include <span>
 #include <string>
 
+#include "backend/recorder.h"
 #include "core/tensor_view.h"
 #include "ops/attention.h"
 #include "ops/causal_attention.h"
@@ -58,6 +59,8 @@ class Backend {
   /// Whether operations follow pointers into host memory. Otherwise every view that is not said to be in host memory is of what
   /// `allocate` gave.
   virtual bool shares_host_memory() const = 0;
+  /// For decoding without waiting for each token; null where operations run on the host anyway.
+  virtual Recorder* recorder() { return nullptr; }
 
   // Memory.
   /// Zero-filled, aligned for any vector. Throws OutOfMemoryError.
