@@ -8,6 +8,7 @@
 #include <span>
 #include <string>
 
+#include "backend/recorder.h"
 #include "core/tensor_view.h"
 #include "ops/attention.h"
 #include "ops/causal_attention.h"
@@ -60,6 +61,8 @@ class Backend {
   virtual bool shares_host_memory() const = 0;
   /// Rows that a pass through a model has at most: as many as keep the device busy, while a pass's memory stays small beside weights.
   virtual int64_t pass_rows() const { return 512; }
+  /// For decoding without waiting for each token; null where operations run on the host anyway.
+  virtual Recorder* recorder() { return nullptr; }
 
   // Memory.
   /// Zero-filled, aligned for any vector. Throws OutOfMemoryError.

@@ -53,6 +53,7 @@ __device__ __forceinline__ float load_value(const unsigned char* row, int d) {
 
 template <KvKind kKind, int kHeads>
 __global__ void __launch_bounds__(kKeys) attention_kernel(const __grid_constant__ AttentionView a) {
+  wait_for_predecessors();
   int64_t token = blockIdx.x;
   const int64_t pass_token = token;
   const KvSegmentView& segment = a.segments.find(token);
@@ -63,7 +64,7 @@ __global__ void __launch_bounds__(kKeys) attention_kernel(const __grid_constant_
   const int dim = layer.head_dim;
   const int padded = layer.row_bytes / element_bytes(kKind);
   const int64_t row = segment.row + token;
-  const int64_t visible = segment.position + token + 1;
+  const int64_t visible = segment.first_position() + token + 1;
   const int tiles = static_cast<int>((visible + kKeys - 1) / kKeys);
   const int first_tile = a.parts == 0 ? 0 : static_cast<int>(blockIdx.z);
   const int end_tile = a.parts == 0 ? tiles : min(first_tile + 1, tiles);
@@ -198,12 +199,13 @@ __global__ void __launch_bounds__(kKeys) attention_kernel(const __grid_constant_
 
 /// A block for a head of a token: its parts in order.
 __global__ void merge_parts_kernel(const __grid_constant__ AttentionView a, int keys) {
+  wait_for_predecessors();
   int64_t token = blockIdx.x;
   const int64_t pass_token = token;
   const KvSegmentView& segment = a.segments.find(token);
   const int head = static_cast<int>(blockIdx.y);
   const int dim = segment.layer.head_dim;
-  const int64_t visible = segment.position + token + 1;
+  const int64_t visible = segment.first_position() + token + 1;
   const int parts = static_cast<int>((visible + keys - 1) / keys);
   const float* partial = a.partial + partial_at(a, pass_token, head, 0, dim);
   for (int d = static_cast<int>(threadIdx.x); d < dim; d += kKeys) {
@@ -233,15 +235,15 @@ void start(const Gpu& gpu, AttentionView a) {
   const bool splits =
       tiles > 1 && tiles <= 65535 && a.segments.tokens * shares < 2 * static_cast<int64_t>(gpu.multiprocessors());
   if (!splits) {
-    launch(gpu, attention_kernel<kKind, kHeads>, dim3(static_cast<unsigned>(a.segments.tokens), shares), kKeys,
-           floats * sizeof(float), a);
+    launch<Start::kEarly>(gpu, attention_kernel<kKind, kHeads>, dim3(static_cast<unsigned>(a.segments.tokens), shares),
+                          kKeys, floats * sizeof(float), a);
     return;
   }
   a.parts = static_cast<int>(tiles);
   const int64_t numbers = a.segments.tokens * a.heads * tiles * (layer.head_dim + 2);
   const Scratch partial(gpu, static_cast<size_t>(numbers) * sizeof(float));
   a.partial = partial.as<float>();
-  launch(gpu, attention_kernel<kKind, kHeads>,
+  launch<Start::kEarly>(gpu, attention_kernel<kKind, kHeads>,
          dim3(static_cast<unsigned>(a.segments.tokens), shares, static_cast<unsigned>(tiles)), kKeys,
          floats * sizeof(float), a);
   merge_parts(gpu, a, kKeys);
@@ -267,7 +269,7 @@ int64_t longest_row(const SegmentList& segments) {
 }
 
 void merge_parts(const Gpu& gpu, const AttentionView& a, int keys) {
-  launch(gpu, merge_parts_kernel, dim3(static_cast<unsigned>(a.segments.tokens), static_cast<unsigned>(a.heads)), kKeys,
+  launch<Start::kEarly>(gpu, merge_parts_kernel, dim3(static_cast<unsigned>(a.segments.tokens), static_cast<unsigned>(a.heads)), kKeys,
          0, a, keys);
 }
 

@@ -117,6 +117,7 @@ __global__ void __launch_bounds__(kWarps * 32) attention_mma_kernel(const __grid
   using T = Tiles<kKind, kDim, kWarps>;
   constexpr int kPitchWords = T::kPitch / 2;
   constexpr int kProducts = kDim / 8;  // of 8 dimensions
+  wait_for_predecessors();
   T tiles;
   tiles.queries = reinterpret_cast<uint16_t*>(shared_memory());
   tiles.stages = tiles.queries + T::kRows * T::kPitch;
@@ -131,7 +132,8 @@ __global__ void __launch_bounds__(kWarps * 32) attention_mma_kernel(const __grid
   const int64_t left = segment.tokens - place.token;
   const int rows = (left < tokens ? static_cast<int>(left) : tokens) * a.group;  // in use
   // Keys that any of the rows sees.
-  const int64_t end_key = segment.position + place.token + rows / a.group;
+  const int64_t position = segment.first_position();
+  const int64_t end_key = position + place.token + rows / a.group;
   const int64_t first_key = a.parts == 0 ? 0 : int64_t{blockIdx.z} * kPartKeys;
   const int64_t last_key = a.parts == 0 || first_key + kPartKeys > end_key ? end_key : first_key + kPartKeys;
   if (first_key >= last_key) return;
@@ -155,7 +157,7 @@ __global__ void __launch_bounds__(kWarps * 32) attention_mma_kernel(const __grid
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = warp * 16 + 8 * half + g;
-    visible[half] = row < rows ? segment.position + place.token + row / a.group + 1 : 0;
+    visible[half] = row < rows ? position + place.token + row / a.group + 1 : 0;
   }
   float merged[kProducts][4];
   float merged_largest[2] = {-INFINITY, -INFINITY};
@@ -313,7 +315,7 @@ void start(const Gpu& gpu, AttentionView a) {
   const int64_t numbers = splits ? a.segments.tokens * a.heads * parts * (layer.head_dim + 2) : 0;
   const Scratch partial(gpu, static_cast<size_t>(numbers) * sizeof(float));
   a.partial = partial.as<float>();
-  launch(gpu, attention_mma_kernel<kKind, kDim, kWarps>,
+  launch<Start::kEarly>(gpu, attention_mma_kernel<kKind, kDim, kWarps>,
          dim3(static_cast<unsigned>(blocks), kv_heads, splits ? static_cast<unsigned>(parts) : 1u), T::kThreadCount,
          T::kBytes, a);
   if (splits) merge_parts(gpu, a, kPartKeys);

@@ -8,6 +8,7 @@
 #include "backend/backend.h"
 #include "cuda/cuda_matrix.h"
 #include "cuda/kernels.h"
+#include "cuda/recording.h"
 #include "cuda/runtime.h"
 
 namespace llama_ext::cuda {
@@ -44,13 +45,14 @@ const CudaKvCache& own(const KvCache& cache, const char* op);
 
 class CudaBackend final : public Backend {
  public:
-  explicit CudaBackend(int index) : gpu_(std::make_shared<Gpu>(index)) {}
+  explicit CudaBackend(int index) : gpu_(std::make_shared<Gpu>(index)), recorder_(gpu_) {}
 
   std::string device() const override { return "cuda:" + std::to_string(gpu_->index()); }
   std::string isa() const override;
   int threads() const override { return 1; }
   bool shares_host_memory() const override { return false; }
   int64_t pass_rows() const override { return 2048; }
+  Recorder* recorder() override { return &recorder_; }
 
   std::unique_ptr<Buffer> allocate(size_t nbytes) override { return std::make_unique<CudaBuffer>(gpu_, nbytes); }
   void require_memory(int64_t nbytes, const std::string& what) override;
@@ -117,6 +119,7 @@ class CudaBackend final : public Backend {
   void feed_forward_on_tensor_cores(const FeedForwardArgs& args) const;
 
   std::shared_ptr<Gpu> gpu_;
+  CudaRecorder recorder_;
 };
 
 }  // namespace llama_ext::cuda

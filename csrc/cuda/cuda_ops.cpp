@@ -10,12 +10,22 @@
 namespace llama_ext::cuda {
 namespace {
 
+const int32_t* live_data(const int32_t* values, const char* op) {
+#if defined(LLAMA_EXT_CUDA_EMULATED)
+  require(values == nullptr || cuda_emulation::is_device_memory(values, sizeof *values), ErrorKind::kInternal, op,
+          ": a live position is not the GPU's memory");
+#endif
+  static_cast<void>(op);
+  return values;
+}
+
 std::vector<KvSegmentView> segments_of(const std::vector<KvSegment>& segments, int64_t layer, const char* op) {
   std::vector<KvSegmentView> views;
   views.reserve(segments.size());
   for (const KvSegment& segment : segments) {
     if (segment.tokens == 0) continue;
-    views.push_back({own(*segment.cache, op).layer(layer), segment.row, segment.tokens, segment.position});
+    views.push_back({own(*segment.cache, op).layer(layer), segment.row, segment.tokens, segment.position,
+                     live_data(segment.live_position, op)});
   }
   return views;
 }
@@ -35,7 +45,9 @@ const LogitsLoops& logits_loops() {
 void CudaBackend::embedding(const EmbeddingArgs& args) {
   check(args);
   const CudaMatrix& table = own(*args.table, "embedding");
-  cuda::embedding(*gpu_, table.view(), static_cast<const int32_t*>(args.ids.data()), args.ids.rows(), rows_of(args.y));
+  const auto* ids = static_cast<const int32_t*>(args.ids.data());
+  if (args.live_ids) return embedding_of_live(*gpu_, table.view(), ids, args.ids.rows(), rows_of(args.y));
+  cuda::embedding(*gpu_, table.view(), ids, args.ids.rows(), rows_of(args.y));
 }
 
 void CudaBackend::rms_norm(const RmsNormArgs& args) {

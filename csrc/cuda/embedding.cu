@@ -21,6 +21,13 @@ __global__ void embedding_kernel(WeightView table, const __grid_constant__ Ids i
   }
 }
 
+__global__ void embedding_of_live_kernel(WeightView table, const int32_t* ids, Rows y) {
+  wait_for_predecessors();
+  const int64_t row = ids[blockIdx.y];
+  const int k = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (k < table.cols) y.row(blockIdx.y)[k] = weight_element(table, row, k);
+}
+
 /// Tokens in ascending order of their ids, and those of one id in the order of their rows.
 struct SortedIds {
   int32_t of[kIds];
@@ -51,6 +58,13 @@ void embedding(const Gpu& gpu, const WeightView& table, const int32_t* ids, int6
     launch(gpu, embedding_kernel, dim3(static_cast<unsigned>(some)), kThreads, 0, table, part,
            Rows{y.row(begin), y.stride});
   }
+}
+
+void embedding_of_live(const Gpu& gpu, const WeightView& table, const int32_t* ids, int64_t count, Rows y) {
+  launch<Start::kEarly>(
+      gpu, embedding_of_live_kernel,
+      dim3(static_cast<unsigned>(blocks_for(table.cols, kThreads)), static_cast<unsigned>(count)), kThreads, 0, table,
+      ids, y);
 }
 
 void embedding_backward(const Gpu& gpu, const WeightView& d_table, const int32_t* ids, int64_t count, Rows d_y) {

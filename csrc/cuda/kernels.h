@@ -6,6 +6,7 @@
 #include "cuda/kv_layout.h"
 #include "cuda/runtime.h"
 #include "cuda/weight_layout.h"
+#include "ops/sample_next.h"
 
 namespace llama_ext::cuda {
 
@@ -92,6 +93,8 @@ void dropout(const Gpu& gpu, Rows x, Rows y, int64_t rows, int64_t width, Dropou
 
 // embedding.cu. ids: host memory, checked.
 void embedding(const Gpu& gpu, const WeightView& table, const int32_t* ids, int64_t count, Rows y);
+/// ids: the GPU's memory.
+void embedding_of_live(const Gpu& gpu, const WeightView& table, const int32_t* ids, int64_t count, Rows y);
 void embedding_backward(const Gpu& gpu, const WeightView& d_table, const int32_t* ids, int64_t count, Rows d_y);
 
 // matmul_rows.cu: a few rows of x.
@@ -164,6 +167,28 @@ void attention_mma(const Gpu& gpu, const KvSegmentView* segments, int64_t count,
 // attention_wgmma.cu: the same bits on Hopper's own tensor cores, for segments of enough tokens; attention_mma() calls it.
 bool has_attention_wgmma(const Gpu& gpu, const KvSegmentView& segment, int heads, float scale);
 void attention_wgmma(const Gpu& gpu, const KvSegmentView& segment, Rows q, int heads, float scale, Rows y);
+
+// sample_next.cu: ops/sample_next.h.
+struct SampleNextView {
+  const float* logits = nullptr;  // (rows, vocabulary)
+  int rows = 0;
+  int vocabulary = 0;
+  int32_t* tokens = nullptr;
+  int32_t* positions = nullptr;
+  DecodeRow* state = nullptr;
+  DecodeResult* results = nullptr;
+  int slots = 0;
+  const float* bias = nullptr;     // or null
+  int32_t* occurrences = nullptr;  // or null
+  double temperature = 0.0;
+  int64_t top_k = 0;
+  double top_p = 1.0;
+  double min_p = 0.0;
+  double repetition_penalty = 1.0;
+  double presence_penalty = 0.0;
+  double frequency_penalty = 0.0;
+};
+void sample_next(const Gpu& gpu, const SampleNextView& view);
 
 // read_probe.cu: bytes a second, from `nbytes` (a multiple of 16) read `rounds` times. Waits for the GPU.
 double read_probe(const Gpu& gpu, int64_t nbytes, int rounds);

@@ -33,24 +33,27 @@ __device__ void store_row(const float* from, int head_dim, KvKind kind, unsigned
 }
 
 __global__ void kv_store_kernel(const __grid_constant__ SegmentList segments, KvRowsView rows) {
+  wait_for_predecessors();
   auto* place = reinterpret_cast<float*>(shared_memory());
   int64_t token = blockIdx.x;
   const KvSegmentView& segment = segments.find(token);
   const KvLayerView& layer = segment.layer;
   const int64_t row = segment.row + token;
+  const int64_t position = segment.first_position() + token;
   const int head = static_cast<int>(blockIdx.y);
   const int half = layer.head_dim / 2;
   const bool is_query = head >= layer.kv_heads;
   float* x =
       is_query ? rows.q.row(row) + (head - layer.kv_heads) * layer.head_dim : rows.k.row(row) + head * layer.head_dim;
   if (rows.cosines != nullptr) {
+    const int64_t angles = (segment.live_position == nullptr ? row : position) * half;
     for (int i = static_cast<int>(threadIdx.x); i < half; i += kHeadThreads) {
-      rotate(x[i], x[i + half], rows.cosines[row * half + i], rows.sines[row * half + i]);
+      rotate(x[i], x[i + half], rows.cosines[angles + i], rows.sines[angles + i]);
     }
   }
   if (is_query) return;
   __syncthreads();
-  const int64_t at = layer.row(head, segment.position + token);
+  const int64_t at = layer.row(head, position);
   const float* v = rows.v.row(row) + head * layer.head_dim;
   store_row(x, layer.head_dim, layer.kind, layer.keys + at * layer.row_bytes, layer.key_scales + at, place);
   store_row(v, layer.head_dim, layer.kind, layer.values + at * layer.row_bytes, layer.value_scales + at, place);
@@ -104,8 +107,8 @@ void kv_store(const Gpu& gpu, const KvSegmentView* segments, int64_t count, cons
   if (tokens >= kManyTokens) return kv_store_rows(gpu, segments, count, rows);
   for_each_list(segments, count, [&](const SegmentList& list) {
     const unsigned heads = static_cast<unsigned>(list.of[0].layer.kv_heads + rows.q_heads);
-    launch(gpu, kv_store_kernel, dim3(static_cast<unsigned>(list.tokens), heads), kHeadThreads, kWarp * sizeof(float),
-           list, rows);
+    launch<Start::kEarly>(gpu, kv_store_kernel, dim3(static_cast<unsigned>(list.tokens), heads), kHeadThreads,
+                          kWarp * sizeof(float), list, rows);
   });
 }
 

@@ -35,6 +35,9 @@ struct KvSegmentView {
   int64_t row = 0;
   int64_t tokens = 0;
   int64_t position = 0;
+  const int32_t* live_position = nullptr;  // or null: `position` is an upper bound then
+
+  __device__ int64_t first_position() const { return live_position == nullptr ? position : int64_t{*live_position}; }
 };
 
 }  // namespace llama_ext::cuda

@@ -42,6 +42,7 @@ __device__ __forceinline__ void load_activations(const ProductView& p, const flo
 
 template <Kind kKind, int kRows>
 __global__ void __launch_bounds__(kThreads, 2) matmul_rows_kernel(const __grid_constant__ ProductView p) {
+  wait_for_predecessors();
   constexpr int kParts = kChunkParts<kKind>;
   constexpr int kElements = kChunkElements<kKind>;
   // Vectors of 4 whose codes share a scale: q6_k has one for 16, all others at least for a whole chunk.
@@ -156,7 +157,7 @@ template <Kind kKind, int kRows>
 void start(const Gpu& gpu, const ProductView& p) {
   const int64_t warps = p.is_gate_up ? p.width : blocks_for(p.weight.rows, kRowsPerWarp);
   const size_t floats = static_cast<size_t>(kRows * tile_size(p.weight.stride, kRows)) + kWarp + kRows;
-  launch(gpu, matmul_rows_kernel<kKind, kRows>, dim3(static_cast<unsigned>(blocks_for(warps, kWarps))), kThreads,
+  launch<Start::kEarly>(gpu, matmul_rows_kernel<kKind, kRows>, dim3(static_cast<unsigned>(blocks_for(warps, kWarps))), kThreads,
          floats * sizeof(float), p);
 }
 

@@ -6,6 +6,7 @@ namespace llama_ext::cuda {
 namespace {
 
 __global__ void rms_norm_kernel(Rows x, int width, NormView norm, Rows y, float* inverse_rms) {
+  wait_for_predecessors();
   auto* place = reinterpret_cast<float*>(shared_memory());
   const float* from = x.row(blockIdx.x);
   float* to = y.row(blockIdx.x);
@@ -19,7 +20,7 @@ __global__ void rms_norm_kernel(Rows x, int width, NormView norm, Rows y, float*
 }  // namespace
 
 void rms_norm(const Gpu& gpu, Rows x, int64_t rows, int width, NormView norm, Rows y, float* inverse_rms) {
-  launch(gpu, rms_norm_kernel, dim3(static_cast<unsigned>(rows)), kThreads, kWarp * sizeof(float), x, width, norm, y,
+  launch<Start::kEarly>(gpu, rms_norm_kernel, dim3(static_cast<unsigned>(rows)), kThreads, kWarp * sizeof(float), x, width, norm, y,
          inverse_rms);
 }
 

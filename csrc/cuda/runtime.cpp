@@ -1,5 +1,8 @@
 #include "cuda/runtime.h"
 
+#include <cstdlib>
+#include <string_view>
+
 namespace llama_ext::cuda {
 namespace {
 
@@ -8,6 +11,14 @@ namespace {
 constexpr int kNeededDriver = CUDART_VERSION / 1000 * 1000;
 constexpr const char* kNeededDriverText = kNeededDriver >= 13000 ? "580" : "525";
 constexpr int kNeededCapability = 80;
+
+thread_local const Capture* current_capture = nullptr;
+
+/// LLAMA_EXT_CUDA_OVERLAP=0 starts every kernel after the one before, for comparison.
+bool wants_overlap() {
+  const char* text = std::getenv("LLAMA_EXT_CUDA_OVERLAP");
+  return text == nullptr || std::string_view(text) != "0";
+}
 
 std::string version_text(int version) { return cat(version / 1000, ".", version % 1000 / 10); }
 
@@ -67,6 +78,7 @@ Gpu::Gpu(int index) : index_(index) {
           ", and 8.0 (Ampere) or later is needed. Use device='cpu'");
   require(attribute(cudaDevAttrMemoryPoolsSupported) != 0, ErrorKind::kDevice, "device 'cuda:", index,
           "': this driver offers no memory pools, which are needed. Use device='cpu'");
+  overlaps_ = capability_ >= 90 && wants_overlap();
   use();
   // Memory of the pool is kept between operations.
   require_success(cudaDeviceGetDefaultMemPool(&pool_, index), "asking for the memory pool");
@@ -78,6 +90,11 @@ Gpu::Gpu(int index) : index_(index) {
 
 Gpu::~Gpu() {
   if (cudaSetDevice(index_) == cudaSuccess) cudaStreamDestroy(stream_);
+}
+
+cudaStream_t Gpu::stream() const {
+  const Capture* capture = Capture::of(*this);
+  return capture == nullptr ? stream_ : capture->stream();
 }
 
 void Gpu::use() const { require_success(cudaSetDevice(index_), "choosing the GPU"); }
@@ -132,26 +149,26 @@ void Gpu::release(void* memory, Source source) const noexcept {
 void Gpu::copy_to_device(void* device, const void* host, size_t nbytes) const {
   if (nbytes == 0) return;
   use();
-  require_success(cudaMemcpyAsync(device, host, nbytes, cudaMemcpyHostToDevice, stream_), "a copy to the GPU");
+  require_success(cudaMemcpyAsync(device, host, nbytes, cudaMemcpyHostToDevice, stream()), "a copy to the GPU");
 }
 
 void Gpu::copy_to_host(void* host, const void* device, size_t nbytes) const {
   if (nbytes == 0) return;
   use();
-  require_success(cudaMemcpyAsync(host, device, nbytes, cudaMemcpyDeviceToHost, stream_), "a copy from the GPU");
+  require_success(cudaMemcpyAsync(host, device, nbytes, cudaMemcpyDeviceToHost, stream()), "a copy from the GPU");
 }
 
 void Gpu::copy_on_device(void* to, const void* from, size_t nbytes) const {
   if (nbytes == 0) return;
   use();
-  require_success(cudaMemcpyAsync(to, from, nbytes, cudaMemcpyDeviceToDevice, stream_), "a copy on the GPU");
+  require_success(cudaMemcpyAsync(to, from, nbytes, cudaMemcpyDeviceToDevice, stream()), "a copy on the GPU");
 }
 
 void Gpu::fill_zero(void* memory, size_t pitch, size_t width, size_t height) const {
   if (width == 0 || height == 0) return;
   use();
-  const cudaError_t error = height == 1 ? cudaMemsetAsync(memory, 0, width, stream_)
-                                        : cudaMemset2DAsync(memory, pitch, 0, width, height, stream_);
+  const cudaError_t error = height == 1 ? cudaMemsetAsync(memory, 0, width, stream())
+                                        : cudaMemset2DAsync(memory, pitch, 0, width, height, stream());
   require_success(error, "a fill on the GPU");
 }
 
@@ -160,14 +177,80 @@ void Gpu::synchronize() const {
   require_success(cudaStreamSynchronize(stream_), "waiting for the GPU");
 }
 
-Scratch::Scratch(const Gpu& gpu, size_t nbytes) : gpu_(gpu) {
+Arena::~Arena() {
+  for (const Block& block : blocks_) gpu_.release(block.memory, Gpu::Source::kPool);
+}
+
+void* Arena::take(size_t nbytes) {
+  Block* best = nullptr;
+  for (Block& block : blocks_) {
+    if (!block.is_taken && block.nbytes >= nbytes && (best == nullptr || block.nbytes < best->nbytes)) best = &block;
+  }
+  if (best == nullptr) {
+    blocks_.reserve(blocks_.size() + 1);
+    blocks_.push_back({gpu_.allocate(nbytes, "scratch memory of a recording", Gpu::Source::kPool), nbytes, false});
+    best = &blocks_.back();
+  }
+  best->is_taken = true;
+  return best->memory;
+}
+
+void Arena::give_back(void* memory) noexcept {
+  for (Block& block : blocks_) {
+    if (block.memory == memory) block.is_taken = false;
+  }
+}
+
+Capture::Capture(const Gpu& gpu, Arena& arena) : gpu_(gpu), arena_(arena) {
+  require(current_capture == nullptr, ErrorKind::kInternal, "CUDA: a recording within a recording");
+  gpu.use();
+  require_success(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
+  // Relaxed: this thread may allocate meanwhile, and others may do anything. Nothing but what is recorded goes to this stream.
+  const cudaError_t error = cudaStreamBeginCapture(stream_, cudaStreamCaptureModeRelaxed);
+  if (error != cudaSuccess) cudaStreamDestroy(stream_);
+  require_success(error, "recording kernels");
+  current_capture = this;
+}
+
+Capture::~Capture() {
+  current_capture = nullptr;
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  if (cudaStreamIsCapturing(stream_, &status) == cudaSuccess && status != cudaStreamCaptureStatusNone) {
+    cudaGraph_t graph = nullptr;  // of operations that threw
+    if (cudaStreamEndCapture(stream_, &graph) == cudaSuccess && graph != nullptr) cudaGraphDestroy(graph);
+  }
+  cudaGetLastError();
+  cudaStreamDestroy(stream_);
+}
+
+cudaGraph_t Capture::end() const {
+  gpu_.use();
+  cudaGraph_t graph = nullptr;
+  require_success(cudaStreamEndCapture(stream_, &graph), "recording kernels");
+  return graph;
+}
+
+const Capture* Capture::of(const Gpu& gpu) {
+  return current_capture != nullptr && &current_capture->gpu_ == &gpu ? current_capture : nullptr;
+}
+
+Scratch::Scratch(const Gpu& gpu, size_t nbytes) : gpu_(gpu), capture_(Capture::of(gpu)) {
   if (nbytes == 0) return;
+  if (capture_ != nullptr) {
+    memory_ = capture_->arena().take(nbytes);
+    return;
+  }
   gpu.use();
   require_success(cudaMallocAsync(&memory_, nbytes, gpu.stream()), "scratch memory");
 }
 
 Scratch::~Scratch() {
-  if (memory_ != nullptr) cudaFreeAsync(memory_, gpu_.stream());
+  if (memory_ == nullptr) return;
+  if (capture_ != nullptr) {
+    capture_->arena().give_back(memory_);
+  } else {
+    cudaFreeAsync(memory_, gpu_.stream());
+  }
 }
 
 }  // namespace llama_ext::cuda

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "core/errors.h"
 
@@ -29,7 +30,10 @@ class Gpu {
   Gpu& operator=(const Gpu&) = delete;
 
   int index() const { return index_; }
-  cudaStream_t stream() const { return stream_; }
+  /// Where the calling thread's work goes: while it records, to the capture.
+  cudaStream_t stream() const;
+  /// Whether kernels that wait for their predecessors themselves (launch.h) may be started before those are done.
+  bool overlaps() const { return overlaps_; }
   /// 90 for compute capability 9.0.
   int capability() const { return capability_; }
   int multiprocessors() const { return multiprocessors_; }
@@ -63,9 +67,53 @@ class Gpu {
   int multiprocessors_ = 0;
   cudaStream_t stream_ = nullptr;
   cudaMemPool_t pool_ = nullptr;
+  bool overlaps_ = false;
 };
 
-/// Memory for the launches of one operation, in the order of the stream: cheap, as it comes from the runtime's pool.
+/// Scratch memory of the operations of one recording. They run one after the other, so what one has given back the next takes.
+class Arena {
+ public:
+  explicit Arena(const Gpu& gpu) : gpu_(gpu) {}
+  ~Arena();
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+  void* take(size_t nbytes);
+  void give_back(void* memory) noexcept;
+
+ private:
+  struct Block {
+    void* memory;
+    size_t nbytes;
+    bool is_taken;
+  };
+  const Gpu& gpu_;
+  std::vector<Block> blocks_;
+};
+
+/// While it lives, what the calling thread starts on this GPU is captured and does not run; scratch memory comes from `arena`. One at a
+/// time for a thread.
+class Capture {
+ public:
+  Capture(const Gpu& gpu, Arena& arena);
+  ~Capture();
+  Capture(const Capture&) = delete;
+  Capture& operator=(const Capture&) = delete;
+  /// What was captured, once.
+  cudaGraph_t end() const;
+
+  /// The calling thread's, when it captures on this GPU.
+  static const Capture* of(const Gpu& gpu);
+  Arena& arena() const { return arena_; }
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  const Gpu& gpu_;
+  Arena& arena_;
+  cudaStream_t stream_ = nullptr;
+};
+
+/// Memory for the launches of one operation, in the order of the stream: cheap, as it comes from the runtime's pool, or from the
+/// recording that is being made.
 class Scratch {
  public:
   Scratch(const Gpu& gpu, size_t nbytes);
@@ -79,6 +127,7 @@ class Scratch {
 
  private:
   const Gpu& gpu_;
+  const Capture* capture_;
   void* memory_ = nullptr;
 };
 

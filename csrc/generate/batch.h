@@ -7,6 +7,7 @@
 
 #include "generate/draft.h"
 #include "generate/row.h"
+#include "model/decode_loop.h"
 
 namespace llama_ext {
 
@@ -69,6 +70,12 @@ class Batch {
   void commit(std::vector<Work>& works, std::vector<GenerationEvent>& events);
   void check_continued(const Row& row, int64_t ran) const;
 
+  // Steps that a device takes ahead of the host (batch_ahead.cpp).
+  bool step_ahead(std::vector<GenerationEvent>& events);
+  bool can_go_ahead() const;
+  void start_ahead();
+  bool is_ahead_valid() const;
+
   void end(Row& row, Finish reason);
   void forget_ended();
   int64_t vocabulary() const { return request_.model->config().vocabulary; }
@@ -90,6 +97,15 @@ class Batch {
   Row* latest_ = nullptr;
   std::unique_ptr<Session> base_;
   std::unique_ptr<Session> draft_base_;
+
+  /// Rows that decode on a device by itself, from the moment on that they all do until one ends.
+  struct Ahead {
+    std::unique_ptr<DecodeLoop> loop;
+    std::vector<Row*> rows;         // of its seats
+    std::vector<uint64_t> writes;   // of their sessions, as the loop left them
+    int64_t told = 0;               // tokens of each
+  };
+  Ahead ahead_;
 
   std::vector<float> logits_;
   GenerationCounts counts_;

@@ -20,7 +20,12 @@ constexpr int64_t kMostCheckedRows = 128;
 
 void Batch::step(std::vector<GenerationEvent>& events) {
   if (tell_held(events)) return;
+  if (step_ahead(events)) return;
   admit();
+  if (can_go_ahead()) {
+    start_ahead();
+    if (step_ahead(events)) return;
+  }
   std::vector<Work> works = plan();
   try {
     run(works);

@@ -65,6 +65,12 @@ void Session::readmit(int32_t token) {
   tokens_.push_back(token);
 }
 
+void Session::record_run(int32_t token) {
+  require(length() < capacity(), ErrorKind::kInternal, "session: there is no position for another token");
+  ++writes_;
+  tokens_.push_back(token);
+}
+
 std::unique_ptr<Session> Session::fork(int64_t capacity) const {
   require(capacity >= length(), ErrorKind::kContextLength, "session: a fork needs room for its ", length(),
           " tokens, got a capacity of ", capacity);

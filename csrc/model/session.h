@@ -51,6 +51,8 @@ class Session {
   /// Takes back a part of a rewind: `token` ran at this position before, and since then nothing was stored in the
   /// cache, which `writes()` tells. Costs nothing.
   void readmit(int32_t token);
+  /// `token` ran at the next position, by a DecodeLoop that writes to the cache.
+  void record_run(int32_t token);
   /// How often something was stored in the cache.
   uint64_t writes() const { return writes_; }
 

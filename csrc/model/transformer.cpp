@@ -7,15 +7,13 @@
 
 #include "core/interrupt.h"
 #include "model/block.h"
+#include "model/workspace.h"
 
 namespace llama_ext {
 namespace {
 
 // Logits are made for this many rows at a time, so that their buffer stays small beside a large vocabulary.
 constexpr int64_t kHeadRows = 128;
-
-// Regions of the workspace start on a cache line of their own.
-constexpr int64_t kRegionFloats = 64;
 
 /// Tokens [begin, begin + count) of a chunk, as rows of one pass.
 struct Part {
@@ -148,41 +146,9 @@ class ForwardCall {
 
  private:
   void allocate(int64_t rows, int64_t head_rows) {
-    const ModelConfig& config = model_.config();
-    const int64_t half = config.head_dim / 2;
-    int64_t floats = 0;
-    const auto region = [&floats](int64_t region_rows, int64_t width) {
-      const int64_t offset = floats;
-      floats = checked_add(floats, round_up(checked_mul(region_rows, width, "workspace"), kRegionFloats), "workspace");
-      return offset;
-    };
-    const int64_t x = region(rows, config.width);
-    const int64_t normed = region(rows, config.width);
-    const int64_t qkv = region(rows, config.qkv_size());
-    const int64_t attended = region(rows, config.q_size());
-    const int64_t cos = region(rows, half);
-    const int64_t sin = region(rows, half);
-    const int64_t head = region(head_rows, config.outputs());
     int64_t rank = 0;
     for (const Chunk& chunk : chunks_) rank = std::max(rank, chunk.adapter == nullptr ? 0 : chunk.adapter->rank());
-    const int64_t gate = region(rank > 0 ? rows : 0, config.ffn_width);
-    const int64_t up = region(rank > 0 ? rows : 0, config.ffn_width);
-    const int64_t low_rank = region(rows, rank);
-    workspace_ = backend_.allocate(static_cast<size_t>(checked_mul(floats, sizeof(float), "workspace")));
-
-    float* base = static_cast<float*>(workspace_->data());
-    whole_.x = TensorView(base + x, DType::kF32, {rows, config.width});
-    whole_.normed = TensorView(base + normed, DType::kF32, {rows, config.width});
-    whole_.qkv = TensorView(base + qkv, DType::kF32, {rows, config.qkv_size()});
-    whole_.attended = TensorView(base + attended, DType::kF32, {rows, config.q_size()});
-    whole_.cos = TensorView(base + cos, DType::kF32, {rows, half});
-    whole_.sin = TensorView(base + sin, DType::kF32, {rows, half});
-    if (rank > 0) {
-      whole_.gate = TensorView(base + gate, DType::kF32, {rows, config.ffn_width});
-      whole_.up = TensorView(base + up, DType::kF32, {rows, config.ffn_width});
-      whole_.low_rank = TensorView(base + low_rank, DType::kF32, {rows, rank});
-    }
-    head_ = TensorView(base + head, DType::kF32, {head_rows, config.outputs()});
+    workspace_ = make_workspace(model_, {.rows = rows, .head_rows = head_rows, .angles = rows, .rank = rank});
   }
 
   void run_pass(const std::vector<Part>& parts) {
@@ -203,6 +169,7 @@ class ForwardCall {
   Pass begin_pass(const std::vector<Part>& parts) {
     ids_.clear();
     positions_.clear();
+    const Pass& whole = workspace_.whole;
     Pass pass;
     for (const Part& part : parts) {
       const Chunk& chunk = chunks_[part.chunk];
@@ -217,17 +184,17 @@ class ForwardCall {
       }
     }
     const int64_t rows = static_cast<int64_t>(ids_.size());
-    pass.x = whole_.x.slice_rows(0, rows);
-    pass.normed = whole_.normed.slice_rows(0, rows);
-    pass.qkv = whole_.qkv.slice_rows(0, rows);
-    pass.attended = whole_.attended.slice_rows(0, rows);
+    pass.x = whole.x.slice_rows(0, rows);
+    pass.normed = whole.normed.slice_rows(0, rows);
+    pass.qkv = whole.qkv.slice_rows(0, rows);
+    pass.attended = whole.attended.slice_rows(0, rows);
     if (!pass.adapters.empty()) {
-      pass.gate = whole_.gate.slice_rows(0, rows);
-      pass.up = whole_.up.slice_rows(0, rows);
-      pass.low_rank = whole_.low_rank.slice_rows(0, rows);
+      pass.gate = whole.gate.slice_rows(0, rows);
+      pass.up = whole.up.slice_rows(0, rows);
+      pass.low_rank = whole.low_rank.slice_rows(0, rows);
     }
-    pass.cos = whole_.cos.slice_rows(0, rows);
-    pass.sin = whole_.sin.slice_rows(0, rows);
+    pass.cos = whole.cos.slice_rows(0, rows);
+    pass.sin = whole.sin.slice_rows(0, rows);
 
     const size_t angles = static_cast<size_t>(pass.cos.size());
     cos_.resize(angles);
@@ -265,7 +232,7 @@ class ForwardCall {
     const int64_t outputs = model_.config().outputs();
     for (int64_t row = 0; row < gathered; row += kHeadRows) {
       const int64_t count = std::min(gathered - row, kHeadRows);
-      const TensorView head = head_.slice_rows(0, count);
+      const TensorView head = workspace_.head.slice_rows(0, count);
       MatmulArgs args;
       args.x = pass.normed.slice_rows(row, count);
       args.weight = &model_.weights().head();
@@ -307,9 +274,7 @@ class ForwardCall {
   Backend& backend_;
   const std::vector<Chunk>& chunks_;
   float* logits_;  // where the next row goes
-  std::unique_ptr<Buffer> workspace_;
-  Pass whole_;  // the workspace's tensors, for as many rows as the largest pass
-  TensorView head_;
+  Workspace workspace_;  // for as many rows as the largest pass
   // Host memory of the pass that is running.
   std::vector<int32_t> ids_;
   std::vector<int64_t> positions_;

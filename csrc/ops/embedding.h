@@ -6,13 +6,14 @@
 namespace llama_ext {
 
 /// y[t] = table[ids[t]]
-/// ids: (T) i32 in host memory, each in [0, V). table: Matrix (V, C), any dtype. y: (T, C) f32, contiguous, must not
-/// overlap ids.
+/// ids: (T) i32 in host memory, each in [0, V); with `live_ids` in the device's memory, unchecked, as sample_next writes them.
+/// table: Matrix (V, C), any dtype. y: (T, C) f32, contiguous, must not overlap ids.
 /// Throws ShapeError, DTypeError, TokenIdError.
 struct EmbeddingArgs {
   TensorView ids;
   const Matrix* table = nullptr;
   TensorView y;
+  bool live_ids = false;
 };
 
 void check(const EmbeddingArgs& args);

@@ -39,6 +39,10 @@ void check_segments(const std::vector<KvSegment>& segments, int64_t layer, int64
             ErrorKind::kShape, op, ": segment ", i, " covers rows [", segment.row, ", ", segment.row, " + ",
             segment.tokens, "), there are ", rows);
     check_positions(shape, segment.position, segment.tokens, op);
+    require(segment.live_position == nullptr || segment.tokens == 1, ErrorKind::kInternal, op, ": segment ", i,
+            " has a live position and ", segment.tokens, " tokens, it must have one");
+    require((segment.live_position != nullptr) == (segments.front().live_position != nullptr), ErrorKind::kInternal, op,
+            ": positions are live in all segments or in none");
     if (segment.tokens > 0) ranges.emplace_back(segment.row, segment.row + segment.tokens);
   }
   std::sort(ranges.begin(), ranges.end());
@@ -64,8 +68,14 @@ void check(const KvStoreArgs& args) {
     return;
   }
   require(head_dim % 2 == 0, ErrorKind::kShape, "kv_store: a rotated head dimension must be even, got ", head_dim);
-  require_tensor(args.cos, DType::kF32, {rows, head_dim / 2}, Rows::kContiguous, "kv_store", "cos");
-  require_tensor(args.sin, DType::kF32, {rows, head_dim / 2}, Rows::kContiguous, "kv_store", "sin");
+  const bool is_live = !args.segments.empty() && args.segments.front().live_position != nullptr;
+  const int64_t angles = is_live ? args.cos.rows() : rows;
+  require_tensor(args.cos, DType::kF32, {angles, head_dim / 2}, Rows::kContiguous, "kv_store", "cos");
+  require_tensor(args.sin, DType::kF32, {angles, head_dim / 2}, Rows::kContiguous, "kv_store", "sin");
+  for (const KvSegment& segment : args.segments) {
+    require(!is_live || segment.position < angles, ErrorKind::kShape, "kv_store: cos has ", angles,
+            " positions, a token may have position ", segment.position);
+  }
   if (args.q.rank() == 0) return;
   require_tensor(args.q, DType::kF32, {rows, -1, head_dim}, Rows::kStrided, "kv_store", "q");
   require(kv_heads > 0 ? args.q.dim(1) % kv_heads == 0 : args.q.dim(1) == 0, ErrorKind::kShape,

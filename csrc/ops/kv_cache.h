@@ -38,12 +38,15 @@ struct KvSegment {
   int64_t row = 0;
   int64_t tokens = 0;
   int64_t position = 0;
+  /// The device's memory, or none: the position is read there, and `position` is the largest that it may be. For one token.
+  const int32_t* live_position = nullptr;
 };
 
 /// Writes the keys and values of a pass: cache[layer, :, position + t, :] = k[row + t], v[row + t] of each segment, rounded to
 /// the cache's dtype; for int8 with a scale for each position and head (quant/kv_row.h). With cos and sin, k and q are rotated
 /// first, in place (rope.h), so that a row is met once.
-/// k, v: (M, K, D) f32, rows may be strided. q: (M, H, D) likewise, H a multiple of K, or none. cos, sin: (M, D/2), or none.
+/// k, v: (M, K, D) f32, rows may be strided. q: (M, H, D) likewise, H a multiple of K, or none. cos, sin: (M, D/2), or none; where
+/// positions are live (of all segments or of none), (P, D/2) by position.
 /// Segments' rows are disjoint; rows of no segment are left alone. Overwrites what was there.
 /// Throws ShapeError, DTypeError, ContextLengthError.
 struct KvStoreArgs {

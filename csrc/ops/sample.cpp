@@ -10,6 +10,7 @@
 #include "ops/argument_checks.h"
 #include "ops/embedding.h"
 #include "ops/log_sum_exp.h"
+#include "ops/sample_next.h"
 
 namespace llama_ext {
 
@@ -36,11 +37,11 @@ double random_uniform(const RandomKey& key) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Checks.
 
-namespace {
-
 bool has_penalties(const SamplingOptions& options) {
   return options.repetition_penalty != 1.0 || options.presence_penalty != 0.0 || options.frequency_penalty != 0.0;
 }
+
+namespace {
 
 void require_finite(double value, const char* field) {
   require(std::isfinite(value), ErrorKind::kOption, "sample: ", field, " must be finite, got ", value);

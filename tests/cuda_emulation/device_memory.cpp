@@ -10,6 +10,8 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <utility>
+#include <vector>
 
 namespace cuda_emulation {
 namespace {
@@ -80,6 +82,75 @@ bool is_device_memory(const void* data, size_t nbytes) {
 }  // namespace cuda_emulation
 
 using namespace cuda_emulation;
+
+// Graphs: a list of closures.
+
+struct CUgraph_st {
+  std::vector<std::function<void()>> work;
+};
+struct CUgraphExec_st {
+  std::vector<std::function<void()>> work;
+};
+struct CUstream_st {
+  CUgraph_st* graph = nullptr;  // while it captures
+};
+struct CUevent_st {};
+
+bool cuda_emulation::is_capturing(cudaStream_t stream) { return stream != nullptr && stream->graph != nullptr; }
+
+void cuda_emulation::capture(cudaStream_t stream, std::function<void()> work) {
+  stream->graph->work.push_back(std::move(work));
+}
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+  if (stream == nullptr || stream->graph != nullptr) return fail(cudaErrorInvalidValue, "no stream that can capture");
+  stream->graph = new CUgraph_st;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+  if (!is_capturing(stream)) return fail(cudaErrorInvalidValue, "the stream does not capture");
+  *graph = std::exchange(stream->graph, nullptr);
+  return cudaSuccess;
+}
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  *status = is_capturing(stream) ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* runnable, cudaGraph_t graph, unsigned long long) {
+  *runnable = new CUgraphExec_st{graph->work};
+  return cudaSuccess;
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t runnable, cudaStream_t stream) {
+  if (is_capturing(stream)) return fail(cudaErrorStreamCaptureUnsupported, "a graph within a graph");
+  for (const auto& work : runnable->work) work();
+  return last_error;
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+  delete graph;
+  return cudaSuccess;
+}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t runnable) {
+  delete runnable;
+  return cudaSuccess;
+}
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  *event = new CUevent_st;
+  return cudaSuccess;
+}
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  delete event;
+  return cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaHostAlloc(void** memory, size_t nbytes, unsigned) {
+  *memory = std::malloc(nbytes);
+  return *memory != nullptr || nbytes == 0 ? cudaSuccess : fail(cudaErrorMemoryAllocation, "out of memory");
+}
+cudaError_t cudaFreeHost(void* memory) {
+  std::free(memory);
+  return cudaSuccess;
+}
 
 cudaError_t cudaGetDeviceCount(int* count) {
   const size_t driver = setting("LLAMA_EXT_CUDA_EMULATION_DRIVER", 13000);
@@ -180,7 +251,9 @@ cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t* pool, int) {
 cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t, cudaMemPoolAttr, void*) { return cudaSuccess; }
 cudaError_t cudaMemPoolTrimTo(cudaMemPool_t, size_t) { return cudaSuccess; }
 
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t nbytes, cudaMemcpyKind kind, cudaStream_t) {
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t nbytes, cudaMemcpyKind kind, cudaStream_t stream) {
+  // A real graph would read the host's memory again with every launch.
+  if (is_capturing(stream)) return fail(cudaErrorStreamCaptureUnsupported, "a copy while kernels are recorded");
   if (!is_valid(to, nbytes, kind != cudaMemcpyDeviceToHost) ||
       !is_valid(from, nbytes, kind != cudaMemcpyHostToDevice)) {
     return fail(cudaErrorInvalidValue, "a copy between other memory than it says");
@@ -190,14 +263,22 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t nbytes, cudaMemcp
   return cudaSuccess;
 }
 
-cudaError_t cudaMemsetAsync(void* memory, int value, size_t nbytes, cudaStream_t) {
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t nbytes, cudaStream_t stream) {
+  if (is_capturing(stream)) {
+    capture(stream, [=] { cudaMemsetAsync(memory, value, nbytes, nullptr); });
+    return cudaSuccess;
+  }
   if (!is_valid(memory, nbytes, true)) return fail(cudaErrorInvalidValue, "not memory of the device");
   const DeviceAccess access;
   if (nbytes > 0) std::memset(memory, value, nbytes);
   return cudaSuccess;
 }
 
-cudaError_t cudaMemset2DAsync(void* memory, size_t pitch, int value, size_t width, size_t height, cudaStream_t) {
+cudaError_t cudaMemset2DAsync(void* memory, size_t pitch, int value, size_t width, size_t height, cudaStream_t stream) {
+  if (is_capturing(stream)) {
+    capture(stream, [=] { cudaMemset2DAsync(memory, pitch, value, width, height, nullptr); });
+    return cudaSuccess;
+  }
   if (height == 0 || width == 0) return cudaSuccess;
   if (!is_valid(memory, pitch * (height - 1) + width, true) || pitch < width) {
     return fail(cudaErrorInvalidValue, "not memory of the device");
@@ -209,10 +290,13 @@ cudaError_t cudaMemset2DAsync(void* memory, size_t pitch, int value, size_t widt
 }
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
-  *stream = nullptr;
+  *stream = new CUstream_st;
   return cudaSuccess;
 }
-cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  delete stream;
+  return cudaSuccess;
+}
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 
 cudaError_t cudaGetLastError() {

@@ -4,11 +4,17 @@
 
 #include <cstddef>
 
+#include <functional>
+
 #include "cuda_runtime.h"
 
 namespace cuda_emulation {
 
 void set_last_error(cudaError_t error, const char* reason);
+
+/// Streams that capture keep what was to run.
+bool is_capturing(cudaStream_t stream);
+void capture(cudaStream_t stream, std::function<void()> work);
 
 /// Whether host code that follows a device pointer is stopped.
 bool has_protection_keys();

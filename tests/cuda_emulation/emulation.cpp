@@ -247,7 +247,12 @@ void wait_for_copies(int pending) {
   }
 }
 
-void launch(const dim3& grid, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel) {
+void launch(CUstream_st* stream, const dim3& grid, unsigned threads, size_t shared_bytes,
+            const std::function<void()>& kernel) {
+  if (is_capturing(stream)) {
+    capture(stream, [=] { launch(nullptr, grid, threads, shared_bytes, kernel); });
+    return;
+  }
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535 || threads == 0 ||
       threads > kMostThreads || threads % kWarpSize != 0 || shared_bytes > kMostShared) {
     set_last_error(cudaErrorInvalidValue, "a launch of impossible size");

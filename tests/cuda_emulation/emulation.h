@@ -12,6 +12,8 @@ struct dim3 {
   constexpr dim3(unsigned x_, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
+struct CUstream_st;
+
 namespace cuda_emulation {
 
 constexpr unsigned kWarpSize = 32;
@@ -63,8 +65,10 @@ void commit_copies();
 /// Waits for all groups of copies but the last `pending`.
 void wait_for_copies(int pending);
 
-/// Runs `kernel` for every thread of the grid. Device memory can only be followed meanwhile. Errors show in cudaGetLastError.
-void launch(const dim3& grid, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel);
+/// Runs `kernel` for every thread of the grid, or, where the stream captures, with each launch of the graph. Device memory can only be
+/// followed meanwhile. Errors show in cudaGetLastError.
+void launch(CUstream_st* stream, const dim3& grid, unsigned threads, size_t shared_bytes,
+            const std::function<void()>& kernel);
 
 /// Whether all these bytes lie within one allocation of the device.
 bool is_device_memory(const void* data, size_t nbytes);
