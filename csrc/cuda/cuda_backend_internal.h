@@ -111,6 +111,7 @@ class CudaBackend final : public Backend {
   double sum_of_squares(const TensorView& x) override;
 
  private:
+  bool takes_few_rows(const WeightView& weight, int64_t rows, Compute compute) const;
   void product(const ProductView& view, Compute compute) const;
 
   std::shared_ptr<Gpu> gpu_;

@@ -45,6 +45,12 @@ void CudaBackend::rope(const RopeArgs& args) {
              device_data(args.cos), device_data(args.sin), args.inverse);
 }
 
+/// Whether a product of so many rows is made without tiles, by kernels that take a norm and gates along.
+bool CudaBackend::takes_few_rows(const WeightView& weight, int64_t rows, Compute compute) const {
+  if (rows <= kMostVectorRows) return true;
+  return compute != Compute::kExact && rows <= kMostMmaRows && rows <= rows_of_mma(*gpu_, weight);
+}
+
 /// Products of few rows read the weights past the caches and take the norm along; others are made of tiles, on the tensor cores
 /// where x may be rounded.
 void CudaBackend::product(const ProductView& view, Compute compute) const {
@@ -52,7 +58,10 @@ void CudaBackend::product(const ProductView& view, Compute compute) const {
   if (p.rows == 0 || p.weight.rows == 0) return;
   // As on the tensor cores, so that x is rounded alike however many rows there are.
   if (p.weight.kind == Kind::kBF16 && compute != Compute::kExact) p.rounding = Rounding::kBF16;
-  if (p.rows <= kMostVectorRows) return matmul_rows(*gpu_, p);
+  if (takes_few_rows(p.weight, p.rows, compute)) {
+    return compute != Compute::kExact && rows_of_mma(*gpu_, p.weight) > 0 ? matmul_rows_mma(*gpu_, p)
+                                                                          : matmul_rows(*gpu_, p);
+  }
   if (compute != Compute::kExact && has_mma(p.weight.kind) && p.weight.stride > 0) {
     const size_t nbytes = static_cast<size_t>(p.rows * p.weight.stride) * sizeof(uint16_t);
     const Scratch rounded(*gpu_, nbytes);
@@ -102,8 +111,8 @@ void CudaBackend::feed_forward(const FeedForwardArgs& args) {
   first.rows = rows;
   first.norm = norm_of(args.norm);
   const bool is_split = args.gate_up == nullptr;
-  const bool is_fused = !is_split && rows <= kMostVectorRows;
   first.weight = own(is_split ? *args.gate : *args.gate_up, "feed_forward").view();
+  const bool is_fused = !is_split && takes_few_rows(first.weight, rows, args.compute);
   first.bias = optional_data(is_split ? args.gate_bias : args.gate_up_bias);
 
   const int64_t pitch = is_split ? 2 * int64_t{width} : is_fused ? int64_t{width} : int64_t{first.weight.rows};

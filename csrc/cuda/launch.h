@@ -15,9 +15,16 @@ inline constexpr unsigned kAllLanes = 0xffffffffu;
 /// Threads of a block wherever nothing speaks for another number.
 inline constexpr unsigned kThreads = 256;
 
+/// When a kernel starts: once all before it are done, or, in a recording, as soon as there is room. An early one must call
+/// wait_for_predecessors() before it reads or writes anything that other kernels do.
+enum class Start : uint8_t { kInOrder, kEarly };
+#if defined(BENCH_OVERLAPS)
+inline bool bench_overlaps = false;
+#endif
+
 /// Runs kernel(args...) on the GPU's stream, in blocks of `threads` (a multiple of 32) with `shared_bytes` of dynamic shared
 /// memory. An empty grid is no work. Throws DeviceError.
-template <typename... Parameters, typename... Arguments>
+template <Start kStart = Start::kInOrder, typename... Parameters, typename... Arguments>
 void launch(const Gpu& gpu, void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared_bytes,
             Arguments... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
@@ -33,11 +40,34 @@ void launch(const Gpu& gpu, void (*kernel)(Parameters...), dim3 grid, unsigned t
   }
   const auto start = [&](Parameters... parameters) {
     void* pointers[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
+#if defined(BENCH_OVERLAPS)
+    if (kStart == Start::kEarly && bench_overlaps) {
+      cudaLaunchAttribute early{};
+      early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      early.val.programmaticStreamSerializationAllowed = 1;
+      cudaLaunchConfig_t config{};
+      config.gridDim = grid;
+      config.blockDim = dim3(threads);
+      config.dynamicSmemBytes = shared_bytes;
+      config.stream = gpu.stream();
+      config.attrs = &early;
+      config.numAttrs = 1;
+      return require_success(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers), "a kernel");
+    }
+#endif
     require_success(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads), pointers, shared_bytes,
                                      gpu.stream()),
                     "a kernel");
   };
   start(static_cast<Parameters>(arguments)...);
+#endif
+}
+
+/// Lets the next kernel start, where it may start early, and waits until all before this one are done and what they wrote can be seen.
+__device__ __forceinline__ void wait_for_predecessors() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
