@@ -115,6 +115,7 @@ class CudaBackend final : public Backend {
   double sum_of_all_squares(std::span<const TensorView> tensors) override;
 
  private:
+  bool takes_few_rows(const WeightView& weight, int64_t rows, Compute compute) const;
   void product(const ProductView& view, Compute compute) const;
   void feed_forward_on_tensor_cores(const FeedForwardArgs& args) const;
 

@@ -63,6 +63,13 @@ void CudaBackend::rope(const RopeArgs& args) {
              device_data(args.cos), device_data(args.sin), args.inverse);
 }
 
+/// Whether a product of so many rows is made without tiles, by kernels that take a norm and gates along.
+bool CudaBackend::takes_few_rows(const WeightView& weight, int64_t rows, Compute compute) const {
+  if (rounds_weights(weight, compute)) return false;
+  if (rows <= kMostVectorRows) return true;
+  return compute != Compute::kExact && rows <= kMostMmaRows && rows <= rows_of_mma(*gpu_, weight);
+}
+
 /// Products of few rows read the weights past the caches and take the norm along; others are made of tiles, on the tensor cores
 /// where x may be rounded.
 void CudaBackend::product(const ProductView& view, Compute compute) const {
@@ -71,7 +78,10 @@ void CudaBackend::product(const ProductView& view, Compute compute) const {
   // As on the tensor cores, so that x is rounded alike however many rows there are.
   if (p.weight.kind == Kind::kBF16 && compute != Compute::kExact) p.rounding = Rounding::kBF16;
   if (rounds_weights(p.weight, compute)) return rounded_product(*gpu_, p);
-  if (p.rows <= kMostVectorRows) return matmul_rows(*gpu_, p);
+  if (takes_few_rows(p.weight, p.rows, compute)) {
+    return compute != Compute::kExact && rows_of_mma(*gpu_, p.weight) > 0 ? matmul_rows_mma(*gpu_, p)
+                                                                          : matmul_rows(*gpu_, p);
+  }
   if (compute != Compute::kExact && has_mma(p.weight.kind) && p.weight.stride > 0) {
     const bool is_rounded = p.rounded != nullptr;
     const size_t nbytes = is_rounded ? 0 : static_cast<size_t>(p.rows * p.weight.stride) * sizeof(uint16_t);
@@ -119,16 +129,18 @@ void CudaBackend::feed_forward(const FeedForwardArgs& args) {
   const WeightView down = own(*args.down, "feed_forward").view();
   const int width = down.cols;
   if (rows == 0) return;
-  if (rows > kMostVectorRows && args.compute != Compute::kExact && takes_bf16(down)) {
+  const bool is_split = args.gate_up == nullptr;
+  const WeightView gate_up = own(is_split ? *args.gate : *args.gate_up, "feed_forward").view();
+  const bool is_few = takes_few_rows(gate_up, rows, args.compute);
+  if (!is_few && !takes_few_rows(down, rows, args.compute) && args.compute != Compute::kExact && takes_bf16(down)) {
     return feed_forward_on_tensor_cores(args);
   }
   ProductView first;
   first.x = rows_of(args.x);
   first.rows = rows;
   first.norm = norm_of(args.norm);
-  const bool is_split = args.gate_up == nullptr;
-  first.weight = own(is_split ? *args.gate : *args.gate_up, "feed_forward").view();
-  const bool is_fused = !is_split && rows <= kMostVectorRows && !rounds_weights(first.weight, args.compute);
+  first.weight = gate_up;
+  const bool is_fused = !is_split && is_few;
   first.bias = optional_data(is_split ? args.gate_bias : args.gate_up_bias);
 
   const int64_t pitch = is_split ? 2 * int64_t{width} : is_fused ? int64_t{width} : int64_t{first.weight.rows};

@@ -73,6 +73,7 @@ Gpu::Gpu(int index) : index_(index) {
   };
   capability_ = 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
   multiprocessors_ = attribute(cudaDevAttrMultiProcessorCount);
+  shared_bytes_per_block_ = static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
   require(capability_ >= kNeededCapability, ErrorKind::kDevice, "device 'cuda:", index,
           "': the GPU has compute capability ", capability_ / 10, ".", capability_ % 10,
           ", and 8.0 (Ampere) or later is needed. Use device='cpu'");

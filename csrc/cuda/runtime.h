@@ -37,6 +37,8 @@ class Gpu {
   /// 90 for compute capability 9.0.
   int capability() const { return capability_; }
   int multiprocessors() const { return multiprocessors_; }
+  /// Shared memory that a block may ask for.
+  size_t shared_bytes_per_block() const { return shared_bytes_per_block_; }
   /// Makes this GPU the calling thread's. Everything below does so, and launch() too.
   void use() const;
 
@@ -65,6 +67,7 @@ class Gpu {
   int index_;
   int capability_ = 0;
   int multiprocessors_ = 0;
+  size_t shared_bytes_per_block_ = 0;
   cudaStream_t stream_ = nullptr;
   cudaMemPool_t pool_ = nullptr;
   bool overlaps_ = false;

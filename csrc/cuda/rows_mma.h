@@ -1,0 +1,204 @@
+// Rows of x as matmul_rows_mma.cu multiplies them: in shared memory, normalised, rounded, in the product's order.
+#pragma once
+
+#include "cuda/kernels.h"
+#include "cuda/numeric.h"
+#include "cuda/weight_codes.h"
+
+namespace llama_ext::cuda::rows_mma {
+
+inline constexpr int kWarps = 16;
+inline constexpr int kThreadCount = kWarps * static_cast<int>(kWarp);
+inline constexpr int kInFlight = 4;  // steps
+inline constexpr int kTileRows = 16;
+inline constexpr int kColumns = 8;
+inline constexpr int kGateGroup = 16;  // ops/feed_forward.h
+
+template <Kind kKind>
+inline constexpr int kStep = 4 * kChunkElements<kKind>;  // elements of a row that a warp multiplies at a time
+
+/// Where the product wants element e of a chunk, so that a word of codes gives pairs without being sorted.
+template <Kind kKind>
+__host__ __device__ constexpr int place_in_chunk(int e) {
+  if (kKind != Kind::kQ4) return e;
+  const int word = e % 16 / 4;
+  const int is_high = e / 16;  // nibbles
+  return ((2 * word + is_high) * 2 + e % 2) * 2 + e % 4 / 2;
+}
+
+/// Elements between columns of x: rows of lanes must not meet in a bank.
+__host__ __device__ constexpr int column_pitch(int padded) { return padded + (padded % 64 == 0 ? 32 : 0); }
+
+// As float16, 0x6400 | n is 1024 + n: codes become numbers by putting bytes or nibbles there, and what is too much is a sum of x
+// that is taken off again, group by group. The upper nibble of a byte counts 16 times, so x is divided by 16 there.
+inline constexpr uint32_t kBase = 0x64006400;
+inline constexpr float kBaseValue = 1024.0f;
+
+struct RowsMmaView {
+  ProductView product;
+  int tiles;
+  int along_k;      // warps that share a tile's k, a power of two: a block has kWarps / along_k tiles at a time
+  int group_shift;  // steps of a group, as a power of two
+  bool is_aligned;  // rows of x and the norm's weight, to 16 bytes
+  uint32_t base;    // kBase, which no kernel knows to be a constant
+};
+
+__device__ __forceinline__ float4 load_four(const float* row, int k, int cols, bool is_aligned) {
+  if (is_aligned && k + 4 <= cols) return *reinterpret_cast<const float4*>(row + k);
+  float4 four{0.0f, 0.0f, 0.0f, 0.0f};
+  if (k < cols) four.x = row[k];
+  if (k + 1 < cols) four.y = row[k + 1];
+  if (k + 2 < cols) four.z = row[k + 2];
+  if (k + 3 < cols) four.w = row[k + 3];
+  return four;
+}
+
+/// Four elements of x at k = 0, 4, ... of a row, to where the product wants them.
+template <Kind kKind>
+__device__ __forceinline__ void store_four(uint16_t* column, int k, const uint16_t four[4]) {
+  constexpr int kElements = kChunkElements<kKind>;
+  if constexpr (kKind == Kind::kQ4) {
+    // Places of e, e + 2 and of e + 1, e + 3 are neighbours.
+    auto* chunk = reinterpret_cast<uint32_t*>(column + k / kElements * kElements);
+    const int first = place_in_chunk<kKind>(k % kElements) / 2;
+    *reinterpret_cast<uint2*>(chunk + first) = {static_cast<uint32_t>(four[0]) | static_cast<uint32_t>(four[2]) << 16,
+                                                static_cast<uint32_t>(four[1]) | static_cast<uint32_t>(four[3]) << 16};
+  } else {
+    *reinterpret_cast<uint2*>(column + k) = {static_cast<uint32_t>(four[0]) | static_cast<uint32_t>(four[1]) << 16,
+                                             static_cast<uint32_t>(four[2]) | static_cast<uint32_t>(four[3]) << 16};
+  }
+}
+
+/// The block's shared memory.
+struct Shared {
+  float partial[2][kWarps][kTileRows][kColumns];
+  float2 looks[2][kWarps];  // at a row of x: the sum of squares, the largest
+  float row_scales[kColumns];
+  // Then for codes (steps, kColumns) times the negative of what a step's sums are too large by, and where there are minima as many sums of x;
+  // then x, (kColumns or fewer, pitch).
+};
+
+/// 2^n that brings `largest` to [2^14, 2^15), or as near as float32 can; 1 for what is zero or not finite.
+__device__ __forceinline__ float power_for_f16(float largest) {
+  if (!(largest > 0.0f && largest <= 3.4028235e38f)) return 1.0f;
+  const int wanted = 14 - (static_cast<int>(__float_as_uint(largest) >> 23) - 127);
+  return __uint_as_float(static_cast<uint32_t>(min(wanted, 100) + 127) << 23);
+}
+
+// Of a row of x, what a thread keeps in registers between its two looks at it: vectors of 4.
+inline constexpr int kKept = 4;
+inline constexpr int kGains = 2;  // and of the norm's weight, before x is known
+
+/// Rows of x in shared memory: normalised, rounded, in the product's order, zeros beyond the last column. gains: the thread's first
+/// ones, which were loaded early.
+template <Kind kKind>
+__device__ __forceinline__ void bring_rows(const RowsMmaView& v, int padded, int pitch, Shared& shared, uint16_t* x,
+                                           float* excess, float* totals, const float4 (&gains)[kGains]) {
+  constexpr bool kIsCodes = is_quantized(kKind);
+  const ProductView& p = v.product;
+  const int cols = p.weight.cols;
+  const bool has_norm = p.norm.weight != nullptr;
+  const int first = 4 * static_cast<int>(threadIdx.x);
+  const auto gained = [](const float4& of, const float4& gain) {
+    return float4{of.x * gain.x, of.y * gain.y, of.z * gain.z, of.w * gain.w};
+  };
+  const auto gain_of = [&](int i) {
+    if (i < kGains || !has_norm) return gains[i < kGains ? i : 0];
+    return load_four(p.norm.weight, first + 4 * i * kThreadCount, cols, v.is_aligned);
+  };
+#pragma unroll 1
+  for (int m = 0; m < static_cast<int>(p.rows); ++m) {
+    const float* row = p.x.row(m);
+    float4 kept[kKept];
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) kept[i] = load_four(row, first + 4 * i * kThreadCount, cols, v.is_aligned);
+    float inverse = 1.0f;
+    float power = 1.0f;
+    if (has_norm || kIsCodes) {
+      float sum = 0.0f;
+      float largest = 0.0f;
+      const auto look = [&](const float4& four, const float4& gain) {
+        sum = fmaf(four.x, four.x, sum);
+        sum = fmaf(four.y, four.y, sum);
+        sum = fmaf(four.z, four.z, sum);
+        sum = fmaf(four.w, four.w, sum);
+        if constexpr (kIsCodes) {
+          const float4 all = has_norm ? gained(four, gain) : four;
+          largest = max_or_nan(max_or_nan(largest, fabsf(all.x)), fabsf(all.y));
+          largest = max_or_nan(max_or_nan(largest, fabsf(all.z)), fabsf(all.w));
+        }
+      };
+#pragma unroll
+      for (int i = 0; i < kKept; ++i) look(kept[i], gain_of(i));
+#pragma unroll 1
+      for (int k = first + 4 * kKept * kThreadCount; k < cols; k += 4 * kThreadCount) {
+        float4 gain{1.0f, 1.0f, 1.0f, 1.0f};
+        if (kIsCodes && has_norm) gain = load_four(p.norm.weight, k, cols, v.is_aligned);
+        look(load_four(row, k, cols, v.is_aligned), gain);
+      }
+      sum = warp_sum(sum);
+      if (kIsCodes) largest = warp_max(largest);
+      if (threadIdx.x % kWarp == 0) shared.looks[m % 2][threadIdx.x / kWarp] = {sum, largest};
+      __syncthreads();
+      sum = 0.0f;
+      largest = 0.0f;
+#pragma unroll 4  // all at once would take registers from the loads on their way
+      for (int i = 0; i < kWarps; ++i) {
+        const float2 look_of_warp = shared.looks[m % 2][i];
+        sum += look_of_warp.x;
+        largest = max_or_nan(largest, look_of_warp.y);
+      }
+      if (has_norm) inverse = 1.0f / sqrtf(sum / static_cast<float>(cols) + p.norm.eps);
+      if constexpr (kIsCodes) {
+        power = power_for_f16(largest * inverse);
+        if (threadIdx.x == 0) shared.row_scales[m] = 1.0f / power;
+      }
+    }
+    const auto store = [&](int k, const float4& four, const float4& gain) {
+      float values[4] = {four.x, four.y, four.z, four.w};
+      const float gain_at[4] = {gain.x, gain.y, gain.z, gain.w};
+      const float part = kKind == Kind::kQ4 && k % kChunk >= 16 ? 0.0625f : 1.0f;
+      uint16_t rounded[4];
+      float sum = 0.0f;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (has_norm) values[e] = normalized(values[e], inverse, gain_at[e]);
+        if constexpr (kIsCodes) {
+          rounded[e] = to_f16(values[e] * power * part);
+          sum += from_f16(rounded[e]);
+        } else {
+          rounded[e] = to_bf16(values[e]);
+        }
+      }
+      if (k < padded) store_four<kKind>(x + m * pitch, k, rounded);
+      if constexpr (kIsCodes) {
+        // The lanes that have a step are neighbours.
+        float excess_of_step = -(kBaseValue + static_cast<float>(p.weight.zero) / part) * sum;
+        float total = sum / part;
+#pragma unroll
+        for (int lanes = kStep<kKind> / 8; lanes > 0; lanes /= 2) {
+          excess_of_step += __shfl_xor_sync(kAllLanes, excess_of_step, lanes);
+          total += __shfl_xor_sync(kAllLanes, total, lanes);
+        }
+        if (k < padded && k % kStep<kKind> == 0) {
+          excess[k / kStep<kKind> * kColumns + m] = excess_of_step;
+          if (p.weight.has_min) totals[k / kStep<kKind> * kColumns + m] = total;
+        }
+      }
+    };
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) {
+      if (4 * i * kThreadCount >= padded) break;
+      store(first + 4 * i * kThreadCount, kept[i], gain_of(i));
+    }
+#pragma unroll 1
+    for (int base = 4 * kKept * kThreadCount; base < padded; base += 4 * kThreadCount) {
+      float4 gain{1.0f, 1.0f, 1.0f, 1.0f};
+      if (has_norm) gain = load_four(p.norm.weight, base + first, cols, v.is_aligned);
+      store(base + first, load_four(row, base + first, cols, v.is_aligned), gain);
+    }
+  }
+  __syncthreads();
+}
+
+}  // namespace llama_ext::cuda::rows_mma
