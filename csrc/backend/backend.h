@@ -131,6 +131,12 @@ class Backend {
   virtual void kv_store(const KvStoreArgs& args) = 0;
   virtual void kv_load(const KvLoadArgs& args) = 0;
   virtual void attention(const AttentionArgs& args) = 0;
+  /// kv_store, then attention of the same segments, layer and q: at once where a device can. Whether q and k are rotated afterwards
+  /// is not said.
+  virtual void attend(const KvStoreArgs& store, const AttentionArgs& args) {
+    kv_store(store);
+    attention(args);
+  }
   virtual void feed_forward(const FeedForwardArgs& args) = 0;
   virtual void softmax(const SoftmaxArgs& args) = 0;
   virtual void cross_entropy(const CrossEntropyArgs& args) = 0;

@@ -3,6 +3,7 @@
 
 #include "core/checked.h"
 #include "cuda/cuda_backend_internal.h"
+#include "cuda/segments.h"
 
 namespace llama_ext {
 
@@ -51,6 +52,11 @@ const CudaKvCache& own(const KvCache& cache, const char* op) {
   require(mine != nullptr, ErrorKind::kDevice, op, ": the KV cache belongs to another device than the GPU");
   return *mine;
 }
+
+CudaBackend::CudaBackend(int index)
+    : gpu_(std::make_shared<Gpu>(index)),
+      arrived_(gpu_, sizeof(int) * kMostSegments * kMostDecodeHeads),
+      recorder_(gpu_) {}
 
 std::string CudaBackend::isa() const {
 #if defined(LLAMA_EXT_CUDA_EMULATED)

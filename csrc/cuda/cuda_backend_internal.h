@@ -45,7 +45,7 @@ const CudaKvCache& own(const KvCache& cache, const char* op);
 
 class CudaBackend final : public Backend {
  public:
-  explicit CudaBackend(int index) : gpu_(std::make_shared<Gpu>(index)), recorder_(gpu_) {}
+  explicit CudaBackend(int index);
 
   std::string device() const override { return "cuda:" + std::to_string(gpu_->index()); }
   std::string isa() const override;
@@ -94,6 +94,7 @@ class CudaBackend final : public Backend {
   void kv_store(const KvStoreArgs& args) override;
   void kv_load(const KvLoadArgs& args) override;
   void attention(const AttentionArgs& args) override;
+  void attend(const KvStoreArgs& store, const AttentionArgs& args) override;
   void feed_forward(const FeedForwardArgs& args) override;
   void softmax(const SoftmaxArgs& args) override;
   void cross_entropy(const CrossEntropyArgs& args) override;
@@ -120,6 +121,7 @@ class CudaBackend final : public Backend {
   void feed_forward_on_tensor_cores(const FeedForwardArgs& args) const;
 
   std::shared_ptr<Gpu> gpu_;
+  CudaBuffer arrived_;  // of attention_decode
   CudaRecorder recorder_;
 };
 

@@ -35,6 +35,20 @@ bool takes_bf16(const WeightView& weight) {
   return has_mma(weight.kind) && weight.kind != Kind::kF16 && weight.stride > 0;
 }
 
+KvRowsView kv_rows_of(const KvStoreArgs& args) {
+  KvRowsView rows;
+  rows.k = rows_of(args.k);
+  rows.v = rows_of(args.v);
+  rows.cosines = optional_data(args.cos);
+  rows.sines = optional_data(args.sin);
+  // Queries are only rotated here.
+  if (args.q && args.cos) {
+    rows.q = rows_of(args.q);
+    rows.q_heads = static_cast<int>(args.q.dim(1));
+  }
+  return rows;
+}
+
 const LogitsLoops& logits_loops() {
   static const LogitsLoops& loops = __builtin_cpu_supports("avx2") ? avx2_logits_loops() : kPlainLogitsLoops;
   return loops;
@@ -235,17 +249,7 @@ void CudaBackend::kv_store(const KvStoreArgs& args) {
   check(args);
   const std::vector<KvSegmentView> segments = segments_of(args.segments, args.layer, "kv_store");
   if (segments.empty()) return;
-  KvRowsView rows;
-  rows.k = rows_of(args.k);
-  rows.v = rows_of(args.v);
-  rows.cosines = optional_data(args.cos);
-  rows.sines = optional_data(args.sin);
-  // Queries are only rotated here.
-  if (args.q && args.cos) {
-    rows.q = rows_of(args.q);
-    rows.q_heads = static_cast<int>(args.q.dim(1));
-  }
-  cuda::kv_store(*gpu_, segments.data(), static_cast<int64_t>(segments.size()), rows);
+  cuda::kv_store(*gpu_, segments.data(), static_cast<int64_t>(segments.size()), kv_rows_of(args));
 }
 
 void CudaBackend::kv_load(const KvLoadArgs& args) {
@@ -267,6 +271,20 @@ void CudaBackend::attention(const AttentionArgs& args) {
                        : &cuda::attention;
   run(*gpu_, segments.data(), static_cast<int64_t>(segments.size()), rows_of(args.q), heads,
       static_cast<float>(args.scale), rows_of(args.y));
+}
+
+void CudaBackend::attend(const KvStoreArgs& store, const AttentionArgs& args) {
+  check(store);
+  check(args);
+  const std::vector<KvSegmentView> segments = segments_of(args.segments, args.layer, "attend");
+  const int64_t count = static_cast<int64_t>(segments.size());
+  const int heads = static_cast<int>(args.q.dim(1));
+  if (count == 0 || !store.cos || args.compute == Compute::kExact ||
+      !has_attention_decode(segments.data(), count, heads)) {
+    return Backend::attend(store, args);
+  }
+  attention_decode(*gpu_, segments.data(), count, kv_rows_of(store), rows_of(args.q), heads,
+                   static_cast<float>(args.scale), rows_of(args.y), static_cast<int*>(arrived_.data()));
 }
 
 void CudaBackend::softmax(const SoftmaxArgs& args) {

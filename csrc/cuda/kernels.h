@@ -174,6 +174,13 @@ void attention_mma(const Gpu& gpu, const KvSegmentView* segments, int64_t count,
 bool has_attention_wgmma(const Gpu& gpu, const KvSegmentView& segment, int heads, float scale);
 void attention_wgmma(const Gpu& gpu, const KvSegmentView& segment, Rows q, int heads, float scale, Rows y);
 
+// attention_decode.cu: kv_store and attention of one token a segment, at once. q and k stay as they are, not rotated.
+inline constexpr int kMostDecodeHeads = 1024;
+bool has_attention_decode(const KvSegmentView* segments, int64_t count, int heads);
+/// arrived: kMostSegments kMostDecodeHeads zeros, which are zeros again afterwards.
+void attention_decode(const Gpu& gpu, const KvSegmentView* segments, int64_t count, const KvRowsView& rows, Rows q,
+                      int heads, float scale, Rows y, int* arrived);
+
 // sample_next.cu: ops/sample_next.h.
 struct SampleNextView {
   const float* logits = nullptr;  // (rows, vocabulary)

@@ -34,13 +34,13 @@ void attend(const Model& model, int64_t layer, const Pass& pass) {
   Backend& backend = model.backend();
 
   const TensorView q = head_slice(model, pass.qkv, 0, config.heads);
-  backend.kv_store({.segments = pass.segments,
-                    .layer = layer,
-                    .k = head_slice(model, pass.qkv, config.q_size(), config.kv_heads),
-                    .v = head_slice(model, pass.qkv, config.q_size() + config.kv_size(), config.kv_heads),
-                    .q = q,
-                    .cos = pass.cos,
-                    .sin = pass.sin});
+  const KvStoreArgs store{.segments = pass.segments,
+                          .layer = layer,
+                          .k = head_slice(model, pass.qkv, config.q_size(), config.kv_heads),
+                          .v = head_slice(model, pass.qkv, config.q_size() + config.kv_size(), config.kv_heads),
+                          .q = q,
+                          .cos = pass.cos,
+                          .sin = pass.sin};
 
   AttentionArgs attention;
   attention.segments = pass.segments;
@@ -49,7 +49,7 @@ void attend(const Model& model, int64_t layer, const Pass& pass) {
   attention.compute = model.compute();
   attention.scale = 1.0 / std::sqrt(static_cast<double>(config.head_dim));
   attention.y = TensorView(pass.attended.data(), DType::kF32, {pass.attended.rows(), config.heads, config.head_dim});
-  backend.attention(attention);
+  backend.attend(store, attention);
 }
 
 /// x += SwiGLU(norm(x))

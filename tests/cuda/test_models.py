@@ -166,3 +166,43 @@ def test_conversion_and_weights_come_back_as_they_are_on_the_cpu() -> None:
         cpu, gpu = tiny("cpu", dtype=dtype), tiny("cuda", dtype=dtype)
         for slot in cpu._core.slots():
             np.testing.assert_array_equal(gpu._core.read(slot[0]), cpu._core.read(slot[0]), err_msg=str(slot))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(4, 2, 16), (8, 1, 40), (3, 3, 128)], ids=["gqa-16", "mqa-40", "mha-128"]
+)
+def test_tokens_one_by_one_give_the_logits_of_a_whole_prompt_with_a_bfloat16_cache(
+    heads: int, kv_heads: int, head_dim: int
+) -> None:
+    """Across the ends of the parts (128 keys) that decoding attention leaves to different blocks."""
+    config = llama_ext.LlamaConfig(
+        vocab_size=37,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=300,
+        initializer_range=0.2,
+    )
+    models = {device: llama_ext.LlamaForCausalLM(config, seed=4, device=device) for device in ("cpu", "cuda")}
+    ids = np.random.default_rng(0).integers(0, 37, 262)
+    expected = models["cpu"].session(kv_dtype="bfloat16").append(ids, logits="all")
+    session = models["cuda"].session(kv_dtype="bfloat16")
+    session.append(ids[:120])
+    found = np.stack([session.append(ids[i : i + 1]) for i in range(120, 135)])
+    assert relative_rms(found, expected[120:135]) < 5e-3
+    session.append(ids[135:254])
+    found = np.stack([session.append(ids[i : i + 1]) for i in range(254, 262)])
+    assert relative_rms(found, expected[254:262]) < 5e-3
+    other = models["cuda"].session(kv_dtype="bfloat16")
+    other.append(ids[:254])
+    again = np.stack([other.append(ids[i : i + 1]) for i in range(254, 262)])
+    assert relative_rms(again, found) < 5e-3
+
+
+def test_rows_of_one_batch_decode_as_each_does_alone_with_a_bfloat16_cache() -> None:
+    model = tiny("cuda")
+    together = model.generate(PROMPTS, max_new_tokens=6, eos_token_id=[], do_sample=False)
+    assert together == [model.generate(each, max_new_tokens=6, eos_token_id=[], do_sample=False) for each in PROMPTS]
