@@ -14,6 +14,7 @@ namespace {
 constexpr unsigned kBlockThreads = 128;
 constexpr int kRows = 64;  // queries or keys of a block
 constexpr int kKeys = 64;  // that pass by, for queries
+constexpr int kStep = 16;  // of those, multiplied at once for gradients
 constexpr float kLog2OfE = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
@@ -85,7 +86,7 @@ struct Tiles {
   static constexpr int kPitch = kDim + 8;
   static constexpr int kOutputs = kDim / 8;
   static constexpr int kTile = kRows * kPitch;
-  // Queries that pass by, for keys: as many as registers allow beside two sums.
+  // Queries that pass by, for keys: as many as shared memory holds for three blocks.
   static constexpr int kQueries = kDim <= 64 ? 64 : 32;
   static constexpr int kQueryTile = kQueries * kPitch;
 
@@ -122,6 +123,51 @@ __device__ __forceinline__ void multiply_rows(float sums[kProducts][4], Fragment
       mma<MmaType::kBF16>(sums[j], left, right);
       mma<MmaType::kBF16>(sums[j + 1], left, right + 2);
     }
+  }
+}
+
+/// Operand A of 16 rows: kept in registers for heads of 64, read again from shared memory for longer ones.
+template <int kDim>
+struct KeptRows {
+  static constexpr bool kIsKept = kDim <= 64;
+  FragmentTile<kDim + 8> tile;
+  int row;
+  uint32_t words[kIsKept ? kDim / 16 : 1][4];
+
+  __device__ __forceinline__ void load() {
+    if constexpr (kIsKept) {
+#pragma unroll
+      for (int step = 0; step < kDim / 16; ++step) tile.load_a(words[step], row, step * 16);
+    }
+  }
+  /// sums (16, 16) = these rows times rows [first, first + 16) of b.
+  __device__ __forceinline__ void multiply(float sums[2][4], FragmentTile<kDim + 8> b, int first) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) sums[j][0] = sums[j][1] = sums[j][2] = sums[j][3] = 0.0f;
+#pragma unroll
+    for (int step = 0; step < kDim / 16; ++step) {
+      uint32_t right[4];
+      b.load_b(right, first, step * 16);
+      if constexpr (!kIsKept) tile.load_a(words[0], row, step * 16);
+      const uint32_t* left = words[kIsKept ? step : 0];
+      mma<MmaType::kBF16>(sums[0], left, right);
+      mma<MmaType::kBF16>(sums[1], left, right + 2);
+    }
+  }
+};
+
+/// sums (16, kDim) += weights (16, 16), rounded, times rows [first, first + 16) of b.
+template <int kDim>
+__device__ __forceinline__ void add_weighted_rows(float sums[kDim / 8][4], const float weights[2][4],
+                                                  FragmentTile<kDim + 8> b, int first) {
+  uint32_t left[4];
+  pack_a(left, weights[0], weights[1]);
+#pragma unroll
+  for (int j = 0; j < kDim / 8; j += 2) {
+    uint32_t right[4];
+    b.load_b_across(right, first, j * 8);
+    mma<MmaType::kBF16>(sums[j], left, right);
+    mma<MmaType::kBF16>(sums[j + 1], left, right + 2);
   }
 }
 
@@ -279,7 +325,6 @@ template <int kDim>
 __global__ void __launch_bounds__(kBlockThreads, 2)
     d_q_kernel(const __grid_constant__ CausalView a, const __grid_constant__ Ranges ranges, const Rounded in) {
   using T = Tiles<kDim>;
-  constexpr int kProducts = kKeys / 8;
   auto* q_tile = reinterpret_cast<uint16_t*>(shared_memory());
   uint16_t* d_y_tile = q_tile + T::kTile;
   uint16_t* stages = d_y_tile + T::kTile;  // two of (keys, values)
@@ -311,6 +356,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
     log_sums[half] = a.log_sums[at] * kLog2OfE;
     deltas[half] = in.deltas[at];
   }
+  KeptRows<kDim> queries{{q_tile}, warp_row, {}};
+  KeptRows<kDim> d_ys{{d_y_tile}, warp_row, {}};
   float sums[T::kOutputs][4] = {};
   int stage = 0;
 #pragma unroll 1
@@ -318,26 +365,34 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
     wait_for_copies<0>();
     __syncthreads();
     if (key + kKeys <= first) bring(key + kKeys, stage ^ 1);
-    const uint16_t* keys = stages + 2 * stage * T::kTile;
-    float scores[kProducts][4];
-    float slopes[kProducts][4];
-    multiply_rows<kDim, kProducts>(scores, {q_tile}, warp_row, {keys});
-    multiply_rows<kDim, kProducts>(slopes, {d_y_tile}, warp_row, {keys + T::kTile});
-    const bool is_last = key == first;
-    const uint32_t kept = kept_weights<kProducts>(a, [&](int j, int c) {
-      return dropout_index(a, range.row + token + c / 2 * 8, head, key + j * 8 + 2 * t + c % 2);
-    });
-#pragma unroll
-    for (int j = 0; j < kProducts; ++j) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        const int at = key + j * 8 + 2 * t + c % 2;
-        const float weight = power_of_two(fmaf(scores[j][c], scale, -log_sums[c / 2]));
-        const float slope = drop(a, kept, j, c, slopes[j][c]) - deltas[c / 2];
-        slopes[j][c] = is_last && at > token + c / 2 * 8 ? 0.0f : weight * slope;
-      }
+    if (key == 0) {
+      queries.load();
+      d_ys.load();
     }
-    add_weighted<kDim, kProducts>(sums, slopes, {keys});
+    const uint16_t* keys = stages + 2 * stage * T::kTile;
+    // On the diagonal a warp's rows see no key behind them.
+    const int end = key == first ? warp_row + kStep : kKeys;
+#pragma unroll 1
+    for (int step = 0; step < end; step += kStep) {
+      float scores[2][4];
+      float slopes[2][4];
+      queries.multiply(scores, {keys}, step);
+      d_ys.multiply(slopes, {keys + T::kTile}, step);
+      const uint32_t kept = kept_weights<2>(a, [&](int j, int c) {
+        return dropout_index(a, range.row + token + c / 2 * 8, head, key + step + j * 8 + 2 * t + c % 2);
+      });
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const int at = key + step + j * 8 + 2 * t + c % 2;
+          const float weight = power_of_two(fmaf(scores[j][c], scale, -log_sums[c / 2]));
+          const float slope = drop(a, kept, j, c, slopes[j][c]) - deltas[c / 2];
+          slopes[j][c] = at > token + c / 2 * 8 ? 0.0f : weight * slope;
+        }
+      }
+      add_weighted_rows<kDim>(sums, slopes, {keys}, step);
+    }
   }
   const float factors[2] = {a.scale, a.scale};
   store_rows<kDim>(a.d_q, range.row, first + warp_row, range.tokens, head, a.head_dim, sums, factors);
@@ -348,7 +403,6 @@ template <int kDim>
 __global__ void __launch_bounds__(kBlockThreads, 2)
     d_kv_kernel(const __grid_constant__ CausalView a, const __grid_constant__ Ranges ranges, const Rounded in) {
   using T = Tiles<kDim>;
-  constexpr int kProducts = T::kQueries / 8;
   auto* k_tile = reinterpret_cast<uint16_t*>(shared_memory());
   uint16_t* v_tile = k_tile + T::kTile;
   uint16_t* stages = v_tile + T::kTile;                                      // two of (queries, d_y)
@@ -382,6 +436,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
 
   const float scale = a.scale * kLog2OfE;
   const int token = first + warp_row + g;  // the key
+  KeptRows<kDim> own_keys{{k_tile}, warp_row, {}};
+  KeptRows<kDim> own_values{{v_tile}, warp_row, {}};
   float k_sums[T::kOutputs][4] = {};
   float v_sums[T::kOutputs][4] = {};
   const int count = group * per_head;
@@ -395,29 +451,37 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
     const int query = first + index % per_head * T::kQueries;
     const uint16_t* queries = stages + 2 * stage * T::kQueryTile;
     const float* log_sums = numbers + 2 * stage * T::kQueries;
-    const bool is_masked = query < first + kRows || query + T::kQueries > range.tokens;
-    float weights[kProducts][4];
-    float slopes[kProducts][4];
-    multiply_rows<kDim, kProducts>(weights, {k_tile}, warp_row, {queries});
-    multiply_rows<kDim, kProducts>(slopes, {v_tile}, warp_row, {queries + T::kQueryTile});
-    const uint32_t kept = kept_weights<kProducts>(a, [&](int j, int c) {
-      return dropout_index(a, range.row + query + j * 8 + 2 * t + c % 2, head, token + c / 2 * 8);
-    });
-#pragma unroll
-    for (int j = 0; j < kProducts; ++j) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        const int column = j * 8 + 2 * t + c % 2;
-        const bool is_hidden =
-            is_masked && (token + c / 2 * 8 > query + column || query + column >= range.tokens);
-        const float weight = power_of_two(fmaf(weights[j][c], scale, -log_sums[column]));
-        const float slope = weight * (drop(a, kept, j, c, slopes[j][c]) - log_sums[T::kQueries + column]);
-        weights[j][c] = is_hidden ? 0.0f : drop(a, kept, j, c, weight);
-        slopes[j][c] = is_hidden ? 0.0f : slope;
-      }
+    if (index == 0) {
+      own_keys.load();
+      own_values.load();
     }
-    add_weighted<kDim, kProducts>(v_sums, weights, {queries + T::kQueryTile});
-    add_weighted<kDim, kProducts>(k_sums, slopes, {queries});
+    // On the diagonal nobody before a warp's keys sees them; queries end with the sequence.
+    const int begin = query <= first + warp_row ? (first + warp_row - query) / kStep * kStep : 0;
+    const int end = query + T::kQueries <= range.tokens ? T::kQueries : range.tokens - query;
+#pragma unroll 1
+    for (int step = begin; step < end; step += kStep) {
+      float weights[2][4];
+      float slopes[2][4];
+      own_keys.multiply(weights, {queries}, step);
+      own_values.multiply(slopes, {queries + T::kQueryTile}, step);
+      const uint32_t kept = kept_weights<2>(a, [&](int j, int c) {
+        return dropout_index(a, range.row + query + step + j * 8 + 2 * t + c % 2, head, token + c / 2 * 8);
+      });
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const int column = step + j * 8 + 2 * t + c % 2;
+          const bool is_hidden = token + c / 2 * 8 > query + column || query + column >= range.tokens;
+          const float weight = power_of_two(fmaf(weights[j][c], scale, -log_sums[column]));
+          const float slope = weight * (drop(a, kept, j, c, slopes[j][c]) - log_sums[T::kQueries + column]);
+          weights[j][c] = is_hidden ? 0.0f : drop(a, kept, j, c, weight);
+          slopes[j][c] = is_hidden ? 0.0f : slope;
+        }
+      }
+      add_weighted_rows<kDim>(v_sums, weights, {queries + T::kQueryTile}, step);
+      add_weighted_rows<kDim>(k_sums, slopes, {queries}, step);
+    }
   }
   const float ones[2] = {1.0f, 1.0f};
   const float factors[2] = {a.scale, a.scale};
