@@ -239,12 +239,13 @@ void softmax(const BackendPtr& backend, const py::object& x, const py::object& o
   run_op(DeviceArrays(*backend).reads(args.x).writes(args.y), [&] { backend->softmax(args); });
 }
 
-void cross_entropy(const BackendPtr& backend, const py::object& logits, const py::object& labels,
-                   const py::object& out, const py::object& hits) {
-  CrossEntropyArgs args{.logits = read_view(logits, DType::kF32, 2, "cross_entropy", "logits"),
-                        .labels = read_view(labels, DType::kI32, 1, "cross_entropy", "labels"),
-                        .losses = write_view(out, DType::kF32, 1, "cross_entropy", "out"),
-                        .hits = hits.is_none() ? TensorView() : write_view(hits, DType::kF32, 1, "cross_entropy", "hits")};
+void cross_entropy(const BackendPtr& backend, const py::object& logits, const py::object& labels, const py::object& out,
+                   const py::object& hits) {
+  CrossEntropyArgs args{
+      .logits = read_view(logits, DType::kF32, 2, "cross_entropy", "logits"),
+      .labels = read_view(labels, DType::kI32, 1, "cross_entropy", "labels"),
+      .losses = write_view(out, DType::kF32, 1, "cross_entropy", "out"),
+      .hits = hits.is_none() ? TensorView() : write_view(hits, DType::kF32, 1, "cross_entropy", "hits")};
   run_op(DeviceArrays(*backend).reads(args.logits).writes(args.losses).writes(args.hits),
          [&] { backend->cross_entropy(args); });
 }

@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   using T = Tiles<kDim>;
   constexpr int kProducts = kKeys / 8;
   auto* q_tile = reinterpret_cast<uint16_t*>(shared_memory());
-  uint16_t* stages = q_tile + T::kTile;  // two of (keys, values)
+  uint16_t* stages = q_tile + T::kTile;                                   // two of (keys, values)
   const Sequence range = find_block(ranges, gridDim.x - 1 - blockIdx.x);  // long ones come first
   const int first = range.first;
   const int head = static_cast<int>(blockIdx.y);
@@ -405,8 +405,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   using T = Tiles<kDim>;
   auto* k_tile = reinterpret_cast<uint16_t*>(shared_memory());
   uint16_t* v_tile = k_tile + T::kTile;
-  uint16_t* stages = v_tile + T::kTile;                                      // two of (queries, d_y)
-  auto* numbers = reinterpret_cast<float*>(stages + 4 * T::kQueryTile);      // two of (log_sums, deltas)
+  uint16_t* stages = v_tile + T::kTile;                                  // two of (queries, d_y)
+  auto* numbers = reinterpret_cast<float*>(stages + 4 * T::kQueryTile);  // two of (log_sums, deltas)
   const Sequence range = find_block(ranges, blockIdx.x);
   const int first = range.first;
   const int kv_head = static_cast<int>(blockIdx.y);

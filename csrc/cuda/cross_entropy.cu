@@ -115,8 +115,7 @@ void cross_entropy(const Gpu& gpu, Rows logits, int64_t rows, int64_t width, con
     launch(gpu, is_aligned ? cross_entropy_kernel<true> : cross_entropy_kernel<false>,
            dim3(static_cast<unsigned>(count)), width < kWide ? kThreads : kWideThreads, kWarp * sizeof(double),
            Rows{logits.row(begin), logits.stride}, width, some, losses + begin,
-           hits == nullptr ? nullptr : hits + begin,
-           Gradient{scale != nullptr, scale == nullptr ? 0.0 : *scale});
+           hits == nullptr ? nullptr : hits + begin, Gradient{scale != nullptr, scale == nullptr ? 0.0 : *scale});
   }
 }
 
