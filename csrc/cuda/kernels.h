@@ -193,7 +193,7 @@ void causal_attention(const Gpu& gpu, const CausalView& view, const TokenRange* 
 void causal_attention_backward(const Gpu& gpu, const CausalView& view, const TokenRange* ranges, int64_t count,
                                int64_t rows);
 
-// causal_attention_mma.cu: operands are rounded to bfloat16.
+// causal_attention_mma.cu, causal_attention_backward_mma.cu: operands are rounded to bfloat16.
 bool has_causal_attention_mma(int heads, int head_dim);
 void causal_attention_mma(const Gpu& gpu, const CausalView& view, const TokenRange* ranges, int64_t count,
                           int64_t rows);
