@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   T::template bring<kBlockRows>(in.d_y, range.row, a.heads, head, first, range.tokens, d_y_tile);
   bring(0, 0);
 
-  const float scale = a.scale * kLog2OfE;
+  const float scale = a.scale * kLog2E;
   const int token = first + warp_row + g;
   float log_sums[2];
   float deltas[2];
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   for (int half = 0; half < 2; ++half) {
     const bool is_there = token + 8 * half < range.tokens;
     const int64_t at = (range.row + (is_there ? token + 8 * half : 0)) * a.heads + head;
-    log_sums[half] = a.log_sums[at] * kLog2OfE;
+    log_sums[half] = a.log_sums[at] * kLog2E;
     deltas[half] = in.deltas[at];
   }
   float sums[T::kOutputs][4] = {};
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         const int at = key + j * 8 + 2 * t + c % 2;
-        const float weight = power_of_two(fmaf(scores[j][c], scale, -log_sums[c / 2]));
+        const float weight = fast_exp2(fmaf(scores[j][c], scale, -log_sums[c / 2]));
         const float slope = drop(a, kept, j, c, slopes[j][c]) - deltas[c / 2];
         slopes[j][c] = is_last && at > token + c / 2 * 8 ? 0.0f : weight * slope;
       }
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
       const bool is_there = query + i < range.tokens;
       const int64_t at = (range.row + (is_there ? query + i : 0)) * a.heads + head;
       float* to = numbers + 2 * stage * T::kQueries + i;
-      to[0] = a.log_sums[at] * kLog2OfE;
+      to[0] = a.log_sums[at] * kLog2E;
       to[T::kQueries] = in.deltas[at];
     }
   };
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   T::template bring<kBlockRows>(in.v, range.row, a.kv_heads, kv_head, first, range.tokens, v_tile);
   bring(0, 0);
 
-  const float scale = a.scale * kLog2OfE;
+  const float scale = a.scale * kLog2E;
   const int token = first + warp_row + g;  // the key
   float k_sums[T::kOutputs][4] = {};
   float v_sums[T::kOutputs][4] = {};
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
       for (int c = 0; c < 4; ++c) {
         const int column = j * 8 + 2 * t + c % 2;
         const bool is_hidden = is_masked && (token + c / 2 * 8 > query + column || query + column >= range.tokens);
-        const float weight = power_of_two(fmaf(weights[j][c], scale, -log_sums[column]));
+        const float weight = fast_exp2(fmaf(weights[j][c], scale, -log_sums[column]));
         const float slope = weight * (drop(a, kept, j, c, slopes[j][c]) - log_sums[T::kQueries + column]);
         weights[j][c] = is_hidden ? 0.0f : drop(a, kept, j, c, weight);
         slopes[j][c] = is_hidden ? 0.0f : slope;

@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   T::template bring<kBlockRows>(in.q, range.row, a.heads, head, first, range.tokens, q_tile);
   bring(0, 0);
 
-  const float scale = a.scale * kLog2OfE;
+  const float scale = a.scale * kLog2E;
   const int token = first + warp_row + g;  // and the one 8 further on
   float found[T::kOutputs][4] = {};
   float largest[2] = {-INFINITY, -INFINITY};
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
       top[half] = fmaxf(top[half], __shfl_xor_sync(kAllLanes, top[half], 1));
       top[half] = fmaxf(top[half], __shfl_xor_sync(kAllLanes, top[half], 2));
       if (top[half] == -INFINITY) top[half] = 0.0f;  // scores beyond float32
-      const float factor = power_of_two(largest[half] - top[half]);
+      const float factor = fast_exp2(largest[half] - top[half]);
       largest[half] = top[half];
       totals[half] *= factor;
 #pragma unroll
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
     for (int j = 0; j < kProducts; ++j) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        const float weight = power_of_two(scores[j][c] - largest[c / 2]);
+        const float weight = fast_exp2(scores[j][c] - largest[c / 2]);
         totals[c / 2] += weight;
         scores[j][c] = drop(a, kept, j, c, weight);
       }

@@ -10,7 +10,6 @@ namespace llama_ext::cuda {
 
 inline constexpr unsigned kBlockThreads = 128;
 inline constexpr int kBlockRows = 64;  // queries or keys of a block
-inline constexpr float kLog2OfE = 1.4426950408889634f;
 
 /// Rounded inputs, (M, heads, kDim) with zeros beyond head_dim, and what the gradients need.
 struct Rounded {
@@ -20,16 +19,6 @@ struct Rounded {
   const uint16_t* d_y = nullptr;
   const float* deltas = nullptr;  // (M, H)
 };
-
-__device__ __forceinline__ float power_of_two(float x) {
-#if defined(__CUDA_ARCH__)
-  float power;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
-  return power;
-#else
-  return exp2f(x);
-#endif
-}
 
 /// A block's sequence, and the first of its tokens there: at most 2^20 (ops/causal_attention.h).
 struct Sequence {
