@@ -2,11 +2,14 @@
 
     python -m benchmarks.gpu                  the whole table, in a few minutes
     python -m benchmarks.gpu --shapes 1b      one shape
+    python -m benchmarks.gpu --train          training instead: steps of AdamW with bfloat16 products, float32 weights
     python -m benchmarks.gpu --check          the operations' tests on the device first, and compute-sanitizer on tiny shapes
                                               where it is installed
 
 Weights are random bfloat16 numbers, activations what comes of them. Times are of whole calls, with what the host does: tokens a
-second that a program sees. A share is of the bytes of the weights that a token reads, of the read probe of the same run.
+second that a program sees. A share is of the bytes of the weights that a token reads, of the read probe of the same run; of
+training, of the matrix products that --matrix-peak says the GPU can do. A trained token counts 6 operations for each parameter of
+a matrix, and 6 L H D T for attention, half of what it would be without its mask.
 """
 
 from __future__ import annotations
@@ -130,6 +133,44 @@ def measure(device: str, shape: Shape, kind: tuple[str, int], prompt: int, token
     ]
 
 
+def train(device: str, shape: Shape, sequences: int, length: int, layers: int, matrix_peak: float) -> list[object]:
+    """Whole steps: gradients, their norm, AdamW. Weights are random, so are the tokens, but the same in each step."""
+    shape = dataclasses.replace(shape, layers=layers or shape.layers)
+    backend = _core.Backend(device)
+    model = _core.Model(backend, core_config(shape.config(length)), {"": ("float32", 0)})
+    pool = (np.random.default_rng(0).standard_normal(1 << 22) * 0.02).astype(np.float32)
+    for slot, extents, is_matrix in model.slots():
+        values = np.resize(pool, int(np.prod(extents))).reshape(extents) if is_matrix else np.ones(extents, np.float32)
+        model.load(slot, values, "float32")
+    model = model.converted({"": ("float32", 0)}, True)
+    trainer = _core.Trainer(model, optimizer={"kind": "adamw"}, compute="bfloat16")
+    tokens = np.random.default_rng(1).integers(0, shape.vocabulary, sequences * length).astype(np.int32)
+    labels = np.roll(tokens, -1)
+    lengths = np.full(sequences, length, np.int64)
+    losses: list[float] = []
+
+    def step() -> None:
+        loss, counted = trainer.accumulate(tokens, labels, lengths, scale=1 / len(tokens))
+        losses.append(loss / counted)
+        norm = trainer.gradient_norm()
+        trainer.step(lr=1e-4, gradient_scale=min(1.0, 1.0 / (norm + 1e-6)))
+
+    spent = seconds(step, 5)
+    operations = len(tokens) * 6 * (parameters(shape) + shape.layers * shape.heads * shape.head_dim * length)
+    if not shape.tied:  # a table that is only looked up
+        operations -= len(tokens) * 6 * shape.vocabulary * shape.width
+    return [
+        shape.layers,
+        f"{sequences} x {length}",
+        f"{(model.nbytes + trainer.nbytes) / 1e9:.1f}",
+        f"{spent * 1e3:,.1f}",
+        f"{len(tokens) / spent:,.0f}",
+        f"{1e-12 * operations / spent:,.1f}",
+        f"{1e-12 * operations / spent / matrix_peak:.0%}" if matrix_peak else "",
+        f"{losses[0]:.2f} -> {losses[-1]:.2f}",
+    ]
+
+
 def blocks(shape: Shape) -> int:
     """Parameters that every token of a prompt meets: those of the blocks."""
     attention = shape.width * shape.head_dim * 2 * (shape.heads + shape.kv_heads)
@@ -194,6 +235,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--shapes", nargs="*", choices=sorted(SHAPES), default=["1b", "8b"])
     parser.add_argument("--prompt", type=int, default=2048, help="tokens of the prompt")
+    parser.add_argument("--train", action="store_true", help="measure training instead")
+    parser.add_argument("--sequences", type=int, default=8, help="sequences of a step of training")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of each of them")
+    parser.add_argument("--layers", type=int, default=0, help="train so many layers instead of all")
+    parser.add_argument("--matrix-peak", type=float, default=0.0, help="bfloat16 TFLOP/s that the GPU can do")
     parser.add_argument("--check", action="store_true", help="run the tests on the device first")
     options = parser.parse_args(arguments)
     if not _core.gpus()[0]:
@@ -201,8 +247,18 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     is_right = check() if options.check else True
     is_tiny = options.shapes == ["tiny"]
+    if options.train:
+        rows: list[list[object]] = []
+        for name in options.shapes if options.shapes != ["1b", "8b"] else ["1b"]:
+            sequences, length = (2, 40) if is_tiny else (options.sequences, options.length)
+            trained = train(options.device, SHAPES[name], sequences, length, options.layers, options.matrix_peak)
+            rows.append([name, *trained])
+        print(f"\n{', '.join(_core.gpus()[0])}; llama_ext {llama_ext.__version__}\n")
+        header = ["shape", "layers", "tokens", "GB", "ms a step", "tok/s", "TFLOP/s", "of the peak", "loss"]
+        print_table(header, rows)
+        return 0 if is_right else 1
     probe = _core.gpu_read_bandwidth(options.device, 1 << 22 if is_tiny else 4 << 30, 2 if is_tiny else 10)
-    rows: list[list[object]] = []
+    rows = []
     for name in options.shapes:
         shape = SHAPES[name]
         prompt, tokens = (9, 3) if is_tiny else (options.prompt, 48)

@@ -239,12 +239,15 @@ void softmax(const BackendPtr& backend, const py::object& x, const py::object& o
   run_op(DeviceArrays(*backend).reads(args.x).writes(args.y), [&] { backend->softmax(args); });
 }
 
-void cross_entropy(const BackendPtr& backend, const py::object& logits, const py::object& labels,
-                   const py::object& out) {
-  CrossEntropyArgs args{.logits = read_view(logits, DType::kF32, 2, "cross_entropy", "logits"),
-                        .labels = read_view(labels, DType::kI32, 1, "cross_entropy", "labels"),
-                        .losses = write_view(out, DType::kF32, 1, "cross_entropy", "out")};
-  run_op(DeviceArrays(*backend).reads(args.logits).writes(args.losses), [&] { backend->cross_entropy(args); });
+void cross_entropy(const BackendPtr& backend, const py::object& logits, const py::object& labels, const py::object& out,
+                   const py::object& hits) {
+  CrossEntropyArgs args{
+      .logits = read_view(logits, DType::kF32, 2, "cross_entropy", "logits"),
+      .labels = read_view(labels, DType::kI32, 1, "cross_entropy", "labels"),
+      .losses = write_view(out, DType::kF32, 1, "cross_entropy", "out"),
+      .hits = hits.is_none() ? TensorView() : write_view(hits, DType::kF32, 1, "cross_entropy", "hits")};
+  run_op(DeviceArrays(*backend).reads(args.logits).writes(args.losses).writes(args.hits),
+         [&] { backend->cross_entropy(args); });
 }
 
 py::tuple sample(const BackendPtr& backend, const py::object& logits, const py::dict& options,
@@ -322,7 +325,8 @@ void bind_backend(py::module_& module) {
            py::arg("accumulate") = false, py::arg("compute") = "auto", py::arg("norm_weight") = py::none(),
            py::arg("norm_eps") = 1e-6)
       .def("softmax", &softmax, py::arg("x"), py::arg("out"))
-      .def("cross_entropy", &cross_entropy, py::arg("logits"), py::arg("labels"), py::arg("out"))
+      .def("cross_entropy", &cross_entropy, py::arg("logits"), py::arg("labels"), py::arg("out"),
+           py::arg("hits") = py::none())
       .def("sample", &sample, py::arg("logits"), py::arg("options"), py::arg("prompt"), py::arg("output"),
            py::arg("seed"), py::arg("stream"), py::arg("counter"));
   bind_gradients(backend);

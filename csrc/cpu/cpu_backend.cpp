@@ -101,12 +101,15 @@ void CpuBackend::cross_entropy(const CrossEntropyArgs& args) {
   check(args);
   const auto* labels = static_cast<const int32_t*>(args.labels.data());
   float* losses = args.losses.f32();
+  float* hits = args.hits ? args.hits.f32() : nullptr;
   for_each_row(args.logits.rows(), threads_for(row_microseconds(args.logits)), [&](int64_t t) {
+    if (hits != nullptr) hits[t] = 0.0f;
     if (labels[t] == kIgnoreLabel) {
       losses[t] = 0.0f;
       return;
     }
     const float* logits = args.logits.row<float>(t);
+    if (hits != nullptr && kernels_.logits.argmax(logits, args.logits.dim(1)) == labels[t]) hits[t] = 1.0f;
     const double total = kernels_.log_sum_exp(logits, args.logits.dim(1));
     losses[t] = static_cast<float>(total - static_cast<double>(logits[labels[t]]));
   });

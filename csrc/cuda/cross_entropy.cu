@@ -48,7 +48,7 @@ struct Running {
 
 template <bool kVectors>
 __global__ void cross_entropy_kernel(Rows logits, int64_t width, const __grid_constant__ Labels labels, float* losses,
-                                     Gradient gradient) {
+                                     float* hits, Gradient gradient) {
   auto* place = reinterpret_cast<double*>(shared_memory());
   float* x = logits.row(blockIdx.x);
   const int32_t label = labels.of[blockIdx.x];
@@ -56,26 +56,38 @@ __global__ void cross_entropy_kernel(Rows logits, int64_t width, const __grid_co
   const int64_t step = int64_t{blockDim.x} * kVector;
   if (label == kIgnored) {
     if (threadIdx.x == 0) losses[blockIdx.x] = 0.0f;
+    if (threadIdx.x == 0 && hits != nullptr) hits[blockIdx.x] = 0.0f;
     if (!gradient.is_wanted) return;
     const float zeros[kVector] = {};
     for (int64_t at = first; at < width; at += step) write_vector<kVectors>(x, at, width, zeros);
     return;
   }
   Running mine;
+  const float label_logit = x[label];
+  bool is_largest = true;  // and the first of those
   for (int64_t at = first; at < width; at += step) {
     float values[kVector];
     read_vector<kVectors>(x, at, width, values);
 #pragma unroll
     for (int i = 1; i < kVector; ++i) values[i] = at + i < width ? values[i] : -INFINITY;
     mine.add(values);
+    if (hits == nullptr) continue;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      if (values[i] > label_logit || (values[i] == label_logit && at + i < label)) is_largest = false;
+    }
+  }
+  if (hits != nullptr) {
+    const float beaten = block_max(is_largest ? 0.0f : 1.0f, reinterpret_cast<float*>(place));
+    if (threadIdx.x == 0) hits[blockIdx.x] = 1.0f - beaten;
   }
   const float largest = block_max(mine.largest, reinterpret_cast<float*>(place));
   const double sum = block_sum(mine.sum * static_cast<double>(expf(mine.origin() - largest)), place);
   if (threadIdx.x == 0) {
-    losses[blockIdx.x] = static_cast<float>(static_cast<double>(largest) - static_cast<double>(x[label]) + log(sum));
+    losses[blockIdx.x] = static_cast<float>(static_cast<double>(largest) - static_cast<double>(label_logit) + log(sum));
   }
   if (!gradient.is_wanted) return;
-  __syncthreads();  // the label's logit has been read
+  __syncthreads();  // the label's logit has been read by all
   const double share = gradient.scale / sum;
   for (int64_t at = first; at < width; at += step) {
     float values[kVector];
@@ -94,7 +106,7 @@ __global__ void cross_entropy_kernel(Rows logits, int64_t width, const __grid_co
 }  // namespace
 
 void cross_entropy(const Gpu& gpu, Rows logits, int64_t rows, int64_t width, const int32_t* labels, float* losses,
-                   const double* scale) {
+                   float* hits, const double* scale) {
   for (int64_t begin = 0; begin < rows; begin += kLabels) {
     const int64_t count = std::min(kLabels, rows - begin);
     Labels some{};
@@ -103,7 +115,7 @@ void cross_entropy(const Gpu& gpu, Rows logits, int64_t rows, int64_t width, con
     launch(gpu, is_aligned ? cross_entropy_kernel<true> : cross_entropy_kernel<false>,
            dim3(static_cast<unsigned>(count)), width < kWide ? kThreads : kWideThreads, kWarp * sizeof(double),
            Rows{logits.row(begin), logits.stride}, width, some, losses + begin,
-           Gradient{scale != nullptr, scale == nullptr ? 0.0 : *scale});
+           hits == nullptr ? nullptr : hits + begin, Gradient{scale != nullptr, scale == nullptr ? 0.0 : *scale});
   }
 }
 

@@ -296,7 +296,8 @@ void CudaBackend::softmax(const SoftmaxArgs& args) {
 void CudaBackend::cross_entropy(const CrossEntropyArgs& args) {
   check(args);
   cuda::cross_entropy(*gpu_, rows_of(args.logits), args.logits.rows(), args.logits.dim(1),
-                      static_cast<const int32_t*>(args.labels.data()), optional_data(args.losses), nullptr);
+                      static_cast<const int32_t*>(args.labels.data()), optional_data(args.losses),
+                      optional_data(args.hits), nullptr);
 }
 
 // Logits of these two are in host memory (ops/sample.h, ops/log_sum_exp.h), so the CPU goes through them.

@@ -41,7 +41,8 @@ CausalView view_of(const Args& args) {
 void CudaBackend::cross_entropy_backward(const CrossEntropyBackwardArgs& args) {
   check(args);
   cuda::cross_entropy(*gpu_, rows_of(args.logits), args.logits.rows(), args.logits.dim(1),
-                      static_cast<const int32_t*>(args.labels.data()), optional_data(args.losses), &args.scale);
+                      static_cast<const int32_t*>(args.labels.data()), optional_data(args.losses), nullptr,
+                      &args.scale);
 }
 
 void CudaBackend::causal_attention(const CausalAttentionArgs& args) {

@@ -53,9 +53,9 @@ void round_transposed(const Gpu& gpu, const WeightView& weight, RoundedOperand a
 // softmax.cu
 void softmax(const Gpu& gpu, Rows x, int64_t rows, int64_t width, Rows y);
 
-// cross_entropy.cu. labels: host memory. With `scale` not null the logits become gradients.
+// cross_entropy.cu. labels: host memory. hits: (rows) or null. With `scale` not null the logits become gradients.
 void cross_entropy(const Gpu& gpu, Rows logits, int64_t rows, int64_t width, const int32_t* labels, float* losses,
-                   const double* scale);
+                   float* hits, const double* scale);
 
 // swiglu.cu. gates of a row: at gate + (f / group) * group_stride + f % group, and so for up.
 struct GatePlaces {
@@ -253,7 +253,7 @@ void causal_attention(const Gpu& gpu, const CausalView& view, const TokenRange* 
 void causal_attention_backward(const Gpu& gpu, const CausalView& view, const TokenRange* ranges, int64_t count,
                                int64_t rows);
 
-// causal_attention_mma.cu: operands are rounded to bfloat16.
+// causal_attention_mma.cu, causal_attention_backward_mma.cu: operands are rounded to bfloat16.
 bool has_causal_attention_mma(int heads, int head_dim);
 void causal_attention_mma(const Gpu& gpu, const CausalView& view, const TokenRange* ranges, int64_t count,
                           int64_t rows);

@@ -1,5 +1,8 @@
 // Gradients of products: tiles of 64 x 64 in float32 as in matmul_tiles.cu, whose operands lie across. Bound by the float32 units.
-// A thread sums over the rows (d_weight) or outputs (d_x) in ascending order.
+// A thread sums over the rows (d_weight) or outputs (d_x) in ascending order; where d_weight has few tiles, over a part of the rows, and
+// the parts meet in order: a function of its extents alone.
+#include <algorithm>
+
 #include "cuda/kernels.h"
 #include "cuda/weight_codes.h"
 
@@ -10,6 +13,9 @@ constexpr int kTile = 64;
 constexpr int kDepth = 16;
 constexpr int kMicro = 4;
 constexpr int kPitch = kTile + 4;
+// d_weight of few tiles: its rows are parts, of at least so many, until there are about so many blocks.
+constexpr int64_t kLeastPart = 128;
+constexpr int64_t kWantedBlocks = 512;
 
 /// Element (i, r) of an operand of sums over r.
 struct AlongRows {  // i runs along memory: x^T, d_y^T
@@ -45,6 +51,7 @@ struct Extents {
   int64_t rows;
   int64_t columns;
   int64_t depth;
+  int64_t part;  // of the depth, for blocks of one z
 };
 
 template <typename A, typename B>
@@ -56,10 +63,13 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(A a, B b, Extents 
   const int m0 = static_cast<int>(threadIdx.x) / 16 * kMicro;
   const int n0 = static_cast<int>(threadIdx.x) % 16 * kMicro;
   float sums[kMicro][kMicro] = {};
-  for (int64_t begin = 0; begin < e.depth; begin += kDepth) {
+  const int64_t first = int64_t{blockIdx.z} * e.part;
+  const int64_t last = first + e.part < e.depth ? first + e.part : e.depth;
+  y.data += int64_t{blockIdx.z} * e.rows * y.stride;
+  for (int64_t begin = first; begin < last; begin += kDepth) {
     __syncthreads();
-    bring(a, first_row, e.rows, begin, e.depth, a_tile);
-    bring(b, first_column, e.columns, begin, e.depth, b_tile);
+    bring(a, first_row, e.rows, begin, last, a_tile);
+    bring(b, first_column, e.columns, begin, last, b_tile);
     __syncthreads();
 #pragma unroll
     for (int depth = 0; depth < kDepth; ++depth) {
@@ -86,22 +96,44 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(A a, B b, Extents 
   }
 }
 
+/// y += the sums of all parts, in order.
+__global__ void add_parts_kernel(const float* parts, int64_t count, Extents e, Rows y) {
+  const int64_t column = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (column >= e.columns) return;
+  const int64_t row = blockIdx.y;
+  float sum = 0.0f;
+  for (int64_t i = 0; i < count; ++i) sum += parts[(i * e.rows + row) * e.columns + column];
+  y.row(row)[column] += sum;
+}
+
 template <typename A, typename B>
 void start(const Gpu& gpu, const A& a, const B& b, const Extents& e, Rows y, bool accumulate) {
-  const dim3 grid(static_cast<unsigned>(blocks_for(e.columns, kTile)),
-                  static_cast<unsigned>(blocks_for(e.rows, kTile)));
+  const dim3 grid(static_cast<unsigned>(blocks_for(e.columns, kTile)), static_cast<unsigned>(blocks_for(e.rows, kTile)),
+                  static_cast<unsigned>(e.depth == 0 ? 1 : blocks_for(e.depth, e.part)));
   launch(gpu, product_kernel<A, B>, grid, kThreads, 2 * kDepth * kPitch * sizeof(float), a, b, e, y, accumulate);
 }
 
 }  // namespace
 
 void matmul_backward_x(const Gpu& gpu, Rows d_y, int64_t rows, const WeightView& weight, Rows d_x, bool accumulate) {
-  start(gpu, AlongSum{d_y}, WeightColumns{weight}, {rows, weight.cols, weight.rows}, d_x, accumulate);
+  start(gpu, AlongSum{d_y}, WeightColumns{weight}, {rows, weight.cols, weight.rows, weight.rows}, d_x, accumulate);
 }
 
 void matmul_backward_weight(const Gpu& gpu, Rows d_y, int64_t rows, Rows x, const WeightView& d_weight) {
   const Rows to{reinterpret_cast<float*>(const_cast<unsigned char*>(d_weight.data)), d_weight.stride};
-  start(gpu, AlongRows{d_y}, AlongRows{x}, {d_weight.rows, d_weight.cols, rows}, to, /*accumulate=*/true);
+  const AlongRows left{d_y};
+  const AlongRows right{x};
+  // Few tiles (an adapter's) would leave the GPU idle for as long as one goes through all rows.
+  const int64_t tiles = blocks_for(d_weight.rows, kTile) * blocks_for(d_weight.cols, kTile);
+  const int64_t parts = std::min(kWantedBlocks / std::max<int64_t>(tiles, 1), rows / kLeastPart);
+  Extents e{d_weight.rows, d_weight.cols, rows, rows};
+  if (parts <= 1) return start(gpu, left, right, e, to, /*accumulate=*/true);
+  e.part = blocks_for(blocks_for(rows, parts), kDepth) * kDepth;
+  const int64_t count = blocks_for(rows, e.part);
+  const Scratch memory(gpu, static_cast<size_t>(count * e.rows * e.columns) * sizeof(float));
+  start(gpu, left, right, e, {memory.as<float>(), e.columns}, /*accumulate=*/false);
+  const dim3 grid(static_cast<unsigned>(blocks_for(e.columns, kThreads)), static_cast<unsigned>(e.rows));
+  launch(gpu, add_parts_kernel, grid, kThreads, 0, memory.as<float>(), count, e, to);
 }
 
 }  // namespace llama_ext::cuda

@@ -71,6 +71,26 @@ __device__ __forceinline__ void mma(float c[4], const uint32_t a[4], const uint3
 #endif
 }
 
+/// Four matrices of 8 x 8 16-bit numbers from shared memory: lane l names row l % 8 of matrix l / 8, and gets of each matrix its row
+/// l / 4, columns 2 (l % 4) and the next.
+__device__ __forceinline__ void load_matrices(uint32_t out[4], const uint16_t* row) {
+#if defined(__CUDA_ARCH__)
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(address)
+               : "memory");
+#elif defined(LLAMA_EXT_CUDA_EMULATED)
+  const auto rows = cuda_emulation::exchange("ldmatrix", row);
+  const unsigned mine = cuda_emulation::lane() / 4;
+  const unsigned first = cuda_emulation::lane() % 4 * 2;
+  for (unsigned i = 0; i < 4; ++i) {
+    out[i] = static_cast<uint32_t>(rows[8 * i + mine][first]) | static_cast<uint32_t>(rows[8 * i + mine][first + 1])
+                                                                    << 16;
+  }
+#endif
+}
+
 /// Four matrices of 8 x 8 16-bit numbers from shared memory, transposed: lane l names row l % 8 of matrix l / 8, and gets of each
 /// matrix its column l / 4, rows 2 (l % 4) and the next: operand B of mma, where k runs along rows.
 __device__ __forceinline__ void load_transposed(uint32_t out[4], const uint16_t* row) {

@@ -53,7 +53,9 @@ __global__ void __launch_bounds__(kThreads)
     rows_kernel(const __grid_constant__ NormGradients g, int64_t rows, int width, float* sums) {
   constexpr int kWarps = static_cast<int>(kThreads / kWarp);
   auto* place = reinterpret_cast<float*>(shared_memory());  // two of (kWarps, 2)
-  const auto at = [](int part) { return (static_cast<int>(threadIdx.x) + part * static_cast<int>(kThreads)) * kVector; };
+  const auto at = [](int part) {
+    return (static_cast<int>(threadIdx.x) + part * static_cast<int>(kThreads)) * kVector;
+  };
   float weight[kParts][kVector];
   float d_weight[kParts][kVector] = {};
 #pragma unroll
@@ -120,8 +122,8 @@ template <int kParts>
 void start_rows(const Gpu& gpu, const NormGradients& g, int64_t rows, int width) {
   const int64_t blocks = blocks_for(rows, kRowsPerBlock);
   const Scratch sums(gpu, g.d_weight == nullptr ? 0 : static_cast<size_t>(blocks * width) * sizeof(float));
-  launch(gpu, rows_kernel<kParts>, dim3(static_cast<unsigned>(blocks)), kThreads,
-         4 * kThreads / kWarp * sizeof(float), g, rows, width, sums.as<float>());
+  launch(gpu, rows_kernel<kParts>, dim3(static_cast<unsigned>(blocks)), kThreads, 4 * kThreads / kWarp * sizeof(float),
+         g, rows, width, sums.as<float>());
   if (g.d_weight != nullptr) add_column_sums(gpu, {sums.as<float>(), width}, blocks, width, g.d_weight);
 }
 

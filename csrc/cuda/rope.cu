@@ -24,8 +24,8 @@ void rope(const Gpu& gpu, Rows x, int64_t tokens, int heads, int head_dim, const
   const int pairs = heads * half;
   if (pairs == 0) return;
   const unsigned warps = static_cast<unsigned>(blocks_for(pairs, kWarp));
-  launch(gpu, rope_kernel, dim3(static_cast<unsigned>(tokens)), warps < kThreads / kWarp ? warps * kWarp : kThreads, 0, x,
-         pairs, half, cosines, sines, inverse ? -1.0f : 1.0f);
+  launch(gpu, rope_kernel, dim3(static_cast<unsigned>(tokens)), warps < kThreads / kWarp ? warps * kWarp : kThreads, 0,
+         x, pairs, half, cosines, sines, inverse ? -1.0f : 1.0f);
 }
 
 }  // namespace llama_ext::cuda

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads)
       read<kVectors>(x + (row < rows ? row : 0) * stride, at, row < rows ? width : 0, values[i]);
       if (along.data == nullptr || row >= rows || at >= along.stride) continue;
       *reinterpret_cast<uint2*>(along.data + row * along.stride + at) = {round_pair(values[i][0], values[i][1]),
-                                                                        round_pair(values[i][2], values[i][3])};
+                                                                         round_pair(values[i][2], values[i][3])};
     }
 #pragma unroll
     for (int i = 0; i < kVector; ++i) words[(column + i) * kPitch + pair] = round_pair(values[0][i], values[1][i]);
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads)
     if (first_column + column >= width || row >= across.stride) continue;
     const uint32_t* from = words + column * kPitch + thread % 8 * 4;
     *reinterpret_cast<uint4*>(across.data + (first_column + column) * across.stride + row) = {from[0], from[1], from[2],
-                                                                                             from[3]};
+                                                                                              from[3]};
   }
 }
 
@@ -97,7 +97,8 @@ void round_rows(const Gpu& gpu, Rows x, int64_t rows, int64_t width, RoundedOper
   if (vectors > 0) launch(gpu, kernel, dim3(static_cast<unsigned>(rows)), threads, 0, x, width, y);
 }
 
-void round_transposed(const Gpu& gpu, Rows x, int64_t rows, int64_t width, RoundedOperand across, RoundedOperand along) {
+void round_transposed(const Gpu& gpu, Rows x, int64_t rows, int64_t width, RoundedOperand across,
+                      RoundedOperand along) {
   transpose(gpu, static_cast<const float*>(x.data), x.stride, rows, width, across, along);
 }
 

@@ -18,8 +18,8 @@ void rounded_product(const Gpu& gpu, const ProductView& product);
 /// The gradients of y = x W^T; either may be left out.
 struct ProductGradients {
   Rows d_y;
-  int64_t rows = 0;   // M
-  int64_t width = 0;  // N
+  int64_t rows = 0;                    // M
+  int64_t width = 0;                   // N
   const WeightView* weight = nullptr;  // float32 or bfloat16, for d_x
   Rows d_x;
   bool accumulate = false;

@@ -14,6 +14,12 @@ void check(const CrossEntropyArgs& args) {
   require_tensor(args.losses, DType::kF32, {rows}, Rows::kContiguous, "cross_entropy", "losses");
   require_disjoint(args.losses, args.logits, "cross_entropy", "losses", "logits");
   require_disjoint(args.losses, args.labels, "cross_entropy", "losses", "labels");
+  if (args.hits || args.hits.rank() != 0) {
+    require_tensor(args.hits, DType::kF32, {rows}, Rows::kContiguous, "cross_entropy", "hits");
+    require_disjoint(args.hits, args.logits, "cross_entropy", "hits", "logits");
+    require_disjoint(args.hits, args.labels, "cross_entropy", "hits", "labels");
+    require_disjoint(args.hits, args.losses, "cross_entropy", "hits", "losses");
+  }
   const int32_t* labels = static_cast<const int32_t*>(args.labels.data());
   for (int64_t t = 0; t < rows; ++t) {
     require(labels[t] == kIgnoreLabel || (labels[t] >= 0 && labels[t] < vocabulary), ErrorKind::kTokenId,

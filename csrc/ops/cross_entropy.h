@@ -6,13 +6,14 @@ namespace llama_ext {
 
 /// losses[t] = log(sum_v exp(logits[t, v])) - logits[t, labels[t]], or 0 where labels[t] is kIgnoreLabel
 /// logits: (T, V) f32, rows may be strided. labels: (T) i32 in host memory, each in [0, V) or kIgnoreLabel.
-/// losses: (T) f32.
+/// losses: (T) f32. hits, when given: (T) f32, 1 where labels[t] is the first of the largest logits, else 0.
 /// The caller divides the sum by the number of counted labels of the whole step, as the mean of means is not the mean.
 /// Throws ShapeError, DTypeError, TokenIdError.
 struct CrossEntropyArgs {
   TensorView logits;
   TensorView labels;
   TensorView losses;
+  TensorView hits = {};
 };
 
 inline constexpr int32_t kIgnoreLabel = -100;

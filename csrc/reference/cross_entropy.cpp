@@ -15,11 +15,13 @@ void ReferenceBackend::cross_entropy(const CrossEntropyArgs& args) {
   for (int64_t t = 0; t < args.logits.rows(); ++t) {
     interrupt.advance(vocabulary + 1);
     float& loss = args.losses.f32()[t];
+    if (args.hits) args.hits.f32()[t] = 0.0f;
     if (labels[t] == kIgnoreLabel) {
       loss = 0.0f;
       continue;
     }
     const float* logits = args.logits.row<float>(t);
+    if (args.hits && std::max_element(logits, logits + vocabulary) == logits + labels[t]) args.hits.f32()[t] = 1.0f;
     double largest = -std::numeric_limits<double>::infinity();
     for (int64_t v = 0; v < vocabulary; ++v) largest = std::max(largest, static_cast<double>(logits[v]));
     double sum = 0;

@@ -150,6 +150,7 @@ class Trainer::Workspace {
     add(d_head_x_, size.trains ? logits_rows_ : 0, config.width);
     add(logits_, logits_rows_, config.outputs());
     add(losses_, size.head_rows, 1);
+    add(hits_, size.head_rows, 1);
 
     backend.require_memory(checked_mul(floats_, sizeof(float), "train"), "train: the activations of a pass");
     memory_ = backend.allocate(static_cast<size_t>(checked_mul(floats_, sizeof(float), "train")));
@@ -192,6 +193,7 @@ class Trainer::Workspace {
   TensorView d_head_x(int64_t rows) const { return d_head_x_.slice_rows(0, rows); }
   TensorView logits(int64_t rows) const { return logits_.slice_rows(0, rows); }
   TensorView losses(int64_t first, int64_t rows) const { return {losses_.f32() + first, DType::kF32, {rows}}; }
+  TensorView hits(int64_t first, int64_t rows) const { return {hits_.f32() + first, DType::kF32, {rows}}; }
 
  private:
   struct Region {
@@ -213,7 +215,7 @@ class Trainer::Workspace {
   std::unique_ptr<Buffer> memory_;
   std::vector<Saved> saved_;
   BlockScratch scratch_;
-  TensorView x_out_, d_, cos_, sin_, head_x_, d_head_x_, logits_, losses_;
+  TensorView x_out_, d_, cos_, sin_, head_x_, d_head_x_, logits_, losses_, hits_;
 };
 
 Trainer::Trainer(std::shared_ptr<Model> model, std::shared_ptr<Adapter> adapter, const TrainerOptions& options)
@@ -346,7 +348,7 @@ LossSum Trainer::run_pass(const TrainingBatch& batch, bool trains, double scale,
     }
     backend.embedding_backward({.ids = ids, .d_y = d, .d_table = d_table});
   }
-  if (trains) read_losses(sum);
+  if (trains || !backend.shares_host_memory()) read_losses(sum, !trains);
   backend.synchronize();  // the batch is the caller's
   return sum;
 }
@@ -399,24 +401,26 @@ LossSum Trainer::head(const TrainingPass& pass, const TrainingBatch& batch, cons
   }
   LossSum sum{.loss = 0.0, .counted = gathered, .correct = 0};
   std::vector<LogSumExp> sums;
-  std::vector<float> host;
   for (int64_t row = 0; row < gathered; row += workspace_->logits_rows()) {
     throw_if_interrupted();
     const int64_t count = std::min(gathered - row, workspace_->logits_rows());
     const TensorView part = normed.slice_rows(row, count);
     const TensorView logits = workspace_->logits(count);
     linear_forward(pass, part, head, {}, logits, /*accumulate=*/false);
+    if (!trains && !backend.shares_host_memory()) {
+      backend.cross_entropy({.logits = logits,
+                             .labels = {labels.data() + row, DType::kI32, {count}},
+                             .losses = workspace_->losses(row, count),
+                             .hits = workspace_->hits(row, count)});
+      continue;
+    }
     if (!trains) {
-      // Both the loss and the most likely label are read from one copy in host memory, where log_sum_exp wants it.
+      // Both the loss and the most likely label, from one reading.
       sums.resize(static_cast<size_t>(count));
-      host.resize(static_cast<size_t>(workspace_->logits_rows() * logits.dim(1)));
-      backend.copy_to_host(host.data(), logits.data(), static_cast<size_t>(logits.size()) * sizeof(float));
-      backend.synchronize();
-      backend.log_sum_exp({.logits = {host.data(), DType::kF32, {count, logits.dim(1)}}, .out = sums.data()});
+      backend.log_sum_exp({.logits = logits, .out = sums.data()});
       for (int64_t i = 0; i < count; ++i) {
         const int32_t label = labels[static_cast<size_t>(row + i)];
-        sum.loss += sums[static_cast<size_t>(i)].value -
-                    static_cast<double>(host[static_cast<size_t>(i * logits.dim(1) + label)]);
+        sum.loss += sums[static_cast<size_t>(i)].value - static_cast<double>(logits.row<float>(i)[label]);
         sum.correct += sums[static_cast<size_t>(i)].argmax == label ? 1 : 0;
       }
       continue;
@@ -441,13 +445,16 @@ LossSum Trainer::head(const TrainingPass& pass, const TrainingBatch& batch, cons
   return sum;
 }
 
-/// The sum of the losses that head() left on the device.
-void Trainer::read_losses(LossSum& sum) {
+/// The sum of the losses that head() left on the device, and how often the most likely label was right.
+void Trainer::read_losses(LossSum& sum, bool has_hits) {
   Backend& backend = model_->backend();
   std::vector<float> losses(static_cast<size_t>(sum.counted));
+  std::vector<float> hits(has_hits ? losses.size() : 0);
   backend.copy_to_host(losses.data(), workspace_->losses(0, sum.counted).data(), losses.size() * sizeof(float));
+  if (has_hits) backend.copy_to_host(hits.data(), workspace_->hits(0, sum.counted).data(), hits.size() * sizeof(float));
   backend.synchronize();
   for (const float loss : losses) sum.loss += static_cast<double>(loss);
+  for (const float hit : hits) sum.correct += hit == 1.0f ? 1 : 0;
 }
 
 }  // namespace llama_ext

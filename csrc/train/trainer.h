@@ -72,7 +72,7 @@ class Trainer {
   void set_angles(const TrainingBatch& batch, TrainingPass& pass);
   LossSum head(const TrainingPass& pass, const TrainingBatch& batch, const TensorView& x, bool trains, double scale,
                const TensorView& d);
-  void read_losses(LossSum& sum);
+  void read_losses(LossSum& sum, bool has_hits);
 
   std::shared_ptr<Model> model_;
   std::shared_ptr<Adapter> adapter_;

@@ -52,7 +52,8 @@ def multiply(m: int, n: int, k: int, accumulate: bool, gap: int, kept: str = "fl
     d_weight, d_bias = backend.matrix(p["d_weight"]), guarded(p["d_bias"])
     backend.matmul(x, weight, guarded(p["bias"]), y, accumulate, "bfloat16")
     backend.matmul_backward(d_y, weight, x, d_x, d_weight, d_bias, accumulate, "bfloat16")
-    assert np.isnan(y_gaps).all() and np.isnan(d_x_gaps).all(), "wrote between the rows"
+    for gaps in (y_gaps, d_x_gaps):
+        assert np.isnan(gaps).all(), "wrote between the rows"
     return Products(y, d_x, d_weight.to_array(), d_bias)
 
 
@@ -135,7 +136,7 @@ ATTENTION: list[Attention] = [
 
 def attend(case: Attention, gap: int = 3) -> list[Array]:
     """y, d_q, d_k and d_v; NaN in the rows of no sequence."""
-    ranges, rows, heads, kv_heads, dim, dropout = case
+    ranges, rows, heads, _, dim, dropout = case
     q, k, v, d_y = attention_operands(case)
     scale = 1.5 * dim**-0.5
     outputs = [guarded_rows_empty(shape, gap) for shape in (q.shape, q.shape, k.shape, k.shape)]
@@ -191,7 +192,7 @@ def test_attention_has_the_same_bits_again_in_any_order_of_turns_and_among_other
         whole = attend(case)
         for order in ORDERS * 2:
             monkeypatch.setenv("LLAMA_EXT_CUDA_EMULATION_ORDER", order)
-            for name, found, expected in zip("y d_q d_k d_v".split(), attend(case, gap=0), whole, strict=True):
+            for name, found, expected in zip(["y", "d_q", "d_k", "d_v"], attend(case, gap=0), whole, strict=True):
                 assert_same_bits(np.ascontiguousarray(found), np.ascontiguousarray(expected), f"{name}, {order}")
 
 
@@ -227,7 +228,9 @@ def test_gradients_of_a_norm_are_right_at_every_width_that_registers_hold(width:
             product = weight.astype(np.float64) * d_y
             before = d_x if accumulate else np.zeros_like(d_x)
             mean = (product * wide).mean(axis=1, keepdims=True)
-            size = np.abs(before) + inverse * (np.abs(product) + np.abs(wide) * inverse**2 * np.abs(product * wide).mean())
+            size = np.abs(before) + inverse * (
+                np.abs(product) + np.abs(wide) * inverse**2 * np.abs(product * wide).mean()
+            )
             bound = (units("rms_norm_backward") + width**0.5 * 2.0**-24) * (size + np.abs(before)) + TINY
             assert_within(out, before + inverse * (product - wide * inverse**2 * mean), bound, f"d_x of {rows} rows")
             parts = d_y * wide * inverse

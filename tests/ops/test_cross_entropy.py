@@ -56,6 +56,23 @@ def test_cross_entropy_matches_float64(device: Device, rows: int, width: int) ->
         assert_within(out, expected_reference(rows, width), bound + U32 * np.abs(expected), "against the reference")
 
 
+@pytest.mark.parametrize(("rows", "width"), SHAPES, ids=SHAPE_IDS)
+@all_devices
+def test_a_label_is_a_hit_where_it_is_the_first_of_the_largest_logits(device: Device, rows: int, width: int) -> None:
+    logits, labels = make_problem(rows, width)
+    logits, labels = logits.copy(), labels.copy()
+    for t in range(rows):
+        if t % 2 == 0:
+            largest = int(logits[t].argmax())
+            logits[t, min(width - 1, largest + 5)] = logits[t, largest]  # an equal one behind it
+            labels[t] = [largest, min(width - 1, largest + 5), -100][t // 2 % 3]
+    out, hits, plain = guarded_empty(rows), guarded_empty(rows), guarded_empty(rows)
+    device.backend.cross_entropy(guarded(logits), guarded(labels), out, hits)
+    device.backend.cross_entropy(guarded(logits), guarded(labels), plain)
+    assert_same_bits(out, plain)
+    assert np.array_equal(hits, (logits.argmax(axis=1) == labels).astype(np.float32))
+
+
 @all_devices
 def test_cross_entropy_of_strided_logits_has_the_same_bits(device: Device) -> None:
     logits, labels = make_problem(17, 33)

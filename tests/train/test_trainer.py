@@ -173,6 +173,25 @@ def test_activations_computed_once_more_are_the_same_bits(isa: str) -> None:
 
 
 @each_backend
+def test_evaluate_counts_the_labels_that_are_most_likely(isa: str) -> None:
+    model = build(isa)
+    tokens, _, lengths = batch([40, 23])
+    logits = np.concatenate(model.logits(np.split(tokens, [40]), rows="all"))
+    labels = logits.argmax(axis=1).astype(np.int32)
+    labels[1::3] = (labels[1::3] + 1) % 501
+    labels[2::6] = -100
+    trainer = _core.Trainer(model, optimizer=ADAMW)
+    trainer.accumulate(tokens, labels, lengths, scale=1.0)  # whose memory evaluate uses again
+    loss, counted, correct = trainer.evaluate(tokens, labels, lengths)
+    chosen = labels != -100
+    assert counted == chosen.sum()
+    assert correct == (logits.argmax(axis=1) == labels).sum()
+    wide = logits[chosen].astype(np.float64)
+    losses = np.log(np.exp(wide).sum(axis=1)) - wide[np.arange(len(wide)), labels[chosen]]
+    assert loss == pytest.approx(losses.sum(), rel=1e-5)
+
+
+@each_backend
 def test_sequences_of_a_batch_do_not_see_each_other(isa: str) -> None:
     trainer = _core.Trainer(build(isa), optimizer=ADAMW)
     lengths = [9, 1, 33, 20]
