@@ -18,7 +18,6 @@ constexpr int kOfThread = 4;  // logits of a thread, next to each other
 constexpr int kOfBlock = kThreads * kOfThread;
 constexpr int kDigitBits = 12;
 constexpr int kBins = 1 << kDigitBits;
-constexpr uint64_t kKeyOfNothing = 0x000fffffffffffffull;  // of -inf
 
 /// ops/logits_loops.h's exp_of, operation by operation: the same bits.
 __device__ __forceinline__ double exp_of(double x) {
@@ -70,19 +69,40 @@ __device__ uint64_t random_bits(const RandomKey& key) {
   return (static_cast<uint64_t>(block[1]) << 32 | block[0]) >> 11;
 }
 
-/// Larger numbers have larger keys; -0 and 0 have one.
-__device__ __forceinline__ uint64_t key_of(double x) {
-  const auto bits = static_cast<uint64_t>(__double_as_longlong(x + 0.0));
-  return bits >> 63 != 0 ? ~bits : bits | uint64_t{1} << 63;
-}
-__device__ __forceinline__ double number_of(uint64_t key) {
-  return __longlong_as_double(static_cast<long long>(key >> 63 != 0 ? key & ~(uint64_t{1} << 63) : ~key));
-}
+/// Larger numbers have larger keys; -0 and 0 have one. Logits as they came are float32 numbers, whose keys have 32 bits: fewer to look
+/// at, and better spread. kOfNothing is -inf's.
+template <bool kNarrow>
+struct Keys;
+template <>
+struct Keys<true> {
+  static constexpr int kBits = 32;
+  static constexpr uint64_t kOfNothing = 0x007fffffu;
+  __device__ __forceinline__ static uint64_t of(double x) {
+    const uint32_t bits = __float_as_uint(static_cast<float>(x) + 0.0f);
+    return bits >> 31 != 0 ? ~bits : bits | 0x80000000u;
+  }
+  __device__ __forceinline__ static double number(uint64_t key) {
+    const auto bits = static_cast<uint32_t>(key);
+    return static_cast<double>(__uint_as_float(bits >> 31 != 0 ? bits & 0x7fffffffu : ~bits));
+  }
+};
+template <>
+struct Keys<false> {
+  static constexpr int kBits = 64;
+  static constexpr uint64_t kOfNothing = 0x000fffffffffffffull;
+  __device__ __forceinline__ static uint64_t of(double x) {
+    const auto bits = static_cast<uint64_t>(__double_as_longlong(x + 0.0));
+    return bits >> 63 != 0 ? ~bits : bits | uint64_t{1} << 63;
+  }
+  __device__ __forceinline__ static double number(uint64_t key) {
+    return __longlong_as_double(static_cast<long long>(key >> 63 != 0 ? key & ~(uint64_t{1} << 63) : ~key));
+  }
+};
 
 /// What one block found in its logits.
 struct Found {
-  double largest;   // of the processed logits, and the first token that has it
-  double exp_sum;   // of exp(logit - raw_largest)
+  double largest;  // of the processed logits, and the first token that has it
+  double exp_sum;  // of exp(logit - raw_largest)
   float raw_largest;
   int32_t token;
   int32_t is_bad;
@@ -121,6 +141,8 @@ struct Sampling {
   uint64_t* weights;   // (rows, kBins), likewise
   int scale_exponent;  // weights are multiples of 2^-scale_exponent
 };
+
+__host__ __device__ bool is_narrow(const SampleNextView& v) { return v.bias == nullptr && v.occurrences == nullptr; }
 
 __device__ double processed(const SampleNextView& v, int row, int token) {
   double x = static_cast<double>(v.logits[int64_t{row} * v.vocabulary + token]);
@@ -293,17 +315,18 @@ __global__ void __launch_bounds__(kThreads) find_largest_kernel(const __grid_con
   choice.largest = largest;
   choice.log_sum = is_bad ? 0.0 : static_cast<double>(raw_largest) + log(sum);
   choice.is_valid = is_bad ? 0 : 1;
-  choice.top_k = {kKeyOfNothing, 0};
-  choice.top_p = {kKeyOfNothing, 0};
+  const uint64_t of_nothing = is_narrow(v) ? Keys<true>::kOfNothing : Keys<false>::kOfNothing;
+  choice.top_k = {of_nothing, 0};
+  choice.top_p = {of_nothing, 0};
   choice.prefix = 0;
   choice.wanted = 0;
   if (v.temperature == 0.0) finish(s, row, is_bad ? 0 : token, !is_bad);
 }
 
 /// The next digit of the last logit that top_k keeps (kByWeight: that top_p keeps of those), the highest first.
-template <bool kByWeight>
-__global__ void __launch_bounds__(kThreads) find_cut_kernel(const __grid_constant__ Sampling s, int pass,
-                                                              bool is_last_pass) {
+template <bool kByWeight, bool kNarrow>
+__global__ void __launch_bounds__(kThreads) find_cut_kernel(const __grid_constant__ Sampling s, int pass) {
+  using K = Keys<kNarrow>;
   using Number = typename std::conditional<kByWeight, uint64_t, uint32_t>::type;
   wait_for_predecessors();
   const SampleNextView& v = s.v;
@@ -315,16 +338,16 @@ __global__ void __launch_bounds__(kThreads) find_cut_kernel(const __grid_constan
   __syncthreads();
 
   // The last digit has the bits that are left.
-  const int shift = max(64 - (pass + 1) * kDigitBits, 0);
-  const int upper = 64 - pass * kDigitBits;
+  const int shift = max(K::kBits - (pass + 1) * kDigitBits, 0);
+  const int upper = K::kBits - pass * kDigitBits;
   const uint64_t mask = (uint64_t{1} << (upper - shift)) - 1;
   const uint64_t prefix = pass == 0 ? 0 : choice.prefix;
   const int first = static_cast<int>(blockIdx.x) * kOfBlock + thread * kOfThread;
   for (int i = 0; i < kOfThread; ++i) {
     if (first + i >= v.vocabulary) break;
     const double x = processed(v, row, first + i);
-    const uint64_t key = key_of(x);
-    if (key <= kKeyOfNothing || (pass > 0 && key >> upper != prefix)) continue;
+    const uint64_t key = K::of(x);
+    if (key <= K::kOfNothing || (pass > 0 && key >> upper != prefix)) continue;
     if constexpr (kByWeight) {
       // Those at the cut of top_k are added below.
       if (key <= choice.top_k.key) continue;
@@ -360,7 +383,7 @@ __global__ void __launch_bounds__(kThreads) find_cut_kernel(const __grid_constan
   const uint64_t equal_key = choice.top_k.key;
   const bool has_equals = kByWeight && choice.top_k.equals > 0 && (pass == 0 || equal_key >> upper == prefix);
   const uint64_t equal_bin = equal_key >> shift & mask;
-  const uint64_t equal_weight = has_equals ? in_multiples(s, weight_of(s, choice, number_of(equal_key))) : 0;
+  const uint64_t equal_weight = has_equals ? in_multiples(s, weight_of(s, choice, K::number(equal_key))) : 0;
 #pragma unroll
   for (int i = 0; i < kMine; ++i) {
     const int bin = kBins - 1 - thread * kMine - i;
@@ -394,14 +417,11 @@ __global__ void __launch_bounds__(kThreads) find_cut_kernel(const __grid_constan
       const uint64_t found = pass == 0 ? bin : prefix << (upper - shift) | bin;
       choice.prefix = found;
       choice.wanted = wanted - above;
-      if (is_last_pass) {
-        // Bits that were not looked at are those of a float32 in float64: zeros, before a negative number's are turned.
-        const uint64_t low = (uint64_t{1} << shift) - 1;
-        const bool is_negative = found >> (upper + pass * kDigitBits - shift - 1) == 0;
-        Cut cut{found << shift | (is_negative ? low : 0), wanted - above};
+      if (shift == 0) {
+        Cut cut{found, wanted - above};
         if constexpr (kByWeight) {
           // So many tokens of this one weight.
-          const uint64_t each = in_multiples(s, weight_of(s, choice, number_of(cut.key)));
+          const uint64_t each = in_multiples(s, weight_of(s, choice, K::number(cut.key)));
           cut.equals = each == 0 ? 1 : (wanted - above + each - 1) / each;
           choice.top_p = cut;
         } else {
@@ -413,7 +433,9 @@ __global__ void __launch_bounds__(kThreads) find_cut_kernel(const __grid_constan
   }
 }
 
+template <bool kNarrow>
 __global__ void __launch_bounds__(kThreads) draw_kernel(const __grid_constant__ Sampling s) {
+  using K = Keys<kNarrow>;
   wait_for_predecessors();
   auto* sums = reinterpret_cast<uint64_t*>(shared_memory());  // (kThreads)
   auto* chosen = sums + kThreads;                             // (4)
@@ -435,8 +457,8 @@ __global__ void __launch_bounds__(kThreads) draw_kernel(const __grid_constant__ 
       at_cut[i] = false;
       if (first + i >= v.vocabulary) continue;
       const double x = processed(v, row, first + i);
-      const uint64_t key = key_of(x);
-      if (key < cut.key || key <= kKeyOfNothing) continue;
+      const uint64_t key = K::of(x);
+      if (key < cut.key || key <= K::kOfNothing) continue;
       weights[i] = weight_at(x);
       at_cut[i] = key == cut.key;
       if (at_cut[i]) {
@@ -458,7 +480,7 @@ __global__ void __launch_bounds__(kThreads) draw_kernel(const __grid_constant__ 
   // The block in which the draw lies. Blocks in their order, so many at a time as there are threads.
   const Drawn* all = s.drawn + int64_t{row} * gridDim.x;
   const int blocks = static_cast<int>(gridDim.x);
-  const uint64_t equal_weight = cut.key <= kKeyOfNothing ? 0 : weight_at(number_of(cut.key));
+  const uint64_t equal_weight = cut.key <= K::kOfNothing ? 0 : weight_at(K::number(cut.key));
   uint64_t total = 0;
   uint64_t target = 0;
   for (int round = 0; round < 2; ++round) {  // for the total first, then for the place
@@ -517,6 +539,20 @@ __global__ void __launch_bounds__(kThreads) draw_kernel(const __grid_constant__ 
   }
 }
 
+/// What follows once the largest logits are known.
+template <bool kNarrow>
+void start_draw(const Gpu& gpu, const Sampling& s, dim3 grid) {
+  constexpr int kPasses = (Keys<kNarrow>::kBits + kDigitBits - 1) / kDigitBits;
+  for (int pass = 0; s.counts != nullptr && pass < kPasses; ++pass) {
+    launch<Start::kEarly>(gpu, find_cut_kernel<false, kNarrow>, grid, kThreads, (kBins + 4) * sizeof(uint32_t), s,
+                          pass);
+  }
+  for (int pass = 0; s.weights != nullptr && pass < kPasses; ++pass) {
+    launch<Start::kEarly>(gpu, find_cut_kernel<true, kNarrow>, grid, kThreads, (kBins + 1) * sizeof(uint64_t), s, pass);
+  }
+  launch<Start::kEarly>(gpu, draw_kernel<kNarrow>, grid, kThreads, (kThreads + 4) * sizeof(uint64_t), s);
+}
+
 }  // namespace
 
 void sample_next(const Gpu& gpu, const SampleNextView& v) {
@@ -545,22 +581,8 @@ void sample_next(const Gpu& gpu, const SampleNextView& v) {
   const dim3 grid(blocks, rows);
   launch<Start::kEarly>(gpu, find_largest_kernel, grid, kThreads, 3 * kWarp * sizeof(double), s);
   if (is_greedy) return;
-  // float32 logits that nothing was added to have 35 bits in float64.
-  const int bits = v.bias == nullptr && v.occurrences == nullptr ? 35 : 64;
-  const int passes = static_cast<int>(blocks_for(bits, kDigitBits));
-  if (has_top_k) {
-    for (int pass = 0; pass < passes; ++pass) {
-      launch<Start::kEarly>(gpu, find_cut_kernel<false>, grid, kThreads, (kBins + 4) * sizeof(uint32_t), s, pass,
-                            pass + 1 == passes);
-    }
-  }
-  if (has_top_p) {
-    for (int pass = 0; pass < passes; ++pass) {
-      launch<Start::kEarly>(gpu, find_cut_kernel<true>, grid, kThreads, (kBins + 1) * sizeof(uint64_t), s, pass,
-                            pass + 1 == passes);
-    }
-  }
-  launch<Start::kEarly>(gpu, draw_kernel, grid, kThreads, (kThreads + 4) * sizeof(uint64_t), s);
+  if (is_narrow(v)) return start_draw<true>(gpu, s, grid);
+  start_draw<false>(gpu, s, grid);
 }
 
 }  // namespace llama_ext::cuda
