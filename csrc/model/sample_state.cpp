@@ -67,8 +67,8 @@ SampleState::SampleState(Backend& backend, const SamplingOptions& options, const
   for (const auto& [token, value] : options.logit_bias) put(bias, token, value);
 
   memory_ = backend.allocate(first_.size());
-  results_ = backend.recorder()->allocate_visible(
-      static_cast<size_t>(checked_mul(slots, rows_, "sample state")) * sizeof(DecodeResult));
+  results_ = backend.recorder()->allocate_visible(static_cast<size_t>(checked_mul(slots, rows_, "sample state")) *
+                                                  sizeof(DecodeResult));
   auto* base = static_cast<unsigned char*>(memory_->data());
   backend.copy_to_device(base, first_.data(), first_.size());
   args_.options = &options_;

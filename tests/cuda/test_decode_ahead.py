@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -153,6 +154,17 @@ def test_a_generation_may_be_left_at_any_moment() -> None:
             generation.step()
         del generation
     assert len(steps(start(tiny(), PROMPTS[:1], 5))) == 5
+
+
+def test_threads_that_share_a_model_generate_what_each_would_alone() -> None:
+    expected = [by_row(steps(start(tiny(), [prompt], 12)))[0] for prompt in PROMPTS]
+
+    def generate(prompt: Sequence[int]) -> list[list[int]]:
+        return [by_row(steps(start(tiny(), [prompt], 12)))[0] for _ in range(1 if IS_EMULATED else 20)]
+
+    with ThreadPoolExecutor(len(PROMPTS)) as threads:
+        for found, tokens in zip(threads.map(generate, PROMPTS), expected, strict=True):
+            assert all(each == tokens for each in found)
 
 
 def continued(tokens: int, **options: Any) -> tuple[_core.Session, _core.Generation]:
