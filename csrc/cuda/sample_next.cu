@@ -1,7 +1,8 @@
 // The next token of rows that decode here (ops/sample_next.h). A block takes 1024 logits of a row; the block of a row that comes last
 // at the end of a kernel joins what the others have left, in their order. So there is a kernel to find the largest logit (which is
 // all of greedy decoding), one to draw, and between them, where top_k or top_p leave something out, one for every 12 bits of a
-// logit: they find the last logit that is kept as a radix sort would, from the highest bits on.
+// logit: they find the last logit that is kept as a radix sort would, from the highest bits on. What a top_k of at most 256 keeps fits
+// into one block, which then does the rest by itself.
 //
 // Logits are processed in float64, as on the host; weights exp((x - largest) / temperature) are summed as whole multiples of 2^-s,
 // so that their sums do not depend on any order. Bound by launches.
@@ -18,6 +19,8 @@ constexpr int kOfThread = 4;  // logits of a thread, next to each other
 constexpr int kOfBlock = kThreads * kOfThread;
 constexpr int kDigitBits = 12;
 constexpr int kBins = 1 << kDigitBits;
+constexpr int kFew = kThreads;         // tokens that one block draws from
+constexpr int kMostEquals = 4 * kFew;  // of one key, among which it looks for the first
 
 /// ops/logits_loops.h's exp_of, operation by operation: the same bits.
 __device__ __forceinline__ double exp_of(double x) {
@@ -124,6 +127,9 @@ struct Choice {
   Cut top_p;
   uint64_t prefix;  // the digits found so far
   uint64_t wanted;  // of tokens, or of weight, still to be found below what is above `prefix`
+  // Of few tokens: how many have been found, those of the cut's key by themselves.
+  uint32_t few_above;
+  uint32_t few_equals;
 };
 
 /// Kept tokens of a block.
@@ -139,6 +145,7 @@ struct Sampling {
   Drawn* drawn;        // (rows, blocks)
   uint32_t* counts;    // (rows, kBins), zero between kernels
   uint64_t* weights;   // (rows, kBins), likewise
+  int32_t* few;        // (rows, kFew + kMostEquals): tokens above the cut, and at it, in any order
   int scale_exponent;  // weights are multiples of 2^-scale_exponent
 };
 
@@ -320,6 +327,8 @@ __global__ void __launch_bounds__(kThreads) find_largest_kernel(const __grid_con
   choice.top_p = {of_nothing, 0};
   choice.prefix = 0;
   choice.wanted = 0;
+  choice.few_above = 0;
+  choice.few_equals = 0;
   if (v.temperature == 0.0) finish(s, row, is_bad ? 0 : token, !is_bad);
 }
 
@@ -539,6 +548,103 @@ __global__ void __launch_bounds__(kThreads) draw_kernel(const __grid_constant__ 
   }
 }
 
+/// The draw where top_k keeps few.
+template <bool kNarrow>
+__global__ void __launch_bounds__(kThreads) draw_few_kernel(const __grid_constant__ Sampling s) {
+  using K = Keys<kNarrow>;
+  wait_for_predecessors();
+  auto* sums = reinterpret_cast<uint64_t*>(shared_memory());  // (kThreads)
+  auto* keys = sums + kThreads;                               // (kFew)
+  auto* weights = keys + kFew;                                // (kFew)
+  auto* tokens = reinterpret_cast<int32_t*>(weights + kFew);  // (kFew)
+  auto* place = reinterpret_cast<uint32_t*>(tokens + kFew);
+  const SampleNextView& v = s.v;
+  const int row = static_cast<int>(blockIdx.y);
+  const int thread = static_cast<int>(threadIdx.x);
+  Choice& choice = s.choices[row];
+  const Cut cut = choice.top_k;
+  int32_t* above = s.few + int64_t{row} * (kFew + kMostEquals);
+  int32_t* equals = above + kFew;
+  const int first = static_cast<int>(blockIdx.x) * kOfBlock + thread * kOfThread;
+  for (int i = 0; i < kOfThread; ++i) {
+    if (first + i >= v.vocabulary) break;
+    const uint64_t key = K::of(processed(v, row, first + i));
+    if (key <= K::kOfNothing || key < cut.key) continue;
+    const bool is_above = key > cut.key;
+    const uint32_t at = atomicAdd(is_above ? &choice.few_above : &choice.few_equals, 1u);
+    if (is_above && at < kFew) above[at] = first + i;
+    if (!is_above && at < kMostEquals) equals[at] = first + i;
+  }
+  if (!is_last_block(v.state[row], place)) return;
+
+  // In any order: what follows does not depend on it.
+  const int count_above = static_cast<int>(choice.few_above < kFew ? choice.few_above : kFew);
+  const int found_equals = static_cast<int>(choice.few_equals < 0x7fffffffu ? choice.few_equals : 0x7fffffffu);
+  const int room = kFew - count_above;
+  const int count_equals = static_cast<int>(cut.equals < static_cast<uint64_t>(room) ? cut.equals : room);
+  const int count = count_above + min(count_equals, found_equals);
+  if (thread < count_above) tokens[thread] = above[thread];
+  if (found_equals <= kMostEquals) {
+    for (int i = thread; i < found_equals; i += static_cast<int>(kThreads)) {
+      int rank = 0;
+      for (int j = 0; j < found_equals; ++j) rank += equals[j] < equals[i] ? 1 : 0;
+      if (rank < count_equals) tokens[count_above + rank] = equals[i];
+    }
+  } else {
+    // So many that the first ones are looked for where they are.
+    uint64_t before = 0;
+    for (int begin = 0; begin < v.vocabulary && before < static_cast<uint64_t>(count_equals);
+         begin += static_cast<int>(kThreads)) {
+      const int token = begin + thread;
+      const bool is_equal = token < v.vocabulary && K::of(processed(v, row, token)) == cut.key;
+      uint64_t found = 0;
+      const uint64_t rank = before + sum_before(is_equal ? 1 : 0, sums, found);
+      if (is_equal && rank < static_cast<uint64_t>(count_equals)) tokens[count_above + static_cast<int>(rank)] = token;
+      before += found;
+    }
+  }
+  __syncthreads();
+
+  const bool is_mine = thread < count;
+  const int32_t token = is_mine ? tokens[thread] : 0;
+  const double x = is_mine ? processed(v, row, token) : 0.0;
+  const uint64_t key = K::of(x);
+  const double likelihood = is_mine ? weight_of(s, choice, x) : 0.0;
+  uint64_t weight = is_mine ? in_multiples(s, likelihood) : 0;
+  keys[thread] = key;
+  weights[thread] = weight;
+  uint64_t total = 0;
+  sum_before(weight, sums, total);
+  if (v.top_p < 1.0) {
+    // As in find_cut_kernel.
+    uint64_t wanted = static_cast<uint64_t>(ceil(v.top_p * static_cast<double>(total)));
+    if (wanted < 1) wanted = 1;
+    if (wanted > total) wanted = total;
+    uint64_t likelier = 0;
+    for (int j = 0; j < count; ++j) {
+      if (keys[j] > key || (keys[j] == key && tokens[j] < token)) likelier += weights[j];
+    }
+    if (likelier >= wanted) weight = 0;
+  }
+  if (!(likelihood >= v.min_p)) weight = 0;
+  __syncthreads();
+  weights[thread] = weight;
+  sum_before(weight, sums, total);  // its barriers make the weights visible, too
+  if (choice.is_valid == 0 || total == 0) {
+    if (thread == 0) finish(s, row, 0, false);
+    return;
+  }
+  const uint64_t u = random_bits(v.state[row].key);
+  const uint64_t target = __umul64hi(u, total) << 11 | u * total >> 53;
+  uint64_t reached = 0;
+  for (int j = 0; j < count; ++j) {
+    if (tokens[j] < token) reached += weights[j];
+  }
+  const bool is_chosen = is_mine && reached <= target && reached + weight > target;
+  __syncthreads();  // the key is another one once a thread has finished
+  if (is_chosen) finish(s, row, token, true);
+}
+
 /// What follows once the largest logits are known.
 template <bool kNarrow>
 void start_draw(const Gpu& gpu, const Sampling& s, dim3 grid) {
@@ -546,6 +652,11 @@ void start_draw(const Gpu& gpu, const Sampling& s, dim3 grid) {
   for (int pass = 0; s.counts != nullptr && pass < kPasses; ++pass) {
     launch<Start::kEarly>(gpu, find_cut_kernel<false, kNarrow>, grid, kThreads, (kBins + 4) * sizeof(uint32_t), s,
                           pass);
+  }
+  if (s.few != nullptr) {
+    const size_t shared = (kThreads + 2 * kFew) * sizeof(uint64_t) + (kFew + 1) * sizeof(int32_t);
+    launch<Start::kEarly>(gpu, draw_few_kernel<kNarrow>, grid, kThreads, shared, s);
+    return;
   }
   for (int pass = 0; s.weights != nullptr && pass < kPasses; ++pass) {
     launch<Start::kEarly>(gpu, find_cut_kernel<true, kNarrow>, grid, kThreads, (kBins + 1) * sizeof(uint64_t), s, pass);
@@ -562,12 +673,14 @@ void sample_next(const Gpu& gpu, const SampleNextView& v) {
   const size_t parts = static_cast<size_t>(rows) * blocks;
   const bool is_greedy = v.temperature == 0.0;
   const bool has_top_k = !is_greedy && v.top_k > 0 && v.top_k < v.vocabulary;
-  const bool has_top_p = !is_greedy && v.top_p < 1.0;
+  const bool keeps_few = has_top_k && v.top_k <= kFew;
+  const bool has_top_p = !is_greedy && v.top_p < 1.0 && !keeps_few;
   const size_t bins = has_top_k || has_top_p ? static_cast<size_t>(rows) * kBins : 0;
   const Scratch found(gpu, parts * sizeof(Found));
   const Scratch choices(gpu, rows * sizeof(Choice));
   const Scratch drawn(gpu, is_greedy ? 0 : parts * sizeof(Drawn));
   const Scratch counts(gpu, has_top_k ? bins * sizeof(uint32_t) : 0);
+  const Scratch few(gpu, keeps_few ? static_cast<size_t>(rows) * (kFew + kMostEquals) * sizeof(int32_t) : 0);
   const Scratch weights(gpu, has_top_p ? bins * sizeof(uint64_t) : 0);
   Sampling s;
   s.v = v;
@@ -576,6 +689,7 @@ void sample_next(const Gpu& gpu, const SampleNextView& v) {
   s.drawn = drawn.as<Drawn>();
   s.counts = counts.as<uint32_t>();
   s.weights = weights.as<uint64_t>();
+  s.few = few.as<int32_t>();
   s.scale_exponent = 62;  // so that the largest sum is below 2^62
   for (int64_t size = 1; size < v.vocabulary; size *= 2) --s.scale_exponent;
   const dim3 grid(blocks, rows);

@@ -83,7 +83,13 @@ def test_equal_logits_are_cut_by_their_ids() -> None:
     logits = np.zeros((8, 2000), np.float32)
     keys = (5, list(range(8)), [0] * 8)
     empty: list[list[int]] = [[]] * 8
-    for options in ({"temperature": 1.0, "top_k": 3}, {"temperature": 1.0, "top_p": 0.002}):
+    # The last of these are more equals than a block keeps by heart; the second, too few tokens to choose from.
+    for options in (
+        {"temperature": 1.0, "top_k": 3},
+        {"temperature": 1.0, "top_k": 3, "logit_bias": dict.fromkeys(range(2, 2000), float("-inf"))},
+        {"temperature": 1.0, "top_k": 300, "min_p": 0.5, "logit_bias": dict.fromkeys(range(4, 2000), -9.0)},
+        {"temperature": 1.0, "top_p": 0.002},
+    ):
         found = [result[0] for result in draw(logits, options, empty, empty, keys) if result is not None]
         assert found == [token for token, _ in on_host(logits, options, empty, empty, keys)]
         assert max(found) < 4
