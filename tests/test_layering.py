@@ -115,8 +115,8 @@ CUDA_ONLY = {
     r"\basm\b": {"cuda/numeric.h", "cuda/mma.h", "cuda/launch.h"},
     r"\b__shared__\b": {"cuda/launch.h"},  # memory that the emulator can guard and fill with NaN
     r"<<<": set(),
-    # Sums in an order that nobody knows; of whole numbers, which do not depend on it, in one file.
-    r"\batomic\w*\s*\(": {"cuda/sample_next.cu"},
+    # Sums in an order that nobody knows; of whole numbers, which do not depend on it, where tokens are drawn.
+    r"\batomic\w*\s*\(": {"cuda/sample_parts.h", "cuda/sample_next.cu", "cuda/sample_draw.cu"},
 }
 
 
