@@ -52,9 +52,10 @@ struct RowCounts {
 
 /// What a generation has cost so far.
 struct GenerationCounts {
-  int64_t passes = 0;            // calls of forward()
-  int64_t tokens_run = 0;        // tokens that ran through the model, guesses that were wrong included; not what a device ran in
-                                 // vain when it decoded ahead of a row's end
+  int64_t passes = 0;  // calls of forward()
+  int64_t tokens_run =
+      0;  // tokens that ran through the model, guesses that were wrong included; not what a device ran in
+          // vain when it decoded ahead of a row's end
   int64_t draft_tokens_run = 0;  // those that ran through the draft model
 };
 
