@@ -25,8 +25,8 @@ class SampleState {
   static bool is_possible(Backend& backend, const SamplingOptions& options);
 
   /// slots: results of each row that there is room for. Throws OptionError, TokenIdError, OutOfMemoryError.
-  SampleState(Backend& backend, const SamplingOptions& options, const std::vector<SampleSeat>& seats, int64_t vocabulary,
-              int64_t slots);
+  SampleState(Backend& backend, const SamplingOptions& options, const std::vector<SampleSeat>& seats,
+              int64_t vocabulary, int64_t slots);
   SampleState(const SampleState&) = delete;
   SampleState& operator=(const SampleState&) = delete;
 
