@@ -4,6 +4,7 @@
 #include <variant>
 
 #include "bindings/bindings.h"
+#include "model/sample_state.h"
 #include "ops/argument_checks.h"
 
 namespace llama_ext {
@@ -265,6 +266,45 @@ py::tuple sample(const BackendPtr& backend, const py::object& logits, const py::
   return py::make_tuple(result.token, result.logprob);
 }
 
+/// sample_next of some rows, once each: (token, logprob), or None where the row is not valid.
+py::list sample_next(const BackendPtr& backend, const py::object& logits, const py::dict& options,
+                     const std::vector<std::vector<int32_t>>& prompts, const std::vector<std::vector<int32_t>>& outputs,
+                     uint64_t seed, const std::vector<uint64_t>& streams, const std::vector<uint64_t>& counters) {
+  const SamplingOptions sampling = sampling_from_dict(options);
+  TensorView view = read_view(logits, DType::kF32, 2, "sample_next", "logits");
+  const auto rows = static_cast<size_t>(view.rows());
+  require(prompts.size() == rows && outputs.size() == rows && streams.size() == rows && counters.size() == rows,
+          ErrorKind::kShape, "sample_next: prompts, outputs, streams and counters must have one entry for each of ",
+          rows, " rows");
+  require(SampleState::is_possible(*backend, sampling), ErrorKind::kUnsupported, "sample_next: ", backend->device(),
+          " has no sampler of its own; use sample");
+  std::vector<SampleSeat> seats;
+  for (size_t i = 0; i < rows; ++i) {
+    seats.push_back({.token = 0,
+                     .position = 0,
+                     .key = {.seed = seed, .stream = streams[i], .counter = counters[i]},
+                     .prompt = &prompts[i],
+                     .output = &outputs[i]});
+  }
+  std::vector<DecodeResult> results(rows);
+  DeviceArrays arrays(*backend);
+  arrays.reads(view);
+  without_gil([&] {
+    const SampleState state(*backend, sampling, seats, view.dim(1), 1);
+    arrays.to_device();
+    SampleNextArgs args = state.args();
+    args.logits = view;
+    backend->recorder()->sample_next(args);
+    backend->synchronize();
+    std::copy_n(state.results(0), rows, results.begin());
+  });
+  py::list list;
+  for (const DecodeResult& result : results) {
+    list.append(result.is_valid != 0 ? py::object(py::make_tuple(result.token, result.logprob)) : py::none());
+  }
+  return list;
+}
+
 py::tuple angles(const py::dict& rope_dict, const py::object& positions) {
   require(py::isinstance<py::array_t<int64_t, py::array::c_style>>(positions), ErrorKind::kDType,
           "rope_angles: positions must be a contiguous NumPy array of int64");
@@ -328,7 +368,9 @@ void bind_backend(py::module_& module) {
       .def("cross_entropy", &cross_entropy, py::arg("logits"), py::arg("labels"), py::arg("out"),
            py::arg("hits") = py::none())
       .def("sample", &sample, py::arg("logits"), py::arg("options"), py::arg("prompt"), py::arg("output"),
-           py::arg("seed"), py::arg("stream"), py::arg("counter"));
+           py::arg("seed"), py::arg("stream"), py::arg("counter"))
+      .def("sample_next", &sample_next, py::arg("logits"), py::arg("options"), py::arg("prompts"), py::arg("outputs"),
+           py::arg("seed"), py::arg("streams"), py::arg("counters"));
   bind_gradients(backend);
 
   module.def("rope_angles", &angles, py::arg("rope"), py::arg("positions"));

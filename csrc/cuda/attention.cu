@@ -244,8 +244,8 @@ void start(const Gpu& gpu, AttentionView a) {
   const Scratch partial(gpu, static_cast<size_t>(numbers) * sizeof(float));
   a.partial = partial.as<float>();
   launch<Start::kEarly>(gpu, attention_kernel<kKind, kHeads>,
-         dim3(static_cast<unsigned>(a.segments.tokens), shares, static_cast<unsigned>(tiles)), kKeys,
-         floats * sizeof(float), a);
+                        dim3(static_cast<unsigned>(a.segments.tokens), shares, static_cast<unsigned>(tiles)), kKeys,
+                        floats * sizeof(float), a);
   merge_parts(gpu, a, kKeys);
 }
 
@@ -269,8 +269,9 @@ int64_t longest_row(const SegmentList& segments) {
 }
 
 void merge_parts(const Gpu& gpu, const AttentionView& a, int keys) {
-  launch<Start::kEarly>(gpu, merge_parts_kernel, dim3(static_cast<unsigned>(a.segments.tokens), static_cast<unsigned>(a.heads)), kKeys,
-         0, a, keys);
+  launch<Start::kEarly>(gpu, merge_parts_kernel,
+                        dim3(static_cast<unsigned>(a.segments.tokens), static_cast<unsigned>(a.heads)), kKeys, 0, a,
+                        keys);
 }
 
 void attention(const Gpu& gpu, const KvSegmentView* segments, int64_t count, Rows q, int heads, float scale, Rows y) {

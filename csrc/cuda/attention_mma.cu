@@ -316,8 +316,8 @@ void start(const Gpu& gpu, AttentionView a) {
   const Scratch partial(gpu, static_cast<size_t>(numbers) * sizeof(float));
   a.partial = partial.as<float>();
   launch<Start::kEarly>(gpu, attention_mma_kernel<kKind, kDim, kWarps>,
-         dim3(static_cast<unsigned>(blocks), kv_heads, splits ? static_cast<unsigned>(parts) : 1u), T::kThreadCount,
-         T::kBytes, a);
+                        dim3(static_cast<unsigned>(blocks), kv_heads, splits ? static_cast<unsigned>(parts) : 1u),
+                        T::kThreadCount, T::kBytes, a);
   if (splits) merge_parts(gpu, a, kPartKeys);
 }
 

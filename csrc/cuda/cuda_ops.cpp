@@ -10,22 +10,13 @@
 namespace llama_ext::cuda {
 namespace {
 
-const int32_t* live_data(const int32_t* values, const char* op) {
-#if defined(LLAMA_EXT_CUDA_EMULATED)
-  require(values == nullptr || cuda_emulation::is_device_memory(values, sizeof *values), ErrorKind::kInternal, op,
-          ": a live position is not the GPU's memory");
-#endif
-  static_cast<void>(op);
-  return values;
-}
-
 std::vector<KvSegmentView> segments_of(const std::vector<KvSegment>& segments, int64_t layer, const char* op) {
   std::vector<KvSegmentView> views;
   views.reserve(segments.size());
   for (const KvSegment& segment : segments) {
     if (segment.tokens == 0) continue;
     views.push_back({own(*segment.cache, op).layer(layer), segment.row, segment.tokens, segment.position,
-                     live_data(segment.live_position, op)});
+                     live_data(segment.live_position)});
   }
   return views;
 }

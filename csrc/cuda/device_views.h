@@ -16,6 +16,15 @@ inline float* device_data(const TensorView& view) {
   return view.f32();
 }
 
+/// Likewise, of a number that operations read there; or null.
+inline const int32_t* live_data(const int32_t* number) {
+#if defined(LLAMA_EXT_CUDA_EMULATED)
+  require(number == nullptr || cuda_emulation::is_device_memory(number, sizeof *number), ErrorKind::kInternal,
+          "an operation on the GPU was given a number that is not in the GPU's memory");
+#endif
+  return number;
+}
+
 inline Rows rows_of(const TensorView& view) { return view ? Rows{device_data(view), view.row_stride()} : Rows{}; }
 inline float* optional_data(const TensorView& view) { return view ? device_data(view) : nullptr; }
 inline NormView norm_of(const InputNorm& norm) { return {optional_data(norm.weight), static_cast<float>(norm.eps)}; }

@@ -61,10 +61,9 @@ void embedding(const Gpu& gpu, const WeightView& table, const int32_t* ids, int6
 }
 
 void embedding_of_live(const Gpu& gpu, const WeightView& table, const int32_t* ids, int64_t count, Rows y) {
-  launch<Start::kEarly>(
-      gpu, embedding_of_live_kernel,
-      dim3(static_cast<unsigned>(blocks_for(table.cols, kThreads)), static_cast<unsigned>(count)), kThreads, 0, table,
-      ids, y);
+  launch<Start::kEarly>(gpu, embedding_of_live_kernel,
+                        dim3(static_cast<unsigned>(blocks_for(table.cols, kThreads)), static_cast<unsigned>(count)),
+                        kThreads, 0, table, ids, y);
 }
 
 void embedding_backward(const Gpu& gpu, const WeightView& d_table, const int32_t* ids, int64_t count, Rows d_y) {

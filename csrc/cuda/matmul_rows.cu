@@ -157,8 +157,8 @@ template <Kind kKind, int kRows>
 void start(const Gpu& gpu, const ProductView& p) {
   const int64_t warps = p.is_gate_up ? p.width : blocks_for(p.weight.rows, kRowsPerWarp);
   const size_t floats = static_cast<size_t>(kRows * tile_size(p.weight.stride, kRows)) + kWarp + kRows;
-  launch<Start::kEarly>(gpu, matmul_rows_kernel<kKind, kRows>, dim3(static_cast<unsigned>(blocks_for(warps, kWarps))), kThreads,
-         floats * sizeof(float), p);
+  launch<Start::kEarly>(gpu, matmul_rows_kernel<kKind, kRows>, dim3(static_cast<unsigned>(blocks_for(warps, kWarps))),
+                        kThreads, floats * sizeof(float), p);
 }
 
 template <Kind kKind>

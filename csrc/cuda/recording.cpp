@@ -48,7 +48,8 @@ class VisibleBuffer final : public Buffer {
 /// A captured graph, ready to run.
 class CudaRecording final : public Recording {
  public:
-  CudaRecording(std::shared_ptr<Gpu> gpu, const std::function<void()>& operations) : gpu_(std::move(gpu)), arena_(*gpu_) {
+  CudaRecording(std::shared_ptr<Gpu> gpu, const std::function<void()>& operations)
+      : gpu_(std::move(gpu)), arena_(*gpu_) {
     cudaGraph_t graph = nullptr;
     {
       const Capture capture(*gpu_, arena_);

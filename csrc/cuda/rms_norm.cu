@@ -20,8 +20,8 @@ __global__ void rms_norm_kernel(Rows x, int width, NormView norm, Rows y, float*
 }  // namespace
 
 void rms_norm(const Gpu& gpu, Rows x, int64_t rows, int width, NormView norm, Rows y, float* inverse_rms) {
-  launch<Start::kEarly>(gpu, rms_norm_kernel, dim3(static_cast<unsigned>(rows)), kThreads, kWarp * sizeof(float), x, width, norm, y,
-         inverse_rms);
+  launch<Start::kEarly>(gpu, rms_norm_kernel, dim3(static_cast<unsigned>(rows)), kThreads, kWarp * sizeof(float), x,
+                        width, norm, y, inverse_rms);
 }
 
 }  // namespace llama_ext::cuda

@@ -1,195 +1,19 @@
 // The next token of rows that decode here (ops/sample_next.h). A block takes 1024 logits of a row; the block of a row that comes last
 // at the end of a kernel joins what the others have left, in their order. So there is a kernel to find the largest logit (which is
 // all of greedy decoding), one to draw, and between them, where top_k or top_p leave something out, one for every 12 bits of a
-// logit: they find the last logit that is kept as a radix sort would, from the highest bits on.
+// logit: they find the last logit that is kept as a radix sort would, from the highest bits on. What a top_k of at most 256 keeps fits
+// into one block, which then does the rest by itself.
 //
 // Logits are processed in float64, as on the host; weights exp((x - largest) / temperature) are summed as whole multiples of 2^-s,
 // so that their sums do not depend on any order. Bound by launches.
-#include <cstdint>
 #include <type_traits>
 
-#include "cuda/kernels.h"
-#include "cuda/numeric.h"
+#include "cuda/sample_parts.h"
 
 namespace llama_ext::cuda {
 namespace {
 
-constexpr int kOfThread = 4;  // logits of a thread, next to each other
-constexpr int kOfBlock = kThreads * kOfThread;
-constexpr int kDigitBits = 12;
-constexpr int kBins = 1 << kDigitBits;
-constexpr uint64_t kKeyOfNothing = 0x000fffffffffffffull;  // of -inf
-
-/// ops/logits_loops.h's exp_of, operation by operation: the same bits.
-__device__ __forceinline__ double exp_of(double x) {
-  constexpr double kRound = 0x1.8p52;
-  const auto power_of_two = [](double rounded) {
-    return __longlong_as_double((__double_as_longlong(rounded) << 52) + (1023ll << 52));
-  };
-  const double clamped = x > -1000.0 ? x : -1000.0;
-  const double n = (clamped * 0x1.71547652b82fep+0 + kRound) - kRound;
-  const double r = (clamped - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33;
-  const double half = n * 0.5 + kRound;
-  const double rest = (n - (half - kRound)) + kRound;
-  double series = 1.0 / 6227020800.0;
-  series = series * r + 1.0 / 479001600.0;
-  series = series * r + 1.0 / 39916800.0;
-  series = series * r + 1.0 / 3628800.0;
-  series = series * r + 1.0 / 362880.0;
-  series = series * r + 1.0 / 40320.0;
-  series = series * r + 1.0 / 5040.0;
-  series = series * r + 1.0 / 720.0;
-  series = series * r + 1.0 / 120.0;
-  series = series * r + 1.0 / 24.0;
-  series = series * r + 1.0 / 6.0;
-  series = series * r + 0.5;
-  series = series * r + 1.0;
-  series = series * r + 1.0;
-  return series * power_of_two(half) * power_of_two(rest);
-}
-
-/// ops/sample.h's random_uniform, times 2^53.
-__device__ uint64_t random_bits(const RandomKey& key) {
-  uint32_t block[4] = {static_cast<uint32_t>(key.counter), static_cast<uint32_t>(key.counter >> 32),
-                       static_cast<uint32_t>(key.stream), static_cast<uint32_t>(key.stream >> 32)};
-  uint32_t key0 = static_cast<uint32_t>(key.seed);
-  uint32_t key1 = static_cast<uint32_t>(key.seed >> 32);
-#pragma unroll
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = uint64_t{0xd2511f53u} * block[0];
-    const uint64_t product1 = uint64_t{0xcd9e8d57u} * block[2];
-    const uint32_t second = block[1];
-    const uint32_t fourth = block[3];
-    block[0] = static_cast<uint32_t>(product1 >> 32) ^ second ^ key0;
-    block[1] = static_cast<uint32_t>(product1);
-    block[2] = static_cast<uint32_t>(product0 >> 32) ^ fourth ^ key1;
-    block[3] = static_cast<uint32_t>(product0);
-    key0 += 0x9e3779b9u;
-    key1 += 0xbb67ae85u;
-  }
-  return (static_cast<uint64_t>(block[1]) << 32 | block[0]) >> 11;
-}
-
-/// Larger numbers have larger keys; -0 and 0 have one.
-__device__ __forceinline__ uint64_t key_of(double x) {
-  const auto bits = static_cast<uint64_t>(__double_as_longlong(x + 0.0));
-  return bits >> 63 != 0 ? ~bits : bits | uint64_t{1} << 63;
-}
-__device__ __forceinline__ double number_of(uint64_t key) {
-  return __longlong_as_double(static_cast<long long>(key >> 63 != 0 ? key & ~(uint64_t{1} << 63) : ~key));
-}
-
-/// What one block found in its logits.
-struct Found {
-  double largest;   // of the processed logits, and the first token that has it
-  double exp_sum;   // of exp(logit - raw_largest)
-  float raw_largest;
-  int32_t token;
-  int32_t is_bad;
-};
-
-/// What is kept: keys above `key`, and the first `equals` tokens of that key.
-struct Cut {
-  uint64_t key;
-  uint64_t equals;
-};
-
-/// What the kernels of a row hand on.
-struct Choice {
-  double largest;
-  double log_sum;
-  int32_t is_valid;
-  // The search for a cut.
-  Cut top_k;
-  Cut top_p;
-  uint64_t prefix;  // the digits found so far
-  uint64_t wanted;  // of tokens, or of weight, still to be found below what is above `prefix`
-};
-
-/// Kept tokens of a block.
-struct Drawn {
-  uint64_t above;   // weight of those above the cut
-  uint64_t equals;  // tokens at the cut
-};
-
-struct Sampling {
-  SampleNextView v;
-  Found* found;        // (rows, blocks)
-  Choice* choices;     // (rows)
-  Drawn* drawn;        // (rows, blocks)
-  uint32_t* counts;    // (rows, kBins), zero between kernels
-  uint64_t* weights;   // (rows, kBins), likewise
-  int scale_exponent;  // weights are multiples of 2^-scale_exponent
-};
-
-__device__ double processed(const SampleNextView& v, int row, int token) {
-  double x = static_cast<double>(v.logits[int64_t{row} * v.vocabulary + token]);
-  if (v.bias != nullptr) x += static_cast<double>(v.bias[token]);
-  if (v.occurrences != nullptr) {
-    const int32_t occurrences = v.occurrences[int64_t{row} * v.vocabulary + token];
-    if (occurrences != 0) {
-      if (v.repetition_penalty != 1.0) x = x > 0.0 ? x / v.repetition_penalty : x * v.repetition_penalty;
-      const int32_t count = occurrences & (kInPrompt - 1);
-      if (count > 0 && (v.presence_penalty != 0.0 || v.frequency_penalty != 0.0)) {
-        x -= v.presence_penalty + v.frequency_penalty * count;
-      }
-    }
-  }
-  return x;
-}
-
-__device__ __forceinline__ double weight_of(const Sampling& s, const Choice& choice, double x) {
-  return exp_of((x - choice.largest) / s.v.temperature);
-}
-__device__ __forceinline__ uint64_t in_multiples(const Sampling& s, double weight) {
-  const double scale = __longlong_as_double(static_cast<long long>(1023 + s.scale_exponent) << 52);
-  return static_cast<uint64_t>(weight * scale + 0.5);
-}
-
-/// Whether this block is the last of its row to come here; what the others wrote before can be read then. `place`: shared.
-__device__ bool is_last_block(DecodeRow& row, uint32_t* place) {
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) *place = atomicInc(&row.arrivals, gridDim.x - 1) == gridDim.x - 1 ? 1u : 0u;
-  __syncthreads();
-  const bool is_last = *place != 0;
-  if (is_last) __threadfence();
-  return is_last;
-}
-
-/// The sum of what threads before this one have; `all` becomes that of all. `places`: kThreads numbers of shared memory.
-__device__ uint64_t sum_before(uint64_t value, uint64_t* places, uint64_t& all) {
-  const int thread = static_cast<int>(threadIdx.x);
-  places[thread] = value;
-  __syncthreads();
-  for (int step = 1; step < static_cast<int>(kThreads); step *= 2) {
-    const uint64_t other = thread >= step ? places[thread - step] : 0;
-    __syncthreads();
-    places[thread] += other;
-    __syncthreads();
-  }
-  all = places[kThreads - 1];
-  const uint64_t before = places[thread] - value;
-  __syncthreads();
-  return before;
-}
-
-/// By one thread.
-__device__ void finish(const Sampling& s, int row, int32_t token, bool is_valid) {
-  const SampleNextView& v = s.v;
-  DecodeRow& state = v.state[row];
-  const float logit = v.logits[int64_t{row} * v.vocabulary + token];
-  DecodeResult result;
-  result.token = token;
-  result.logprob = static_cast<float>(static_cast<double>(logit) - s.choices[row].log_sum);
-  result.is_valid = is_valid ? 1 : 0;
-  v.results[int64_t{state.slot} * v.rows + row] = result;
-  v.tokens[row] = token;
-  v.positions[row] += 1;
-  state.key.counter += 1;
-  state.slot = state.slot + 1 == v.slots ? 0 : state.slot + 1;
-  if (v.occurrences != nullptr) v.occurrences[int64_t{row} * v.vocabulary + token] += 1;
-}
+using namespace sampling;
 
 /// The larger, and of equals the first token.
 __device__ __forceinline__ void take_larger(double& largest, int32_t& token, double other, int32_t other_token) {
@@ -293,17 +117,20 @@ __global__ void __launch_bounds__(kThreads) find_largest_kernel(const __grid_con
   choice.largest = largest;
   choice.log_sum = is_bad ? 0.0 : static_cast<double>(raw_largest) + log(sum);
   choice.is_valid = is_bad ? 0 : 1;
-  choice.top_k = {kKeyOfNothing, 0};
-  choice.top_p = {kKeyOfNothing, 0};
+  const uint64_t of_nothing = is_narrow(v) ? Keys<true>::kOfNothing : Keys<false>::kOfNothing;
+  choice.top_k = {of_nothing, 0};
+  choice.top_p = {of_nothing, 0};
   choice.prefix = 0;
   choice.wanted = 0;
+  choice.few_above = 0;
+  choice.few_equals = 0;
   if (v.temperature == 0.0) finish(s, row, is_bad ? 0 : token, !is_bad);
 }
 
 /// The next digit of the last logit that top_k keeps (kByWeight: that top_p keeps of those), the highest first.
-template <bool kByWeight>
-__global__ void __launch_bounds__(kThreads) find_cut_kernel(const __grid_constant__ Sampling s, int pass,
-                                                              bool is_last_pass) {
+template <bool kByWeight, bool kNarrow>
+__global__ void __launch_bounds__(kThreads) find_cut_kernel(const __grid_constant__ Sampling s, int pass) {
+  using K = Keys<kNarrow>;
   using Number = typename std::conditional<kByWeight, uint64_t, uint32_t>::type;
   wait_for_predecessors();
   const SampleNextView& v = s.v;
@@ -315,16 +142,16 @@ __global__ void __launch_bounds__(kThreads) find_cut_kernel(const __grid_constan
   __syncthreads();
 
   // The last digit has the bits that are left.
-  const int shift = max(64 - (pass + 1) * kDigitBits, 0);
-  const int upper = 64 - pass * kDigitBits;
+  const int shift = max(K::kBits - (pass + 1) * kDigitBits, 0);
+  const int upper = K::kBits - pass * kDigitBits;
   const uint64_t mask = (uint64_t{1} << (upper - shift)) - 1;
   const uint64_t prefix = pass == 0 ? 0 : choice.prefix;
   const int first = static_cast<int>(blockIdx.x) * kOfBlock + thread * kOfThread;
   for (int i = 0; i < kOfThread; ++i) {
     if (first + i >= v.vocabulary) break;
     const double x = processed(v, row, first + i);
-    const uint64_t key = key_of(x);
-    if (key <= kKeyOfNothing || (pass > 0 && key >> upper != prefix)) continue;
+    const uint64_t key = K::of(x);
+    if (key <= K::kOfNothing || (pass > 0 && key >> upper != prefix)) continue;
     if constexpr (kByWeight) {
       // Those at the cut of top_k are added below.
       if (key <= choice.top_k.key) continue;
@@ -360,7 +187,7 @@ __global__ void __launch_bounds__(kThreads) find_cut_kernel(const __grid_constan
   const uint64_t equal_key = choice.top_k.key;
   const bool has_equals = kByWeight && choice.top_k.equals > 0 && (pass == 0 || equal_key >> upper == prefix);
   const uint64_t equal_bin = equal_key >> shift & mask;
-  const uint64_t equal_weight = has_equals ? in_multiples(s, weight_of(s, choice, number_of(equal_key))) : 0;
+  const uint64_t equal_weight = has_equals ? in_multiples(s, weight_of(s, choice, K::number(equal_key))) : 0;
 #pragma unroll
   for (int i = 0; i < kMine; ++i) {
     const int bin = kBins - 1 - thread * kMine - i;
@@ -394,14 +221,11 @@ __global__ void __launch_bounds__(kThreads) find_cut_kernel(const __grid_constan
       const uint64_t found = pass == 0 ? bin : prefix << (upper - shift) | bin;
       choice.prefix = found;
       choice.wanted = wanted - above;
-      if (is_last_pass) {
-        // Bits that were not looked at are those of a float32 in float64: zeros, before a negative number's are turned.
-        const uint64_t low = (uint64_t{1} << shift) - 1;
-        const bool is_negative = found >> (upper + pass * kDigitBits - shift - 1) == 0;
-        Cut cut{found << shift | (is_negative ? low : 0), wanted - above};
+      if (shift == 0) {
+        Cut cut{found, wanted - above};
         if constexpr (kByWeight) {
           // So many tokens of this one weight.
-          const uint64_t each = in_multiples(s, weight_of(s, choice, number_of(cut.key)));
+          const uint64_t each = in_multiples(s, weight_of(s, choice, K::number(cut.key)));
           cut.equals = each == 0 ? 1 : (wanted - above + each - 1) / each;
           choice.top_p = cut;
         } else {
@@ -413,107 +237,16 @@ __global__ void __launch_bounds__(kThreads) find_cut_kernel(const __grid_constan
   }
 }
 
-__global__ void __launch_bounds__(kThreads) draw_kernel(const __grid_constant__ Sampling s) {
-  wait_for_predecessors();
-  auto* sums = reinterpret_cast<uint64_t*>(shared_memory());  // (kThreads)
-  auto* chosen = sums + kThreads;                             // (4)
-  const SampleNextView& v = s.v;
-  const int row = static_cast<int>(blockIdx.y);
-  const int thread = static_cast<int>(threadIdx.x);
-  const Choice& choice = s.choices[row];
-  const Cut cut = v.top_p < 1.0 ? choice.top_p : choice.top_k;
-  const auto weight_at = [&](double x) {
-    const double weight = weight_of(s, choice, x);
-    return weight >= v.min_p ? in_multiples(s, weight) : 0;
-  };
-
-  Drawn mine{0, 0};
-  const auto look = [&](int first, uint64_t weights[kOfThread], bool at_cut[kOfThread]) {
-#pragma unroll
-    for (int i = 0; i < kOfThread; ++i) {
-      weights[i] = 0;
-      at_cut[i] = false;
-      if (first + i >= v.vocabulary) continue;
-      const double x = processed(v, row, first + i);
-      const uint64_t key = key_of(x);
-      if (key < cut.key || key <= kKeyOfNothing) continue;
-      weights[i] = weight_at(x);
-      at_cut[i] = key == cut.key;
-      if (at_cut[i]) {
-        mine.equals += 1;
-      } else {
-        mine.above += weights[i];
-      }
-    }
-  };
-  uint64_t weights[kOfThread];
-  bool at_cut[kOfThread];
-  look(static_cast<int>(blockIdx.x) * kOfBlock + thread * kOfThread, weights, at_cut);
-  Drawn block{0, 0};
-  sum_before(mine.above, sums, block.above);
-  sum_before(mine.equals, sums, block.equals);
-  if (thread == 0) s.drawn[int64_t{row} * gridDim.x + blockIdx.x] = block;
-  if (!is_last_block(v.state[row], reinterpret_cast<uint32_t*>(chosen))) return;
-
-  // The block in which the draw lies. Blocks in their order, so many at a time as there are threads.
-  const Drawn* all = s.drawn + int64_t{row} * gridDim.x;
-  const int blocks = static_cast<int>(gridDim.x);
-  const uint64_t equal_weight = cut.key <= kKeyOfNothing ? 0 : weight_at(number_of(cut.key));
-  uint64_t total = 0;
-  uint64_t target = 0;
-  for (int round = 0; round < 2; ++round) {  // for the total first, then for the place
-    uint64_t before = 0;
-    uint64_t equals_before = 0;
-    for (int begin = 0; begin < blocks; begin += static_cast<int>(kThreads)) {
-      const int i = begin + thread;
-      const Drawn drawn = i < blocks ? all[i] : Drawn{0, 0};
-      uint64_t all_equals = 0;
-      const uint64_t equals = equals_before + sum_before(drawn.equals, sums, all_equals);
-      const uint64_t room = cut.equals > equals ? cut.equals - equals : 0;
-      const uint64_t weight = drawn.above + (drawn.equals < room ? drawn.equals : room) * equal_weight;
-      uint64_t all_weight = 0;
-      const uint64_t reached = before + sum_before(weight, sums, all_weight);
-      if (round == 1 && reached <= target && reached + weight > target) {
-        chosen[0] = static_cast<uint64_t>(i);
-        chosen[1] = reached;
-        chosen[2] = equals;
-      }
-      before += all_weight;
-      equals_before += all_equals;
-    }
-    if (round == 0) {
-      total = before;
-      // floor(u total), of u in multiples of 2^-53
-      const uint64_t u = random_bits(v.state[row].key);
-      target = __umul64hi(u, total) << 11 | u * total >> 53;
-    }
+/// The searches for cuts.
+template <bool kNarrow>
+void start_cuts(const Gpu& gpu, const Sampling& s, dim3 grid) {
+  constexpr int kPasses = (Keys<kNarrow>::kBits + kDigitBits - 1) / kDigitBits;
+  for (int pass = 0; s.counts != nullptr && pass < kPasses; ++pass) {
+    launch<Start::kEarly>(gpu, find_cut_kernel<false, kNarrow>, grid, kThreads, (kBins + 4) * sizeof(uint32_t), s,
+                          pass);
   }
-  __syncthreads();
-  const bool is_valid = choice.is_valid != 0 && total > 0;
-  if (!is_valid) {
-    if (thread == 0) finish(s, row, 0, false);
-    return;
-  }
-
-  // The token.
-  const int first = static_cast<int>(chosen[0]) * kOfBlock + thread * kOfThread;
-  uint64_t reached = chosen[1];
-  uint64_t rank = chosen[2];
-  mine = {0, 0};
-  look(first, weights, at_cut);
-  uint64_t ignored = 0;
-  rank += sum_before(mine.equals, sums, ignored);
-  uint64_t sum = 0;
-#pragma unroll
-  for (int i = 0; i < kOfThread; ++i) {
-    if (at_cut[i] && rank++ >= cut.equals) weights[i] = 0;
-    sum += weights[i];
-  }
-  reached += sum_before(sum, sums, ignored);
-#pragma unroll
-  for (int i = 0; i < kOfThread; ++i) {
-    if (reached <= target && reached + weights[i] > target) finish(s, row, first + i, true);
-    reached += weights[i];
+  for (int pass = 0; s.weights != nullptr && pass < kPasses; ++pass) {
+    launch<Start::kEarly>(gpu, find_cut_kernel<true, kNarrow>, grid, kThreads, (kBins + 1) * sizeof(uint64_t), s, pass);
   }
 }
 
@@ -526,12 +259,14 @@ void sample_next(const Gpu& gpu, const SampleNextView& v) {
   const size_t parts = static_cast<size_t>(rows) * blocks;
   const bool is_greedy = v.temperature == 0.0;
   const bool has_top_k = !is_greedy && v.top_k > 0 && v.top_k < v.vocabulary;
-  const bool has_top_p = !is_greedy && v.top_p < 1.0;
+  const bool keeps_few = has_top_k && v.top_k <= kFew;
+  const bool has_top_p = !is_greedy && v.top_p < 1.0 && !keeps_few;
   const size_t bins = has_top_k || has_top_p ? static_cast<size_t>(rows) * kBins : 0;
   const Scratch found(gpu, parts * sizeof(Found));
   const Scratch choices(gpu, rows * sizeof(Choice));
   const Scratch drawn(gpu, is_greedy ? 0 : parts * sizeof(Drawn));
   const Scratch counts(gpu, has_top_k ? bins * sizeof(uint32_t) : 0);
+  const Scratch few(gpu, keeps_few ? static_cast<size_t>(rows) * (kFew + kMostEquals) * sizeof(int32_t) : 0);
   const Scratch weights(gpu, has_top_p ? bins * sizeof(uint64_t) : 0);
   Sampling s;
   s.v = v;
@@ -540,27 +275,18 @@ void sample_next(const Gpu& gpu, const SampleNextView& v) {
   s.drawn = drawn.as<Drawn>();
   s.counts = counts.as<uint32_t>();
   s.weights = weights.as<uint64_t>();
+  s.few = few.as<int32_t>();
   s.scale_exponent = 62;  // so that the largest sum is below 2^62
   for (int64_t size = 1; size < v.vocabulary; size *= 2) --s.scale_exponent;
   const dim3 grid(blocks, rows);
   launch<Start::kEarly>(gpu, find_largest_kernel, grid, kThreads, 3 * kWarp * sizeof(double), s);
   if (is_greedy) return;
-  // float32 logits that nothing was added to have 35 bits in float64.
-  const int bits = v.bias == nullptr && v.occurrences == nullptr ? 35 : 64;
-  const int passes = static_cast<int>(blocks_for(bits, kDigitBits));
-  if (has_top_k) {
-    for (int pass = 0; pass < passes; ++pass) {
-      launch<Start::kEarly>(gpu, find_cut_kernel<false>, grid, kThreads, (kBins + 4) * sizeof(uint32_t), s, pass,
-                            pass + 1 == passes);
-    }
+  if (is_narrow(v)) {
+    start_cuts<true>(gpu, s, grid);
+  } else {
+    start_cuts<false>(gpu, s, grid);
   }
-  if (has_top_p) {
-    for (int pass = 0; pass < passes; ++pass) {
-      launch<Start::kEarly>(gpu, find_cut_kernel<true>, grid, kThreads, (kBins + 1) * sizeof(uint64_t), s, pass,
-                            pass + 1 == passes);
-    }
-  }
-  launch<Start::kEarly>(gpu, draw_kernel, grid, kThreads, (kThreads + 4) * sizeof(uint64_t), s);
+  start_draw(gpu, s, grid);
 }
 
 }  // namespace llama_ext::cuda

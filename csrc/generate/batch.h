@@ -101,9 +101,9 @@ class Batch {
   /// Rows that decode on a device by itself, from the moment on that they all do until one ends.
   struct Ahead {
     std::unique_ptr<DecodeLoop> loop;
-    std::vector<Row*> rows;         // of its seats
-    std::vector<uint64_t> writes;   // of their sessions, as the loop left them
-    int64_t told = 0;               // tokens of each
+    std::vector<Row*> rows;        // of its seats
+    std::vector<uint64_t> writes;  // of their sessions, as the loop left them
+    int64_t told = 0;              // tokens of each
   };
   Ahead ahead_;
 

@@ -22,7 +22,7 @@ bool Batch::can_go_ahead() const {
   const GenerationOptions& options = request_.options;
   if (running_.empty() || static_cast<int64_t>(running_.size()) > DecodeLoop::kMostSeats) return false;
   if (options.speculation.tokens > 0 || !without_tokens_.empty()) return false;
-  if (!DecodeLoop::is_possible(*request_.model, options.sampling)) return false;
+  if (!SampleState::is_possible(request_.model->backend(), options.sampling)) return false;
   return std::all_of(running_.begin(), running_.end(), [](const Row* row) {
     return !row->is_reading_prompt() && row->twin == nullptr && row->session->adapter() == nullptr &&
            row->remaining() >= kWorthRecording;
@@ -36,11 +36,11 @@ void Batch::start_ahead() {
     check_continued(*row, row->decoded_length());
     const SampleArgs args = sample_args(*row, 0);
     seats.push_back({.cache = &row->session->cache(),
-                     .position = row->decoded_length(),
-                     .token = row->output.back(),
-                     .key = args.key,
-                     .prompt = args.prompt,
-                     .output = args.output});
+                     .sample = {.token = row->output.back(),
+                                .position = row->decoded_length(),
+                                .key = args.key,
+                                .prompt = args.prompt,
+                                .output = args.output}});
     ahead.rows.push_back(row);
     ahead.writes.push_back(row->session->writes());
   }

@@ -50,7 +50,7 @@ struct RowCounts {
   int64_t accepted = 0;       // those that were right
 };
 
-/// What a generation has cost so far.
+/// What a generation has cost so far. Tokens that a device ran in vain, ahead of a row's end, are left out.
 struct GenerationCounts {
   int64_t passes = 0;            // calls of forward()
   int64_t tokens_run = 0;        // tokens that ran through the model, guesses that were wrong included

@@ -8,33 +8,26 @@
 #include <span>
 #include <vector>
 
+#include "model/sample_state.h"
 #include "model/transformer.h"
 #include "model/workspace.h"
 
 namespace llama_ext {
 
-/// A sequence that decodes.
+/// A sequence that decodes: its cache holds what precedes the newest token.
 struct DecodeSeat {
   KvCache* cache = nullptr;
-  int64_t position = 0;  // where `token` runs: the cache holds what precedes
-  int32_t token = 0;
-  RandomKey key;  // of the token that follows
-  // For the penalties; or nullptr.
-  const std::vector<int32_t>* prompt = nullptr;
-  const std::vector<int32_t>* output = nullptr;
+  SampleSeat sample;
 };
 
 /// Gives the tokens that forward() and Backend::sample would, one after the other, for a fixed set of sequences without adapters.
-/// Between a push and its result the caches hold more than was told. Not for use by two threads at once.
+/// SampleState says whether a device can. Between a push and its result the caches hold more than was told. Not for use by two threads at once.
 class DecodeLoop {
  public:
   static constexpr int64_t kMostSeats = 128;
   static constexpr int64_t kMostInFlight = 8;
 
-  /// Whether this model's device can, with such options.
-  static bool is_possible(const Model& model, const SamplingOptions& options);
-
-  /// seats: at most kMostSeats, of different caches. Throws OutOfMemoryError, OptionError.
+  /// seats: at most kMostSeats, of different caches. Throws as SampleState does.
   DecodeLoop(std::shared_ptr<const Model> model, const SamplingOptions& options, std::vector<DecodeSeat> seats);
   /// Waits for what is in flight.
   ~DecodeLoop();
@@ -49,31 +42,30 @@ class DecodeLoop {
   std::span<const DecodeResult> fetch();
 
  private:
-  void make_state(const SamplingOptions& options);
   void record(int64_t needed);
-  void run(const Pass& pass);
+  void run(const Workspace& workspace);
   void prepare_angles();
   int64_t seats() const { return static_cast<int64_t>(seats_.size()); }
 
   std::shared_ptr<const Model> model_;
-  Recorder& recorder_;
-  SamplingOptions options_;
   std::vector<DecodeSeat> seats_;
   int64_t pushed_ = 0;
   int64_t fetched_ = 0;
 
-  std::unique_ptr<Buffer> state_;
-  std::vector<unsigned char> first_state_;  // what it was filled with
-  SampleNextArgs sampling_;
-  std::unique_ptr<Buffer> results_;
+  SampleState state_;
   std::vector<std::unique_ptr<Mark>> marks_;
 
-  // For positions below limit_.
-  int64_t limit_ = 0;
-  Workspace workspace_;
-  std::vector<bool> has_angles_;  // by block of positions
-  std::deque<std::vector<float>> angles_;
-  std::unique_ptr<Recording> recording_;
+  /// A recording, and what it works on.
+  struct Recorded {
+    int64_t limit = 0;  // good for positions below
+    Workspace workspace;
+    std::vector<bool> has_angles;  // by block of positions
+    std::deque<std::vector<float>> angles;
+    std::unique_ptr<Recording> recording;
+  };
+  Recorded now_;
+  Recorded before_;  // may still run, until all that it was pushed for was fetched
+  int64_t before_pushed_ = 0;
 };
 
 }  // namespace llama_ext

@@ -273,7 +273,7 @@ class ForwardCall {
   const Model& model_;
   Backend& backend_;
   const std::vector<Chunk>& chunks_;
-  float* logits_;  // where the next row goes
+  float* logits_;        // where the next row goes
   Workspace workspace_;  // for as many rows as the largest pass
   // Host memory of the pass that is running.
   std::vector<int32_t> ids_;

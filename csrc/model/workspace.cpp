@@ -31,8 +31,7 @@ Workspace make_workspace(const Model& model, const WorkspaceSize& size) {
   const int64_t low_rank = region(size.rows, size.rank);
 
   Workspace workspace;
-  workspace.memory =
-      model.backend().allocate(static_cast<size_t>(checked_mul(floats, sizeof(float), "workspace")));
+  workspace.memory = model.backend().allocate(static_cast<size_t>(checked_mul(floats, sizeof(float), "workspace")));
   float* base = static_cast<float*>(workspace.memory->data());
   const auto view = [base](int64_t offset, int64_t rows, int64_t width) {
     return TensorView(base + offset, DType::kF32, {rows, width});

@@ -10,8 +10,8 @@ namespace llama_ext {
 
 /// What a device keeps of a sequence that decodes there. sample_next moves it on by a token.
 struct DecodeRow {
-  RandomKey key;         // of the token that is drawn next
-  int32_t slot = 0;      // of `results`, where that token goes
+  RandomKey key;          // of the token that is drawn next
+  int32_t slot = 0;       // of `results`, where that token goes
   uint32_t arrivals = 0;  // a device's own; 0 between two operations
 };
 

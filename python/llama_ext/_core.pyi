@@ -96,6 +96,16 @@ class Backend:
         stream: int,
         counter: int,
     ) -> tuple[int, float]: ...
+    def sample_next(
+        self,
+        logits: FloatArray,
+        options: dict[str, Any],
+        prompts: Sequence[Sequence[int]],
+        outputs: Sequence[Sequence[int]],
+        seed: int,
+        streams: Sequence[int],
+        counters: Sequence[int],
+    ) -> list[tuple[int, float] | None]: ...
     def matmul_backward(
         self,
         d_y: FloatArray,

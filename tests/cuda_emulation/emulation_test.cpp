@@ -70,6 +70,12 @@ __global__ void unwaited_copy_kernel(const float* from, float* out) {
   out[threadIdx.x] = shared[4 * threadIdx.x];
   wait_for_copies<0>();
 }
+__global__ void count_kernel(float* out) {
+  if (threadIdx.x == 0) *out += 1.0f;
+}
+__global__ void arrivals_kernel(unsigned* arrivals, float* out) {
+  if (threadIdx.x == 0 && atomicInc(arrivals, gridDim.x - 1) == gridDim.x - 1) *out += 1.0f;
+}
 __global__ void sum_kernel(float* out) { out[threadIdx.x] = warp_sum(static_cast<float>(threadIdx.x)); }
 
 /// C = A B of whole numbers, through the layout that mma.h describes.
@@ -141,6 +147,47 @@ int main() {
     }
   }
   expect(is_product, "mma multiplies matrices whose fragments lie as the PTX manual says");
+
+  // Recording.
+  {
+    gpu.fill_zero(memory, 4096 * sizeof(float), 4096 * sizeof(float), 1);
+    Arena arena(gpu);
+    cudaGraph_t graph = nullptr;
+    void* scratch[3] = {};
+    {
+      const Capture capture(gpu, arena);
+      launch(gpu, count_kernel, dim3(1), 32, 0, memory);
+      for (int i = 0; i < 2; ++i) scratch[i] = Scratch(gpu, 64).as<void>();
+      const Scratch first(gpu, 64);
+      scratch[2] = Scratch(gpu, 64).as<void>();
+      expect(first.as<void>() == scratch[0], "a recording's operations share scratch memory, one after the other");
+      expect(throws([&] { gpu.copy_to_device(memory, host.data(), 4); }), "a copy cannot be recorded");
+      expect(throws([&] { const Capture inner(gpu, arena); }), "nor can a recording within a recording");
+      graph = capture.end();
+    }
+    expect(scratch[0] == scratch[1] && scratch[2] != scratch[0], "but not those of one operation");
+    read(1);
+    expect(host[0] == 0, "what is recorded does not run");
+    cudaGraphExec_t runnable = nullptr;
+    cudaGraphInstantiate(&runnable, graph, 0);
+    cudaGraphDestroy(graph);
+    for (int i = 0; i < 3; ++i) cudaGraphLaunch(runnable, gpu.stream());
+    read(1);
+    expect(host[0] == 3, "and runs each time that it is replayed");
+    cudaGraphExecDestroy(runnable);
+    try {
+      const Capture capture(gpu, arena);
+      throw 1;
+    } catch (int) {
+    }
+    launch(gpu, count_kernel, dim3(1), 32, 0, memory);
+    read(1);
+    expect(host[0] == 4, "after operations that threw while they were recorded, others run again");
+  }
+  for (int i = 0; i < 2; ++i)
+    launch(gpu, arrivals_kernel, dim3(5), 32, 0, reinterpret_cast<unsigned*>(memory + 1), memory);
+  read(1);
+  expect(host[0] == 6, "one block of each launch comes last");
 
   expect(throws([&] { launch(gpu, divergent_barrier_kernel, dim3(1), 32, 0); }),
          "a barrier that some threads miss is an error");
