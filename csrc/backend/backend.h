@@ -58,8 +58,6 @@ class Backend {
   /// Whether operations follow pointers into host memory. Otherwise every view that is not said to be in host memory is of what
   /// `allocate` gave.
   virtual bool shares_host_memory() const = 0;
-  /// Rows that a pass through a model has at most: as many as keep the device busy, while a pass's memory stays small beside weights.
-  virtual int64_t pass_rows() const { return 512; }
 
   // Memory.
   /// Zero-filled, aligned for any vector. Throws OutOfMemoryError.
@@ -149,6 +147,10 @@ class Backend {
   virtual void sgd(const SgdArgs& args) = 0;
   /// The sum of x^2 in float64, in an order that does not depend on threads. x: (n) f32, contiguous.
   virtual double sum_of_squares(const TensorView& x) = 0;
+
+  // Passes through a model (model/transformer.h).
+  /// Rows of one at most: as many as keep the device busy, while their memory stays small beside a model's.
+  virtual int64_t pass_rows() const { return 512; }
 };
 
 }  // namespace llama_ext
