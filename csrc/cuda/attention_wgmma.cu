@@ -22,13 +22,13 @@ void attend_wgmma(const Gpu&, const KvSegmentView*, int64_t, const KvRowsView&, 
 namespace {
 
 constexpr int kTileKeys = 64;
-constexpr int kTilesPerPart = kAttentionPartKeys / kTileKeys;
+[[maybe_unused]] constexpr int kTilesPerPart = kAttentionPartKeys / kTileKeys;
 constexpr int kGroupThreads = 128;
 constexpr int kGroupRows = 64;
 constexpr int kBoxBytes = kTileKeys * 128;  // of 64 dimensions
 constexpr int kBarrierBytes = 1024;
-constexpr int kTurnBarrier = 1;  // of each warpgroup, and so the next
-constexpr int kQueriesBarrier = 5;
+[[maybe_unused]] constexpr int kTurnBarrier = 1;  // of each warpgroup, and so the next
+[[maybe_unused]] constexpr int kQueriesBarrier = 5;
 
 struct WgmmaAttention {
   CUtensorMap keys;  // (kv_heads, positions, dimensions)
@@ -47,7 +47,7 @@ struct Layout {
   static constexpr int kGroups = kDim == 64 ? 3 : 2;  // warpgroups that multiply
   static constexpr int kRows = kGroups * kGroupRows;
   static constexpr int kThreadCount = (1 + kGroups) * kGroupThreads;
-  static constexpr int kRegisters = kDim == 64 ? 160 : 240;
+  [[maybe_unused]] static constexpr int kRegisters = kDim == 64 ? 160 : 240;
   static constexpr int kBoxes = kDim / 64;
   static constexpr int kStageBytes = 2 * kBoxes * kBoxBytes;
   static constexpr int kStages = kDim == 64 ? 8 : 5;
@@ -377,8 +377,8 @@ void start(const Gpu& gpu, const WgmmaAttention& a) {
 bool has_attention_wgmma(const Gpu& gpu, const KvSegmentView& segment, int heads, float scale) {
   const KvLayerView& layer = segment.layer;
   const int group = heads / layer.kv_heads;
-  return gpu.capability() == 90 && layer.kind == KvKind::kBF16 && layer.head_dim <= 128 && group <= 64 && scale > 0.0f &&
-         segment.position + segment.tokens < (int64_t{1} << 30) &&
+  return gpu.capability() == 90 && layer.kind == KvKind::kBF16 && layer.head_dim <= 128 && group <= 64 &&
+         scale > 0.0f && segment.position + segment.tokens < (int64_t{1} << 30) &&
          // Fewer blocks would leave the GPU idle, where attention_mma splits the keys.
          2 * blocks_for(segment.tokens * group, 128) * layer.kv_heads >= gpu.multiprocessors();
 }

@@ -8,8 +8,8 @@
 #include <atomic>
 
 #include "cuda/kernels.h"
-#include "cuda/numeric.h"
 #include "cuda/mma.h"
+#include "cuda/numeric.h"
 #include "cuda/tensor_map.h"
 #include "cuda/wgmma.h"
 #include "cuda/wgmma_tiles.h"
@@ -26,10 +26,9 @@ namespace {
 constexpr int kGroupThreads = 128;
 constexpr int kConsumers = 2;
 constexpr int kWgmmaThreads = (1 + kConsumers) * kGroupThreads;
-constexpr int kConsumerWarps = 4 * kConsumers;
+[[maybe_unused]] constexpr int kConsumerWarps = 4 * kConsumers;
 constexpr int kSharedBytes = 227 * 1024;
 constexpr int kBarrierBytes = 1024;
-constexpr int kGateGroup = 16;  // ops/feed_forward.h
 
 enum class Epilogue : uint8_t { kStore, kAdd, kGateUp };
 
@@ -282,8 +281,8 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) matmul_wgmma_kernel(const __
       release(previous);
       const TilePlace place = tile_place(p.grid, tile);
       Tile found;
-      found.row = (place.row_group * kCluster + static_cast<int>(rank)) * kTileRows +
-                  group * (kTileRows / kConsumers) + warp * 16;
+      found.row = (place.row_group * kCluster + static_cast<int>(rank)) * kTileRows + group * (kTileRows / kConsumers) +
+                  warp * 16;
       found.column = place.column * kColumns;
       found.is_whole = p.is_aligned && found.row + 16 <= p.rows && found.column + kColumns <= p.columns;
       if (p.bias != nullptr) add_bias<kColumns>(p, sums, found.column);

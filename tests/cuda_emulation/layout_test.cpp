@@ -169,7 +169,8 @@ void check_tiles() {
   };
   expect(columns_of(2048, 4096, 4096) == 256 && columns_of(2048, 28672, 4096) == 256,
          "large products are made of the largest tiles");
-  expect(columns_of(2048, 3072, 2048) == 192, "192 tiles of 256 columns would take two rounds of 132, as 256 narrower do");
+  expect(columns_of(2048, 3072, 2048) == 192,
+         "192 tiles of 256 columns would take two rounds of 132, as 256 narrower do");
   expect(columns_of(128, 2048, 8192) == 64, "few rows are made of narrow tiles, so that more multiprocessors have one");
 
   // A warp's 8 rows of a 16-byte vector, and a row's 8 vectors, meet in no bank; and all places differ.
