@@ -47,7 +47,6 @@ struct Layout {
   static constexpr int kGroups = kDim == 64 ? 3 : 2;  // warpgroups that multiply
   static constexpr int kRows = kGroups * kGroupRows;
   static constexpr int kThreadCount = (1 + kGroups) * kGroupThreads;
-  [[maybe_unused]] static constexpr int kRegisters = kDim == 64 ? 160 : 240;
   static constexpr int kBoxes = kDim / 64;
   static constexpr int kStageBytes = 2 * kBoxes * kBoxBytes;
   static constexpr int kStages = kDim == 64 ? 8 : 5;
@@ -251,7 +250,7 @@ __global__ void __launch_bounds__(Layout<kDim>::kThreadCount, 1)
       }
     }
   } else {
-    take_registers<L::kRegisters>();
+    take_registers<kDim == 64 ? 160 : 240>();
     const int lane = static_cast<int>(threadIdx.x % kWarp);
     const int g = lane / 4;
     const int t = lane % 4;
