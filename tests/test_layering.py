@@ -110,9 +110,9 @@ def test_kernels_include_nothing_of_the_standard_library(path: Path) -> None:
 # The places that differ between a GPU and the emulator of the tests: everything else is one text for both.
 CUDA_SOURCES = [path for path in SOURCES if name_of(path).startswith("cuda/")]
 CUDA_ONLY = {
-    r"\bcuda[A-Z]\w*\s*\(": {"cuda/runtime.cpp", "cuda/launch.h"},  # calls of the runtime
+    r"\bcuda[A-Z]\w*\s*\(": {"cuda/runtime.cpp", "cuda/launch.h", "cuda/tensor_map.cpp"},  # calls of the runtime
     r"\bcuda_emulation::": {"cuda/launch.h", "cuda/mma.h", "cuda/device_views.h"},
-    r"\basm\b": {"cuda/numeric.h", "cuda/mma.h"},
+    r"\basm\b": {"cuda/numeric.h", "cuda/mma.h", "cuda/wgmma.h"},
     r"\b__shared__\b": {"cuda/launch.h"},  # memory that the emulator can guard and fill with NaN
     r"<<<": set(),
     r"\batomic\w*\s*\(": set(),  # sums in an order that nobody knows

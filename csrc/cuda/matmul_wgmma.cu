@@ -5,8 +5,6 @@
 //
 // A number's order of summation depends on nothing but k: its bits depend on neither M, N, the shape of tiles nor the cluster.
 // Bound by the tensor cores.
-#include <atomic>
-
 #include "cuda/kernels.h"
 #include "cuda/mma.h"
 #include "cuda/numeric.h"
@@ -318,26 +316,8 @@ void start(const Gpu& gpu, WgmmaView p, const void* x, const WeightView& w) {
   p.grid = tile_grid(p.rows, w.rows, kCluster, kColumns);
   p.is_aligned = p.y.stride % 4 == 0 && reinterpret_cast<uintptr_t>(p.y.data) % 16 == 0;
   const int clusters = min(p.grid.count(), gpu.multiprocessors() / kCluster);
-  const auto kernel = matmul_wgmma_kernel<kColumns, kCluster, kEpilogue>;
-  gpu.use();
-  static std::atomic<uint64_t> has_memory{0};  // a bit for each GPU: asking takes a microsecond
-  const uint64_t bit = uint64_t{1} << (gpu.index() % 64);
-  if ((has_memory.load(std::memory_order_relaxed) & bit) == 0) {
-    require_success(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kShared),
-                    "a kernel's shared memory");
-    has_memory.fetch_or(bit, std::memory_order_relaxed);
-  }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {kCluster, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(clusters * kCluster));
-  config.blockDim = dim3(kWgmmaThreads);
-  config.dynamicSmemBytes = S::kShared;
-  config.stream = gpu.stream();
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  require_success(cudaLaunchKernelEx(&config, kernel, p), "a kernel");
+  launch_clusters(gpu, matmul_wgmma_kernel<kColumns, kCluster, kEpilogue>, static_cast<unsigned>(clusters * kCluster),
+                  kCluster, kWgmmaThreads, S::kShared, p);
 }
 
 template <Epilogue kEpilogue>
