@@ -59,8 +59,6 @@ class Backend {
   /// Whether operations follow pointers into host memory. Otherwise every view that is not said to be in host memory is of what
   /// `allocate` gave.
   virtual bool shares_host_memory() const = 0;
-  /// Rows that a pass through a model has at most: as many as keep the device busy, while a pass's memory stays small beside weights.
-  virtual int64_t pass_rows() const { return 512; }
   /// For decoding without waiting for each token; null where operations run on the host anyway.
   virtual Recorder* recorder() { return nullptr; }
 
@@ -164,6 +162,10 @@ class Backend {
     for (const TensorView& x : tensors) sum += sum_of_squares(x);
     return sum;
   }
+
+  // Passes through a model (model/transformer.h).
+  /// Rows of one at most: as many as keep the device busy, while their memory stays small beside a model's.
+  virtual int64_t pass_rows() const { return 512; }
 };
 
 }  // namespace llama_ext

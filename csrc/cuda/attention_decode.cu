@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kDecodeThreads) attention_decode_kernel(const 
   constexpr int kOutputs = kDim / 8;
   auto& shared = *reinterpret_cast<S*>(shared_memory());
   const AttentionView& a = view.attention;
-  wait_for_predecessors();
+  wait_for_predecessors_alone();
   const KvSegmentView& segment = a.segments.of[blockIdx.x];
   const KvLayerView& layer = segment.layer;
   const int64_t position = segment.first_position();

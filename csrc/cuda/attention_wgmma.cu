@@ -19,13 +19,13 @@ void attention_wgmma(const Gpu&, const KvSegmentView&, Rows, int, float, Rows) {
 namespace {
 
 constexpr int kTileKeys = 64;
-constexpr int kTilesPerPart = kAttentionPartKeys / kTileKeys;
+[[maybe_unused]] constexpr int kTilesPerPart = kAttentionPartKeys / kTileKeys;
 constexpr int kGroupThreads = 128;
 constexpr int kGroupRows = 64;
 constexpr int kBoxBytes = kTileKeys * 128;  // of 64 dimensions
 constexpr int kBarrierBytes = 1024;
-constexpr int kTurnBarrier = 1;  // of each warpgroup, and so the next
-constexpr int kQueriesBarrier = 5;
+[[maybe_unused]] constexpr int kTurnBarrier = 1;  // of each warpgroup, and so the next
+[[maybe_unused]] constexpr int kQueriesBarrier = 5;
 
 struct WgmmaAttention {
   CUtensorMap keys;  // (kv_heads, positions, dimensions)
@@ -144,8 +144,8 @@ __device__ __forceinline__ void load_queries(const WgmmaAttention& a, int64_t to
     float values[8] = {};
     if (first + row < rows) {
       const int of_block = first + row;
-      const float* from = a.q.row(a.segment.row + token + of_block / a.group) +
-                          (kv_head * a.group + of_block % a.group) * dim + d;
+      const float* from =
+          a.q.row(a.segment.row + token + of_block / a.group) + (kv_head * a.group + of_block % a.group) * dim + d;
 #pragma unroll
       for (int part = 0; part < 8; part += 4) {
         if (is_aligned && d + part < dim) {
@@ -348,8 +348,8 @@ void start(const Gpu& gpu, const WgmmaAttention& a) {
 bool has_attention_wgmma(const Gpu& gpu, const KvSegmentView& segment, int heads, float scale) {
   const KvLayerView& layer = segment.layer;
   const int group = heads / layer.kv_heads;
-  return gpu.capability() == 90 && layer.kind == KvKind::kBF16 && layer.head_dim <= 128 && group <= 64 && scale > 0.0f &&
-         segment.position + segment.tokens < (int64_t{1} << 30) &&
+  return gpu.capability() == 90 && layer.kind == KvKind::kBF16 && layer.head_dim <= 128 && group <= 64 &&
+         scale > 0.0f && segment.position + segment.tokens < (int64_t{1} << 30) &&
          // Fewer blocks would leave the GPU idle, where attention_mma splits the keys.
          2 * blocks_for(segment.tokens * group, 128) * layer.kv_heads >= gpu.multiprocessors();
 }

@@ -68,6 +68,13 @@ __device__ __forceinline__ void wait_for_predecessors() {
 #endif
 }
 
+/// The same, but the next kernel starts when this one ends: where it would find its multiprocessors occupied by this one.
+__device__ __forceinline__ void wait_for_predecessors_alone() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 /// The block's dynamic shared memory.
 __device__ __forceinline__ unsigned char* shared_memory() {
 #if defined(LLAMA_EXT_CUDA_EMULATED)
@@ -79,5 +86,33 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 }
 
 __host__ __device__ constexpr int64_t blocks_for(int64_t count, int64_t each) { return (count + each - 1) / each; }
+
+#if !defined(LLAMA_EXT_CUDA_EMULATED)
+/// As launch(), `blocks` in clusters of `cluster`, for kernels of Hopper's own instructions.
+template <typename... Parameters, typename... Arguments>
+void launch_clusters(const Gpu& gpu, void (*kernel)(Parameters...), unsigned blocks, unsigned cluster, unsigned threads,
+                     size_t shared_bytes, Arguments... arguments) {
+  if (blocks == 0) return;
+  gpu.use();
+  require_success(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                       cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+                  "a kernel's shared memory");
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {cluster, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = gpu.stream();
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  const auto start = [&](Parameters... parameters) {
+    void* pointers[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
+    require_success(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers), "a kernel");
+  };
+  start(static_cast<Parameters>(arguments)...);
+}
+#endif
 
 }  // namespace llama_ext::cuda

@@ -34,18 +34,7 @@ __device__ __forceinline__ uint32_t byte_pair(uint32_t word, int i) {
 
 /// Nibbles of bytes 0 and 2 of a word as numbers: the lower ones, or 16 times the upper ones.
 __device__ __forceinline__ uint32_t nibble_pair(uint32_t word, bool upper, uint32_t base) {
-#if defined(__CUDA_ARCH__)
-  // One instruction, as the base is in a register: it takes a single constant.
-  uint32_t pair;
-  if (upper) {
-    asm("lop3.b32 %0, %1, 0x00f000f0, %2, 0xea;" : "=r"(pair) : "r"(word), "r"(base));
-  } else {
-    asm("lop3.b32 %0, %1, 0x000f000f, %2, 0xea;" : "=r"(pair) : "r"(word), "r"(base));
-  }
-  return pair;
-#else
-  return (word & (upper ? 0x00f000f0u : 0x000f000fu)) | base;
-#endif
+  return upper ? and_or<0x00f000f0>(word, base) : and_or<0x000f000f>(word, base);
 }
 
 /// A step of two rows of W, in registers.

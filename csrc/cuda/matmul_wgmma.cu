@@ -5,11 +5,9 @@
 //
 // A number's order of summation depends on nothing but k: its bits depend on neither M, N, the shape of tiles nor the cluster.
 // Bound by the tensor cores.
-#include <atomic>
-
 #include "cuda/kernels.h"
-#include "cuda/numeric.h"
 #include "cuda/mma.h"
+#include "cuda/numeric.h"
 #include "cuda/tensor_map.h"
 #include "cuda/wgmma.h"
 #include "cuda/wgmma_tiles.h"
@@ -26,10 +24,9 @@ namespace {
 constexpr int kGroupThreads = 128;
 constexpr int kConsumers = 2;
 constexpr int kWgmmaThreads = (1 + kConsumers) * kGroupThreads;
-constexpr int kConsumerWarps = 4 * kConsumers;
+[[maybe_unused]] constexpr int kConsumerWarps = 4 * kConsumers;
 constexpr int kSharedBytes = 227 * 1024;
 constexpr int kBarrierBytes = 1024;
-constexpr int kGateGroup = 16;  // ops/feed_forward.h
 
 enum class Epilogue : uint8_t { kStore, kAdd, kGateUp };
 
@@ -282,8 +279,8 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) matmul_wgmma_kernel(const __
       release(previous);
       const TilePlace place = tile_place(p.grid, tile);
       Tile found;
-      found.row = (place.row_group * kCluster + static_cast<int>(rank)) * kTileRows +
-                  group * (kTileRows / kConsumers) + warp * 16;
+      found.row = (place.row_group * kCluster + static_cast<int>(rank)) * kTileRows + group * (kTileRows / kConsumers) +
+                  warp * 16;
       found.column = place.column * kColumns;
       found.is_whole = p.is_aligned && found.row + 16 <= p.rows && found.column + kColumns <= p.columns;
       if (p.bias != nullptr) add_bias<kColumns>(p, sums, found.column);
@@ -319,26 +316,8 @@ void start(const Gpu& gpu, WgmmaView p, const void* x, const WeightView& w) {
   p.grid = tile_grid(p.rows, w.rows, kCluster, kColumns);
   p.is_aligned = p.y.stride % 4 == 0 && reinterpret_cast<uintptr_t>(p.y.data) % 16 == 0;
   const int clusters = min(p.grid.count(), gpu.multiprocessors() / kCluster);
-  const auto kernel = matmul_wgmma_kernel<kColumns, kCluster, kEpilogue>;
-  gpu.use();
-  static std::atomic<uint64_t> has_memory{0};  // a bit for each GPU: asking takes a microsecond
-  const uint64_t bit = uint64_t{1} << (gpu.index() % 64);
-  if ((has_memory.load(std::memory_order_relaxed) & bit) == 0) {
-    require_success(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kShared),
-                    "a kernel's shared memory");
-    has_memory.fetch_or(bit, std::memory_order_relaxed);
-  }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {kCluster, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(clusters * kCluster));
-  config.blockDim = dim3(kWgmmaThreads);
-  config.dynamicSmemBytes = S::kShared;
-  config.stream = gpu.stream();
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  require_success(cudaLaunchKernelEx(&config, kernel, p), "a kernel");
+  launch_clusters(gpu, matmul_wgmma_kernel<kColumns, kCluster, kEpilogue>, static_cast<unsigned>(clusters * kCluster),
+                  kCluster, kWgmmaThreads, S::kShared, p);
 }
 
 template <Epilogue kEpilogue>

@@ -199,7 +199,7 @@ class ForwardCall {
     const size_t angles = static_cast<size_t>(pass.cos.size());
     cos_.resize(angles);
     sin_.resize(angles);
-    rope_angles(model_.config().rope, model_.inverse_frequencies(), positions_.data(), rows, cos_.data(), sin_.data());
+    model_.angles().copy(positions_.data(), rows, cos_.data(), sin_.data());
     backend_.copy_to_device(pass.cos.data(), cos_.data(), angles * sizeof(float));
     backend_.copy_to_device(pass.sin.data(), sin_.data(), angles * sizeof(float));
     return pass;
@@ -295,7 +295,7 @@ Model::Model(std::shared_ptr<Backend> backend, const ModelConfig& config, const 
     : backend_(checked_backend(std::move(backend), config)),
       config_(config),
       compute_(compute),
-      inverse_frequencies_(rope_inverse_frequencies(config.rope)),
+      angles_(config.rope, config.context),
       weights_(*backend_, config, plan, packed) {}
 
 std::shared_ptr<Model> convert(const Model& model, const WeightPlan& plan) {

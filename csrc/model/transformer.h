@@ -7,6 +7,7 @@
 #include "backend/backend.h"
 #include "model/adapter.h"
 #include "model/config.h"
+#include "model/rope_table.h"
 #include "model/weights.h"
 
 namespace llama_ext {
@@ -23,7 +24,8 @@ class Model {
   Weights& weights() { return weights_; }
   const Weights& weights() const { return weights_; }
   Compute compute() const { return compute_; }
-  const std::vector<double>& inverse_frequencies() const { return inverse_frequencies_; }
+  const std::vector<double>& inverse_frequencies() const { return angles_.inverse_frequencies(); }
+  const RopeTable& angles() const { return angles_; }
   /// The shape of a KV cache for this model. capacity: positions, in [1, context]. Throws ContextLengthError.
   KvCacheShape kv_shape(int64_t capacity, DType dtype) const;
 
@@ -31,7 +33,7 @@ class Model {
   std::shared_ptr<Backend> backend_;
   ModelConfig config_;
   Compute compute_;
-  std::vector<double> inverse_frequencies_;
+  RopeTable angles_;
   Weights weights_;
 };
 

@@ -43,6 +43,7 @@ void test_generate();
 void test_quant();
 void test_codes();
 void test_kv_store();
+void test_rope_table();
 void test_threads();
 void test_matmul_backward();
 void test_training_ops();

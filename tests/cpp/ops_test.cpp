@@ -364,6 +364,7 @@ int main() {
   test_quant();
   test_codes();
   test_kv_store();
+  test_rope_table();
   test_threads();
   test_matmul_backward();
   test_training_ops();

@@ -55,9 +55,7 @@ def test_a_product_has_the_same_bits_again_and_in_any_order_of_turns(
 
 @pytest.mark.parametrize("compute", ["auto", "exact"])
 @each_weight
-def test_a_row_of_a_product_depends_on_whether_there_are_few_rows_and_on_nothing_else(
-    kept: Kept, compute: str
-) -> None:
+def test_a_row_of_a_product_depends_on_whether_there_are_few_rows_and_on_nothing_else(kept: Kept, compute: str) -> None:
     """Few are 4, or 8 for weights that have a kernel for few rows on the tensor cores."""
     rng = np.random.default_rng(1)
     matrix = matrix_of(kept, rng, 45, 330)

@@ -7,6 +7,7 @@
 #include "cuda/cuda_matrix.h"
 #include "cuda/kv_layout.h"
 #include "cuda/segments.h"
+#include "cuda/wgmma_tiles.h"
 #include "quant/quantized_row.h"
 
 using namespace llama_ext;
@@ -136,6 +137,57 @@ void check_segments() {
          "rows of a cache are padded to 16 bytes");
 }
 
+void check_tiles() {
+  bool meets_every_tile_once = true;
+  bool stays_in_its_band = true;
+  for (const TileShape& shape : kTileShapes) {
+    for (const int64_t rows : {int64_t{1}, int64_t{128}, int64_t{129}, int64_t{2048}, int64_t{5000}}) {
+      for (const int64_t columns : {int64_t{1}, int64_t{64}, int64_t{3072}, int64_t{4100}}) {
+        const TileGrid grid = tile_grid(rows, columns, shape.cluster, shape.columns);
+        std::set<std::pair<int, int>> places;
+        int band = 0;
+        for (int i = 0; i < grid.count(); ++i) {
+          const TilePlace place = tile_place(grid, i);
+          places.insert({place.row_group, place.column});
+          stays_in_its_band = stays_in_its_band && place.row_group / grid.band >= band;
+          band = place.row_group / grid.band;
+          meets_every_tile_once =
+              meets_every_tile_once && int64_t{place.row_group} * shape.cluster * kTileRows < rows &&
+              int64_t{place.column} * shape.columns < columns && place.row_group >= 0 && place.column >= 0;
+        }
+        meets_every_tile_once = meets_every_tile_once && static_cast<int>(places.size()) == grid.count() &&
+                                int64_t{grid.row_groups} * shape.cluster * kTileRows >= rows &&
+                                int64_t{grid.columns} * shape.columns >= columns;
+      }
+    }
+  }
+  expect(meets_every_tile_once, "every tile of a product is met once, and none lies outside");
+  expect(stays_in_its_band, "a band of rows is done before the next begins");
+
+  const auto columns_of = [](int64_t rows, int64_t columns, int k) {
+    return kTileShapes[choose_tile_shape(rows, columns, k / kTileDepth, 132)].columns;
+  };
+  expect(columns_of(2048, 4096, 4096) == 256 && columns_of(2048, 28672, 4096) == 256,
+         "large products are made of the largest tiles");
+  expect(columns_of(2048, 3072, 2048) == 192,
+         "192 tiles of 256 columns would take two rounds of 132, as 256 narrower do");
+  expect(columns_of(128, 2048, 8192) == 64, "few rows are made of narrow tiles, so that more multiprocessors have one");
+
+  // A warp's 8 rows of a 16-byte vector, and a row's 8 vectors, meet in no bank; and all places differ.
+  bool is_conflict_free = true;
+  std::set<int> places;
+  for (int row = 0; row < 64; ++row) {
+    for (int vector = 0; vector < 8; ++vector) places.insert(swizzled_byte(row, vector));
+  }
+  for (int vector = 0; vector < 8; ++vector) {
+    std::set<int> banks;
+    for (int row = 0; row < 8; ++row) banks.insert(swizzled_byte(row, vector) % 128);
+    is_conflict_free = is_conflict_free && banks.size() == 8;
+  }
+  expect(is_conflict_free && places.size() == 64 * 8 && *places.rbegin() == 64 * 128 - 16,
+         "swizzled vectors have a place each, and a column of them meets in no bank");
+}
+
 }  // namespace
 
 int main() {
@@ -143,5 +195,6 @@ int main() {
   check_fragments();
   check_weights();
   check_segments();
+  check_tiles();
   return failures == 0 ? 0 : 1;
 }
