@@ -56,6 +56,10 @@ template <typename T>
 inline T __ldcs(const T* from) {
   return *from;
 }
+template <typename T>
+inline T __ldcg(const T* from) {
+  return *from;
+}
 inline float __uint_as_float(unsigned bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
