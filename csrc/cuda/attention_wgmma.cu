@@ -6,7 +6,6 @@
 // Every sum has the order that it has in attention_mma.cu, and so the same bits. Bound by the tensor cores and the exponentials.
 #include "cuda/attention_parts.h"
 #include "cuda/mma.h"
-#include "cuda/rotation.h"
 #include "cuda/tensor_map.h"
 #include "cuda/wgmma.h"
 #include "cuda/wgmma_tiles.h"
@@ -16,8 +15,6 @@ namespace llama_ext::cuda {
 #if defined(LLAMA_EXT_CUDA_EMULATED)
 bool has_attention_wgmma(const Gpu&, const KvSegmentView&, int, float) { return false; }
 void attention_wgmma(const Gpu&, const KvSegmentView&, Rows, int, float, Rows) {}
-bool has_attend_wgmma(const Gpu&, const KvSegmentView*, int64_t, int, float) { return false; }
-void attend_wgmma(const Gpu&, const KvSegmentView*, int64_t, const KvRowsView&, float, Rows) {}
 #else
 namespace {
 
@@ -38,8 +35,6 @@ struct WgmmaAttention {
   Rows y;
   int group = 0;  // H / K
   float scale = 1.0f;
-  const float* cosines = nullptr;  // (rows of the pass, head_dim / 2): q has not been rotated
-  const float* sines = nullptr;
 };
 
 template <int kDim>
@@ -134,64 +129,40 @@ __device__ __forceinline__ void add_values(Sums<kDim>& s, const uint32_t (&weigh
   }
 }
 
-/// 8 numbers of a row, zeros from `end` on.
-__device__ __forceinline__ void load_eight(const float* from, int end, bool is_aligned, float (&values)[8]) {
-#pragma unroll
-  for (int part = 0; part < 8; part += 4) {
-    if (is_aligned && part + 4 <= end) {
-      const float4 four = *reinterpret_cast<const float4*>(from + part);
-      values[part] = four.x;
-      values[part + 1] = four.y;
-      values[part + 2] = four.z;
-      values[part + 3] = four.w;
-    } else {
-#pragma unroll
-      for (int i = part; i < part + 4; ++i) values[i] = i < end ? from[i] : 0.0f;
-    }
-  }
-}
-
-/// Rounded, to where the tensor cores look for dimensions d to d + 7.
-template <int kDim>
-__device__ __forceinline__ void put_queries(unsigned char* queries, int row, int d, const float (&values)[8]) {
-  unsigned char* box = queries + d / 64 * Layout<kDim>::kRows * 128;
-  *reinterpret_cast<uint4*>(box + swizzled_byte(row, d % 64 / 8)) =
-      uint4{round_pair(values[0], values[1]), round_pair(values[2], values[3]), round_pair(values[4], values[5]),
-            round_pair(values[6], values[7])};
-}
-
-/// A warpgroup's queries, rotated if they have not been: rows [first, first + 64) of the block's.
+/// A warpgroup's queries, rounded and swizzled: rows [first, first + 64) of the block's.
 template <int kDim>
 __device__ __forceinline__ void load_queries(const WgmmaAttention& a, int64_t token, int kv_head, int first, int rows,
                                              unsigned char* queries) {
   constexpr int kVectors = kDim / 8;
   const int dim = a.segment.layer.head_dim;
-  const int half = dim / 2;
   const bool is_aligned = dim % 4 == 0 && a.q.stride % 4 == 0 && reinterpret_cast<uintptr_t>(a.q.data) % 16 == 0;
-  const bool rotates = a.cosines != nullptr;
-#pragma unroll 2
+#pragma unroll 4
   for (int i = static_cast<int>(threadIdx.x) % kGroupThreads; i < kGroupRows * kVectors; i += kGroupThreads) {
     const int row = i / kVectors;
     const int d = i % kVectors * 8;
-    const int of_block = first + row;
-    const bool is_there = of_block < rows;
-    if (rotates && d >= half && d < dim && is_there) continue;  // comes with the first half
     float values[8] = {};
-    if (is_there && d < dim) {
-      const int64_t of_pass = a.segment.row + token + of_block / a.group;
-      const float* from = a.q.row(of_pass) + (kv_head * a.group + of_block % a.group) * dim + d;
-      load_eight(from, dim - d, is_aligned, values);
-      if (rotates) {
-        float others[8];
-        load_eight(from + half, 8, is_aligned, others);
+    if (first + row < rows) {
+      const int of_block = first + row;
+      const float* from =
+          a.q.row(a.segment.row + token + of_block / a.group) + (kv_head * a.group + of_block % a.group) * dim + d;
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          rotate(values[j], others[j], a.cosines[of_pass * half + d + j], a.sines[of_pass * half + d + j]);
+      for (int part = 0; part < 8; part += 4) {
+        if (is_aligned && d + part < dim) {
+          const float4 four = *reinterpret_cast<const float4*>(from + part);
+          values[part] = four.x;
+          values[part + 1] = four.y;
+          values[part + 2] = four.z;
+          values[part + 3] = four.w;
+        } else {
+#pragma unroll
+          for (int j = part; j < part + 4; ++j) values[j] = d + j < dim ? from[j] : 0.0f;
         }
-        put_queries<kDim>(queries, row, d + half, others);
       }
     }
-    put_queries<kDim>(queries, row, d, values);
+    const uint4 words{round_pair(values[0], values[1]), round_pair(values[2], values[3]),
+                      round_pair(values[4], values[5]), round_pair(values[6], values[7])};
+    unsigned char* box = queries + d / 64 * Layout<kDim>::kRows * 128;
+    *reinterpret_cast<uint4*>(box + swizzled_byte(row, d % 64 / 8)) = words;
   }
 }
 #endif
@@ -382,56 +353,22 @@ bool has_attention_wgmma(const Gpu& gpu, const KvSegmentView& segment, int heads
          2 * blocks_for(segment.tokens * group, 128) * layer.kv_heads >= gpu.multiprocessors();
 }
 
-namespace {
-
-void start(const Gpu& gpu, WgmmaAttention a, int heads) {
-  const KvSegmentView& segment = a.segment;
+void attention_wgmma(const Gpu& gpu, const KvSegmentView& segment, Rows q, int heads, float scale, Rows y) {
   const KvLayerView& layer = segment.layer;
+  WgmmaAttention a;
   // Zeros from the end of the keys on, whatever lies there.
   const int64_t size[3] = {layer.row_bytes / 2, segment.position + segment.tokens, layer.kv_heads};
   const int64_t pitch[2] = {layer.row_bytes, layer.capacity * layer.row_bytes};
   const int box[3] = {64, kTileKeys, 1};
   a.keys = tensor_map(layer.keys, 3, size, pitch, box);
   a.values = tensor_map(layer.values, 3, size, pitch, box);
-  a.group = heads / layer.kv_heads;
-  if (layer.head_dim <= 64) return start<64>(gpu, a);
-  start<128>(gpu, a);
-}
-
-}  // namespace
-
-void attention_wgmma(const Gpu& gpu, const KvSegmentView& segment, Rows q, int heads, float scale, Rows y) {
-  WgmmaAttention a;
   a.segment = segment;
   a.q = q;
   a.y = y;
+  a.group = heads / layer.kv_heads;
   a.scale = scale;
-  start(gpu, a, heads);
-}
-
-bool has_attend_wgmma(const Gpu& gpu, const KvSegmentView* segments, int64_t count, int heads, float scale) {
-  for (int64_t i = 0; i < count; ++i) {
-    if (!has_attention_wgmma(gpu, segments[i], heads, scale) || segments[i].layer.head_dim % 16 != 0) return false;
-  }
-  return count > 0;
-}
-
-void attend_wgmma(const Gpu& gpu, const KvSegmentView* segments, int64_t count, const KvRowsView& rows, float scale,
-                  Rows y) {
-  KvRowsView keys_and_values = rows;
-  keys_and_values.q = {};
-  keys_and_values.q_heads = 0;
-  kv_store(gpu, segments, count, keys_and_values);
-  for (int64_t i = 0; i < count; ++i) {
-    WgmmaAttention a;
-    a.segment = segments[i];
-    a.q = rows.q;
-    a.y = y;
-    a.scale = scale;
-    a.cosines = rows.cosines;
-    a.sines = rows.sines;
-    start(gpu, a, rows.q_heads);
-  }
+  if (layer.head_dim <= 64) return start<64>(gpu, a);
+  start<128>(gpu, a);
 }
 #endif
 

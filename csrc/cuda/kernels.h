@@ -152,10 +152,6 @@ void attention_mma(const Gpu& gpu, const KvSegmentView* segments, int64_t count,
 // attention_wgmma.cu: the same bits on Hopper's own tensor cores, for segments of enough tokens; attention_mma() calls it.
 bool has_attention_wgmma(const Gpu& gpu, const KvSegmentView& segment, int heads, float scale);
 void attention_wgmma(const Gpu& gpu, const KvSegmentView& segment, Rows q, int heads, float scale, Rows y);
-/// kv_store, then that of all segments, which rotates queries on their way: rows.q is only read. rows: with cosines and q.
-bool has_attend_wgmma(const Gpu& gpu, const KvSegmentView* segments, int64_t count, int heads, float scale);
-void attend_wgmma(const Gpu& gpu, const KvSegmentView* segments, int64_t count, const KvRowsView& rows, float scale,
-                  Rows y);
 
 // read_probe.cu: bytes a second, from `nbytes` (a multiple of 16) read `rounds` times. Waits for the GPU.
 double read_probe(const Gpu& gpu, int64_t nbytes, int rounds);
