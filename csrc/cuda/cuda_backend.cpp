@@ -53,11 +53,6 @@ const CudaKvCache& own(const KvCache& cache, const char* op) {
   return *mine;
 }
 
-CudaBackend::CudaBackend(int index)
-    : gpu_(std::make_shared<Gpu>(index)),
-      arrived_(gpu_, sizeof(int) * kMostSegments * kMostDecodeHeads),
-      recorder_(gpu_) {}
-
 std::string CudaBackend::isa() const {
 #if defined(LLAMA_EXT_CUDA_EMULATED)
   return "emulated";
@@ -112,6 +107,9 @@ KvLayerView CudaKvCache::layer(int64_t index) const {
 }
 
 std::unique_ptr<KvCache> CudaBackend::create_kv_cache(const KvCacheShape& shape) {
+  std::call_once(arrived_once_, [this] {
+    arrived_ = std::make_unique<CudaBuffer>(gpu_, sizeof(int) * kMostSegments * kMostDecodeHeads);
+  });
   return std::make_unique<CudaKvCache>(gpu_, shape);
 }
 

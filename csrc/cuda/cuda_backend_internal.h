@@ -3,6 +3,7 @@
 
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 
 #include "backend/backend.h"
@@ -45,7 +46,7 @@ const CudaKvCache& own(const KvCache& cache, const char* op);
 
 class CudaBackend final : public Backend {
  public:
-  explicit CudaBackend(int index);
+  explicit CudaBackend(int index) : gpu_(std::make_shared<Gpu>(index)), recorder_(gpu_) {}
 
   std::string device() const override { return "cuda:" + std::to_string(gpu_->index()); }
   std::string isa() const override;
@@ -121,7 +122,10 @@ class CudaBackend final : public Backend {
   void feed_forward_on_tensor_cores(const FeedForwardArgs& args) const;
 
   std::shared_ptr<Gpu> gpu_;
-  CudaBuffer arrived_;  // of attention_decode
+  // Of attention_decode, since the first cache was made: not before, as most that a test or an optimiser does needs none, and not
+  // later, when it might be recorded.
+  std::once_flag arrived_once_;
+  std::unique_ptr<CudaBuffer> arrived_;
   CudaRecorder recorder_;
 };
 

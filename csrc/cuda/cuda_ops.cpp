@@ -275,7 +275,7 @@ void CudaBackend::attend(const KvStoreArgs& store, const AttentionArgs& args) {
     return Backend::attend(store, args);
   }
   attention_decode(*gpu_, segments.data(), count, kv_rows_of(store), rows_of(args.q), heads,
-                   static_cast<float>(args.scale), rows_of(args.y), static_cast<int*>(arrived_.data()));
+                   static_cast<float>(args.scale), rows_of(args.y), static_cast<int*>(arrived_->data()));
 }
 
 void CudaBackend::softmax(const SoftmaxArgs& args) {
