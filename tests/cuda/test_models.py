@@ -206,3 +206,24 @@ def test_rows_of_one_batch_decode_as_each_does_alone_with_a_bfloat16_cache() -> 
     model = tiny("cuda")
     together = model.generate(PROMPTS, max_new_tokens=6, eos_token_id=[], do_sample=False)
     assert together == [model.generate(each, max_new_tokens=6, eos_token_id=[], do_sample=False) for each in PROMPTS]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_a_directory_that_a_cpu_has_packed_loads_with_the_same_weights(
+    dtype: str, symmetric: bool, tmp_path: Any
+) -> None:
+    packed = tiny("cpu", dtype=dtype, symmetric=symmetric)
+    packed.save_pretrained(tmp_path)
+    gpu = llama_ext.LlamaForCausalLM.from_pretrained(tmp_path, device="cuda")
+    assert gpu.dtype == packed.dtype
+    for slot in packed._core.slots():
+        np.testing.assert_array_equal(gpu._core.read(slot[0]), packed._core.read(slot[0]), err_msg=str(slot))
+
+
+def test_the_model_in_the_box_goes_on_as_on_the_cpu() -> None:
+    models = [
+        llama_ext.LlamaForCausalLM.from_pretrained("demo", device=device, compute="exact") for device in ("cpu", "cuda")
+    ]
+    expected, found = (model.generate("ROMEO:", max_new_tokens=8, do_sample=False) for model in models)
+    assert found == expected

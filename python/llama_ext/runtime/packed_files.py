@@ -1,5 +1,7 @@
 """A directory whose matrices are packed already: its file is mapped and used as it lies.
 
+Another device than a CPU, whose matrices lie in another way, gets the codes as they are.
+
 model.safetensors holds each of the core's matrices as the bytes of its memory, U8 "packed.<name>", each at a multiple of 64
 bytes; norms and biases are float32 under Hugging Face's names; config.json has `quantization_config`.
 """
@@ -10,6 +12,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+import numpy as np
 import numpy.typing as npt
 
 from llama_ext import _core
@@ -25,6 +28,9 @@ __all__ = ["PREFIX", "PackedFiles"]
 
 # Of the names of matrices; no name of Hugging Face's begins like this.
 PREFIX = "packed."
+
+# Encodings whose scales and minima are float16 numbers for each group, and what is subtracted from a code.
+_ZEROS = {"int8": 128, "int8_min": 0, "int5": 16, "int5_min": 0, "int4": 8, "int4_min": 0}
 
 Array = npt.NDArray[Any]
 
@@ -72,11 +78,27 @@ class PackedFiles(DirectoryFiles):
         if types != self._quantization.types:
             return {}  # to be converted
         if layout != self._quantization.layout:
+            if self._can_load_codes():
+                return {}
             raise UnsupportedError(
                 f"{self.path}: the matrices lie in the layout {self._quantization.layout[:80]!r}, this device and version use "
                 f"{layout!r}. Quantise the original model again."
             )
         return {name: self.checkpoint.read_bytes(PREFIX + name) for name in self._packed}
+
+    def _can_load_codes(self) -> bool:
+        """Whether another device takes the codes: they lie as a CPU has them, and their scales are what `load_codes` takes."""
+        is_plain = all(group == 0 or encoding in _ZEROS for encoding, group in self._quantization.types.values())
+        return is_plain and self._quantization.layout == _core.Backend("cpu").matrix_layout
+
+    def _load(self, core: _core.Model, tensor: StoredTensor, kept: WeightType | None) -> None:
+        if kept is None or kept[1] == 0 or kept[0] not in _ZEROS or kept != self._quantization.types[tensor.slot]:
+            return super()._load(core, tensor, kept)
+        codes, scales, mins = self.read_codes(tensor)
+        if mins is None:
+            signed = (codes - np.uint8(_ZEROS[kept[0]])).view(np.int8)  # which wraps around, as it should
+            return core.load_codes(tensor.slot, signed, scales.astype(np.float16))
+        return core.load_codes(tensor.slot, codes, scales.astype(np.float16), mins.astype(np.float16))
 
     def read(self, tensor: StoredTensor) -> tuple[Array, str]:
         if len(tensor.shape) == 1:
