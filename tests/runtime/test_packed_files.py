@@ -175,9 +175,10 @@ def test_truncated_files_are_format_errors(packed: Path) -> None:
             Model.from_pretrained(packed)
 
 
-def test_the_reference_backend_neither_maps_nor_packs(packed: Path, tiny: Model) -> None:
-    with pytest.raises(UnsupportedError, match="layout"):
-        Model.from_pretrained(packed, device="reference")
+def test_the_reference_backend_takes_the_codes_and_packs_none(packed: Path, tiny: Model) -> None:
+    reference, mapped = Model.from_pretrained(packed, device="reference"), Model.from_pretrained(packed)
+    for slot, *_ in mapped._core.slots():
+        np.testing.assert_array_equal(reference._core.read(slot), mapped._core.read(slot), err_msg=slot)
     with pytest.raises(UnsupportedError, match="device='cpu'"):
         Model(tiny.config, dtype="int4", device="reference").save_pretrained(packed.parent / "new")
 
