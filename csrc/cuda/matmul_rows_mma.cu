@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreadCount, 1) matmul_rows_mma_kernel(const 
   const int g = lane / 4;
   const int t = lane % 4;
   const int chunks = w.stride / kElements;
-  const int steps = (chunks + 3) / 4;
+  const int steps = chunks / 4;  // rows are padded to whole ones
   const int along_k = v.along_k;
   const int rounds = (steps + along_k * kInFlight - 1) / (along_k * kInFlight);
   const int my_share = warp & (along_k - 1);
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreadCount, 1) matmul_rows_mma_kernel(const 
   };
   const int64_t mins_after = (w.mins_at - w.scales_at) / 2;
   Step<kKind> buffer[kInFlight];
-  // The warp's next step, as number i of those that are on their way. Without a load the registers keep numbers, which meet zeros.
+  // The warp's next step, as number i of those that are on their way.
   int next_step = my_share;
   const auto load = [&](bool is_tile, int i) {
     const int step = next_step;
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kThreadCount, 1) matmul_rows_mma_kernel(const 
     const unsigned char* at[2] = {from[0], from[1]};
     from[0] += along_k * 64;
     from[1] += along_k * 64;
-    if (!is_tile || step * 4 + t >= chunks) return;
+    if (!is_tile || step >= steps) return;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       buffer[i].words[half] = __ldcs(reinterpret_cast<const uint4*>(at[half]));
@@ -265,6 +265,9 @@ __global__ void __launch_bounds__(kThreadCount, 1) matmul_rows_mma_kernel(const 
 
 // Of the largest GPU that there is, so that the order of a product's sums is that of its shape.
 constexpr int kMostBlocks = 132;
+// With fewer a block would have more tiles at a time than it has threads for their numbers, one each.
+constexpr int kLeastAlongK = kWarps * kTileRows * kColumns / kThreadCount;
+static_assert(kLeastAlongK * kThreadCount == kWarps * kTileRows * kColumns);
 
 int step_of(Kind kind) {
   switch (kind) {
@@ -283,17 +286,13 @@ int step_of(Kind kind) {
 size_t fixed_bytes(const WeightView& w) {
   size_t floats = sizeof(Shared) / sizeof(float);
   if (is_quantized(w.kind)) {
-    floats += static_cast<size_t>(blocks_for(w.stride, step_of(w.kind)) * kColumns) * (w.has_min ? 2 : 1);
+    floats += static_cast<size_t>(w.stride / step_of(w.kind) * kColumns) * (w.has_min ? 2 : 1);
   }
   return floats * sizeof(float);
 }
 
 /// Shared memory of one row of x.
-size_t row_bytes(const WeightView& w) {
-  const int step = step_of(w.kind);
-  const int padded = static_cast<int>(blocks_for(w.stride, step)) * step;
-  return static_cast<size_t>(column_pitch(padded)) * sizeof(uint16_t);
-}
+size_t row_bytes(const WeightView& w) { return static_cast<size_t>(column_pitch(w.stride)) * sizeof(uint16_t); }
 
 template <Kind kKind, bool kHasMin>
 void start(const Gpu& gpu, const ProductView& p) {
@@ -307,9 +306,9 @@ void start(const Gpu& gpu, const ProductView& p) {
   while (is_quantized(kKind) && (kStep<kKind> << v.group_shift) < p.weight.group) ++v.group_shift;
   // As few warps along k as leave each enough steps to have on its way, but blocks for all multiprocessors (of the largest GPU, so
   // that a product's order of sums is that of its shape).
-  const int64_t steps = blocks_for(p.weight.stride, kStep<kKind>);
+  const int64_t steps = p.weight.stride / kStep<kKind>;
   v.along_k = kWarps;
-  while (v.along_k > 1 && steps < int64_t{v.along_k} * kInFlight &&
+  while (v.along_k > kLeastAlongK && steps < int64_t{v.along_k} * kInFlight &&
          v.tiles >= int64_t{kMostBlocks} * (2 * kWarps / v.along_k)) {
     v.along_k /= 2;
   }
@@ -327,11 +326,12 @@ int64_t rows_of_mma(const Gpu& gpu, const WeightView& w) {
   if (step == 0 || w.stride == 0) return 0;
   if (is_quantized(w.kind)) {
     // A step belongs to one group, and groups are found by a shift.
-    const bool is_plain = !w.has_superblocks && w.group % step == 0;
+    const bool is_plain = !w.has_superblocks && w.group % step == 0;  // and so are rows of whole steps
     if (!is_plain || (w.group / step & (w.group / step - 1)) != 0) return 0;
   }
-  const size_t room = gpu.shared_bytes_per_block() - fixed_bytes(w);
-  const int64_t fit = static_cast<int64_t>(room / row_bytes(w));
+  const size_t fixed = fixed_bytes(w);
+  if (fixed >= gpu.shared_bytes_per_block()) return 0;
+  const int64_t fit = static_cast<int64_t>((gpu.shared_bytes_per_block() - fixed) / row_bytes(w));
   return std::min<int64_t>(fit, kColumns);
 }
 

@@ -193,3 +193,16 @@ def test_what_a_gpu_does_not_do_says_so(tmp_path: Path) -> None:
     )  # fmt: skip
     with pytest.raises(UnsupportedError, match=r"weights on a GPU cannot be saved packed\. Use device='cpu'"):
         llama_ext.LlamaForCausalLM(config, dtype="int8", device="cuda").save_pretrained(tmp_path / "packed")
+
+
+@pytest.mark.parametrize("columns", [32, 128])
+@pytest.mark.parametrize("rows", [1, 5, 8])
+def test_few_rows_of_a_narrow_model_with_a_large_vocabulary_are_all_written(columns: int, rows: int) -> None:
+    """So many outputs of so few inputs that a block has several tiles at a time."""
+    rng = np.random.default_rng(7)
+    matrix = rng.standard_normal((34_000, columns)).astype(np.float32)
+    x = rng.standard_normal((rows, columns)).astype(np.float32)
+    found = multiply(x, CUDA.backend.matrix(matrix, "bfloat16"), "auto")
+    rounded = [numpy_ops.from_bfloat16_bits(numpy_ops.bfloat16_bits(each)).astype(np.float64) for each in (x, matrix)]
+    expected = rounded[0] @ rounded[1].T
+    assert np.abs(found - expected).max() < 1e-4
