@@ -67,6 +67,12 @@ class Backend {
   virtual void synchronize() = 0;
   /// x = 0. x: f32, rows may be strided.
   virtual void zero(const TensorView& x) = 0;
+  /// Calls function(part, worker) for each part in [0, parts). Parts may run at once, on a host of several threads: each calls
+  /// operations of this backend by itself, and none may need what another writes. worker: below threads(), the same for no two at once.
+  /// The first exception of a part is thrown; Interrupted between parts.
+  virtual void for_each_part(int64_t parts, const std::function<void(int64_t, int)>& function) {
+    for (int64_t part = 0; part < parts; ++part) function(part, 0);
+  }
 
   // Weights.
   /// A matrix of zeros. Throws OutOfMemoryError.
@@ -102,6 +108,9 @@ class Backend {
   /// this thread. Throws DTypeError for a matrix of floats, UnsupportedError where a device keeps no codes.
   virtual void read_codes(const Matrix& matrix, const RowMap& map, int64_t rows,
                           const std::function<void(int64_t, const QuantizedRow&)>& visit) = 0;
+
+  /// target (K, N) = source (N, K) transposed. Throws DTypeError unless both are float32, ShapeError.
+  virtual void transpose(Matrix& target, const Matrix& source) = 0;
 
   /// All elements of a float32 matrix, padding included, in the order of its layout: (n) f32. For what is done element by
   /// element to matrices of one shape; padding is zero and must stay so. Throws DTypeError for another type.
