@@ -8,6 +8,7 @@
 
 #include "train/block_training.h"
 #include "train/optimizer.h"
+#include "train/pass_parts.h"
 
 namespace llama_ext {
 
@@ -32,6 +33,8 @@ struct LossSum {
   int64_t counted = 0;  // labels that are not kIgnoreLabel
   int64_t correct = 0;  // of which the most likely one; only evaluate() counts them
 };
+
+class TrainingWorkspace;
 
 /// Whoever trains a model must not use it in another thread at that time. The model needs separate gate and up matrices.
 class Trainer {
@@ -64,10 +67,10 @@ class Trainer {
   static constexpr int64_t kPassTokens = 2048;
 
  private:
-  class Workspace;
   struct Rows;
 
   LossSum run(const TrainingBatch& batch, bool trains, double scale, uint64_t seed);
+  void prepare_angles(int64_t longest);
   LossSum run_pass(const TrainingBatch& batch, bool trains, double scale, uint64_t seed);
   LossSum head(const TrainingPass& pass, const TrainingBatch& batch, const TensorView& x, bool trains, double scale,
                const TensorView& d);
@@ -76,7 +79,11 @@ class Trainer {
   std::shared_ptr<Adapter> adapter_;
   TrainerOptions options_;
   Parameters parameters_;
-  std::unique_ptr<Workspace> workspace_;
+  bool goes_in_parts_;     // where there are enough (pass_parts.h)
+  Transposed transposed_;  // for those
+  std::unique_ptr<TrainingWorkspace> workspace_;
+  std::vector<float> cos_;  // of positions from 0 on, (longest sequence so far, D/2)
+  std::vector<float> sin_;
   int64_t steps_ = 0;
 };
 
