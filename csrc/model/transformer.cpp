@@ -12,6 +12,9 @@
 namespace llama_ext {
 namespace {
 
+// Angles are kept of positions up to this one: a context is a number in a file, and may be any.
+constexpr int64_t kAnglesKept = int64_t{1} << 18;
+
 // Logits are made for this many rows at a time, so that their buffer stays small beside a large vocabulary.
 constexpr int64_t kHeadRows = 128;
 
@@ -295,7 +298,7 @@ Model::Model(std::shared_ptr<Backend> backend, const ModelConfig& config, const 
     : backend_(checked_backend(std::move(backend), config)),
       config_(config),
       compute_(compute),
-      angles_(config.rope, config.context),
+      angles_(config.rope, std::min(config.context, kAnglesKept)),
       weights_(*backend_, config, plan, packed) {}
 
 std::shared_ptr<Model> convert(const Model& model, const WeightPlan& plan) {
