@@ -7,6 +7,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "backend/recorder.h"
 #include "core/tensor_view.h"
@@ -73,6 +74,12 @@ class Backend {
   virtual void synchronize() = 0;
   /// x = 0. x: f32, rows may be strided.
   virtual void zero(const TensorView& x) = 0;
+  /// Calls function(part, worker) for each part in [0, parts). Parts may run at once, on a host of several threads: each calls
+  /// operations of this backend by itself, and none may need what another writes. worker: below threads(), the same for no two at once.
+  /// The first exception of a part is thrown; Interrupted between parts.
+  virtual void for_each_part(int64_t parts, const std::function<void(int64_t, int)>& function) {
+    for (int64_t part = 0; part < parts; ++part) function(part, 0);
+  }
 
   // Weights.
   /// A matrix of zeros. Throws OutOfMemoryError.
@@ -108,6 +115,10 @@ class Backend {
   /// this thread. Throws DTypeError for a matrix of floats, UnsupportedError where a device keeps no codes.
   virtual void read_codes(const Matrix& matrix, const RowMap& map, int64_t rows,
                           const std::function<void(int64_t, const QuantizedRow&)>& visit) = 0;
+
+  /// target (K, N) = source (N, K) transposed. Throws DTypeError unless both are float32, ShapeError.
+  /// This one goes through host memory.
+  virtual void transpose(Matrix& target, const Matrix& source);
 
   /// All elements of a float32 matrix, padding included, in the order of its layout: (n) f32. For what is done element by
   /// element to matrices of one shape; padding is zero and must stay so. Throws DTypeError for another type.
@@ -167,5 +178,18 @@ class Backend {
   /// Rows of one at most: as many as keep the device busy, while their memory stays small beside a model's.
   virtual int64_t pass_rows() const { return 512; }
 };
+
+inline void Backend::transpose(Matrix& target, const Matrix& source) {
+  check_transpose(target, source);
+  const int64_t rows = source.rows();
+  const int64_t cols = source.cols();
+  std::vector<float> from(static_cast<size_t>(rows * cols));
+  std::vector<float> to(from.size());
+  read_rows(source, {}, TensorView(from.data(), DType::kF32, {rows, cols}));
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < cols; ++j) to[static_cast<size_t>(j * rows + i)] = from[static_cast<size_t>(i * cols + j)];
+  }
+  write_rows(target, {}, TensorView(to.data(), DType::kF32, {cols, rows}), {});
+}
 
 }  // namespace llama_ext

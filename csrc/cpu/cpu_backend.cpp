@@ -14,6 +14,9 @@ namespace {
 
 // What one thread gets through in a microsecond, roughly, in exponentials of float64.
 constexpr double kExponentialsPerMicrosecond = 500.0;
+// Elements set to zero.
+constexpr double kZeroedPerMicrosecond = 4000.0;
+constexpr int64_t kZeroedByTask = 65536;
 
 }  // namespace
 
@@ -75,9 +78,19 @@ void CpuBackend::rms_norm(const RmsNormArgs& args) {
 
 void CpuBackend::zero(const TensorView& x) {
   if (x.size() == 0) return;
-  const int64_t rows = x.is_contiguous() ? 1 : x.rows();
-  const int64_t width = x.is_contiguous() ? x.size() : x.inner_size();
-  for (int64_t row = 0; row < rows; ++row) std::fill_n(x.f32() + row * x.row_stride(), width, 0.0f);
+  const int threads = threads_for(static_cast<double>(x.size()) / kZeroedPerMicrosecond);
+  if (x.is_contiguous()) {
+    parallel_for(threads, ceil_div(x.size(), kZeroedByTask), [&](int64_t task, int) {
+      const int64_t begin = task * kZeroedByTask;
+      std::fill_n(x.f32() + begin, std::min(kZeroedByTask, x.size() - begin), 0.0f);
+    });
+    return;
+  }
+  for_each_row(x.rows(), threads, [&](int64_t row) { std::fill_n(x.row<float>(row), x.inner_size(), 0.0f); });
+}
+
+void CpuBackend::for_each_part(int64_t parts, const std::function<void(int64_t, int)>& function) {
+  parallel_for(threads_, parts, function);
 }
 
 void CpuBackend::rope(const RopeArgs& args) {

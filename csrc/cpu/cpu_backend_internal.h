@@ -4,6 +4,7 @@
 #include "backend/backend.h"
 #include "cpu/kernel_table.h"
 #include "cpu/panels.h"
+#include "cpu/thread_pool.h"
 
 namespace llama_ext {
 
@@ -22,6 +23,7 @@ class CpuBackend final : public Backend {
   void copy_to_host(void* host, const void* device, size_t nbytes) override;
   void synchronize() override {}
   void zero(const TensorView& x) override;
+  void for_each_part(int64_t parts, const std::function<void(int64_t, int)>& function) override;
 
   std::unique_ptr<Matrix> create_matrix(int64_t rows, int64_t cols, WeightType type) override;
   std::unique_ptr<Matrix> adopt_matrix(int64_t rows, int64_t cols, WeightType type, std::span<const std::byte> packed,
@@ -57,6 +59,7 @@ class CpuBackend final : public Backend {
   void log_sum_exp(const LogSumExpArgs& args) override;
   void sample(std::span<const SampleArgs> rows, std::span<SampleResult> results) override;
 
+  void transpose(Matrix& target, const Matrix& source) override;
   TensorView values(Matrix& matrix) override;
   void swiglu(const SwigluArgs& args) override;
   void causal_attention(const CausalAttentionArgs& args) override;
@@ -83,7 +86,13 @@ class CpuBackend final : public Backend {
     InputNorm norm = {};
   };
   void multiply(const Product& product);
+  int64_t rows_per_task(const Product& product, const GemmKernel& kernel) const;
+  void multiply_blocks(const Product& product, int64_t block_rows);
   void multiply_rows(const Product& product, int64_t begin, int64_t count);
+  static int64_t normed_floats(const Product& product, const GemmKernel& kernel);
+  template <typename To>
+  void pack_tile(const Product& product, const GemmKernel& kernel, int64_t row, int64_t rows, int64_t k_block,
+                 float* normed, const To& to) const;
   void multiply_rounded(const Product& product);
   // Gradients of products (cpu_matmul_backward.cpp).
   const float* widened_block(const PanelMatrix& weight, int64_t panel, int64_t k0, float* scratch) const;
@@ -97,7 +106,9 @@ class CpuBackend final : public Backend {
                            const AttentionShare& share, float* memory) const;
   const GemmKernel& kernel_for(const WeightType& type, Compute compute) const;
   /// How many threads are worth waking for work that takes one of them about `microseconds`.
-  int threads_for(double microseconds) const { return microseconds < 10.0 ? 1 : threads_; }
+  int threads_for(double microseconds) const { return microseconds < 10.0 ? 1 : available_threads(); }
+  /// One within a part of for_each_part.
+  int available_threads() const { return inside_parallel_task() ? 1 : threads_; }
 
   const KernelTable& kernels_;
   int threads_;

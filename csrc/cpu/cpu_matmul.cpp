@@ -1,9 +1,10 @@
 // Products: which rows and columns are multiplied when, and by whom. The arithmetic is in kernels/gemm*.h.
 //
-// Activations are packed once into tiles of rows, normalised on the way where a norm goes before the product. A task is a group of panels by all rows, or a part of them: for each block of
-// k, each panel of the group passes over the tiles. The block of activations and the sums of the group stay in the L2 cache, the
-// weights come from memory once, a block ahead; the epilogue writes finished sums. Neither blocks nor tasks change an
-// output's order of summation.
+// Activations are packed into tiles of rows, normalised on the way where a norm goes before the product. Where weights are small and
+// rows many, a task is a block of rows by all panels. Otherwise rows are packed once, and a task is a group of panels by all rows, or a
+// part of them: for each block of k, each panel of the group passes over the tiles. The block of activations and the sums of the
+// group stay in the L2 cache, the weights come from memory once, a block ahead; the epilogue writes finished sums. Neither blocks
+// nor tasks change an output's order of summation.
 #include <algorithm>
 
 #include "cpu/cpu_backend_internal.h"
@@ -15,6 +16,10 @@ namespace {
 constexpr int64_t kPackedRows = 512;  // packed at a time, more where k is short
 // Rows whose sums are finished together, in the L1 cache.
 constexpr int64_t kFinishedRows = 96;
+// Tasks of rows: weights that all threads read lie in the L3 cache, the packed rows of a task in half of an L2 cache.
+constexpr int64_t kSharedBytes = int64_t{4} << 20;
+constexpr int64_t kBlockBytes = 224 * 1024;
+constexpr int64_t kLeastRows = 42;
 // Panels of a task with few rows: about a megabyte, so that a thread which is held up leaves the rest to the others.
 constexpr int64_t kDecodePanels = 4;
 // Kernels of up to so many rows ask for what they read by themselves.
@@ -43,20 +48,128 @@ void CpuBackend::multiply(const Product& product) {
     multiply_rounded(product);
     return;
   }
-  // As many activations as fill a block of k of 512 rows, in equal parts.
   const int64_t rows = product.x.rows();
   const GemmKernel& kernel = kernel_for(product.weight->type(), product.compute);
+  if (const int64_t block = rows_per_task(product, kernel); block > 0) {
+    multiply_blocks(product, block);
+    return;
+  }
+  // As many activations as fill a block of k of 512 rows, in equal parts.
   const int64_t depth = std::clamp<int64_t>(product.weight->k_padded(), kernel.k_block / 3, kernel.k_block);
   const int64_t parts = ceil_div(rows, kPackedRows * kernel.k_block / depth);
   const int64_t part = parts == 0 ? 0 : round_up(ceil_div(rows, parts), kernel.tile_rows);
   for (int64_t row = 0; row < rows; row += part) multiply_rows(product, row, std::min(part, rows - row));
 }
 
+namespace {
+
+/// Rows of a tile must not meet in the same sets of a cache.
+int64_t normed_stride(int64_t k) { return round_up(k, kPanel) + kPanel / 2; }
+
+}  // namespace
+
+/// Floats that a tile's normalised rows take.
+int64_t CpuBackend::normed_floats(const Product& product, const GemmKernel& kernel) {
+  return product.norm ? kernel.tile_rows * normed_stride(product.weight->cols()) : 0;
+}
+
+/// Rows of a task that multiplies them by all panels; 0: weights or rows are too large for that, or rows too few.
+int64_t CpuBackend::rows_per_task(const Product& product, const GemmKernel& kernel) const {
+  const PanelMatrix& weight = *product.weight;
+  if (weight.type().is_quantized() || weight.nbytes() > kSharedBytes) return 0;
+  const int64_t row_bytes = std::max<int64_t>(1, kernel.packed_bytes(weight.k_padded(), 0));
+  const int64_t most = std::min(kFinishedRows, kBlockBytes / row_bytes) / kernel.tile_rows * kernel.tile_rows;
+  const int threads = available_threads();
+  const int64_t tasks = ceil_div(ceil_div(product.x.rows(), std::max<int64_t>(most, 1)), threads) * threads;
+  return most < kLeastRows || product.x.rows() < kLeastRows * threads
+             ? 0
+             : round_up(ceil_div(product.x.rows(), tasks), kernel.tile_rows);
+}
+
+/// Packs up to tile_rows rows of x, normalised in `normed` where a norm goes before the product: block after block of k, to(k0).
+template <typename To>
+void CpuBackend::pack_tile(const Product& product, const GemmKernel& kernel, int64_t row, int64_t rows, int64_t k_block,
+                           float* normed, const To& to) const {
+  const int64_t k = product.weight->cols();
+  const int64_t k_padded = product.weight->k_padded();
+  const float* x = product.x.row<float>(row);
+  int64_t stride = product.x.row_stride();
+  if (product.norm) {
+    for (int64_t r = 0; r < rows; ++r) {
+      kernels_.rms_norm(x + r * stride, product.norm.weight.f32(), k, static_cast<float>(product.norm.eps),
+                        normed + r * normed_stride(k), nullptr);
+    }
+    x = normed;
+    stride = normed_stride(k);
+  }
+  for (int64_t k0 = 0; k0 < k_padded; k0 += k_block) {
+    kernel.pack({x + k0, stride, rows, std::min(k_block, k - k0), std::min(k_block, k_padded - k0),
+                 product.weight->type().group, to(k0)});
+  }
+}
+
+/// Each task packs its own rows and multiplies them by all panels: a row stays with one thread, from the operation that made it.
+void CpuBackend::multiply_blocks(const Product& product, int64_t block_rows) {
+  const PanelMatrix& weight = *product.weight;
+  const GemmKernel& kernel = kernel_for(weight.type(), product.compute);
+  const int64_t rows = product.x.rows();
+  const int64_t k_padded = weight.k_padded();
+  const int64_t panels = weight.panels();
+  const int64_t width = product.epilogue == EpilogueKind::kSwiGlu ? kPanel / 2 : kPanel;
+  const int64_t packed_bytes = round_up(block_rows * kernel.packed_bytes(k_padded, 0), 64);
+  const int64_t floats = std::max(block_rows * kPanel, normed_floats(product, kernel));
+  const int64_t worker_bytes = packed_bytes + floats * static_cast<int64_t>(sizeof(float));
+  const int threads = threads_for(static_cast<double>(rows) * static_cast<double>(panels * kPanel * k_padded) / 50e3);
+  auto* workers = static_cast<char*>(thread_scratch(Scratch::kProduct, static_cast<size_t>(threads * worker_bytes)));
+  parallel_for(threads, ceil_div(rows, block_rows), [&](int64_t task, int worker) {
+    const int64_t begin = task * block_rows;
+    const int64_t count = std::min(block_rows, rows - begin);
+    char* packed = workers + worker * worker_bytes;
+    auto* sums = reinterpret_cast<float*>(packed + packed_bytes);  // before that, normalised rows
+    const auto packed_at = [&](int64_t row, int64_t k0) {
+      const int64_t depth = std::min(kernel.k_block, k_padded - k0);
+      return packed + count * kernel.packed_bytes(k0, 0) + row * kernel.packed_bytes(depth, 0);
+    };
+    for (int64_t row = 0; row < count; row += kernel.tile_rows) {
+      pack_tile(product, kernel, begin + row, std::min(kernel.tile_rows, count - row), kernel.k_block, sums,
+                [&](int64_t k0) { return packed_at(row, k0); });
+    }
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      float* y = product.y.row<float>(begin) + panel * width;
+      // What nothing is added to is summed where it belongs.
+      const bool in_place = product.epilogue == EpilogueKind::kStore && product.bias == nullptr &&
+                            product.y.dim(1) - panel * width >= kPanel;
+      float* c = in_place ? y : sums;
+      const int64_t ldc = in_place ? product.y.row_stride() : kPanel;
+      for (int64_t i = 0; i < count; ++i) {
+        __builtin_prefetch(y + i * product.y.row_stride(), 1);
+        __builtin_prefetch(y + i * product.y.row_stride() + 16, 1);
+      }
+      int64_t k0 = 0;
+      do {  // once even for k = 0, which zeroes the sums
+        const int64_t depth = std::min(kernel.k_block, k_padded - k0);
+        const bool is_last = k0 + depth >= k_padded;
+        const bool has_next = !is_last || panel + 1 < panels;
+        const void* next = !has_next ? nullptr
+                           : is_last ? weight.panel_at(panel + 1, 0)
+                                     : weight.panel_at(panel, k0 + depth);
+        const int64_t next_depth = std::min(kernel.k_block, is_last ? k_padded : k_padded - k0 - depth);
+        kernel.panel({count, depth, 0, packed_at(0, k0), weight.panel_at(panel, k0), c, ldc, k0 > 0, next,
+                      has_next ? weight.bytes_of(next_depth) : 0});
+        k0 += kernel.k_block;
+      } while (k0 < k_padded);
+      if (in_place) continue;
+      kernels_.epilogue({product.epilogue, product.bias == nullptr ? nullptr : product.bias + panel * kPanel, y,
+                         product.y.row_stride(), std::min(width, product.y.dim(1) - panel * width)},
+                        count, sums, kPanel);
+    }
+  });
+}
+
 void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t count) {
   const PanelMatrix& weight = *product.weight;
   const GemmKernel& kernel = kernel_for(weight.type(), product.compute);
   const int64_t group = weight.type().group;
-  const int64_t k = weight.cols();
   const int64_t k_padded = weight.k_padded();
   const int64_t panels = weight.panels();
 
@@ -86,9 +199,7 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
   const int64_t finished_rows = weight.type().is_quantized()
                                     ? block_rows  // some of these kernels widen the panel for all their rows
                                     : std::max<int64_t>(1, kFinishedRows / kernel.tile_rows) * kernel.tile_rows;
-  // Rows of a tile must not meet in the same sets of a cache.
-  const int64_t normed_stride = round_up(k, kPanel) + kPanel / 2;
-  const int64_t normed_size = product.norm ? kernel.tile_rows * normed_stride : 0;
+  const int64_t normed_size = normed_floats(product, kernel);
   const int64_t floats = threads * std::max(kept_panels * sums, normed_size);
   auto* packed = static_cast<char*>(thread_scratch(
       Scratch::kProduct, static_cast<size_t>(packed_bytes + floats * static_cast<int64_t>(sizeof(float)))));
@@ -102,22 +213,8 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
   };
   parallel_for(tiles > 1 ? threads : 1, tiles, [&](int64_t tile, int worker) {
     const int64_t row = tile * kernel.tile_rows;
-    const int64_t height = std::min(kernel.tile_rows, count - row);
-    const float* x = product.x.row<float>(begin + row);
-    int64_t stride = product.x.row_stride();
-    if (product.norm) {
-      float* normed = all_floats + worker * normed_size;
-      for (int64_t r = 0; r < height; ++r) {
-        kernels_.rms_norm(x + r * stride, product.norm.weight.f32(), k, static_cast<float>(product.norm.eps),
-                          normed + r * normed_stride, nullptr);
-      }
-      x = normed;
-      stride = normed_stride;
-    }
-    for (int64_t k0 = 0; k0 < k_padded; k0 += k_block) {
-      kernel.pack({x + k0, stride, height, std::min(k_block, k - k0), std::min(k_block, k_padded - k0), group,
-                   packed_at(row, k0)});
-    }
+    pack_tile(product, kernel, begin + row, std::min(kernel.tile_rows, count - row), k_block,
+              all_floats + worker * normed_size, [&](int64_t k0) { return packed_at(row, k0); });
   });
 
   const int64_t width = product.epilogue == EpilogueKind::kSwiGlu ? kPanel / 2 : kPanel;

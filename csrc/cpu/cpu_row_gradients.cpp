@@ -41,6 +41,10 @@ void CpuBackend::dropout(const DropoutArgs& args) {
                     .threshold = dropout_threshold(args.p),
                     .factor = static_cast<float>(args.scale / (1.0 - args.p))};
   for_each_row(args.x.rows(), threads_for(2.0 * row_microseconds(args.x)), [&](int64_t row) {
+    if (of_all.threshold == 0 && !args.accumulate) {
+      kernels_.training.scale(args.x.row<float>(row), size, of_all.factor, args.y.row<float>(row));
+      return;
+    }
     DropoutRow of_row = of_all;
     of_row.index = static_cast<uint64_t>(row * size);
     kernels_.training.dropout(args.x.row<float>(row), size, of_row, args.accumulate, args.y.row<float>(row));

@@ -23,11 +23,18 @@ constexpr auto kPollInterval = std::chrono::milliseconds(5);
 // About 50 us of PAUSE: a decode step's next operation comes sooner, an idle model's does not.
 constexpr int kSpins = 1000;
 
+/// The tasks that one worker takes first, in order; the others help when they have done theirs. They are the same part of every job
+/// of as many workers, so what a thread has written is in its own cache when the next operation reads it.
+struct alignas(64) Share {
+  std::atomic<int64_t> next{0};
+  int64_t end = 0;
+};
+
 struct Job {
   TaskFunction function = nullptr;
   void* context = nullptr;
-  int64_t tasks = 0;
-  std::atomic<int64_t> next{0};
+  Share* shares = nullptr;  // of each worker
+  int workers = 0;
   std::atomic<bool> cancelled{false};
   std::mutex error_mutex;
   std::exception_ptr error;
@@ -51,20 +58,31 @@ bool interrupt_requested() {
   return handler->requested();
 }
 
-/// Takes tasks until there are none; only the caller polls for interrupts.
+void divide(Job& job, int64_t tasks) {
+  for (int64_t i = 0; i < job.workers; ++i) {
+    job.shares[i].next.store(tasks * i / job.workers, std::memory_order_relaxed);
+    job.shares[i].end = tasks * (i + 1) / job.workers;
+  }
+}
+
+/// Takes tasks until there are none, its own share's first; only the caller polls for interrupts.
 bool work(Job& job, int worker, bool polls) {
   bool interrupted = false;
   inside_task = true;
   try {
-    while (!job.cancelled.load(std::memory_order_relaxed)) {
-      if (polls && interrupt_requested()) {
-        interrupted = true;
-        job.cancelled.store(true, std::memory_order_relaxed);
-        break;
+    for (int i = 0; i < job.workers; ++i) {
+      Share& share = job.shares[(worker + i) % job.workers];
+      // Looked at first: a counter that is only read stays in all caches.
+      while (!job.cancelled.load(std::memory_order_relaxed) && share.next.load(std::memory_order_relaxed) < share.end) {
+        if (polls && interrupt_requested()) {
+          interrupted = true;
+          job.cancelled.store(true, std::memory_order_relaxed);
+          break;
+        }
+        const int64_t task = share.next.fetch_add(1, std::memory_order_relaxed);
+        if (task >= share.end) break;
+        job.function(job.context, task, worker);
       }
-      const int64_t task = job.next.fetch_add(1, std::memory_order_relaxed);
-      if (task >= job.tasks) break;
-      job.function(job.context, task, worker);
     }
   } catch (...) {
     job.record_error();
@@ -86,10 +104,13 @@ void wait_while(std::atomic<T>& value, T old) {
 class ThreadPool {
  public:
   /// False: busy, the caller has to do the work itself.
-  bool try_run(Job& job, int threads, bool* interrupted) {
+  bool try_run(Job& job, int64_t tasks, int threads, bool* interrupted) {
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock.owns_lock()) return false;
     const int helpers = ensure_workers(threads - 1);
+    job.shares = shares_.data();
+    job.workers = helpers + 1;
+    divide(job, tasks);
     working_.store(helpers, std::memory_order_relaxed);
     for (int i = 0; i < helpers; ++i) {
       Slot& slot = *slots_[static_cast<size_t>(i)];
@@ -143,6 +164,7 @@ class ThreadPool {
   std::mutex mutex_;
   alignas(64) std::atomic<int> working_{0};  // workers that still hold a pointer to the job
   std::array<std::unique_ptr<Slot>, kMaxThreads> slots_;
+  std::array<Share, kMaxThreads> shares_;
   int started_ = 0;
 };
 
@@ -162,6 +184,8 @@ ThreadPool& pool() {
 
 }  // namespace
 
+bool inside_parallel_task() { return inside_task; }
+
 void parallel_run(int threads, int64_t tasks, TaskFunction function, void* context) {
   if (tasks <= 0) return;
   if (inside_task) {
@@ -172,11 +196,16 @@ void parallel_run(int threads, int64_t tasks, TaskFunction function, void* conte
   Job job;
   job.function = function;
   job.context = context;
-  job.tasks = tasks;
   const int allowed = threads < kMaxThreads ? threads : kMaxThreads;
   const int useful = static_cast<int>(tasks < allowed ? tasks : allowed);
   bool interrupted = false;
-  if (useful <= 1 || !pool().try_run(job, useful, &interrupted)) interrupted = work(job, 0, true);
+  if (useful <= 1 || !pool().try_run(job, tasks, useful, &interrupted)) {
+    Share all;
+    job.shares = &all;
+    job.workers = 1;
+    divide(job, tasks);
+    interrupted = work(job, 0, true);
+  }
   if (job.error) std::rethrow_exception(job.error);
   if (interrupted) throw Interrupted();
 }

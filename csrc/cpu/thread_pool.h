@@ -21,12 +21,15 @@ inline constexpr int kMaxThreads = 256;
 
 using TaskFunction = void (*)(void* context, int64_t task, int worker);
 
-/// Runs function(context, i, worker) for each i in [0, tasks), on up to `threads` threads: the caller is worker 0, and tasks are
-/// handed out in order from a counter. Returns when all are done. Polls the caller's interrupt handler between its tasks;
-/// on a request the rest is skipped and Interrupted is thrown. The first exception of a task is thrown.
-/// When the pool is at work for another thread, or this is called from a task, the caller does everything itself: results never depend
-/// on who computes them. Works after fork: the child gets a pool of its own.
+/// Runs function(context, i, worker) for each i in [0, tasks), on up to `threads` threads: the caller is worker 0. Of t workers the
+/// w-th takes the w-th of t equal parts of the tasks, in order, then helps the others. Returns when all are done. Polls the caller's
+/// interrupt handler between its tasks; on a request the rest is skipped and Interrupted is thrown. The first exception of a task is
+/// thrown. When the pool is at work for another thread, or this is called from a task, the caller does everything itself: results
+/// never depend on who computes them. Works after fork: the child gets a pool of its own.
 void parallel_run(int threads, int64_t tasks, TaskFunction function, void* context);
+
+/// Whether the caller is a task, which would run the tasks of another parallel_run by itself.
+bool inside_parallel_task();
 
 /// parallel_run for a callable (int64_t task, int worker).
 template <typename Function>

@@ -35,4 +35,12 @@ void check(const MatmulBackwardArgs& args) {
   if (args.d_bias) require_disjoint(args.d_bias, args.d_y, op, "d_bias", "d_y");
 }
 
+void check_transpose(const Matrix& target, const Matrix& source) {
+  const WeightType f32{Encoding::kF32};
+  require(target.type() == f32 && source.type() == f32, ErrorKind::kDType,
+          "transpose: both matrices must be float32, got ", target.type().text(), " and ", source.type().text());
+  require_matrix_shape(target, source.cols(), source.rows(), "transpose", "target");
+  require(&target != &source, ErrorKind::kShape, "transpose: target must be another matrix than source");
+}
+
 }  // namespace llama_ext

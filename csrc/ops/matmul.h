@@ -43,4 +43,7 @@ struct MatmulBackwardArgs {
 
 void check(const MatmulBackwardArgs& args);
 
+/// Of Backend::transpose.
+void check_transpose(const Matrix& target, const Matrix& source);
+
 }  // namespace llama_ext

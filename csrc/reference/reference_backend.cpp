@@ -168,6 +168,17 @@ void ReferenceBackend::copy_rows(Matrix& target, const RowMap& to, const Matrix&
   }
 }
 
+void ReferenceBackend::transpose(Matrix& target, const Matrix& source) {
+  check_transpose(target, source);
+  const auto* from = static_cast<const float*>(own(source, "transpose").data());
+  auto* to = static_cast<float*>(own(target, "transpose").data());
+  for (int64_t row = 0; row < source.rows(); ++row) {
+    for (int64_t column = 0; column < source.cols(); ++column) {
+      to[column * source.rows() + row] = from[row * source.cols() + column];
+    }
+  }
+}
+
 TensorView ReferenceBackend::values(Matrix& matrix) {
   const ReferenceMatrix& mine = own(matrix, "values");
   require(mine.type() == WeightType{Encoding::kF32}, ErrorKind::kDType, "values: the matrix must be float32, got ",

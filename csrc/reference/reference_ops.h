@@ -58,6 +58,7 @@ class ReferenceBackend final : public Backend {
   void log_sum_exp(const LogSumExpArgs& args) override;
   void sample(std::span<const SampleArgs> rows, std::span<SampleResult> results) override;
 
+  void transpose(Matrix& target, const Matrix& source) override;
   TensorView values(Matrix& matrix) override;
   void swiglu(const SwigluArgs& args) override;
   void causal_attention(const CausalAttentionArgs& args) override;

@@ -45,6 +45,15 @@ Heads split_heads(const TrainingPass& pass, const TensorView& qkv) {
           head_view(qkv, config.q_size() + config.kv_size(), config.kv_heads, config.head_dim)};
 }
 
+/// Q and K, whose heads follow each other, at once.
+void rotate(const TrainingPass& pass, const TensorView& qkv, bool inverse) {
+  const ModelConfig& config = pass.model->config();
+  backend_of(pass).rope({.x = head_view(qkv, 0, config.heads + config.kv_heads, config.head_dim),
+                         .cos = pass.cos,
+                         .sin = pass.sin,
+                         .inverse = inverse});
+}
+
 double attention_scale(const TrainingPass& pass) {
   return 1.0 / std::sqrt(static_cast<double>(pass.model->config().head_dim));
 }
@@ -138,6 +147,8 @@ void attention_backward(const TrainingPass& pass, int64_t layer, const Saved& sa
   const BlockScratch& scratch = pass.scratch;
   Backend& backend = backend_of(pass);
 
+  const Deferred* deferred = pass.deferred;
+  if (deferred != nullptr) set_scaled(backend, d, deferred->d_middle);
   const TensorView d_branch = branch_gradient(pass, layer, kAttentionBranch, d);
   linear_backward(pass, d_branch, saved.attended, *weights.o.weight, weights.o.bias, scratch.d_heads, false);
   adapter_backward(pass, layer, Target::kO, d_branch, saved.attended, scratch.d_heads);
@@ -158,24 +169,24 @@ void attention_backward(const TrainingPass& pass, int64_t layer, const Saved& sa
                                      .dropout = pass.dropout.attention,
                                      .seed = place_seed(pass, layer, kAttention),
                                      .compute = pass.compute});
-  backend.rope({.x = q, .cos = pass.cos, .sin = pass.sin, .inverse = true});
-  backend.rope({.x = k, .cos = pass.cos, .sin = pass.sin, .inverse = true});
+  rotate(pass, saved.qkv, /*inverse=*/true);
 
-  norm_forward(pass, weights.attention_norm, saved.x, scratch.normed);
+  const TensorView& normed = deferred != nullptr ? deferred->attention_normed : scratch.normed;
+  norm_forward(pass, weights.attention_norm, saved.x, normed);
   bool accumulate = false;
   for (const Projection& part : weights.qkv) {
-    linear_backward(pass, columns(saved.qkv, part.begin, part.linear.weight->rows()), scratch.normed,
-                    *part.linear.weight, part.linear.bias, scratch.d_normed, accumulate);
+    linear_backward(pass, columns(saved.qkv, part.begin, part.linear.weight->rows()), normed, *part.linear.weight,
+                    part.linear.bias, scratch.d_normed, accumulate);
     accumulate = true;
   }
   const int64_t k_begin = config.q_size();
   const int64_t v_begin = k_begin + config.kv_size();
-  adapter_backward(pass, layer, Target::kQ, columns(saved.qkv, 0, config.q_size()), scratch.normed, scratch.d_normed);
-  adapter_backward(pass, layer, Target::kK, columns(saved.qkv, k_begin, config.kv_size()), scratch.normed,
-                   scratch.d_normed);
-  adapter_backward(pass, layer, Target::kV, columns(saved.qkv, v_begin, config.kv_size()), scratch.normed,
-                   scratch.d_normed);
-  norm_backward(pass, weights.attention_norm, saved.x, scratch.d_normed, d, /*accumulate=*/true);
+  adapter_backward(pass, layer, Target::kQ, columns(saved.qkv, 0, config.q_size()), normed, scratch.d_normed);
+  adapter_backward(pass, layer, Target::kK, columns(saved.qkv, k_begin, config.kv_size()), normed, scratch.d_normed);
+  adapter_backward(pass, layer, Target::kV, columns(saved.qkv, v_begin, config.kv_size()), normed, scratch.d_normed);
+  norm_backward(
+      pass, weights.attention_norm, saved.x, scratch.d_normed, d, /*accumulate=*/true,
+      deferred != nullptr ? deferred->d_attention_norm : pass.parameters->gradient_of(weights.attention_norm.weight));
 }
 
 void feed_forward_backward(const TrainingPass& pass, int64_t layer, const Saved& saved, const TensorView& d) {
@@ -183,20 +194,31 @@ void feed_forward_backward(const TrainingPass& pass, int64_t layer, const Saved&
   const BlockScratch& scratch = pass.scratch;
   Backend& backend = backend_of(pass);
 
+  const Deferred* deferred = pass.deferred;
+  if (deferred != nullptr) set_scaled(backend, d, deferred->d_out);
+  const TensorView& wide = deferred != nullptr ? deferred->wide : scratch.wide;
   const TensorView d_branch = branch_gradient(pass, layer, kFeedForwardBranch, d);
-  // The activation once more, for the gradients of what it was multiplied by.
-  backend.swiglu({.gate = saved.gate, .up = saved.up, .y = scratch.wide});
-  linear_backward(pass, d_branch, scratch.wide, *weights.down.weight, weights.down.bias, scratch.d_wide, false);
-  adapter_backward(pass, layer, Target::kDown, d_branch, scratch.wide, scratch.d_wide);
-  backend.swiglu_backward(
-      {.gate = saved.gate, .up = saved.up, .d_y = scratch.d_wide, .d_gate = saved.gate, .d_up = saved.up});
+  // The activation once more, for the gradients of what it was multiplied by: together with its own, unless an adapter is first.
+  const bool adapts = low_rank_of(pass, layer, Target::kDown) != nullptr;
+  if (adapts) backend.swiglu({.gate = saved.gate, .up = saved.up, .y = wide});
+  input_backward(pass, d_branch, *weights.down.weight, scratch.d_wide, /*accumulate=*/false);
+  adapter_backward(pass, layer, Target::kDown, d_branch, wide, scratch.d_wide);
+  backend.swiglu_backward({.gate = saved.gate,
+                           .up = saved.up,
+                           .d_y = scratch.d_wide,
+                           .d_gate = saved.gate,
+                           .d_up = saved.up,
+                           .y = adapts ? TensorView() : wide});
+  if (deferred == nullptr) weight_backward(pass, d_branch, wide, *weights.down.weight, weights.down.bias);
 
-  norm_forward(pass, weights.ffn_norm, saved.middle, scratch.normed);
-  linear_backward(pass, saved.gate, scratch.normed, *weights.gate.weight, weights.gate.bias, scratch.d_normed, false);
-  linear_backward(pass, saved.up, scratch.normed, *weights.up.weight, weights.up.bias, scratch.d_normed, true);
-  adapter_backward(pass, layer, Target::kGate, saved.gate, scratch.normed, scratch.d_normed);
-  adapter_backward(pass, layer, Target::kUp, saved.up, scratch.normed, scratch.d_normed);
-  norm_backward(pass, weights.ffn_norm, saved.middle, scratch.d_normed, d, /*accumulate=*/true);
+  const TensorView& normed = deferred != nullptr ? deferred->ffn_normed : scratch.normed;
+  norm_forward(pass, weights.ffn_norm, saved.middle, normed);
+  linear_backward(pass, saved.gate, normed, *weights.gate.weight, weights.gate.bias, scratch.d_normed, false);
+  linear_backward(pass, saved.up, normed, *weights.up.weight, weights.up.bias, scratch.d_normed, true);
+  adapter_backward(pass, layer, Target::kGate, saved.gate, normed, scratch.d_normed);
+  adapter_backward(pass, layer, Target::kUp, saved.up, normed, scratch.d_normed);
+  norm_backward(pass, weights.ffn_norm, saved.middle, scratch.d_normed, d, /*accumulate=*/true,
+                deferred != nullptr ? deferred->d_ffn_norm : pass.parameters->gradient_of(weights.ffn_norm.weight));
 }
 
 }  // namespace
@@ -211,14 +233,14 @@ void norm_forward(const TrainingPass& pass, const Norm& norm, const TensorView& 
 }
 
 void norm_backward(const TrainingPass& pass, const Norm& norm, const TensorView& x, const TensorView& d_y,
-                   const TensorView& d_x, bool accumulate) {
+                   const TensorView& d_x, bool accumulate, const TensorView& d_weight) {
   backend_of(pass).rms_norm_backward({.x = x,
                                       .weight = norm.weight,
                                       .eps = pass.model->config().norm_eps,
                                       .d_y = d_y,
                                       .d_x = d_x,
                                       .accumulate = accumulate,
-                                      .d_weight = pass.parameters->gradient_of(norm.weight)});
+                                      .d_weight = d_weight});
 }
 
 // Quantised weights are multiplied exactly: their gradients are those of the numbers they stand for.
@@ -232,16 +254,37 @@ void linear_forward(const TrainingPass& pass, const TensorView& x, const Matrix&
                            .compute = weight.type().is_quantized() ? Compute::kExact : pass.compute});
 }
 
-void linear_backward(const TrainingPass& pass, const TensorView& d_y, const TensorView& x, const Matrix& weight,
-                     const TensorView& bias, const TensorView& d_x, bool accumulate) {
+void input_backward(const TrainingPass& pass, const TensorView& d_y, const Matrix& weight, const TensorView& d_x,
+                    bool accumulate) {
+  if (pass.transposed != nullptr) {
+    backend_of(pass).matmul({.x = d_y,
+                             .weight = pass.transposed->at(&weight).get(),
+                             .bias = {},
+                             .y = d_x,
+                             .accumulate = accumulate,
+                             .compute = Compute::kExact});
+    return;
+  }
   backend_of(pass).matmul_backward({.d_y = d_y,
                                     .weight = &weight,
-                                    .x = x,
                                     .d_x = d_x,
                                     .accumulate = accumulate,
+                                    .compute = weight.type().is_quantized() ? Compute::kExact : pass.compute});
+}
+
+void weight_backward(const TrainingPass& pass, const TensorView& d_y, const TensorView& x, const Matrix& weight,
+                     const TensorView& bias) {
+  backend_of(pass).matmul_backward({.d_y = d_y,
+                                    .x = x,
                                     .d_weight = pass.parameters->gradient_of(&weight),
                                     .d_bias = pass.parameters->gradient_of(bias),
-                                    .compute = weight.type().is_quantized() ? Compute::kExact : pass.compute});
+                                    .compute = pass.compute});
+}
+
+void linear_backward(const TrainingPass& pass, const TensorView& d_y, const TensorView& x, const Matrix& weight,
+                     const TensorView& bias, const TensorView& d_x, bool accumulate) {
+  input_backward(pass, d_y, weight, d_x, accumulate);
+  if (pass.deferred == nullptr) weight_backward(pass, d_y, x, weight, bias);
 }
 
 void block_forward(const TrainingPass& pass, int64_t layer, const Saved& saved, const TensorView& next,
@@ -263,8 +306,7 @@ void block_forward(const TrainingPass& pass, int64_t layer, const Saved& saved, 
   adapter_forward(pass, layer, Target::kV, scratch.normed, columns(saved.qkv, v_begin, config.kv_size()));
 
   const auto [q, k, v] = split_heads(pass, saved.qkv);
-  backend.rope({.x = q, .cos = pass.cos, .sin = pass.sin});
-  backend.rope({.x = k, .cos = pass.cos, .sin = pass.sin});
+  rotate(pass, saved.qkv, /*inverse=*/false);
   backend.causal_attention({.sequences = pass.sequences,
                             .q = q,
                             .k = k,
@@ -290,6 +332,25 @@ void block_forward(const TrainingPass& pass, int64_t layer, const Saved& saved, 
 void block_backward(const TrainingPass& pass, int64_t layer, const Saved& saved, const TensorView& d) {
   feed_forward_backward(pass, layer, saved, d);
   attention_backward(pass, layer, saved, d);
+}
+
+void block_weights_backward(const TrainingPass& pass, int64_t layer, const Saved& saved, const Deferred& deferred) {
+  const BlockWeights& weights = pass.model->weights().block(layer);
+  weight_backward(pass, deferred.d_out, deferred.wide, *weights.down.weight, weights.down.bias);
+  weight_backward(pass, saved.gate, deferred.ffn_normed, *weights.gate.weight, weights.gate.bias);
+  weight_backward(pass, saved.up, deferred.ffn_normed, *weights.up.weight, weights.up.bias);
+  weight_backward(pass, deferred.d_middle, saved.attended, *weights.o.weight, weights.o.bias);
+  for (const Projection& part : weights.qkv) {
+    weight_backward(pass, columns(saved.qkv, part.begin, part.linear.weight->rows()), deferred.attention_normed,
+                    *part.linear.weight, part.linear.bias);
+  }
+  // A bias' gradient is the sum of rows, and so are these.
+  const auto add_rows = [&](const TensorView& parts, const Norm& norm) {
+    const TensorView target = pass.parameters->gradient_of(norm.weight);
+    if (target) backend_of(pass).matmul_backward({.d_y = parts, .d_bias = target});
+  };
+  add_rows(deferred.d_ffn_norm, weights.ffn_norm);
+  add_rows(deferred.d_attention_norm, weights.attention_norm);
 }
 
 }  // namespace llama_ext

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
+#include <memory>
 #include <vector>
 
 #include "model/adapter.h"
@@ -38,6 +40,22 @@ struct BlockScratch {
   TensorView d_dropped;   // likewise
 };
 
+/// Where a part of a pass, which shares the memory of gradients with others, leaves what they are made of: for all rows at once, by
+/// block_weights_backward. Of the part's rows.
+struct Deferred {
+  TensorView d_out;             // (M, C) the gradient of the block's output
+  TensorView d_middle;          // (M, C) and of the residual stream between attention and feed-forward
+  TensorView attention_normed;  // (M, C)
+  TensorView ffn_normed;        // (M, C)
+  TensorView wide;              // (M, F) the activation
+  // (1, C): what the part adds to the gradients of the norms' weights.
+  TensorView d_attention_norm;
+  TensorView d_ffn_norm;
+};
+
+/// Block weights, transposed, by the matrix they are of.
+using Transposed = std::map<const Matrix*, std::unique_ptr<Matrix>>;
+
 struct DropoutRates {
   double residual = 0.0;  // of the embedding, and of each branch before it joins the residual stream
   double attention = 0.0;
@@ -56,24 +74,36 @@ struct TrainingPass {
   DropoutRates dropout;
   uint64_t seed = 0;
   BlockScratch scratch;
+  // Of a part of a pass, in backward:
+  const Deferred* deferred = nullptr;
+  const Transposed* transposed = nullptr;
 };
 
 /// next = block(saved.x), which may be saved.x itself; fills the rest of `saved`. With `recompute`, only that: `next` stays as it is.
 void block_forward(const TrainingPass& pass, int64_t layer, const Saved& saved, const TensorView& next,
                    bool recompute = false);
 
-/// d: (M, C), the gradient of the block's output; becomes that of its input. Adds to the parameters' gradients.
+/// d: (M, C), the gradient of the block's output; becomes that of its input. Adds to the parameters' gradients, unless the pass defers
+/// them.
 void block_backward(const TrainingPass& pass, int64_t layer, const Saved& saved, const TensorView& d);
+/// Adds to the gradients of the block's weights what its parts have deferred; all of them. d_*_norm: (parts, C).
+void block_weights_backward(const TrainingPass& pass, int64_t layer, const Saved& saved, const Deferred& deferred);
 
 /// y = rms_norm(x) with the model's epsilon.
 void norm_forward(const TrainingPass& pass, const Norm& norm, const TensorView& x, const TensorView& y);
-/// d_x (+)= the gradient of that, from d_y; and the weight's.
+/// d_x (+)= the gradient of that, from d_y; and the weight's: d_weight (C), or none.
 void norm_backward(const TrainingPass& pass, const Norm& norm, const TensorView& x, const TensorView& d_y,
-                   const TensorView& d_x, bool accumulate);
+                   const TensorView& d_x, bool accumulate, const TensorView& d_weight);
 /// x W^T + b, added to y or in its place.
 void linear_forward(const TrainingPass& pass, const TensorView& x, const Matrix& weight, const TensorView& bias,
                     const TensorView& y, bool accumulate);
-/// d_x (+)= d_y W, and the gradients of the weight and bias.
+/// d_x (+)= d_y W.
+void input_backward(const TrainingPass& pass, const TensorView& d_y, const Matrix& weight, const TensorView& d_x,
+                    bool accumulate);
+/// The gradients of the weight and bias, where they are trained.
+void weight_backward(const TrainingPass& pass, const TensorView& d_y, const TensorView& x, const Matrix& weight,
+                     const TensorView& bias);
+/// Both, or only the first where the pass defers the second.
 void linear_backward(const TrainingPass& pass, const TensorView& d_y, const TensorView& x, const Matrix& weight,
                      const TensorView& bias, const TensorView& d_x, bool accumulate);
 /// The places in a pass that have dropout of their own; a layer has several.

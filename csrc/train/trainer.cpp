@@ -7,31 +7,16 @@
 #include "core/checked.h"
 #include "core/interrupt.h"
 #include "model/scaled.h"
+#include "train/workspace.h"
 
 namespace llama_ext {
 namespace {
-
-// Logits are made for so many rows at a time that they take 64 MiB at most, but never for fewer than these. A device with memory of
-// its own has more of it, and reads the head's weights for each of those parts: 1 GiB, in whole tiles of a product.
-constexpr int64_t kLogitsHeld = int64_t{1} << 24;
-constexpr int64_t kLogitsHeldOnDevice = int64_t{1} << 28;
-constexpr int64_t kLeastLogitsRows = 64;
-constexpr int64_t kLogitsTile = 128;
 
 // Tokens of a pass. On a device with memory of its own more, as each pass rounds, reads and adds to all weights once more: as many
 // as activations may take memory, four times that of the weights or 4 GiB.
 constexpr int64_t kPassTokens = 2048;
 constexpr int64_t kPassTokensOnDevice = 8192;
 constexpr int64_t kActivationsOnDevice = int64_t{4} << 30;
-
-int64_t logits_rows_of(const Backend& backend, int64_t head_rows, int64_t outputs) {
-  const int64_t held = backend.shares_host_memory() ? kLogitsHeld : kLogitsHeldOnDevice;
-  int64_t rows = std::max(held / outputs, kLeastLogitsRows);
-  if (!backend.shares_host_memory() && rows > kLogitsTile) rows -= rows % kLogitsTile;
-  return std::min(head_rows, rows);
-}
-
-constexpr int64_t kRegionFloats = 64;
 
 void check_batch(const ModelConfig& config, const TrainingBatch& batch) {
   int64_t total = 0;
@@ -95,135 +80,16 @@ std::vector<Run> labelled_runs(std::span<const int32_t> labels) {
 
 }  // namespace
 
-/// The tensors of a pass: one block of memory, for as many rows as the largest pass so far.
-class Trainer::Workspace {
- public:
-  struct Size {
-    int64_t rows = 0;
-    int64_t head_rows = 0;  // with labels
-    bool trains = false;
-    bool fits(const Size& other) const {
-      return rows >= other.rows && head_rows >= other.head_rows && (trains || !other.trains);
-    }
-  };
-
-  Workspace(Backend& backend, const Model& model, const Adapter* adapter, const TrainerOptions& options,
-            const Size& size)
-      : backend_(backend), size_(size) {
-    const ModelConfig& config = model.config();
-    const int64_t rows = size.rows;
-    const bool keeps_all = size.trains && !options.checkpoint_activations;
-    saved_.resize(static_cast<size_t>(config.layers));
-    const bool drops = size.trains && options.dropout.residual > 0.0;
-    const bool drops_inputs = size.trains && adapter != nullptr && options.dropout.adapter > 0.0;
-    const int64_t rank = adapter == nullptr ? 0 : adapter->rank();
-    const int64_t widest = std::max({config.width, config.ffn_width, config.q_size()});
-    logits_rows_ = logits_rows_of(backend, size.head_rows, config.outputs());
-
-    add(x_out_, rows, config.width);
-    for (size_t i = 0; i < saved_.size(); ++i) {
-      Saved& saved = saved_[i];
-      if (i == 0 || size.trains) add(saved.x, rows, config.width);
-      if (i > 0 && !keeps_all) continue;
-      add(saved.qkv, rows, config.qkv_size());
-      add(saved.log_sums, rows, config.heads);
-      add(saved.attended, rows, config.q_size());
-      add(saved.middle, rows, config.width);
-      add(saved.gate, rows, config.ffn_width);
-      add(saved.up, rows, config.ffn_width);
-    }
-    const int64_t backward_rows = size.trains ? rows : 0;
-    add(scratch_.normed, rows, config.width);
-    add(scratch_.wide, rows, config.ffn_width);
-    add(scratch_.d_normed, backward_rows, config.width);
-    add(scratch_.d_wide, backward_rows, config.ffn_width);
-    add(scratch_.d_heads, backward_rows, config.q_size());
-    add(scratch_.branch, drops ? rows : 0, config.width);
-    add(scratch_.low_rank, rank > 0 ? rows : 0, rank);
-    add(scratch_.d_low_rank, rank > 0 ? backward_rows : 0, rank);
-    add(scratch_.dropped, drops_inputs ? rows : 0, widest);
-    add(scratch_.d_dropped, drops_inputs ? rows : 0, widest);
-    add(d_, backward_rows, config.width);
-    add(cos_, rows, config.head_dim / 2);
-    add(sin_, rows, config.head_dim / 2);
-    add(head_x_, size.head_rows, config.width);
-    add(d_head_x_, size.trains ? logits_rows_ : 0, config.width);
-    add(logits_, logits_rows_, config.outputs());
-    add(losses_, size.head_rows, 1);
-    add(hits_, size.head_rows, 1);
-
-    backend.require_memory(checked_mul(floats_, sizeof(float), "train"), "train: the activations of a pass");
-    memory_ = backend.allocate(static_cast<size_t>(checked_mul(floats_, sizeof(float), "train")));
-    auto* base = static_cast<float*>(memory_->data());
-    for (const auto& [view, offset, shape] : regions_) {
-      *view = TensorView(base + offset, DType::kF32, {shape.first, shape.second});
-    }
-    for (size_t i = 1; i < saved_.size(); ++i) {
-      if (keeps_all) break;
-      const TensorView x = size.trains ? saved_[i].x : saved_[0].x;
-      saved_[i] = saved_[0];
-      saved_[i].x = x;
-    }
-  }
-
-  const Size& size() const { return size_; }
-  int64_t nbytes() const { return floats_ * static_cast<int64_t>(sizeof(float)); }
-  int64_t logits_rows() const { return logits_rows_; }
-
-  // Views of the first `rows` rows.
-  Saved saved(int64_t layer, int64_t rows) const {
-    Saved view = saved_[static_cast<size_t>(layer)];
-    for (TensorView* each : {&view.x, &view.qkv, &view.log_sums, &view.attended, &view.middle, &view.gate, &view.up}) {
-      *each = each->slice_rows(0, rows);
-    }
-    return view;
-  }
-  BlockScratch scratch(int64_t rows) const {
-    BlockScratch view = scratch_;
-    for (TensorView* each : {&view.normed, &view.d_normed, &view.branch, &view.wide, &view.d_wide, &view.d_heads}) {
-      if (*each && each->rows() > 0) *each = each->slice_rows(0, rows);
-    }
-    return view;
-  }
-  TensorView x_out(int64_t rows) const { return x_out_.slice_rows(0, rows); }
-  TensorView d(int64_t rows) const { return d_.slice_rows(0, rows); }
-  TensorView cos(int64_t rows) const { return cos_.slice_rows(0, rows); }
-  TensorView sin(int64_t rows) const { return sin_.slice_rows(0, rows); }
-  TensorView head_x(int64_t rows) const { return head_x_.slice_rows(0, rows); }
-  TensorView d_head_x(int64_t rows) const { return d_head_x_.slice_rows(0, rows); }
-  TensorView logits(int64_t rows) const { return logits_.slice_rows(0, rows); }
-  TensorView losses(int64_t first, int64_t rows) const { return {losses_.f32() + first, DType::kF32, {rows}}; }
-  TensorView hits(int64_t first, int64_t rows) const { return {hits_.f32() + first, DType::kF32, {rows}}; }
-
- private:
-  struct Region {
-    TensorView* view;
-    int64_t offset;
-    std::pair<int64_t, int64_t> shape;
-  };
-
-  void add(TensorView& view, int64_t rows, int64_t width) {
-    regions_.push_back({&view, floats_, {rows, width}});
-    floats_ = checked_add(floats_, round_up(checked_mul(rows, width, "train"), kRegionFloats), "train");
-  }
-
-  Backend& backend_;
-  Size size_;
-  std::vector<Region> regions_;
-  int64_t floats_ = 0;
-  int64_t logits_rows_ = 0;
-  std::unique_ptr<Buffer> memory_;
-  std::vector<Saved> saved_;
-  BlockScratch scratch_;
-  TensorView x_out_, d_, cos_, sin_, head_x_, d_head_x_, logits_, losses_, hits_;
-};
-
 Trainer::Trainer(std::shared_ptr<Model> model, std::shared_ptr<Adapter> adapter, const TrainerOptions& options)
     : model_(checked_model(std::move(model), adapter.get())),
       adapter_(std::move(adapter)),
       options_(checked(options)),
       parameters_(*model_, adapter_.get(), what_is_trained(options.trainable, adapter_.get()),
-                  static_cast<int>(moment_names(options.optimizer).size())) {}
+                  static_cast<int>(moment_names(options.optimizer).size())),
+      goes_in_parts_(model_->backend().shares_host_memory() && adapter_ == nullptr &&
+                     options_.compute == Compute::kExact && !options_.checkpoint_activations &&
+                     options_.dropout.residual == 0.0 && options_.dropout.attention == 0.0 &&
+                     may_go_in_parts(*model_)) {}
 
 Trainer::~Trainer() = default;
 
@@ -232,7 +98,11 @@ void Trainer::set_steps(int64_t steps) {
   steps_ = steps;
 }
 
-int64_t Trainer::nbytes() const { return parameters_.nbytes() + (workspace_ ? workspace_->nbytes() : 0); }
+int64_t Trainer::nbytes() const {
+  int64_t total = parameters_.nbytes() + (workspace_ ? workspace_->nbytes() : 0);
+  for (const auto& [weight, transposed] : transposed_) total += transposed->nbytes();
+  return total;
+}
 
 int64_t Trainer::pass_tokens() const {
   if (model_->backend().shares_host_memory()) return kPassTokens;
@@ -295,30 +165,38 @@ LossSum Trainer::run_pass(const TrainingBatch& batch, bool trains, double scale,
   for (const int32_t label : batch.labels) counted += label == kIgnoreLabel ? 0 : 1;
   if (counted == 0) return {};
 
-  const Workspace::Size size{.rows = rows, .head_rows = counted, .trains = trains};
+  std::vector<RowRange> sequences;
+  for (int64_t row = 0; const int64_t length : batch.lengths) {
+    sequences.push_back({.row = row, .tokens = length});
+    row += length;
+  }
+  const std::vector<PassPart> parts = goes_in_parts_ ? pass_parts(sequences) : std::vector<PassPart>{};
+  const TrainingWorkspace::Size size{
+      .rows = rows, .head_rows = counted, .parts = static_cast<int64_t>(parts.size()), .trains = trains};
   if (!workspace_ || !workspace_->size().fits(size)) {
-    Workspace::Size larger = size;
+    TrainingWorkspace::Size larger = size;
     if (workspace_) {
       larger.rows = std::max(larger.rows, workspace_->size().rows);
       larger.head_rows = std::max(larger.head_rows, workspace_->size().head_rows);
+      larger.parts = std::max(larger.parts, workspace_->size().parts);
       larger.trains = larger.trains || workspace_->size().trains;
     }
     workspace_.reset();
-    workspace_ = std::make_unique<Workspace>(backend, *model_, adapter_.get(), options_, larger);
+    workspace_ = std::make_unique<TrainingWorkspace>(backend, *model_, adapter_.get(), options_, larger);
   }
-  const Workspace& workspace = *workspace_;
+  const TrainingWorkspace& workspace = *workspace_;
 
   TrainingPass pass{.model = model_.get(),
                     .adapter = adapter_.get(),
                     .parameters = &parameters_,
-                    .sequences = {},
+                    .sequences = std::move(sequences),
                     .cos = workspace.cos(rows),
                     .sin = workspace.sin(rows),
                     .compute = options_.compute,
                     .dropout = trains ? options_.dropout : DropoutRates{},
                     .seed = seed,
                     .scratch = workspace.scratch(rows)};
-  set_angles(batch, pass);
+  set_angles(pass);
 
   const TensorView ids(batch.tokens.data(), DType::kI32, {rows});
   const TensorView x_out = workspace.x_out(rows);
@@ -327,17 +205,49 @@ LossSum Trainer::run_pass(const TrainingBatch& batch, bool trains, double scale,
   if (pass.dropout.residual > 0.0) {
     backend.dropout({.x = x, .y = x, .p = pass.dropout.residual, .seed = place_seed(pass, -1, 0)});
   }
-  for (int64_t layer = 0; layer < config.layers; ++layer) {
-    throw_if_interrupted();
-    const bool is_last = layer + 1 == config.layers;
-    x = is_last ? x_out : workspace.saved(layer + 1, rows).x;
-    block_forward(pass, layer, workspace.saved(layer, rows), x);
+  // Scratch of a part: its thread's own, so that it stays in the cache, or, with very many threads, at the part's own rows.
+  int64_t most = 0;
+  for (const PassPart& part : parts) most = std::max(most, part.rows);
+  const bool by_worker = most * backend.threads() <= rows;
+  const auto for_each_part = [&](const auto& function) {
+    backend.for_each_part(static_cast<int64_t>(parts.size()), [&](int64_t index, int worker) {
+      const PassPart& part = parts[static_cast<size_t>(index)];
+      function(pass_of(pass, part, by_worker ? worker * most : part.row), part, index);
+    });
+  };
+  const auto forward_rows = [&](const TrainingPass& of, int64_t row, int64_t count) {
+    for (int64_t layer = 0; layer < config.layers; ++layer) {
+      throw_if_interrupted();
+      const TensorView next = layer + 1 == config.layers ? x_out : workspace.saved(layer + 1, rows).x;
+      block_forward(of, layer, saved_of(workspace.saved(layer, rows), row, count), next.slice_rows(row, count));
+    }
+  };
+  if (parts.empty()) {
+    forward_rows(pass, 0, rows);
+  } else {
+    for_each_part(
+        [&](const TrainingPass& of, const PassPart& part, int64_t) { forward_rows(of, part.row, part.rows); });
   }
+  x = x_out;
   const TensorView d = trains ? workspace.d(rows) : TensorView();
   LossSum sum = head(pass, batch, x, trains, scale, d);
+  if (trains && !parts.empty()) transpose_blocks(*model_, transposed_);
   for (int64_t layer = config.layers - 1; trains && layer >= 0; --layer) {
     throw_if_interrupted();
     const Saved saved = workspace.saved(layer, rows);
+    if (!parts.empty()) {
+      const Deferred deferred = workspace.deferred(rows, static_cast<int64_t>(parts.size()));
+      backend.zero(deferred.d_attention_norm);
+      backend.zero(deferred.d_ffn_norm);
+      for_each_part([&](TrainingPass of, const PassPart& part, int64_t index) {
+        const Deferred its = deferred_of(deferred, part, index);
+        of.deferred = &its;
+        of.transposed = &transposed_;
+        block_backward(of, layer, saved_of(saved, part.row, part.rows), d.slice_rows(part.row, part.rows));
+      });
+      block_weights_backward(pass, layer, saved, deferred);
+      continue;
+    }
     if (options_.checkpoint_activations) block_forward(pass, layer, saved, x_out, /*recompute=*/true);
     block_backward(pass, layer, saved, d);
   }
@@ -353,12 +263,13 @@ LossSum Trainer::run_pass(const TrainingBatch& batch, bool trains, double scale,
   return sum;
 }
 
-/// The pass's sequences, and the angles of its rows. Those of a position are computed once.
-void Trainer::set_angles(const TrainingBatch& batch, TrainingPass& pass) {
+/// The angles of the pass's rows. Every sequence starts at position 0, and those of a position are computed once.
+void Trainer::set_angles(const TrainingPass& pass) {
   Backend& backend = model_->backend();
   const ModelConfig& config = model_->config();
   const int64_t half = config.head_dim / 2;
-  const int64_t longest = *std::max_element(batch.lengths.begin(), batch.lengths.end());
+  int64_t longest = 0;
+  for (const RowRange& sequence : pass.sequences) longest = std::max(longest, sequence.tokens);
   if (static_cast<int64_t>(cos_.size()) < longest * half) {
     std::vector<int64_t> positions(static_cast<size_t>(longest));
     std::iota(positions.begin(), positions.end(), int64_t{0});
@@ -368,12 +279,9 @@ void Trainer::set_angles(const TrainingBatch& batch, TrainingPass& pass) {
   }
   pass_cos_.clear();
   pass_sin_.clear();
-  int64_t row = 0;
-  for (const int64_t length : batch.lengths) {
-    pass.sequences.push_back({.row = row, .tokens = length});
-    pass_cos_.insert(pass_cos_.end(), cos_.begin(), cos_.begin() + length * half);
-    pass_sin_.insert(pass_sin_.end(), sin_.begin(), sin_.begin() + length * half);
-    row += length;
+  for (const RowRange& sequence : pass.sequences) {
+    pass_cos_.insert(pass_cos_.end(), cos_.begin(), cos_.begin() + sequence.tokens * half);
+    pass_sin_.insert(pass_sin_.end(), sin_.begin(), sin_.begin() + sequence.tokens * half);
   }
   backend.copy_to_device(pass.cos.data(), pass_cos_.data(), pass_cos_.size() * sizeof(float));
   backend.copy_to_device(pass.sin.data(), pass_sin_.data(), pass_sin_.size() * sizeof(float));
@@ -439,7 +347,8 @@ LossSum Trainer::head(const TrainingPass& pass, const TrainingBatch& batch, cons
   gathered = 0;
   for (const Run& run : runs) {
     norm_backward(pass, weights.final_norm(), x.slice_rows(run.row, run.rows), normed.slice_rows(gathered, run.rows),
-                  d.slice_rows(run.row, run.rows), /*accumulate=*/false);
+                  d.slice_rows(run.row, run.rows), /*accumulate=*/false,
+                  parameters_.gradient_of(weights.final_norm().weight));
     gathered += run.rows;
   }
   return sum;

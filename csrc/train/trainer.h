@@ -8,6 +8,7 @@
 
 #include "train/block_training.h"
 #include "train/optimizer.h"
+#include "train/pass_parts.h"
 
 namespace llama_ext {
 
@@ -32,6 +33,8 @@ struct LossSum {
   int64_t counted = 0;  // labels that are not kIgnoreLabel
   int64_t correct = 0;  // of which the most likely one; only evaluate() counts them
 };
+
+class TrainingWorkspace;
 
 /// Whoever trains a model must not use it in another thread at that time. The model needs separate gate and up matrices.
 class Trainer {
@@ -65,11 +68,9 @@ class Trainer {
   int64_t pass_tokens() const;
 
  private:
-  class Workspace;
-
   LossSum run(const TrainingBatch& batch, bool trains, double scale, uint64_t seed);
   LossSum run_pass(const TrainingBatch& batch, bool trains, double scale, uint64_t seed);
-  void set_angles(const TrainingBatch& batch, TrainingPass& pass);
+  void set_angles(const TrainingPass& pass);
   LossSum head(const TrainingPass& pass, const TrainingBatch& batch, const TensorView& x, bool trains, double scale,
                const TensorView& d);
   void read_losses(LossSum& sum, bool has_hits);
@@ -78,7 +79,9 @@ class Trainer {
   std::shared_ptr<Adapter> adapter_;
   TrainerOptions options_;
   Parameters parameters_;
-  std::unique_ptr<Workspace> workspace_;
+  bool goes_in_parts_;     // where there are enough (pass_parts.h)
+  Transposed transposed_;  // for those
+  std::unique_ptr<TrainingWorkspace> workspace_;
   // What operations read of a pass until it is over.
   std::vector<int32_t> labels_;
   std::vector<float> cos_;  // of positions from 0 on, (n, D/2); and for the rows of a pass

@@ -1,4 +1,5 @@
-// Matrices as training meets them, on every backend: all values as one vector, and rows that are copied as they are kept.
+// Matrices as training meets them, on every backend: all values as one vector, rows that are copied as they are kept, transposed
+// ones; and parts of a computation, each of which calls operations.
 #include <algorithm>
 #include <cstdint>
 #include <memory>
@@ -99,16 +100,73 @@ void test_copied_rows(Backend& backend) {
   CHECK_ERROR(ErrorKind::kDType, "row", backend.copy_rows(*groups, {}, *others, {}, 1));
 }
 
+void test_transposed(Backend& backend) {
+  const WeightType f32{Encoding::kF32, 0};
+  for (const auto& [rows, cols] :
+       {std::pair<int64_t, int64_t>{1, 1}, {3, 5}, {31, 33}, {33, 64}, {300, 7}, {70, 130}, {0, 4}, {4, 0}}) {
+    const auto source = matrix_of(backend, rows, cols, f32, 1.0f);
+    const auto target = matrix_of(backend, cols, rows, f32, -20.0f);
+    backend.transpose(*target, *source);
+    const std::vector<float> from = rows_of(backend, *source);
+    const std::vector<float> to = rows_of(backend, *target);
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t col = 0; col < cols; ++col) {
+        CHECK(to[static_cast<size_t>(col * rows + row)] == from[static_cast<size_t>(row * cols + col)]);
+      }
+    }
+    // Padding stays zero.
+    const TensorView values = backend.values(*target);
+    CHECK(std::count_if(values.f32(), values.f32() + values.size(), [](float x) { return x != 0.0f; }) == rows * cols);
+  }
+  const auto matrix = matrix_of(backend, 3, 5, f32, 1.0f);
+  const auto other = matrix_of(backend, 3, 5, f32, 1.0f);
+  const auto square = matrix_of(backend, 3, 3, f32, 1.0f);
+  const auto halves = matrix_of(backend, 5, 3, {Encoding::kBF16, 0}, 1.0f);
+  CHECK_ERROR(ErrorKind::kShape, "target", backend.transpose(*other, *matrix));
+  CHECK_ERROR(ErrorKind::kShape, "another matrix", backend.transpose(*square, *square));
+  CHECK_ERROR(ErrorKind::kDType, "float32", backend.transpose(*halves, *matrix));
+  CHECK_ERROR(ErrorKind::kDType, "float32", backend.transpose(*matrix, *halves));
+}
+
+void test_parts(Backend& backend) {
+  constexpr int64_t kParts = 50;
+  // Each part multiplies with the backend, in memory of its own.
+  const auto weight = matrix_of(backend, 40, 70, {Encoding::kF32, 0}, 1.0f);
+  std::vector<float> x = numbers(kParts * 70, 0.5f);
+  std::vector<float> expected(static_cast<size_t>(kParts * 40));
+  std::vector<float> found(expected.size());
+  backend.matmul({.x = view(x, {kParts, 70}), .weight = weight.get(), .bias = {}, .y = view(expected, {kParts, 40})});
+  std::vector<int> calls(kParts);
+  backend.for_each_part(kParts, [&](int64_t part, int worker) {
+    ++calls[static_cast<size_t>(part)];
+    CHECK(worker >= 0 && worker < backend.threads());
+    backend.matmul({.x = view(x, {kParts, 70}).slice_rows(part, 1),
+                    .weight = weight.get(),
+                    .bias = {},
+                    .y = view(found, {kParts, 40}).slice_rows(part, 1)});
+  });
+  CHECK(std::all_of(calls.begin(), calls.end(), [](int count) { return count == 1; }));
+  CHECK(found == expected);
+  CHECK_ERROR(ErrorKind::kOption, "part 3", backend.for_each_part(kParts, [](int64_t part, int) {
+    if (part == 3) fail(ErrorKind::kOption, "part 3 does not work");
+  }));
+  backend.for_each_part(0, [](int64_t, int) { fail(ErrorKind::kInternal, "there is no part"); });
+}
+
 }  // namespace
 
 void test_matrix_values() {
   const std::unique_ptr<Backend> reference = make_reference_backend();
   test_values(*reference);
   test_copied_rows(*reference);
+  test_transposed(*reference);
+  test_parts(*reference);
   for (const std::string& isa : available_isas()) {
     const std::unique_ptr<Backend> cpu = make_cpu_backend(2, isa);
     test_values(*cpu);
     test_copied_rows(*cpu);
+    test_transposed(*cpu);
+    test_parts(*cpu);
   }
 }
 

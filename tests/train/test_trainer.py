@@ -208,6 +208,37 @@ def test_sequences_of_a_batch_do_not_see_each_other(isa: str) -> None:
     assert total == pytest.approx(trainer.evaluate(tokens, labels, np.array(lengths, np.int64))[0], rel=1e-6)
 
 
+# Enough sequences for parts that go through the layers by themselves: some of several sequences, one longer than the others.
+PARTS = [64, 40, 30, 1, 70, 64, 64, 130, 5, 64, 64, 90, 63, 64, 2]
+
+
+@each_backend
+def test_a_pass_in_parts_is_the_sum_of_its_sequences(isa: str) -> None:
+    trainer = _core.Trainer(build(isa, kv_heads=2), optimizer=ADAMW)
+    tokens, labels, lengths = batch(PARTS)
+    together = run(trainer, (tokens, labels, lengths))
+    ends = np.cumsum(lengths)
+    trainer.zero_gradients()
+    total = 0.0
+    for end, length in zip(ends, lengths, strict=True):
+        part = slice(end - length, end)
+        total += trainer.accumulate(tokens[part], labels[part], np.array([length]), scale=1.0)[0]
+    for name, found in gradients(trainer).items():
+        if together[name].any():
+            assert relative_rms(found, together[name]) < 1e-6, name
+    assert total == pytest.approx(trainer.evaluate(tokens, labels, lengths)[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 40])
+@each_isa
+def test_threads_change_no_bit_of_a_pass_in_parts(isa: str, threads: int) -> None:
+    data = batch(PARTS)
+    expected = run(_core.Trainer(build(isa, 2), optimizer=ADAMW), data)
+    found = run(_core.Trainer(build(isa, threads), optimizer=ADAMW), data)
+    for name in expected:
+        assert_same_bits(found[name], expected[name])
+
+
 @each_isa
 def test_more_tokens_than_a_pass_takes_are_the_sum_of_its_passes(isa: str) -> None:
     trainer = _core.Trainer(build(isa), optimizer=ADAMW)
