@@ -159,6 +159,11 @@ class Backend {
   virtual void dropout(const DropoutArgs& args) = 0;
   virtual void embedding_backward(const EmbeddingBackwardArgs& args) = 0;
   virtual void matmul_backward(const MatmulBackwardArgs& args) = 0;
+  /// The same for each of `all`, which have no d_x and each a d_weight and a d_bias of its own.
+  virtual void weights_backward(std::span<const MatmulBackwardArgs> all) {
+    check(all);
+    for (const MatmulBackwardArgs& args : all) matmul_backward(args);
+  }
   virtual void rms_norm_backward(const RmsNormBackwardArgs& args) = 0;
   virtual void swiglu_backward(const SwigluBackwardArgs& args) = 0;
   virtual void causal_attention_backward(const CausalAttentionBackwardArgs& args) = 0;

@@ -66,6 +66,7 @@ class CpuBackend final : public Backend {
   void dropout(const DropoutArgs& args) override;
   void embedding_backward(const EmbeddingBackwardArgs& args) override;
   void matmul_backward(const MatmulBackwardArgs& args) override;
+  void weights_backward(std::span<const MatmulBackwardArgs> all) override;
   void rms_norm_backward(const RmsNormBackwardArgs& args) override;
   void swiglu_backward(const SwigluBackwardArgs& args) override;
   void causal_attention_backward(const CausalAttentionBackwardArgs& args) override;
@@ -98,7 +99,9 @@ class CpuBackend final : public Backend {
   const float* widened_block(const PanelMatrix& weight, int64_t panel, int64_t k0, float* scratch) const;
   void transpose_weight(const PanelMatrix& weight, int64_t n0, int64_t count, PanelMatrix& slab);
   void multiply_transposed(const MatmulBackwardArgs& args);
-  void accumulate_weight(const MatmulBackwardArgs& args);
+  // Gradients of weights (cpu_weight_gradients.cpp).
+  void add_biases(std::span<const MatmulBackwardArgs> all);
+  void accumulate_weights(std::span<const MatmulBackwardArgs> all);
   // Attention of whole sequences (cpu_causal_attention.cpp).
   struct AttentionOperands;
   struct AttentionShare;

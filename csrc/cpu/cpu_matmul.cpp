@@ -20,6 +20,7 @@ constexpr int64_t kFinishedRows = 96;
 constexpr int64_t kSharedBytes = int64_t{4} << 20;
 constexpr int64_t kBlockBytes = 224 * 1024;
 constexpr int64_t kLeastRows = 42;
+constexpr int64_t kAliasedFloats = 512;
 // Panels of a task with few rows: about a megabyte, so that a thread which is held up leaves the rest to the others.
 constexpr int64_t kDecodePanels = 4;
 // Kernels of up to so many rows ask for what they read by themselves.
@@ -108,7 +109,7 @@ void CpuBackend::pack_tile(const Product& product, const GemmKernel& kernel, int
   }
 }
 
-/// Each task packs its own rows and multiplies them by all panels: a row stays with one thread, from the operation that made it.
+/// Each task multiplies its own rows by all panels: a row stays with one thread, from the operation that made it.
 void CpuBackend::multiply_blocks(const Product& product, int64_t block_rows) {
   const PanelMatrix& weight = *product.weight;
   const GemmKernel& kernel = kernel_for(weight.type(), product.compute);
@@ -116,7 +117,11 @@ void CpuBackend::multiply_blocks(const Product& product, int64_t block_rows) {
   const int64_t k_padded = weight.k_padded();
   const int64_t panels = weight.panels();
   const int64_t width = product.epilogue == EpilogueKind::kSwiGlu ? kPanel / 2 : kPanel;
-  const int64_t packed_bytes = round_up(block_rows * kernel.packed_bytes(k_padded, 0), 64);
+  // Rows are read for each panel as they are, unless they all lie in the same sets of a cache.
+  const bool in_place =
+      kernel.panel_in_place != nullptr && !product.norm && product.x.row_stride() % kAliasedFloats != 0;
+  const auto multiply_panel = in_place ? kernel.panel_in_place : kernel.panel;
+  const int64_t packed_bytes = in_place ? 0 : round_up(block_rows * kernel.packed_bytes(k_padded, 0), 64);
   const int64_t floats = std::max(block_rows * kPanel, normed_floats(product, kernel));
   const int64_t worker_bytes = packed_bytes + floats * static_cast<int64_t>(sizeof(float));
   const int threads = threads_for(static_cast<double>(rows) * static_cast<double>(panels * kPanel * k_padded) / 50e3);
@@ -130,17 +135,21 @@ void CpuBackend::multiply_blocks(const Product& product, int64_t block_rows) {
       const int64_t depth = std::min(kernel.k_block, k_padded - k0);
       return packed + count * kernel.packed_bytes(k0, 0) + row * kernel.packed_bytes(depth, 0);
     };
-    for (int64_t row = 0; row < count; row += kernel.tile_rows) {
+    for (int64_t row = 0; !in_place && row < count; row += kernel.tile_rows) {
       pack_tile(product, kernel, begin + row, std::min(kernel.tile_rows, count - row), kernel.k_block, sums,
                 [&](int64_t k0) { return packed_at(row, k0); });
     }
+    const auto x_at = [&](int64_t k0) -> const void* {
+      if (!in_place) return packed_at(0, k0);
+      return product.x.row<float>(begin) + k0;
+    };
     for (int64_t panel = 0; panel < panels; ++panel) {
       float* y = product.y.row<float>(begin) + panel * width;
       // What nothing is added to is summed where it belongs.
-      const bool in_place = product.epilogue == EpilogueKind::kStore && product.bias == nullptr &&
-                            product.y.dim(1) - panel * width >= kPanel;
-      float* c = in_place ? y : sums;
-      const int64_t ldc = in_place ? product.y.row_stride() : kPanel;
+      const bool finishes_itself = product.epilogue == EpilogueKind::kStore && product.bias == nullptr &&
+                                   product.y.dim(1) - panel * width >= kPanel;
+      float* c = finishes_itself ? y : sums;
+      const int64_t ldc = finishes_itself ? product.y.row_stride() : kPanel;
       for (int64_t i = 0; i < count; ++i) {
         __builtin_prefetch(y + i * product.y.row_stride(), 1);
         __builtin_prefetch(y + i * product.y.row_stride() + 16, 1);
@@ -154,11 +163,11 @@ void CpuBackend::multiply_blocks(const Product& product, int64_t block_rows) {
                            : is_last ? weight.panel_at(panel + 1, 0)
                                      : weight.panel_at(panel, k0 + depth);
         const int64_t next_depth = std::min(kernel.k_block, is_last ? k_padded : k_padded - k0 - depth);
-        kernel.panel({count, depth, 0, packed_at(0, k0), weight.panel_at(panel, k0), c, ldc, k0 > 0, next,
-                      has_next ? weight.bytes_of(next_depth) : 0});
+        multiply_panel({count, depth, 0, x_at(k0), weight.panel_at(panel, k0), c, ldc, k0 > 0, next,
+                        has_next ? weight.bytes_of(next_depth) : 0, in_place ? product.x.row_stride() : 0});
         k0 += kernel.k_block;
       } while (k0 < k_padded);
-      if (in_place) continue;
+      if (finishes_itself) continue;
       kernels_.epilogue({product.epilogue, product.bias == nullptr ? nullptr : product.bias + panel * kPanel, y,
                          product.y.row_stride(), std::min(width, product.y.dim(1) - panel * width)},
                         count, sums, kPanel);

@@ -64,6 +64,7 @@ struct PanelProduct {
   bool accumulate;
   const void* next;  // what will be read after this, or nullptr: fetched into the L2 cache meanwhile
   int64_t next_bytes;
+  int64_t stride = 0;  // of panel_in_place: a is the first of rows of float32, so many floats apart
 };
 
 /// Rows of activations to pack into one tile.
@@ -89,6 +90,7 @@ struct GemmKernel {
   int64_t (*packed_bytes)(int64_t depth, int64_t group);
   void (*pack)(const PackJob& job);
   void (*panel)(const PanelProduct& product);
+  void (*panel_in_place)(const PanelProduct& product) = nullptr;  // with activations that are not packed, if it can
 };
 
 enum class EpilogueKind : uint8_t { kStore, kAdd, kSiluGate, kSwiGlu };

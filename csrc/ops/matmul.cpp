@@ -35,6 +35,19 @@ void check(const MatmulBackwardArgs& args) {
   if (args.d_bias) require_disjoint(args.d_bias, args.d_y, op, "d_bias", "d_y");
 }
 
+void check(std::span<const MatmulBackwardArgs> all) {
+  for (size_t i = 0; i < all.size(); ++i) {
+    check(all[i]);
+    require(!all[i].d_x, ErrorKind::kShape, "weights_backward: product ", i, " has a d_x, which it does not make");
+    for (size_t j = 0; j < i; ++j) {
+      require(all[i].d_weight == nullptr || all[i].d_weight != all[j].d_weight, ErrorKind::kShape,
+              "weights_backward: products ", j, " and ", i, " have the same d_weight");
+      if (all[i].d_bias && all[j].d_bias)
+        require_disjoint(all[i].d_bias, all[j].d_bias, "weights_backward", "d_bias", "another d_bias");
+    }
+  }
+}
+
 void check_transpose(const Matrix& target, const Matrix& source) {
   const WeightType f32{Encoding::kF32};
   require(target.type() == f32 && source.type() == f32, ErrorKind::kDType,

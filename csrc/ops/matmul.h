@@ -1,5 +1,7 @@
 #pragma once
 
+#include <span>
+
 #include "core/tensor_view.h"
 #include "ops/matrix.h"
 #include "ops/rms_norm.h"
@@ -42,6 +44,8 @@ struct MatmulBackwardArgs {
 };
 
 void check(const MatmulBackwardArgs& args);
+/// Of Backend::weights_backward: each by itself, and that none has a d_x or the target of another.
+void check(std::span<const MatmulBackwardArgs> all);
 
 /// Of Backend::transpose.
 void check_transpose(const Matrix& target, const Matrix& source);

@@ -272,13 +272,19 @@ void input_backward(const TrainingPass& pass, const TensorView& d_y, const Matri
                                     .compute = weight.type().is_quantized() ? Compute::kExact : pass.compute});
 }
 
+MatmulBackwardArgs weight_gradient(const TrainingPass& pass, const TensorView& d_y, const TensorView& x,
+                                   const Matrix& weight, const TensorView& bias) {
+  return {.d_y = d_y,
+          .weight = nullptr,
+          .x = x,
+          .d_weight = pass.parameters->gradient_of(&weight),
+          .d_bias = pass.parameters->gradient_of(bias),
+          .compute = pass.compute};
+}
+
 void weight_backward(const TrainingPass& pass, const TensorView& d_y, const TensorView& x, const Matrix& weight,
                      const TensorView& bias) {
-  backend_of(pass).matmul_backward({.d_y = d_y,
-                                    .x = x,
-                                    .d_weight = pass.parameters->gradient_of(&weight),
-                                    .d_bias = pass.parameters->gradient_of(bias),
-                                    .compute = pass.compute});
+  backend_of(pass).matmul_backward(weight_gradient(pass, d_y, x, weight, bias));
 }
 
 void linear_backward(const TrainingPass& pass, const TensorView& d_y, const TensorView& x, const Matrix& weight,
@@ -336,21 +342,25 @@ void block_backward(const TrainingPass& pass, int64_t layer, const Saved& saved,
 
 void block_weights_backward(const TrainingPass& pass, int64_t layer, const Saved& saved, const Deferred& deferred) {
   const BlockWeights& weights = pass.model->weights().block(layer);
-  weight_backward(pass, deferred.d_out, deferred.wide, *weights.down.weight, weights.down.bias);
-  weight_backward(pass, saved.gate, deferred.ffn_normed, *weights.gate.weight, weights.gate.bias);
-  weight_backward(pass, saved.up, deferred.ffn_normed, *weights.up.weight, weights.up.bias);
-  weight_backward(pass, deferred.d_middle, saved.attended, *weights.o.weight, weights.o.bias);
+  std::vector<MatmulBackwardArgs> all;
+  const auto add = [&](const TensorView& d_y, const TensorView& x, const Linear& linear) {
+    all.push_back(weight_gradient(pass, d_y, x, *linear.weight, linear.bias));
+  };
+  // What was written last first, as it is the nearest.
   for (const Projection& part : weights.qkv) {
-    weight_backward(pass, columns(saved.qkv, part.begin, part.linear.weight->rows()), deferred.attention_normed,
-                    *part.linear.weight, part.linear.bias);
+    add(columns(saved.qkv, part.begin, part.linear.weight->rows()), deferred.attention_normed, part.linear);
   }
+  add(deferred.d_middle, saved.attended, weights.o);
+  add(saved.gate, deferred.ffn_normed, weights.gate);
+  add(saved.up, deferred.ffn_normed, weights.up);
+  add(deferred.d_out, deferred.wide, weights.down);
   // A bias' gradient is the sum of rows, and so are these.
   const auto add_rows = [&](const TensorView& parts, const Norm& norm) {
-    const TensorView target = pass.parameters->gradient_of(norm.weight);
-    if (target) backend_of(pass).matmul_backward({.d_y = parts, .d_bias = target});
+    all.push_back({.d_y = parts, .weight = nullptr, .d_bias = pass.parameters->gradient_of(norm.weight)});
   };
-  add_rows(deferred.d_ffn_norm, weights.ffn_norm);
   add_rows(deferred.d_attention_norm, weights.attention_norm);
+  add_rows(deferred.d_ffn_norm, weights.ffn_norm);
+  backend_of(pass).weights_backward(all);
 }
 
 }  // namespace llama_ext

@@ -100,7 +100,9 @@ void linear_forward(const TrainingPass& pass, const TensorView& x, const Matrix&
 /// d_x (+)= d_y W.
 void input_backward(const TrainingPass& pass, const TensorView& d_y, const Matrix& weight, const TensorView& d_x,
                     bool accumulate);
-/// The gradients of the weight and bias, where they are trained.
+/// What asks for the gradients of the weight and bias, where they are trained; and asks.
+MatmulBackwardArgs weight_gradient(const TrainingPass& pass, const TensorView& d_y, const TensorView& x,
+                                   const Matrix& weight, const TensorView& bias);
 void weight_backward(const TrainingPass& pass, const TensorView& d_y, const TensorView& x, const Matrix& weight,
                      const TensorView& bias);
 /// Both, or only the first where the pass defers the second.

@@ -6,7 +6,7 @@ namespace llama_ext {
 namespace {
 
 constexpr int64_t kPartRows = 64;
-constexpr size_t kLeastParts = 8;
+constexpr size_t kLeastParts = 4;
 // Of a matrix: the transposed ones are one more copy of the weights, and a part reads all of a block's.
 constexpr int64_t kMostWeights = int64_t{1} << 18;
 

@@ -12,9 +12,13 @@
 namespace llama_ext {
 namespace {
 
-// Tokens of a pass. On a device with memory of its own more, as each pass rounds, reads and adds to all weights once more: as many
-// as activations may take memory, four times that of the weights or 4 GiB.
+// Tokens of a pass. Of a small model, which goes in parts, as many as leave what is kept for backward in an L3 cache, but enough for
+// eight threads.
 constexpr int64_t kPassTokens = 2048;
+constexpr int64_t kKeptInCache = int64_t{12} << 20;
+constexpr int64_t kLeastPassTokens = 512;
+// On a device with memory of its own more, as each pass rounds, reads and adds to all weights once more: as many as activations may
+// take memory, four times that of the weights or 4 GiB.
 constexpr int64_t kPassTokensOnDevice = 8192;
 constexpr int64_t kActivationsOnDevice = int64_t{4} << 30;
 
@@ -105,13 +109,18 @@ int64_t Trainer::nbytes() const {
 }
 
 int64_t Trainer::pass_tokens() const {
-  if (model_->backend().shares_host_memory()) return kPassTokens;
   const ModelConfig& config = model_->config();
   const int64_t kept = 2 * config.width + config.qkv_size() + config.heads + config.q_size() + 2 * config.ffn_width;
   const int64_t layer_floats = options_.checkpoint_activations ? config.width : kept;
-  const int64_t floats = std::max<int64_t>(1, config.layers * layer_floats);
+  const int64_t token_bytes = std::max<int64_t>(1, config.layers * layer_floats) * static_cast<int64_t>(sizeof(float));
+  if (goes_in_parts_) {
+    // Whole numbers of the least, so that threads have as many parts each.
+    const int64_t least = kLeastPassTokens;
+    return std::clamp(kKeptInCache / token_bytes / least * least, least, kPassTokens);
+  }
+  if (model_->backend().shares_host_memory()) return kPassTokens;
   const int64_t memory = std::max(kActivationsOnDevice, 4 * model_->weights().nbytes());
-  return std::clamp(memory / (floats * static_cast<int64_t>(sizeof(float))), kPassTokens, kPassTokensOnDevice);
+  return std::clamp(memory / token_bytes, kPassTokens, kPassTokensOnDevice);
 }
 
 LossSum Trainer::accumulate(const TrainingBatch& batch, double scale, uint64_t seed) {
@@ -131,6 +140,7 @@ void Trainer::step(double lr, double gradient_scale) {
 
 LossSum Trainer::run(const TrainingBatch& batch, bool trains, double scale, uint64_t seed) {
   check_batch(model_->config(), batch);
+  is_transposed_ = false;  // the weights may be others than in the last batch
   LossSum sum;
   size_t first = 0;
   int64_t token = 0;
@@ -231,7 +241,10 @@ LossSum Trainer::run_pass(const TrainingBatch& batch, bool trains, double scale,
   x = x_out;
   const TensorView d = trains ? workspace.d(rows) : TensorView();
   LossSum sum = head(pass, batch, x, trains, scale, d);
-  if (trains && !parts.empty()) transpose_blocks(*model_, transposed_);
+  if (trains && !parts.empty() && !is_transposed_) {
+    transpose_blocks(*model_, transposed_);
+    is_transposed_ = true;
+  }
   for (int64_t layer = config.layers - 1; trains && layer >= 0; --layer) {
     throw_if_interrupted();
     const Saved saved = workspace.saved(layer, rows);

@@ -80,7 +80,8 @@ class Trainer {
   TrainerOptions options_;
   Parameters parameters_;
   bool goes_in_parts_;     // where there are enough (pass_parts.h)
-  Transposed transposed_;  // for those
+  Transposed transposed_;  // for those: the weights of this batch, once they are
+  bool is_transposed_ = false;
   std::unique_ptr<TrainingWorkspace> workspace_;
   // What operations read of a pass until it is over.
   std::vector<int32_t> labels_;

@@ -116,9 +116,83 @@ void test_products_round_float32_weights_to_bf16() {
   });
 }
 
+// Gradients of several weights and biases at once, to the bit those of one after the other: operands that are shared and not, more
+// than fit together, and one that goes in parts; in float32 and rounded.
+void test_several_weights() {
+  constexpr int64_t kRows = 530;
+  for (const Compute compute : {Compute::kExact, Compute::kBF16}) {
+    on_every_tier([&](Backend& backend) {
+      Numbers numbers(9);
+      Grid narrow(kRows, 65, numbers), wide(kRows, 1300, numbers), d_narrow(kRows, 70, numbers);
+      Grid d_other(kRows, 33, numbers), d_wide(kRows, 1500, numbers), d_rows(3, 40, numbers);
+      struct Product {
+        Grid& d_y;
+        Grid* x;
+        bool has_bias;
+      };
+      const std::vector<Product> products = {
+          {d_narrow, &narrow, true}, {d_other, &narrow, false}, {d_narrow, &wide, false}, {d_wide, &wide, true},
+          {d_other, &wide, false},   {d_rows, nullptr, true},   {d_other, nullptr, false}};
+      std::vector<float> found;
+      for (const bool together : {false, true}) {
+        std::vector<std::unique_ptr<Matrix>> weights;
+        std::vector<std::vector<float>> biases;
+        std::vector<MatmulBackwardArgs> all;
+        biases.reserve(products.size());
+        for (const auto& [d_y, x, has_bias] : products) {
+          biases.emplace_back(static_cast<size_t>(d_y.columns), 0.25f);
+          MatmulBackwardArgs args{.d_y = d_y.view(), .compute = compute};
+          if (x != nullptr) {
+            Grid start(d_y.columns, x->columns);
+            start.at(0, 0) = 3.0f;
+            weights.push_back(matrix_of(backend, start, {}));
+            args.x = x->view();
+            args.d_weight = weights.back().get();
+          }
+          if (has_bias) args.d_bias = flat(biases.back());
+          all.push_back(args);
+        }
+        if (together) {
+          backend.weights_backward(all);
+        } else {
+          for (const MatmulBackwardArgs& args : all) backend.matmul_backward(args);
+        }
+        std::vector<float> values;
+        for (const auto& weight : weights) append(values, read(backend, *weight).data);
+        for (const auto& bias : biases) append(values, bias);
+        if (together) CHECK(same_bits(values, found));
+        found = values;
+      }
+      backend.weights_backward({});
+      return found;
+    });
+  }
+}
+
+void test_several_weights_are_checked() {
+  const auto backend = make_cpu_backend(2);
+  Numbers numbers(3);
+  Grid x(4, 5, numbers), d_y(4, 6, numbers), start(6, 5, numbers), d_x(4, 5, numbers);
+  const auto weight = matrix_of(*backend, start, {});
+  const auto other = matrix_of(*backend, start, {});
+  std::vector<float> bias(6);
+  const MatmulBackwardArgs good{.d_y = d_y.view(), .x = x.view(), .d_weight = weight.get(), .d_bias = flat(bias)};
+  std::vector<MatmulBackwardArgs> all = {good, good};
+  CHECK_ERROR(ErrorKind::kShape, "the same d_weight", backend->weights_backward(all));
+  all[1].d_weight = other.get();
+  CHECK_ERROR(ErrorKind::kShape, "d_bias", backend->weights_backward(all));
+  all[1].d_bias = {};
+  backend->weights_backward(all);
+  all[1].weight = weight.get();
+  all[1].d_x = d_x.view();
+  CHECK_ERROR(ErrorKind::kShape, "d_x", backend->weights_backward(all));
+}
+
 }  // namespace
 
 void test_matmul_backward() {
+  test_several_weights();
+  test_several_weights_are_checked();
   test_matmul_backward_of_all_shapes();
   test_many_outputs();
   test_products_round_float32_weights_to_bf16();

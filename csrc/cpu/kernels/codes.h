@@ -102,8 +102,8 @@ static void panel_codes_exact(const PanelProduct& p) {
     widen_codes<F>(static_cast<const uint8_t*>(p.b), k0, depth, p.group, widened);
     for (int64_t row = 0; row < p.rows; row += kTileRows) {
       const int64_t height = p.rows - row < kTileRows ? p.rows - row : kTileRows;
-      tile_any<PanelF32>(height, depth, tiles + row * p.depth + k0 * height, widened, p.c + row * p.ldc, p.ldc,
-                         p.accumulate || k0 > 0);
+      tile_any<PanelF32, PackedRows>(height, depth, tiles + row * p.depth + k0 * height, 0, widened, p.c + row * p.ldc,
+                                     p.ldc, p.accumulate || k0 > 0);
     }
   }
 }

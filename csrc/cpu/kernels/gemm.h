@@ -37,8 +37,39 @@ struct PanelBf16 {
 static inline vf load_weights(const float* p) { return vload(p); }
 static inline vf load_weights(const uint16_t* p) { return vload_f16(p); }
 
-template <typename Panel, int R, int NV>
-static inline void tile(int64_t k, const float* a, const typename Panel::Element* b, float* c, int64_t ldc,
+/// The activations of a tile of R rows, packed: [k][R].
+template <int R>
+struct PackedRows {
+  const float* a;
+
+  PackedRows(const float* x, int64_t) : a(x) {}
+  float get(int64_t row) const { return a[row]; }
+  /// `next` k on.
+  float get(int64_t row, int64_t next) const { return a[next * R + row]; }
+  void advance(int64_t count) { a += count * R; }
+};
+
+/// Where they are: rows `stride` apart. One register points to three of them.
+template <int R>
+struct RowsInPlace {
+  static constexpr int kGroups = (R + 2) / 3;
+  const float* a[kGroups];
+  int64_t stride;
+
+  RowsInPlace(const float* x, int64_t row_stride) : stride(row_stride) {
+#pragma GCC unroll 8
+    for (int g = 0; g < kGroups; ++g) a[g] = x + 3 * g * stride;
+  }
+  float get(int64_t row) const { return a[row / 3][row % 3 * stride]; }
+  float get(int64_t row, int64_t next) const { return a[row / 3][row % 3 * stride + next]; }
+  void advance(int64_t count) {
+#pragma GCC unroll 8
+    for (int g = 0; g < kGroups; ++g) a[g] += count;
+  }
+};
+
+template <typename Panel, int R, int NV, template <int> typename Activations>
+static inline void tile(int64_t k, Activations<R> x, const typename Panel::Element* b, float* c, int64_t ldc,
                         bool accumulate) {
   vf sum[R][NV];
 #pragma GCC unroll 16
@@ -58,9 +89,9 @@ static inline void tile(int64_t k, const float* a, const typename Panel::Element
       for (int v = 0; v < NV; ++v) w[v] = load_weights(b + v * kWidth);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        const vf x = vset1(a[r]);
+        const vf a = vset1(x.get(r));
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) sum[r][v] = vfma(x, w[v], sum[r][v]);
+        for (int v = 0; v < NV; ++v) sum[r][v] = vfma(a, w[v], sum[r][v]);
       }
     } else {
       vf w[NV];
@@ -68,20 +99,20 @@ static inline void tile(int64_t k, const float* a, const typename Panel::Element
       for (int v = 0; v < NV; ++v) w[v] = vload_pair_low(b + 2 * v * kWidth);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        const vf x = vset1(a[r]);
+        const vf a = vset1(x.get(r));
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) sum[r][v] = vfma(x, w[v], sum[r][v]);
+        for (int v = 0; v < NV; ++v) sum[r][v] = vfma(a, w[v], sum[r][v]);
       }
 #pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) w[v] = vload_pair_high(b + 2 * v * kWidth);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        const vf x = vset1(a[R + r]);
+        const vf a = vset1(x.get(r, 1));
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; ++v) sum[r][v] = vfma(x, w[v], sum[r][v]);
+        for (int v = 0; v < NV; ++v) sum[r][v] = vfma(a, w[v], sum[r][v]);
       }
     }
-    a += R * Panel::kStep;
+    x.advance(Panel::kStep);
     b += kPanel * Panel::kStep;
   }
 #pragma GCC unroll 16
@@ -92,24 +123,24 @@ static inline void tile(int64_t k, const float* a, const typename Panel::Element
 }
 
 /// R rows x 32 columns, in as few passes over the columns as the registers allow.
-template <typename Panel, int R>
-static void tile_rows(int64_t k, const float* a, const typename Panel::Element* b, float* c, int64_t ldc,
+template <typename Panel, int R, template <int> typename Activations>
+static void tile_rows(int64_t k, Activations<R> x, const typename Panel::Element* b, float* c, int64_t ldc,
                       bool accumulate) {
   constexpr int kVectors = static_cast<int>(kPanel) / kWidth;
   constexpr int NV = kVectors * R <= 8 ? kVectors : 2;
   for (int v = 0; v < kVectors; v += NV) {
-    tile<Panel, R, NV>(k, a, b + v * kWidth * Panel::kStep, c + v * kWidth, ldc, accumulate);
+    tile<Panel, R, NV, Activations>(k, x, b + v * kWidth * Panel::kStep, c + v * kWidth, ldc, accumulate);
   }
 }
 
-template <typename Panel>
-static void tile_any(int64_t rows, int64_t k, const float* a, const typename Panel::Element* b, float* c, int64_t ldc,
-                     bool accumulate) {
-#define LLAMA_EXT_TILE(R)                               \
-  case R:                                               \
-    if constexpr (R <= kTileRows) {                     \
-      tile_rows<Panel, R>(k, a, b, c, ldc, accumulate); \
-    }                                                   \
+template <typename Panel, template <int> typename Activations>
+static void tile_any(int64_t rows, int64_t k, const float* a, int64_t stride, const typename Panel::Element* b,
+                     float* c, int64_t ldc, bool accumulate) {
+#define LLAMA_EXT_TILE(R)                                                                    \
+  case R:                                                                                    \
+    if constexpr (R <= kTileRows) {                                                          \
+      tile_rows<Panel, R, Activations>(k, Activations<R>(a, stride), b, c, ldc, accumulate); \
+    }                                                                                        \
     break;
   switch (rows) {
     LLAMA_EXT_TILE(1)
@@ -143,16 +174,19 @@ static inline void prefetch_next(const PanelProduct& p, int64_t index, int64_t p
   for (int64_t line = index * share; line < end; ++line) __builtin_prefetch(next + 64 * line, 0, 2);
 }
 
-template <typename Panel>
+template <typename Panel, template <int> typename Activations = PackedRows>
 static void panel(const PanelProduct& p) {
-  const float* tiles = static_cast<const float*>(p.a);
+  const float* x = static_cast<const float*>(p.a);
   const auto* weights = static_cast<const typename Panel::Element*>(p.b);
+  // Packed, tiles follow each other.
+  const int64_t row_floats = p.stride == 0 ? p.depth : p.stride;
   const int64_t parts = (p.rows + kTileRows - 1) / kTileRows;
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t row = part * kTileRows;
     const int64_t height = p.rows - row < kTileRows ? p.rows - row : kTileRows;
     prefetch_next(p, part, parts);
-    tile_any<Panel>(height, p.depth, tiles + row * p.depth, weights, p.c + row * p.ldc, p.ldc, p.accumulate);
+    tile_any<Panel, Activations>(height, p.depth, x + row * row_floats, p.stride, weights, p.c + row * p.ldc, p.ldc,
+                                 p.accumulate);
   }
 }
 

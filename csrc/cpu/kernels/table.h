@@ -15,7 +15,8 @@
 
 namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE {
 
-static constexpr GemmKernel kGemmF32 = {kTileRows, 192, 4, packed_bytes_f32, pack_f32, panel<PanelF32>};
+static constexpr GemmKernel kGemmF32 = {
+    kTileRows, 192, 4, packed_bytes_f32, pack_f32, panel<PanelF32>, panel<PanelF32, RowsInPlace>};
 static constexpr GemmKernel kGemmF16 = {kTileRows, 256, 8, packed_bytes_f32, pack_f32, panel<PanelF16>};
 static constexpr GemmKernel kGemmBf16Exact = {kTileRows, 256, 8, packed_bytes_f32, pack_f32, panel<PanelBf16>};
 

@@ -35,11 +35,17 @@ static void transpose(const float* from, int64_t from_stride, int64_t rows, int6
   }
 }
 
+static inline void prefetch_row(const float* x, int64_t columns) {
+  for (int64_t i = 0; i < columns; i += 16) __builtin_prefetch(x + i);
+}
+
 static void pack_columns(const float* x, int64_t stride, int64_t rows, int64_t columns, float* tiles) {
   // A few rows at a time, so that the lines of x which two tiles share stay in the L1 cache.
   constexpr int64_t kRows = 16;
   for (int64_t r0 = 0; r0 < rows; r0 += kRows) {
     const int64_t end = rows - r0 < kRows ? rows : r0 + kRows;
+    // The next ones come from far away, a stride apart, meanwhile.
+    for (int64_t r = end; r < rows && r < end + kRows; ++r) prefetch_row(x + r * stride, columns);
     int64_t c = 0;
     for (; c + kTileRows <= columns; c += kTileRows) {
       float* to = tiles + c * rows + r0 * kTileRows;
@@ -55,6 +61,7 @@ static void pack_columns(const float* x, int64_t stride, int64_t rows, int64_t c
 
 static void pack_panel(const float* x, int64_t stride, int64_t rows, int64_t columns, float* panel) {
   for (int64_t r = 0; r < rows; ++r, x += stride, panel += kPanel) {
+    prefetch_row(x + rows * stride, columns);  // as many rows again are packed next, if there are
     if (columns == kPanel) {
 #pragma GCC unroll 8
       for (int64_t i = 0; i < kPanel; i += kWidth) vstore(panel + i, vload(x + i));
