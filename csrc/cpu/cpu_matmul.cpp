@@ -20,7 +20,7 @@ constexpr int64_t kFinishedRows = 96;
 constexpr int64_t kSharedBytes = int64_t{4} << 20;
 constexpr int64_t kBlockBytes = 224 * 1024;
 constexpr int64_t kLeastRows = 42;
-constexpr int64_t kAliasedFloats = 512;
+constexpr int64_t kAliasedFloats = 512;  // rows so far apart lie in a few sets of a cache
 // Panels of a task with few rows: about a megabyte, so that a thread which is held up leaves the rest to the others.
 constexpr int64_t kDecodePanels = 4;
 // Kernels of up to so many rows ask for what they read by themselves.
@@ -118,8 +118,8 @@ void CpuBackend::multiply_blocks(const Product& product, int64_t block_rows) {
   const int64_t panels = weight.panels();
   const int64_t width = product.epilogue == EpilogueKind::kSwiGlu ? kPanel / 2 : kPanel;
   // Rows are read for each panel as they are, unless they all lie in the same sets of a cache.
-  const bool in_place =
-      kernel.panel_in_place != nullptr && !product.norm && product.x.row_stride() % kAliasedFloats != 0;
+  const bool in_place = kernel.panel_in_place != nullptr && k_padded == weight.cols() && !product.norm &&
+                        product.x.row_stride() % kAliasedFloats != 0;
   const auto multiply_panel = in_place ? kernel.panel_in_place : kernel.panel;
   const int64_t packed_bytes = in_place ? 0 : round_up(block_rows * kernel.packed_bytes(k_padded, 0), 64);
   const int64_t floats = std::max(block_rows * kPanel, normed_floats(product, kernel));
