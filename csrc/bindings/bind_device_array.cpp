@@ -307,8 +307,12 @@ py::tuple tuple_of(const Extents& numbers) { return py::tuple(py::cast(numbers))
 }  // namespace
 
 void bind_device_array(py::module_& module, py::class_<Backend, BackendPtr>& backend, py::class_<PyMatrix>& matrix) {
-  py::class_<DeviceArray>(module, "DeviceArray",
-                          "An array in a GPU's memory: what operations give whose arguments lie there.")
+  py::class_<DeviceArray>(
+      module, "DeviceArray",
+      "An array in the memory of an NVIDIA GPU: what operations of llama_ext.ops give whose arrays lie there.\n\n"
+      "shape; strides, in elements; dtype, \"float32\" and so on; device, \"cuda:0\" and so on; writable; "
+      "is_contiguous. "
+      "Whatever was to write it is done.")
       .def_property_readonly("shape", [](const DeviceArray& self) { return tuple_of(self.shape()); })
       .def_property_readonly("strides", [](const DeviceArray& self) { return tuple_of(self.strides()); })
       .def_property_readonly("dtype", [](const DeviceArray& self) { return std::string(self.type().name); })
@@ -318,28 +322,42 @@ void bind_device_array(py::module_& module, py::class_<Backend, BackendPtr>& bac
       .def_property_readonly("nbytes", [](const DeviceArray& self) { return self.size() * self.type().size; })
       .def_property_readonly("writable", &DeviceArray::is_writable)
       .def_property_readonly("is_contiguous", &DeviceArray::is_contiguous)
-      .def("has_rows", &DeviceArray::is_rows, py::arg("inner"))
-      .def("overlaps", &DeviceArray::overlaps, py::arg("other"))
-      .def("numpy", &to_numpy)
-      .def("contiguous", [](const DeviceArray& self) { return without_gil([&] { return self.contiguous(); }); })
-      .def("copy", [](const DeviceArray& self) { return without_gil([&] { return self.copy(); }); })
+      .def("has_rows", &DeviceArray::is_rows, py::arg("inner"),
+           "Whether the last `inner` axes are contiguous, and the others one axis with one stride.")
+      .def("overlaps", &DeviceArray::overlaps, py::arg("other"), "Whether the two may share memory.")
+      .def("numpy", &to_numpy,
+           "A copy in host memory, as a NumPy array of this shape; bfloat16 as the uint16 of its bits.")
+      .def(
+          "contiguous", [](const DeviceArray& self) { return without_gil([&] { return self.contiguous(); }); },
+          "Itself, or a C-contiguous copy on the GPU. Raises ShapeError when neither its last axis is contiguous nor "
+          "all others are one axis.")
+      .def(
+          "copy", [](const DeviceArray& self) { return without_gil([&] { return self.copy(); }); },
+          "A C-contiguous copy on the GPU. Raises ShapeError as contiguous().")
       .def(
           "repeated",
           [](const DeviceArray& self, int64_t times) { return without_gil([&] { return self.repeated(times); }); },
-          py::arg("times"))
-      .def("reshape", &DeviceArray::reshape, py::arg("shape"))
+          py::arg("times"), "A new array: its rows, so many times one after another.")
+      .def("reshape", &DeviceArray::reshape, py::arg("shape"),
+           "The same memory in another shape. Raises ShapeError for another number of elements, or where it would have "
+           "to be copied.")
       .def(
           "assign",
           [](const DeviceArray& self, const DeviceArray& source) { without_gil([&] { self.assign(source); }); },
-          py::arg("source"))
+          py::arg("source"), "Copies an array of this shape and dtype on this GPU into this one.")
       .def(
           "zeros",
           [](const DeviceArray& self, const Extents& shape, const std::string& dtype) {
             return without_gil([&] { return DeviceArray::zeros(self.backend(), shape, dtype); });
           },
-          py::arg("shape"), py::arg("dtype") = "float32")
+          py::arg("shape"), py::arg("dtype") = "float32", "A new array of zeros on this GPU.")
       .def("__dlpack__", &to_dlpack, py::kw_only(), py::arg("stream") = py::none(), py::arg("max_version") = py::none(),
-           py::arg("dl_device") = py::none(), py::arg("copy") = py::none())
+           py::arg("dl_device") = py::none(), py::arg("copy") = py::none(),
+           "A DLPack capsule over its memory, which is kept until the capsule's consumer lets it go.\n\n"
+           "Everything that was to write it is done first, unless stream is -1. With max_version=(1, 0) or later the "
+           "capsule says whether "
+           "it may be written to. dl_device=(1, 0) gives a copy on the CPU, copy=True one on the GPU. Raises "
+           "BufferError.")
       .def("__dlpack_device__", [](const DeviceArray& self) { return py::make_tuple(dlpack::kCuda, self.gpu()); })
       .def("__len__",
            [](const DeviceArray& self) {
