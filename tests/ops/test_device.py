@@ -14,6 +14,7 @@ import pytest
 from devices import IS_EMULATED, requires_cuda
 from dlpack_capsules import Producer, address_of, consume, delete, name_of, tensor_in
 from llama_ext import DeviceError, DTypeError, OptionError, ShapeError, UnsupportedError, _core, ops
+from subprocesses import run_script
 
 GPU = "cuda:0"
 ON_GPU = (2, 0)
@@ -440,6 +441,43 @@ class TestGpu:
         expected = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-6)
         torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
         assert y.device == x.device
+
+
+@pytest.mark.gpu
+@requires_cuda
+@pytest.mark.skipif(not IS_EMULATED, reason="the emulator's memory can be small")
+def test_nothing_leaks_whoever_had_it_and_whatever_went_wrong() -> None:
+    script = """
+        import numpy as np
+        import llama_ext
+        from dlpack_capsules import Producer, address_of, consume, delete
+        from llama_ext import ops
+
+        x = np.ones((50, 100), np.float32)  # 20 kB
+        def work():
+            for _ in range(25):
+                there = ops.to_device(x)
+                there.__dlpack__(max_version=(1, 0))  # never consumed
+                there.__dlpack__(copy=True)
+                delete(consume(there.__dlpack__(copy=True, max_version=(1, 0))))
+                theirs = Producer(address_of(there), x.shape, device=(2, 0), keep=there)
+                ops.softmax(theirs, out=theirs)
+                ops.matmul_backward(theirs, x=theirs)
+                ops.from_dlpack(there)
+                for bad in ({"dtype": (1, 32, 1)}, {"version": (9, 0)}, {"strides": (1, 50)}):
+                    refused = Producer(address_of(there), x.shape, device=(2, 0), **bad)
+                    try:
+                        ops.softmax(refused)
+                    except llama_ext.LlamaExtError:
+                        pass
+                    else:
+                        raise AssertionError(bad)
+                    assert refused.deleted == len(refused.asked) == 1
+                assert theirs.deleted == 2, theirs.deleted  # an operation each
+        work()
+        print("done")
+    """
+    assert run_script(script, LLAMA_EXT_CUDA_EMULATION_MEMORY="350000") == "done\n"
 
 
 M, C, V, H, K, D = 6, 32, 12, 4, 2, 8
