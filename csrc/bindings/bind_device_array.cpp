@@ -169,6 +169,10 @@ struct Offered {
   void* data;
 };
 
+bool is_on_host(const dlpack::Tensor& tensor) {
+  return tensor.device.type == dlpack::kCpu || tensor.device.type == dlpack::kCudaHost;
+}
+
 const dlpack::ElementType& type_of(const dlpack::DataType& dtype, std::string_view what) {
   for (const dlpack::ElementType& type : dlpack::kElementTypes) {
     if (type.code == dtype.code && 8 * type.size == dtype.bits && dtype.lanes == 1) return type;
@@ -218,7 +222,7 @@ std::shared_ptr<void> consume(const py::object& capsule, Managed* managed, const
 py::object array_of(const Offered& offered, std::shared_ptr<void> owner, const BackendPtr& backend,
                     std::string_view what) {
   const dlpack::Tensor& tensor = *offered.tensor;
-  if (tensor.device.type == dlpack::kCpu) {
+  if (is_on_host(tensor)) {
     std::vector<py::ssize_t> strides;
     for (const int64_t stride : offered.strides) strides.push_back(stride * offered.type->size);
     auto kept = std::make_unique<std::shared_ptr<void>>(std::move(owner));
@@ -240,9 +244,9 @@ py::object array_of(const Offered& offered, std::shared_ptr<void> owner, const B
 }
 
 void require_device(const dlpack::Tensor& tensor, const BackendPtr& backend, std::string_view what) {
-  if (tensor.device.type == dlpack::kCpu) return;
+  if (is_on_host(tensor)) return;
   require(tensor.device.type == dlpack::kCuda, ErrorKind::kDevice, what,
-          " must be in the memory of the CPU or of a GPU (DLPack's device types 1 and 2), got type ",
+          " must be in the memory of the CPU or of a GPU (DLPack's device types 1, 2 and 3), got type ",
           tensor.device.type);
   require(backend != nullptr && backend->device() == cat("cuda:", tensor.device.index), ErrorKind::kDevice, what,
           " is on cuda:", tensor.device.index, ", expected ", backend == nullptr ? "cpu" : backend->device());

@@ -9,6 +9,7 @@ namespace llama_ext::dlpack {
 
 inline constexpr int32_t kCpu = 1;
 inline constexpr int32_t kCuda = 2;
+inline constexpr int32_t kCudaHost = 3;  // page-locked memory of the host
 
 struct Device {
   int32_t type;

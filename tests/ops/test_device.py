@@ -72,6 +72,11 @@ def test_an_array_of_the_cpu_is_taken_over_its_own_memory_and_deleted_once(versi
     assert "stream" not in theirs.asked[0], "the CPU has no streams"
 
 
+def test_page_locked_memory_is_memory_of_the_cpu() -> None:
+    x = normal(3, 8)
+    np.testing.assert_array_equal(ops.softmax(of_cpu(x, device=(3, 0))), ops.softmax(x))
+
+
 def test_operations_on_arrays_of_the_cpu_give_the_bits_that_numpy_arrays_give() -> None:
     x, weight, ids = normal(5, 64), normal(48, 64, seed=1), np.array([3, 0, 47])
     producers = [of_cpu(x), of_cpu(weight), of_cpu(ids)]

@@ -21,7 +21,8 @@ __all__ = ["DeviceArray", "from_dlpack", "takes_dlpack", "to_device"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_CPU, _CUDA = 1, 2  # DLPack's device types
+# DLPack's device types; the third is page-locked memory of the CPU.
+_CPU, _CUDA, _CUDA_HOST = 1, 2, 3
 # What the CPU reads and checks before an operation starts, so that it may lie there beside arrays on a GPU.
 _READ_BY_THE_CPU = frozenset({"ids", "labels", "starts", "lengths", "importance", "blocks"})
 
@@ -182,12 +183,12 @@ def _device_of(op: str, what: str, value: object) -> str:
     if not hasattr(value, "__dlpack_device__"):
         raise DTypeError(f"{op}: {what} has __dlpack__ but no __dlpack_device__, got {type(value).__name__}")
     kind, index = value.__dlpack_device__()
-    if int(kind) == _CPU:
+    if int(kind) in (_CPU, _CUDA_HOST):
         return "cpu"
     if int(kind) == _CUDA:
         return f"cuda:{int(index)}"
     raise DeviceError(
-        f"{op}: {what} must be in the memory of the CPU or of an NVIDIA GPU (DLPack's device types 1 and 2), got type {int(kind)}"
+        f"{op}: {what} must be in the memory of the CPU or of an NVIDIA GPU (DLPack's device types 1, 2 and 3), got type {int(kind)}"
     )
 
 
