@@ -83,7 +83,8 @@ def test_the_stub_has_every_attribute_of_a_class_and_no_other(name: str) -> None
     # A class that Python cannot make has no __init__ of its own.
     has_init = (cls.__init__.__doc__ or "").startswith("__init__(self: ")
     assert has_init == ("__init__" in stubbed)
-    assert public(stubbed) | {"__init__"} >= stubbed
+    # Of methods that Python itself calls, those that the stub has are there.
+    assert (set(vars(cls)) | {"__init__"}) >= stubbed
 
 
 @pytest.mark.parametrize("name", METHODS)

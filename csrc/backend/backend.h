@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <span>
@@ -37,6 +38,8 @@ class Buffer {
   virtual ~Buffer() = default;
   void* data() const { return data_; }
   size_t nbytes() const { return nbytes_; }
+  /// Says that others than this backend work with it, on streams of their own: giving it back then waits for the whole device.
+  virtual void share() {}
 
  protected:
   Buffer(void* data, size_t nbytes) : data_(data), nbytes_(nbytes) {}
@@ -72,6 +75,14 @@ class Backend {
   virtual void copy_to_device(void* device, const void* host, size_t nbytes) = 0;
   virtual void copy_to_host(void* host, const void* device, size_t nbytes) = 0;
   virtual void synchronize() = 0;
+  /// to = from, on the device: one dtype and shape, rows of both may be strided.
+  virtual void copy(const TensorView& to, const TensorView& from) {
+    const size_t nbytes = static_cast<size_t>(from.inner_size()) * size_of(from.dtype());
+    const int64_t rows = nbytes == 0 ? 0 : from.rows();
+    for (int64_t i = 0; i < rows; ++i) std::memmove(to.slice_rows(i, 1).data(), from.slice_rows(i, 1).data(), nbytes);
+  }
+  /// The queue that operations go to, as the device's other libraries name it (cudaStream_t); 0 where they run on the host.
+  virtual uintptr_t stream() const { return 0; }
   /// x = 0. x: f32, rows may be strided.
   virtual void zero(const TensorView& x) = 0;
   /// Calls function(part, worker) for each part in [0, parts). Parts may run at once, on a host of several threads: each calls
@@ -182,6 +193,11 @@ class Backend {
   // Passes through a model (model/transformer.h).
   /// Rows of one at most: as many as keep the device busy, while their memory stays small beside a model's.
   virtual int64_t pass_rows() const { return 512; }
+
+  // Ranges that a profiler shows around operations (backend/range.h).
+  virtual bool shows_ranges() const { return false; }
+  virtual void begin_range(const std::string& /*name*/) {}
+  virtual void end_range() {}
 };
 
 inline void Backend::transpose(Matrix& target, const Matrix& source) {

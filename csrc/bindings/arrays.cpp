@@ -2,6 +2,7 @@
 #include <bit>
 
 #include "bindings/bindings.h"
+#include "bindings/device_array.h"
 
 namespace llama_ext {
 namespace {
@@ -117,12 +118,28 @@ TensorView write_view(const py::handle& object, DType dtype, int rank, std::stri
   return view;
 }
 
-TensorView optional_view(const py::handle& object, int rank, std::string_view op, std::string_view what) {
-  return object.is_none() ? TensorView() : read_view(object, DType::kF32, rank, op, what);
+TensorView operand(const py::handle& object, DType dtype, int rank, std::string_view op, std::string_view what) {
+  if (!py::isinstance<DeviceArray>(object)) return read_view(object, dtype, rank, op, what);
+  return object.cast<const DeviceArray&>().view(dtype, rank, op, what);
 }
 
-TensorView optional_write_view(const py::handle& object, int rank, std::string_view op, std::string_view what) {
-  return object.is_none() ? TensorView() : write_view(object, DType::kF32, rank, op, what);
+TensorView result(const py::handle& object, DType dtype, int rank, std::string_view op, std::string_view what) {
+  if (!py::isinstance<DeviceArray>(object)) return write_view(object, dtype, rank, op, what);
+  const auto& array = object.cast<const DeviceArray&>();
+  require(array.is_writable(), ErrorKind::kOption, op, ": ", what, " is read-only");
+  return array.view(dtype, rank, op, what);
+}
+
+TensorView optional_operand(const py::handle& object, int rank, std::string_view op, std::string_view what) {
+  return object.is_none() ? TensorView() : operand(object, DType::kF32, rank, op, what);
+}
+
+TensorView optional_result(const py::handle& object, int rank, std::string_view op, std::string_view what) {
+  return object.is_none() ? TensorView() : result(object, DType::kF32, rank, op, what);
+}
+
+TensorView optional_view(const py::handle& object, int rank, std::string_view op, std::string_view what) {
+  return object.is_none() ? TensorView() : read_view(object, DType::kF32, rank, op, what);
 }
 
 TensorView weight_view(const py::handle& object, std::string_view op, std::string_view what) {

@@ -71,6 +71,10 @@ double gpu_read_bandwidth(const std::string& device, int64_t nbytes, int rounds)
   return cuda_library().read_bandwidth(gpu_index(device), nbytes, rounds);
 }
 
+bool has_nvtx_ranges() { return cuda_library().has_ranges(); }
+bool nvtx_ranges_are_on() { return cuda_library().ranges_are_on(); }
+void show_nvtx_ranges(bool on) { cuda_library().show_ranges(on); }
+
 GpuReport gpu_report() {
   try {
     const CudaLibrary& library = cuda_library();

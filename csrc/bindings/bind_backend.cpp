@@ -1,4 +1,4 @@
-// Backend and Matrix: every operation by itself, on NumPy arrays.
+// Backend and Matrix: every operation by itself, on NumPy arrays and DeviceArrays.
 #include <algorithm>
 #include <utility>
 #include <variant>
@@ -21,6 +21,12 @@ PyMatrix make_matrix(const BackendPtr& backend, const py::object& source, const 
     matrix.matrix = backend->create_matrix(view.dim(0), view.dim(1), type);
     backend->write_rows(*matrix.matrix, {}, view, weights);
   });
+  return matrix;
+}
+
+PyMatrix make_zero_matrix(const BackendPtr& backend, int64_t rows, int64_t cols) {
+  PyMatrix matrix{backend, nullptr};
+  run_op(backend, [&] { matrix.matrix = backend->create_matrix(rows, cols, weight_type("float32", 0, "matrix")); });
   return matrix;
 }
 
@@ -68,39 +74,39 @@ py::array matrix_to_array(const PyMatrix& matrix) {
 void embedding(const BackendPtr& backend, const py::object& ids, const PyMatrix& table, const py::object& out) {
   EmbeddingArgs args{.ids = read_view(ids, DType::kI32, 1, "embedding", "ids"),
                      .table = matrix_of(backend, table, "embedding", "table"),
-                     .y = write_view(out, DType::kF32, 2, "embedding", "out")};
+                     .y = result(out, DType::kF32, 2, "embedding", "out")};
   run_op(DeviceArrays(*backend).writes(args.y), [&] { backend->embedding(args); });
 }
 
 void matmul(const BackendPtr& backend, const py::object& x, const PyMatrix& weight, const py::object& bias,
             const py::object& out, bool accumulate, const std::string& compute, const py::object& norm_weight,
             double norm_eps) {
-  MatmulArgs args{.x = read_view(x, DType::kF32, 2, "matmul", "x"),
+  MatmulArgs args{.x = operand(x, DType::kF32, 2, "matmul", "x"),
                   .weight = matrix_of(backend, weight, "matmul", "weight"),
-                  .bias = optional_view(bias, 1, "matmul", "bias"),
-                  .y = write_view(out, DType::kF32, 2, "matmul", "out"),
+                  .bias = optional_operand(bias, 1, "matmul", "bias"),
+                  .y = result(out, DType::kF32, 2, "matmul", "out"),
                   .accumulate = accumulate,
                   .compute = compute_from_name(compute),
-                  .norm = {optional_view(norm_weight, 1, "matmul", "norm_weight"), norm_eps}};
+                  .norm = {optional_operand(norm_weight, 1, "matmul", "norm_weight"), norm_eps}};
   run_op(DeviceArrays(*backend).reads(args.x).reads(args.bias).reads(args.norm.weight).writes(args.y),
          [&] { backend->matmul(args); });
 }
 
 void rms_norm(const BackendPtr& backend, const py::object& x, const py::object& weight, double eps,
               const py::object& out, const py::object& inv_rms) {
-  RmsNormArgs args{.x = read_view(x, DType::kF32, 2, "rms_norm", "x"),
-                   .weight = read_view(weight, DType::kF32, 1, "rms_norm", "weight"),
+  RmsNormArgs args{.x = operand(x, DType::kF32, 2, "rms_norm", "x"),
+                   .weight = operand(weight, DType::kF32, 1, "rms_norm", "weight"),
                    .eps = eps,
-                   .y = write_view(out, DType::kF32, 2, "rms_norm", "out"),
-                   .inv_rms = optional_write_view(inv_rms, 1, "rms_norm", "inv_rms")};
+                   .y = result(out, DType::kF32, 2, "rms_norm", "out"),
+                   .inv_rms = optional_result(inv_rms, 1, "rms_norm", "inv_rms")};
   run_op(DeviceArrays(*backend).reads(args.x).reads(args.weight).writes(args.y).writes(args.inv_rms),
          [&] { backend->rms_norm(args); });
 }
 
 void rope(const BackendPtr& backend, const py::object& x, const py::object& cos, const py::object& sin, bool inverse) {
-  RopeArgs args{.x = write_view(x, DType::kF32, 3, "rope", "x"),
-                .cos = read_view(cos, DType::kF32, 2, "rope", "cos"),
-                .sin = read_view(sin, DType::kF32, 2, "rope", "sin"),
+  RopeArgs args{.x = result(x, DType::kF32, 3, "rope", "x"),
+                .cos = operand(cos, DType::kF32, 2, "rope", "cos"),
+                .sin = operand(sin, DType::kF32, 2, "rope", "sin"),
                 .inverse = inverse};
   run_op(DeviceArrays(*backend).reads(args.cos).reads(args.sin).writes(args.x), [&] { backend->rope(args); });
 }
@@ -111,10 +117,10 @@ void rope(const BackendPtr& backend, const py::object& x, const py::object& cos,
 void attention(const BackendPtr& backend, const py::object& q, const py::object& k, const py::object& v,
                const py::object& starts, const py::object& lengths, double scale, const std::string& cache_dtype,
                const py::object& out, const std::string& compute) {
-  TensorView q_view = read_view(q, DType::kF32, 4, "attention", "q");
-  TensorView k_view = read_view(k, DType::kF32, 4, "attention", "k");
-  TensorView v_view = read_view(v, DType::kF32, 4, "attention", "v");
-  TensorView y_view = write_view(out, DType::kF32, 4, "attention", "out");
+  TensorView q_view = operand(q, DType::kF32, 4, "attention", "q");
+  TensorView k_view = operand(k, DType::kF32, 4, "attention", "k");
+  TensorView v_view = operand(v, DType::kF32, 4, "attention", "v");
+  TensorView y_view = result(out, DType::kF32, 4, "attention", "out");
   const TensorView starts_view = read_view(starts, DType::kI32, 1, "attention", "starts");
   const TensorView lengths_view = read_view(lengths, DType::kI32, 1, "attention", "lengths");
   const DType kept = kv_dtype_from_name(cache_dtype);
@@ -143,8 +149,9 @@ void attention(const BackendPtr& backend, const py::object& q, const py::object&
     require_disjoint(y_view, view, "attention", "out", name);
   }
 
-  std::fill_n(y_view.f32(), y_view.size(), 0.0f);
+  if (y_view.gpu() < 0) std::fill_n(y_view.f32(), y_view.size(), 0.0f);
   run_op(DeviceArrays(*backend).reads(q_view).reads(k_view).reads(v_view).writes(y_view), [&] {
+    if (y_view.gpu() >= 0) backend->zero(y_view);
     AttentionArgs args;
     args.q = TensorView(q_view.data(), DType::kF32, {batch * queries, heads, head_dim});
     args.scale = scale;
@@ -181,7 +188,8 @@ void attention(const BackendPtr& backend, const py::object& q, const py::object&
 }
 
 /// The two biases as one, in the order of gate_up's rows; empty when there is none.
-std::vector<float> interleaved_bias(const TensorView& gate, const TensorView& up, int64_t width, int64_t rows) {
+std::vector<float> interleaved_bias(const BackendPtr& backend, const TensorView& gate, const TensorView& up,
+                                    int64_t width, int64_t rows) {
   std::vector<float> bias;
   if (!gate && !up) return bias;
   bias.resize(static_cast<size_t>(rows));
@@ -190,7 +198,13 @@ std::vector<float> interleaved_bias(const TensorView& gate, const TensorView& up
     require_shape(half, {width}, "feed_forward", what);
     require(gate_up_size(half.size()) == rows, ErrorKind::kShape, "feed_forward: ", what, " has ", half.size(),
             " entries, which does not fit gate_up's ", rows, " rows");
-    for (int64_t i = 0; i < half.size(); ++i) bias[static_cast<size_t>(map(i))] = half.f32()[i];
+    std::vector<float> read;
+    if (half.gpu() >= 0) {
+      read.resize(static_cast<size_t>(half.size()));
+      run_op(backend, [&] { backend->copy_to_host(read.data(), half.data(), read.size() * sizeof(float)); });
+    }
+    const float* values = half.gpu() >= 0 ? read.data() : half.f32();
+    for (int64_t i = 0; i < half.size(); ++i) bias[static_cast<size_t>(map(i))] = values[i];
   };
   place(gate, gate_rows(), "gate_bias");
   place(up, up_rows(), "up_bias");
@@ -207,11 +221,11 @@ void feed_forward(const BackendPtr& backend, const py::object& x,
     require(matrix != nullptr, ErrorKind::kDType, "feed_forward: ", what, " must be a Matrix, got None");
     return matrix_of(backend, *matrix, "feed_forward", what);
   };
-  const TensorView gate = optional_view(gate_bias, 1, "feed_forward", "gate_bias");
-  const TensorView up = optional_view(up_bias, 1, "feed_forward", "up_bias");
+  const TensorView gate = optional_operand(gate_bias, 1, "feed_forward", "gate_bias");
+  const TensorView up = optional_operand(up_bias, 1, "feed_forward", "up_bias");
   std::vector<float> bias;
   FeedForwardArgs args;
-  args.x = read_view(x, DType::kF32, 2, "feed_forward", "x");
+  args.x = operand(x, DType::kF32, 2, "feed_forward", "x");
   args.down = own(&down, "down");
   if (const auto* pair = std::get_if<1>(&gate_up)) {
     args.gate = own(pair->first, "gate");
@@ -220,14 +234,14 @@ void feed_forward(const BackendPtr& backend, const py::object& x,
     args.up_bias = up;
   } else {
     args.gate_up = own(std::get<0>(gate_up), "gate_up");
-    bias = interleaved_bias(gate, up, args.down->cols(), args.gate_up->rows());
+    bias = interleaved_bias(backend, gate, up, args.down->cols(), args.gate_up->rows());
     if (!bias.empty()) args.gate_up_bias = TensorView(bias.data(), DType::kF32, {static_cast<int64_t>(bias.size())});
   }
-  args.down_bias = optional_view(down_bias, 1, "feed_forward", "down_bias");
-  args.y = write_view(out, DType::kF32, 2, "feed_forward", "out");
+  args.down_bias = optional_operand(down_bias, 1, "feed_forward", "down_bias");
+  args.y = result(out, DType::kF32, 2, "feed_forward", "out");
   args.accumulate = accumulate;
   args.compute = compute_from_name(compute);
-  args.norm = {optional_view(norm_weight, 1, "feed_forward", "norm_weight"), norm_eps};
+  args.norm = {optional_operand(norm_weight, 1, "feed_forward", "norm_weight"), norm_eps};
   DeviceArrays arrays(*backend);
   arrays.reads(args.x).reads(args.gate_up_bias).reads(args.gate_bias).reads(args.up_bias).reads(args.down_bias);
   arrays.reads(args.norm.weight).writes(args.y);
@@ -235,18 +249,16 @@ void feed_forward(const BackendPtr& backend, const py::object& x,
 }
 
 void softmax(const BackendPtr& backend, const py::object& x, const py::object& out) {
-  SoftmaxArgs args{.x = read_view(x, DType::kF32, 2, "softmax", "x"),
-                   .y = write_view(out, DType::kF32, 2, "softmax", "out")};
+  SoftmaxArgs args{.x = operand(x, DType::kF32, 2, "softmax", "x"), .y = result(out, DType::kF32, 2, "softmax", "out")};
   run_op(DeviceArrays(*backend).reads(args.x).writes(args.y), [&] { backend->softmax(args); });
 }
 
 void cross_entropy(const BackendPtr& backend, const py::object& logits, const py::object& labels, const py::object& out,
                    const py::object& hits) {
-  CrossEntropyArgs args{
-      .logits = read_view(logits, DType::kF32, 2, "cross_entropy", "logits"),
-      .labels = read_view(labels, DType::kI32, 1, "cross_entropy", "labels"),
-      .losses = write_view(out, DType::kF32, 1, "cross_entropy", "out"),
-      .hits = hits.is_none() ? TensorView() : write_view(hits, DType::kF32, 1, "cross_entropy", "hits")};
+  CrossEntropyArgs args{.logits = operand(logits, DType::kF32, 2, "cross_entropy", "logits"),
+                        .labels = read_view(labels, DType::kI32, 1, "cross_entropy", "labels"),
+                        .losses = result(out, DType::kF32, 1, "cross_entropy", "out"),
+                        .hits = hits.is_none() ? TensorView() : result(hits, DType::kF32, 1, "cross_entropy", "hits")};
   run_op(DeviceArrays(*backend).reads(args.logits).writes(args.losses).writes(args.hits),
          [&] { backend->cross_entropy(args); });
 }
@@ -271,7 +283,7 @@ py::list sample_next(const BackendPtr& backend, const py::object& logits, const 
                      const std::vector<std::vector<int32_t>>& prompts, const std::vector<std::vector<int32_t>>& outputs,
                      uint64_t seed, const std::vector<uint64_t>& streams, const std::vector<uint64_t>& counters) {
   const SamplingOptions sampling = sampling_from_dict(options);
-  TensorView view = read_view(logits, DType::kF32, 2, "sample_next", "logits");
+  TensorView view = operand(logits, DType::kF32, 2, "sample_next", "logits");
   const auto rows = static_cast<size_t>(view.rows());
   require(prompts.size() == rows && outputs.size() == rows && streams.size() == rows && counters.size() == rows,
           ErrorKind::kShape, "sample_next: prompts, outputs, streams and counters must have one entry for each of ",
@@ -331,7 +343,8 @@ const Matrix* matrix_of(const BackendPtr& backend, const PyMatrix& matrix, std::
 }
 
 void bind_backend(py::module_& module) {
-  py::class_<PyMatrix>(module, "Matrix")
+  py::class_<PyMatrix> matrix(module, "Matrix");
+  matrix
       .def_property_readonly("shape",
                              [](const PyMatrix& m) { return py::make_tuple(m.matrix->rows(), m.matrix->cols()); })
       .def_property_readonly("dtype",
@@ -348,6 +361,7 @@ void bind_backend(py::module_& module) {
       .def_property_readonly("matrix_layout", &Backend::matrix_layout)
       .def("matrix", &make_matrix, py::arg("source"), py::arg("dtype") = "float32", py::arg("group") = 0,
            py::arg("importance") = py::none())
+      .def("zero_matrix", &make_zero_matrix, py::arg("rows"), py::arg("cols"))
       .def("block_matrix", &make_block_matrix, py::arg("blocks"), py::arg("ggml_type"), py::arg("cols"))
       .def("gate_up_matrix", &make_gate_up_matrix, py::arg("gate"), py::arg("up"), py::arg("dtype") = "float32",
            py::arg("group") = 0, py::arg("importance") = py::none())
@@ -372,6 +386,7 @@ void bind_backend(py::module_& module) {
       .def("sample_next", &sample_next, py::arg("logits"), py::arg("options"), py::arg("prompts"), py::arg("outputs"),
            py::arg("seed"), py::arg("streams"), py::arg("counters"));
   bind_gradients(backend);
+  bind_device_array(module, backend, matrix);
 
   module.def("rope_angles", &angles, py::arg("rope"), py::arg("positions"));
 }

@@ -7,22 +7,22 @@ namespace llama_ext {
 namespace {
 
 TensorView rows_of(const py::handle& array, const char* op, const char* what) {
-  return read_view(array, DType::kF32, 2, op, what);
+  return operand(array, DType::kF32, 2, op, what);
 }
 TensorView rows_to(const py::handle& array, const char* op, const char* what) {
-  return write_view(array, DType::kF32, 2, op, what);
+  return result(array, DType::kF32, 2, op, what);
 }
 TensorView heads_of(const py::handle& array, const char* op, const char* what) {
-  return read_view(array, DType::kF32, 3, op, what);
+  return operand(array, DType::kF32, 3, op, what);
 }
 TensorView heads_to(const py::handle& array, const char* op, const char* what) {
-  return write_view(array, DType::kF32, 3, op, what);
+  return result(array, DType::kF32, 3, op, what);
 }
 TensorView flat_of(const py::handle& array, const char* op, const char* what) {
-  return read_view(array, DType::kF32, 1, op, what);
+  return operand(array, DType::kF32, 1, op, what);
 }
 TensorView flat_to(const py::handle& array, const char* op, const char* what) {
-  return write_view(array, DType::kF32, 1, op, what);
+  return result(array, DType::kF32, 1, op, what);
 }
 
 /// A matrix that is added to: PyMatrix owns it.
@@ -46,11 +46,11 @@ void matmul_backward(const BackendPtr& backend, const py::object& d_y, const PyM
   const char* op = "matmul_backward";
   MatmulBackwardArgs args{.d_y = rows_of(d_y, op, "d_y"),
                           .weight = weight == nullptr ? nullptr : matrix_of(backend, *weight, op, "weight"),
-                          .x = optional_view(x, 2, op, "x"),
-                          .d_x = optional_write_view(d_x, 2, op, "d_x"),
+                          .x = optional_operand(x, 2, op, "x"),
+                          .d_x = optional_result(d_x, 2, op, "d_x"),
                           .accumulate = accumulate,
                           .d_weight = d_weight == nullptr ? nullptr : gradient_of(backend, *d_weight, op, "d_weight"),
-                          .d_bias = optional_write_view(d_bias, 1, op, "d_bias"),
+                          .d_bias = optional_result(d_bias, 1, op, "d_bias"),
                           .compute = compute_from_name(compute)};
   run_op(DeviceArrays(*backend).reads(args.d_y).reads(args.x).writes(args.d_x).writes(args.d_bias),
          [&] { backend->matmul_backward(args); });
@@ -65,7 +65,7 @@ void rms_norm_backward(const BackendPtr& backend, const py::object& x, const py:
                            .d_y = rows_of(d_y, op, "d_y"),
                            .d_x = rows_to(d_x, op, "d_x"),
                            .accumulate = accumulate,
-                           .d_weight = optional_write_view(d_weight, 1, op, "d_weight")};
+                           .d_weight = optional_result(d_weight, 1, op, "d_weight")};
   run_op(DeviceArrays(*backend).reads(args.x).reads(args.weight).reads(args.d_y).writes(args.d_x).writes(args.d_weight),
          [&] { backend->rms_norm_backward(args); });
 }
@@ -84,7 +84,7 @@ void swiglu_backward(const BackendPtr& backend, const py::object& gate, const py
                           .d_y = rows_of(d_y, op, "d_y"),
                           .d_gate = rows_to(d_gate, op, "d_gate"),
                           .d_up = rows_to(d_up, op, "d_up"),
-                          .y = optional_write_view(y, 2, op, "y")};
+                          .y = optional_result(y, 2, op, "y")};
   run_op(DeviceArrays(*backend)
              .reads(args.gate)
              .reads(args.up)
@@ -200,7 +200,7 @@ void sgd(const BackendPtr& backend, const py::object& parameter, const py::objec
          double lr, double momentum, double decay, bool nesterov, double gradient_scale) {
   SgdArgs args{.parameter = flat_to(parameter, "sgd", "parameter"),
                .gradient = flat_of(gradient, "sgd", "gradient"),
-               .velocity = optional_write_view(velocity, 1, "sgd", "velocity"),
+               .velocity = optional_result(velocity, 1, "sgd", "velocity"),
                .gradient_scale = gradient_scale,
                .lr = lr,
                .momentum = momentum,

@@ -39,6 +39,9 @@ void bind_errors();
 void bind_backend(py::module_& module);
 /// What bind_backend calls for the operations that only training needs.
 void bind_gradients(py::class_<Backend, BackendPtr>& backend);
+struct PyMatrix;
+/// What bind_backend calls for arrays of a GPU.
+void bind_device_array(py::module_& module, py::class_<Backend, BackendPtr>& backend, py::class_<PyMatrix>& matrix);
 void bind_quantize(py::module_& module);
 void bind_model(py::module_& module);
 void bind_session(py::module_& module);
@@ -57,6 +60,11 @@ struct GpuReport {
 GpuReport gpu_report();
 /// Bytes a second that the memory of device "cuda:0" can be read with. Throws DeviceError, OptionError, OutOfMemoryError.
 double gpu_read_bandwidth(const std::string& device, int64_t nbytes, int rounds);
+/// Of the CUDA backend: whether it has ranges for profilers, whether they are on, and switching them. Throw DeviceError where there is
+/// no such backend, show_nvtx_ranges UnsupportedError as well.
+bool has_nvtx_ranges();
+bool nvtx_ranges_are_on();
+void show_nvtx_ranges(bool on);
 
 // Arrays. Nothing is cast or copied behind the caller's back: an array of another dtype or layout is an error that
 // names it.
@@ -67,10 +75,17 @@ double gpu_read_bandwidth(const std::string& device, int64_t nbytes, int rounds)
 TensorView read_view(const py::handle& array, DType dtype, int rank, std::string_view op, std::string_view what);
 /// The same for an array that is written to. Throws DTypeError, ShapeError, OptionError.
 TensorView write_view(const py::handle& array, DType dtype, int rank, std::string_view op, std::string_view what);
+// For what an operation itself reads and writes, and the host does not: DeviceArrays as well, whose views say so.
+
+TensorView operand(const py::handle& array, DType dtype, int rank, std::string_view op, std::string_view what);
+/// The same for an array that is written to. Throws DTypeError, ShapeError, OptionError.
+TensorView result(const py::handle& array, DType dtype, int rank, std::string_view op, std::string_view what);
+/// An operand of float32, or an empty view for None.
+TensorView optional_operand(const py::handle& array, int rank, std::string_view op, std::string_view what);
+/// The same for an array that is written to.
+TensorView optional_result(const py::handle& array, int rank, std::string_view op, std::string_view what);
 /// read_view of float32, or an empty view for None.
 TensorView optional_view(const py::handle& array, int rank, std::string_view op, std::string_view what);
-/// The same for an array that is written to.
-TensorView optional_write_view(const py::handle& array, int rank, std::string_view op, std::string_view what);
 /// A weight tensor of any floating dtype; `dtype` is what its bits mean (uint16 arrays: bfloat16).
 TensorView weight_view(const py::handle& array, std::string_view op, std::string_view what);
 /// The bytes of a C-contiguous array of uint8, any rank.
@@ -231,7 +246,7 @@ struct PySession {
 /// A Matrix as Python holds it, with the backend that knows its layout.
 struct PyMatrix {
   std::shared_ptr<Backend> backend;
-  std::unique_ptr<Matrix> matrix;
+  std::shared_ptr<Matrix> matrix;  // shared with arrays over its memory
 };
 
 /// The matrix itself. Throws DeviceError unless `backend` made it.

@@ -5,6 +5,12 @@
 namespace llama_ext {
 
 DeviceArrays& DeviceArrays::add(TensorView& view, bool is_written) {
+  if (view.gpu() >= 0) {
+    // It is there already, where the operation runs.
+    require(backend_.device() == cat("cuda:", view.gpu()), ErrorKind::kDevice, "an array is on cuda:", view.gpu(),
+            ", expected ", backend_.device());
+    return *this;
+  }
   if (backend_.shares_host_memory() || !view || view.size() == 0) return *this;
   const int64_t elements = (view.rows() - 1) * view.row_stride() + view.inner_size();
   arrays_.push_back(

@@ -9,13 +9,14 @@
 
 namespace llama_ext {
 
-/// The views of one operation's arguments. Where the backend follows host pointers they stay as they are; elsewhere each becomes a
-/// view of a copy on the device, and what the operation writes is copied back. Arrays that share memory share it there too, so that
+/// The views of one operation's arguments. Where the backend follows host pointers they stay as they are, and so do those of DeviceArrays
+/// on its device; elsewhere each becomes a view of a copy on the device, and what the operation writes is copied back. Arrays that share memory share it there too, so that
 /// an operation sees the same aliasing.
 class DeviceArrays {
  public:
   explicit DeviceArrays(Backend& backend) : backend_(backend) {}
 
+  /// Throws DeviceError for an array of another device.
   DeviceArrays& reads(TensorView& view) { return add(view, false); }
   DeviceArrays& writes(TensorView& view) { return add(view, true); }
 

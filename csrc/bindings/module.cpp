@@ -66,6 +66,9 @@ PYBIND11_MODULE(_core, module) {
         return without_gil([&] { return gpu_read_bandwidth(device, nbytes, rounds); });
       },
       py::arg("device"), py::arg("nbytes"), py::arg("rounds"));
+  module.def("has_nvtx_ranges", &has_nvtx_ranges);
+  module.def("nvtx_ranges_are_on", &nvtx_ranges_are_on);
+  module.def("show_nvtx_ranges", &show_nvtx_ranges, py::arg("on"));
   module.def("set_default_threads", &set_default_threads, py::arg("threads"));
   module.def(
       "random_uniform",

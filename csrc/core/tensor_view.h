@@ -31,6 +31,9 @@ class TensorView {
   void* data() const { return data_; }
   /// The same shape of other memory.
   void set_data(void* data) { data_ = data; }
+  /// The index of the GPU whose memory this is, when a caller passed an array of a GPU; -1 otherwise. Operations do not ask.
+  int gpu() const { return gpu_; }
+  void set_gpu(int index) { gpu_ = static_cast<int16_t>(index); }
   DType dtype() const { return dtype_; }
   int rank() const { return rank_; }
   int64_t dim(int axis) const { return shape_[static_cast<size_t>(axis)]; }
@@ -72,6 +75,7 @@ class TensorView {
  private:
   void* data_ = nullptr;
   DType dtype_ = DType::kF32;
+  int16_t gpu_ = -1;
   int rank_ = 0;
   std::array<int64_t, kMaxRank> shape_{};
   int64_t row_stride_ = 0;

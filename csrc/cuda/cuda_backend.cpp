@@ -7,7 +7,10 @@
 
 namespace llama_ext {
 
-std::unique_ptr<Backend> make_cuda_backend(int index) { return std::make_unique<cuda::CudaBackend>(index); }
+std::unique_ptr<Backend> make_cuda_backend(int index) {
+  cuda::require_ranges_asked_for();
+  return std::make_unique<cuda::CudaBackend>(index);
+}
 
 namespace cuda {
 namespace {
@@ -69,6 +72,17 @@ void CudaBackend::require_memory(int64_t nbytes, const std::string& what) {
   }
   require(static_cast<size_t>(nbytes) <= memory.available, ErrorKind::kOutOfMemory, what, " needs ", nbytes,
           " bytes on ", device(), ", which has ", memory.available, " of ", memory.total, " bytes free");
+}
+
+void CudaBackend::copy(const TensorView& to, const TensorView& from) {
+  const size_t size = size_of(from.dtype());
+  const size_t width = static_cast<size_t>(from.inner_size()) * size;
+  const size_t height = from.size() == 0 ? 0 : static_cast<size_t>(from.rows());
+  if (to.is_contiguous() && from.is_contiguous()) {
+    return gpu_->copy_on_device(to.data(), from.data(), width * height);
+  }
+  gpu_->copy_rows_on_device(to.data(), static_cast<size_t>(to.row_stride()) * size, from.data(),
+                            static_cast<size_t>(from.row_stride()) * size, width, height);
 }
 
 void CudaBackend::zero(const TensorView& x) {

@@ -1,6 +1,7 @@
 // The class behind make_cuda_backend(). Memory is in cuda_backend.cpp, weights in cuda_weights.cpp, operations in cuda_ops.cpp.
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -9,6 +10,7 @@
 #include "backend/backend.h"
 #include "cuda/cuda_matrix.h"
 #include "cuda/kernels.h"
+#include "cuda/ranges.h"
 #include "cuda/recording.h"
 #include "cuda/runtime.h"
 
@@ -18,10 +20,16 @@ class CudaBuffer final : public Buffer {
  public:
   CudaBuffer(std::shared_ptr<Gpu> gpu, size_t nbytes)
       : Buffer(gpu->allocate(nbytes, "a buffer", Gpu::Source::kPool), nbytes), gpu_(std::move(gpu)) {}
-  ~CudaBuffer() override { gpu_->release(data(), Gpu::Source::kPool); }
+  ~CudaBuffer() override {
+    // The pool is ordered by our stream, and knows nothing of theirs.
+    if (is_shared_) gpu_->synchronize_device();
+    gpu_->release(data(), Gpu::Source::kPool);
+  }
+  void share() override { is_shared_ = true; }
 
  private:
   std::shared_ptr<Gpu> gpu_;
+  std::atomic<bool> is_shared_ = false;
 };
 
 class CudaKvCache final : public KvCache {
@@ -54,6 +62,9 @@ class CudaBackend final : public Backend {
   bool shares_host_memory() const override { return false; }
   int64_t pass_rows() const override { return 2048; }
   Recorder* recorder() override { return &recorder_; }
+  bool shows_ranges() const override { return ranges_are_on(); }
+  void begin_range(const std::string& name) override { push_range(name.c_str()); }
+  void end_range() override { pop_range(); }
 
   std::unique_ptr<Buffer> allocate(size_t nbytes) override { return std::make_unique<CudaBuffer>(gpu_, nbytes); }
   void require_memory(int64_t nbytes, const std::string& what) override;
@@ -63,6 +74,8 @@ class CudaBackend final : public Backend {
   void copy_to_host(void* host, const void* device, size_t nbytes) override {
     gpu_->copy_to_host(host, device, nbytes);
   }
+  void copy(const TensorView& to, const TensorView& from) override;
+  uintptr_t stream() const override { return reinterpret_cast<uintptr_t>(gpu_->stream()); }
   void zero(const TensorView& x) override;
   void synchronize() override { gpu_->synchronize(); }
 

@@ -48,6 +48,7 @@ const LogitsLoops& logits_loops() {
 }  // namespace
 
 void CudaBackend::embedding(const EmbeddingArgs& args) {
+  const OpRange range("embedding");
   check(args);
   const CudaMatrix& table = own(*args.table, "embedding");
   const auto* ids = static_cast<const int32_t*>(args.ids.data());
@@ -56,6 +57,7 @@ void CudaBackend::embedding(const EmbeddingArgs& args) {
 }
 
 void CudaBackend::rms_norm(const RmsNormArgs& args) {
+  const OpRange range("rms_norm");
   check(args);
   const NormView norm{device_data(args.weight), static_cast<float>(args.eps)};
   cuda::rms_norm(*gpu_, rows_of(args.x), args.x.rows(), static_cast<int>(args.x.dim(1)), norm, rows_of(args.y),
@@ -63,6 +65,7 @@ void CudaBackend::rms_norm(const RmsNormArgs& args) {
 }
 
 void CudaBackend::rope(const RopeArgs& args) {
+  const OpRange range("rope");
   check(args);
   cuda::rope(*gpu_, rows_of(args.x), args.x.rows(), static_cast<int>(args.x.dim(1)), static_cast<int>(args.x.dim(2)),
              device_data(args.cos), device_data(args.sin), args.inverse);
@@ -116,6 +119,7 @@ void CudaBackend::product(const ProductView& view, Compute compute) const {
 }
 
 void CudaBackend::matmul(const MatmulArgs& args) {
+  const OpRange range("matmul");
   check(args);
   ProductView p;
   p.x = rows_of(args.x);
@@ -129,6 +133,7 @@ void CudaBackend::matmul(const MatmulArgs& args) {
 }
 
 void CudaBackend::feed_forward(const FeedForwardArgs& args) {
+  const OpRange range("feed_forward");
   check(args);
   const int64_t rows = args.x.rows();
   const WeightView down = own(*args.down, "feed_forward").view();
@@ -237,6 +242,7 @@ void CudaBackend::feed_forward_on_tensor_cores(const FeedForwardArgs& args) cons
 }
 
 void CudaBackend::kv_store(const KvStoreArgs& args) {
+  const OpRange range("kv_store");
   check(args);
   const std::vector<KvSegmentView> segments = segments_of(args.segments, args.layer, "kv_store");
   if (segments.empty()) return;
@@ -244,6 +250,7 @@ void CudaBackend::kv_store(const KvStoreArgs& args) {
 }
 
 void CudaBackend::kv_load(const KvLoadArgs& args) {
+  const OpRange range("kv_load");
   check(args);
   if (args.k.size() == 0) return;
   cuda::kv_load(*gpu_, own(*args.cache, "kv_load").layer(args.layer), args.position, args.k.rows(), device_data(args.k),
@@ -251,6 +258,7 @@ void CudaBackend::kv_load(const KvLoadArgs& args) {
 }
 
 void CudaBackend::attention(const AttentionArgs& args) {
+  const OpRange range("attention");
   check(args);
   const std::vector<KvSegmentView> segments = segments_of(args.segments, args.layer, "attention");
   if (segments.empty() || args.q.size() == 0) return;
@@ -265,6 +273,7 @@ void CudaBackend::attention(const AttentionArgs& args) {
 }
 
 void CudaBackend::attend(const KvStoreArgs& store, const AttentionArgs& args) {
+  const OpRange range("attend");
   check(store);
   check(args);
   const std::vector<KvSegmentView> segments = segments_of(args.segments, args.layer, "attend");
@@ -279,12 +288,14 @@ void CudaBackend::attend(const KvStoreArgs& store, const AttentionArgs& args) {
 }
 
 void CudaBackend::softmax(const SoftmaxArgs& args) {
+  const OpRange range("softmax");
   check(args);
   if (args.x.size() == 0) return;
   cuda::softmax(*gpu_, rows_of(args.x), args.x.rows(), args.x.dim(1), rows_of(args.y));
 }
 
 void CudaBackend::cross_entropy(const CrossEntropyArgs& args) {
+  const OpRange range("cross_entropy");
   check(args);
   cuda::cross_entropy(*gpu_, rows_of(args.logits), args.logits.rows(), args.logits.dim(1),
                       static_cast<const int32_t*>(args.labels.data()), optional_data(args.losses),
@@ -294,6 +305,7 @@ void CudaBackend::cross_entropy(const CrossEntropyArgs& args) {
 // Logits of these two are in host memory (ops/sample.h, ops/log_sum_exp.h), so the CPU goes through them.
 
 void CudaBackend::log_sum_exp(const LogSumExpArgs& args) {
+  const OpRange range("log_sum_exp");
   check(args);
   for (int64_t row = 0; row < args.logits.rows(); ++row) {
     args.out[row] = log_sum_exp_on_host(args.logits.row<float>(row), args.logits.dim(1), "log_sum_exp", logits_loops());
@@ -301,12 +313,14 @@ void CudaBackend::log_sum_exp(const LogSumExpArgs& args) {
 }
 
 void CudaBackend::sample(std::span<const SampleArgs> rows, std::span<SampleResult> results) {
+  const OpRange range("sample");
   require(rows.size() == results.size(), ErrorKind::kInternal, "sample: ", rows.size(), " rows, but ", results.size(),
           " results");
   for (size_t row = 0; row < rows.size(); ++row) results[row] = sample_on_host(rows[row], logits_loops());
 }
 
 void CudaBackend::swiglu(const SwigluArgs& args) {
+  const OpRange range("swiglu");
   check(args);
   const int width = static_cast<int>(args.gate.dim(1));
   cuda::swiglu(*gpu_, rows_of(args.gate), rows_of(args.up), {width > 0 ? width : 1, 0}, args.gate.rows(), width,
@@ -314,6 +328,7 @@ void CudaBackend::swiglu(const SwigluArgs& args) {
 }
 
 void CudaBackend::dropout(const DropoutArgs& args) {
+  const OpRange range("dropout");
   check(args);
   const DropoutView how{args.seed, args.p == 0.0 ? 0u : dropout_threshold(args.p),
                         static_cast<float>(args.scale / (1.0 - args.p)), args.accumulate};

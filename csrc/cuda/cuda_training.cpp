@@ -39,6 +39,7 @@ CausalView view_of(const Args& args) {
 }  // namespace
 
 void CudaBackend::cross_entropy_backward(const CrossEntropyBackwardArgs& args) {
+  const OpRange range("cross_entropy_backward");
   check(args);
   cuda::cross_entropy(*gpu_, rows_of(args.logits), args.logits.rows(), args.logits.dim(1),
                       static_cast<const int32_t*>(args.labels.data()), optional_data(args.losses), nullptr,
@@ -46,6 +47,7 @@ void CudaBackend::cross_entropy_backward(const CrossEntropyBackwardArgs& args) {
 }
 
 void CudaBackend::causal_attention(const CausalAttentionArgs& args) {
+  const OpRange range("causal_attention");
   check(args);
   const std::vector<TokenRange> ranges = ranges_of(args.sequences);
   const CausalView view = view_of(args);
@@ -57,6 +59,7 @@ void CudaBackend::causal_attention(const CausalAttentionArgs& args) {
 }
 
 void CudaBackend::causal_attention_backward(const CausalAttentionBackwardArgs& args) {
+  const OpRange range("causal_attention_backward");
   check(args);
   const std::vector<TokenRange> ranges = ranges_of(args.sequences);
   CausalView view = view_of(args);
@@ -70,12 +73,14 @@ void CudaBackend::causal_attention_backward(const CausalAttentionBackwardArgs& a
 }
 
 void CudaBackend::embedding_backward(const EmbeddingBackwardArgs& args) {
+  const OpRange range("embedding_backward");
   check(args);
   cuda::embedding_backward(*gpu_, own(*args.d_table, "embedding_backward").view(),
                            static_cast<const int32_t*>(args.ids.data()), args.ids.rows(), rows_of(args.d_y));
 }
 
 void CudaBackend::matmul_backward(const MatmulBackwardArgs& args) {
+  const OpRange range("matmul_backward");
   check(args);
   const Rows d_y = rows_of(args.d_y);
   const int64_t rows = args.d_y.rows();
@@ -111,6 +116,7 @@ void CudaBackend::matmul_backward(const MatmulBackwardArgs& args) {
 }
 
 void CudaBackend::rms_norm_backward(const RmsNormBackwardArgs& args) {
+  const OpRange range("rms_norm_backward");
   check(args);
   NormGradients gradients;
   gradients.x = rows_of(args.x);
@@ -123,6 +129,7 @@ void CudaBackend::rms_norm_backward(const RmsNormBackwardArgs& args) {
 }
 
 void CudaBackend::swiglu_backward(const SwigluBackwardArgs& args) {
+  const OpRange range("swiglu_backward");
   check(args);
   cuda::swiglu_backward(*gpu_,
                         {rows_of(args.gate), rows_of(args.up), rows_of(args.d_y), rows_of(args.d_gate),
@@ -131,6 +138,7 @@ void CudaBackend::swiglu_backward(const SwigluBackwardArgs& args) {
 }
 
 void CudaBackend::adam(const AdamArgs& args) {
+  const OpRange range("adam");
   check(args);
   const auto rounded = [](double value) { return static_cast<float>(value); };
   const double steps = static_cast<double>(args.step);
@@ -149,6 +157,7 @@ void CudaBackend::adam(const AdamArgs& args) {
 }
 
 void CudaBackend::sgd(const SgdArgs& args) {
+  const OpRange range("sgd");
   check(args);
   const SgdView step{static_cast<float>(args.gradient_scale), static_cast<float>(args.lr),
                      static_cast<float>(args.momentum), static_cast<float>(args.decay), args.nesterov};
@@ -157,6 +166,7 @@ void CudaBackend::sgd(const SgdArgs& args) {
 }
 
 double CudaBackend::sum_of_all_squares(std::span<const TensorView> tensors) {
+  const OpRange range("sum_of_all_squares");
   const Scratch memory(*gpu_, tensors.size() * sizeof(double));
   auto* totals = memory.as<double>();
   for (size_t i = 0; i < tensors.size(); ++i) {

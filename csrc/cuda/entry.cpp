@@ -2,6 +2,7 @@
 
 #include "cuda/cuda_backend.h"
 #include "cuda/kernels.h"
+#include "cuda/ranges.h"
 #include "cuda/runtime.h"
 
 #ifndef LLAMA_EXT_VERSION
@@ -35,7 +36,13 @@ double read_bandwidth(int index, int64_t nbytes, int rounds) {
 }  // namespace llama_ext
 
 extern "C" __attribute__((visibility("default"))) const llama_ext::CudaLibrary* llama_ext_cuda_library() {
-  static const llama_ext::CudaLibrary library = {LLAMA_EXT_VERSION, &llama_ext::make_cuda_backend, &llama_ext::gpus,
-                                                 &llama_ext::cuda::why_no_gpu, &llama_ext::read_bandwidth};
+  static const llama_ext::CudaLibrary library = {LLAMA_EXT_VERSION,
+                                                 &llama_ext::make_cuda_backend,
+                                                 &llama_ext::gpus,
+                                                 &llama_ext::cuda::why_no_gpu,
+                                                 &llama_ext::read_bandwidth,
+                                                 &llama_ext::cuda::has_ranges,
+                                                 &llama_ext::cuda::ranges_are_on,
+                                                 &llama_ext::cuda::show_ranges};
   return &library;
 }

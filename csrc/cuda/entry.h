@@ -19,6 +19,10 @@ struct CudaLibrary {
   std::string (*why_no_gpu)();
   /// Bytes a second that a GPU's memory can be read with: `nbytes`, a multiple of 16, `rounds` times.
   double (*read_bandwidth)(int index, int64_t nbytes, int rounds);
+  /// NVTX ranges: whether this build has them, whether they are on, and switching them (cuda/ranges.h).
+  bool (*has_ranges)();
+  bool (*ranges_are_on)();
+  void (*show_ranges)(bool on);
 };
 
 inline constexpr const char* kCudaEntry = "llama_ext_cuda_library";

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "cuda/device_views.h"
+#include "cuda/ranges.h"
 
 namespace llama_ext::cuda {
 namespace {
@@ -88,6 +89,7 @@ std::unique_ptr<Buffer> CudaRecorder::allocate_visible(size_t nbytes) {
 }
 
 void CudaRecorder::sample_next(const SampleNextArgs& args) {
+  const OpRange range("sample_next");
   check(args);
   const SamplingOptions& options = *args.options;
   SampleNextView view;

@@ -1,6 +1,7 @@
 #include "cuda/runtime.h"
 
 #include <cstdlib>
+#include <mutex>
 #include <string_view>
 
 namespace llama_ext::cuda {
@@ -13,6 +14,12 @@ constexpr const char* kNeededDriverText = kNeededDriver >= 13000 ? "580" : "525"
 constexpr int kNeededCapability = 80;
 
 thread_local const Capture* current_capture = nullptr;
+
+/// Shared by those who record, held alone by who waits for a whole device.
+std::shared_mutex& captures() {
+  static auto& mutex = *new std::shared_mutex;  // for memory that is given back when the process ends, too
+  return mutex;
+}
 
 /// LLAMA_EXT_CUDA_OVERLAP=0 starts every kernel after the one before, for comparison.
 bool wants_overlap() {
@@ -165,6 +172,14 @@ void Gpu::copy_on_device(void* to, const void* from, size_t nbytes) const {
   require_success(cudaMemcpyAsync(to, from, nbytes, cudaMemcpyDeviceToDevice, stream()), "a copy on the GPU");
 }
 
+void Gpu::copy_rows_on_device(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
+                              size_t height) const {
+  if (width == 0 || height == 0) return;
+  use();
+  require_success(cudaMemcpy2DAsync(to, to_pitch, from, from_pitch, width, height, cudaMemcpyDeviceToDevice, stream()),
+                  "a copy on the GPU");
+}
+
 void Gpu::fill_zero(void* memory, size_t pitch, size_t width, size_t height) const {
   if (width == 0 || height == 0) return;
   use();
@@ -176,6 +191,11 @@ void Gpu::fill_zero(void* memory, size_t pitch, size_t width, size_t height) con
 void Gpu::synchronize() const {
   use();
   require_success(cudaStreamSynchronize(stream_), "waiting for the GPU");
+}
+
+void Gpu::synchronize_device() const noexcept {
+  const std::unique_lock alone(captures());
+  if (cudaSetDevice(index_) != cudaSuccess || cudaDeviceSynchronize() != cudaSuccess) cudaGetLastError();
 }
 
 Arena::~Arena() {
@@ -202,7 +222,7 @@ void Arena::give_back(void* memory) noexcept {
   }
 }
 
-Capture::Capture(const Gpu& gpu, Arena& arena) : gpu_(gpu), arena_(arena) {
+Capture::Capture(const Gpu& gpu, Arena& arena) : gpu_(gpu), arena_(arena), capturing_(captures()) {
   require(current_capture == nullptr, ErrorKind::kInternal, "CUDA: a recording within a recording");
   gpu.use();
   require_success(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");

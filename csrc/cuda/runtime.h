@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <shared_mutex>
 #include <string>
 #include <vector>
 
@@ -59,9 +60,14 @@ class Gpu {
   void copy_to_device(void* device, const void* host, size_t nbytes) const;
   void copy_to_host(void* host, const void* device, size_t nbytes) const;
   void copy_on_device(void* to, const void* from, size_t nbytes) const;
+  /// `height` rows of `width` bytes, which start so many bytes apart there and here.
+  void copy_rows_on_device(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
+                           size_t height) const;
   /// `height` rows of `width` bytes that start `pitch` bytes apart.
   void fill_zero(void* memory, size_t pitch, size_t width, size_t height) const;
   void synchronize() const;
+  /// Waits for everything that the device does, for others as well; not while this process records, which that would spoil.
+  void synchronize_device() const noexcept;
 
  private:
   int index_;
@@ -113,6 +119,7 @@ class Capture {
   const Gpu& gpu_;
   Arena& arena_;
   cudaStream_t stream_ = nullptr;
+  std::shared_lock<std::shared_mutex> capturing_;  // see Gpu::synchronize_device
 };
 
 /// Memory for the launches of one operation, in the order of the stream: cheap, as it comes from the runtime's pool, or from the

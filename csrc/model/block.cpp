@@ -2,6 +2,8 @@
 
 #include <cmath>
 
+#include "backend/range.h"
+
 namespace llama_ext {
 namespace {
 
@@ -120,6 +122,7 @@ void normalize(const Model& model, const TensorView& x, const Norm& norm, const 
 }
 
 void block(const Model& model, int64_t layer, const Pass& pass) {
+  const Range range(model.backend(), "layer ", layer);
   if (!pass.adapters.empty()) return block_with_adapters(model, layer, pass);
   const BlockWeights& weights = model.weights().block(layer);
 

@@ -4,6 +4,7 @@
 #include <bit>
 #include <utility>
 
+#include "backend/range.h"
 #include "core/checked.h"
 
 namespace llama_ext {
@@ -47,6 +48,7 @@ DecodeLoop::~DecodeLoop() {
 
 /// Makes a recording that is good for the next tokens at least, positions [0, needed) among them.
 void DecodeLoop::record(int64_t needed) {
+  const Range range(model_->backend(), "record decode ", seats(), seats() == 1 ? " row" : " rows");
   int64_t capacity = 0;
   for (const DecodeSeat& seat : seats_) capacity = std::max(capacity, seat.cache->shape().capacity);
   const auto wanted = static_cast<uint64_t>(checked_add(needed, kLeastAhead, "decode loop"));
@@ -124,7 +126,10 @@ void DecodeLoop::push() {
   }
   if (needed > now_.limit) record(needed);
   prepare_angles();
-  now_.recording->replay();
+  {
+    const Range range(model_->backend(), "replay decode ", seats(), seats() == 1 ? " row" : " rows");
+    now_.recording->replay();
+  }
   marks_[static_cast<size_t>(pushed_ % kMostInFlight)]->set();
   ++pushed_;
 }

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <utility>
 
+#include "backend/range.h"
 #include "core/interrupt.h"
 #include "model/block.h"
 #include "model/workspace.h"
@@ -155,6 +156,10 @@ class ForwardCall {
   }
 
   void run_pass(const std::vector<Part>& parts) {
+    int64_t rows = 0;
+    for (const Part& part : parts) rows += part.count;
+    const bool decodes = rows == static_cast<int64_t>(parts.size());
+    const Range range(backend_, decodes ? "decode " : "prefill ", rows, rows == 1 ? " row" : " rows");
     const Pass pass = begin_pass(parts);
     backend_.embedding({.ids = TensorView(ids_.data(), DType::kI32, {pass.x.rows()}),
                         .table = &model_.weights().embedding(),

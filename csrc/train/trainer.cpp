@@ -4,6 +4,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "backend/range.h"
 #include "core/checked.h"
 #include "core/interrupt.h"
 #include "model/scaled.h"
@@ -228,6 +229,7 @@ LossSum Trainer::run_pass(const TrainingBatch& batch, bool trains, double scale,
   const auto forward_rows = [&](const TrainingPass& of, int64_t row, int64_t count) {
     for (int64_t layer = 0; layer < config.layers; ++layer) {
       throw_if_interrupted();
+      const Range range(backend, "layer ", layer, " forward");
       const TensorView next = layer + 1 == config.layers ? x_out : workspace.saved(layer + 1, rows).x;
       block_forward(of, layer, saved_of(workspace.saved(layer, rows), row, count), next.slice_rows(row, count));
     }
@@ -247,6 +249,7 @@ LossSum Trainer::run_pass(const TrainingBatch& batch, bool trains, double scale,
   }
   for (int64_t layer = config.layers - 1; trains && layer >= 0; --layer) {
     throw_if_interrupted();
+    const Range range(backend, "layer ", layer, " backward");
     const Saved saved = workspace.saved(layer, rows);
     if (!parts.empty()) {
       const Deferred deferred = workspace.deferred(rows, static_cast<int64_t>(parts.size()));

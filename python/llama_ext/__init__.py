@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from llama_ext.runtime.conversion import convert
     from llama_ext.runtime.generation import GenerationOutput, Piece
     from llama_ext.runtime.model import LlamaForCausalLM
+    from llama_ext.runtime.profiling import set_nvtx_ranges
     from llama_ext.runtime.quantization import QuantizationReport, QuantizedTensor, quantize
     from llama_ext.runtime.scoring import LogLikelihood, Perplexity
     from llama_ext.runtime.session import Session
@@ -83,6 +84,7 @@ __all__ = [
     "ops",
     "quantize",
     "set_num_threads",
+    "set_nvtx_ranges",
     "training",
 ]
 
@@ -111,6 +113,7 @@ _LAZY = {
     "info": "llama_ext.system_info",
     "quantize": "llama_ext.runtime.quantization",
     "set_num_threads": "llama_ext.runtime.threads",
+    "set_nvtx_ranges": "llama_ext.runtime.profiling",
 }
 
 

@@ -9,14 +9,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from llama_ext._core import DeviceArray
 from llama_ext.errors import DTypeError, OutOfMemoryError, ShapeError, TokenIdError
 
 __all__ = [
     "Array",
+    "Bfloat16Bits",
     "FloatArray",
     "IntArray",
     "allocate",
     "as_whole",
+    "assign",
     "check_token_range",
     "destination",
     "finish",
@@ -25,12 +28,17 @@ __all__ = [
     "integers",
     "is_bfloat16",
     "is_whole",
+    "is_writable",
     "last",
+    "line",
+    "on_gpu",
     "require_last",
     "require_shape",
+    "share_memory",
     "token_ids",
     "vector",
     "widen_bfloat16",
+    "zeros",
 ]
 
 Array = npt.NDArray[Any]
@@ -38,20 +46,38 @@ FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int32]
 
 
-def float32_array(op: str, what: str, value: object) -> FloatArray:
+class Bfloat16Bits(npt.NDArray[np.uint16]):
+    """The bits of bfloat16 numbers that are known to be such: what comes from DLPack, as NumPy has no bfloat16."""
+
+
+def float32_array(op: str, what: str, value: object, inner: int | None = 1) -> FloatArray:
     """`value` itself when it is a C-contiguous float32 array, a contiguous copy when it is strided.
 
     Nothing is cast: a float64 array is usually an oversight, and rounding it silently would hide that.
 
+    Args:
+        inner: Of an array on a GPU, which is never copied: how many of its last axes must be contiguous, the others being one axis
+            with a stride of its own; None is all.
+
     Raises:
-        DTypeError: Not a NumPy array of float32.
+        DTypeError: Not an array of float32.
+        ShapeError: An array on a GPU with other strides.
     """
+    if isinstance(value, DeviceArray):
+        if value.dtype != "float32":
+            raise DTypeError(f"{op}: {what} must be float32, got {value.dtype}. Convert it first")
+        if not value.has_rows(value.ndim if inner is None else inner):
+            kept = "C-contiguous" if inner is None else f"contiguous in its last {inner} axes, and strided in one other"
+            raise ShapeError(
+                f"{op}: {what} must be {kept} where it is on a GPU, got strides {value.strides} of shape {value.shape}. "
+                f"Call contiguous() on it: {what}.contiguous()"
+            )
+        return value  # type: ignore[return-value]
     if not isinstance(value, np.ndarray):
         raise DTypeError(f"{op}: {what} must be a NumPy array of float32, got {type(value).__name__}")
     if value.dtype != np.float32:
-        raise DTypeError(
-            f"{op}: {what} must be float32, got {value.dtype}. Convert it first: {what}.astype(numpy.float32)"
-        )
+        found = "bfloat16" if isinstance(value, Bfloat16Bits) else value.dtype
+        raise DTypeError(f"{op}: {what} must be float32, got {found}. Convert it first: {what}.astype(numpy.float32)")
     # Not ascontiguousarray: that turns a scalar array into a vector.
     return np.asarray(value, order="C")
 
@@ -147,12 +173,19 @@ def check_token_range(what: str, ids: Array, vocabulary: int, mask: npt.NDArray[
         raise TokenIdError(f"{what}[{where}] is {int(ids[place])}; token ids of this model are in [0, {vocabulary})")
 
 
-def allocate(what: str, shape: tuple[int, ...]) -> FloatArray:
-    """An uninitialised float32 array.
+def on_gpu(*values: object) -> DeviceArray | None:
+    """The first of them that is an array on a GPU."""
+    return next((value for value in values if isinstance(value, DeviceArray)), None)
+
+
+def allocate(what: str, shape: tuple[int, ...], like: object = None) -> FloatArray:
+    """An uninitialised float32 array; on the GPU of `like` when that is an array on one, and then of zeros.
 
     Raises:
         OutOfMemoryError: There is not that much memory; the message says how much it is.
     """
+    if isinstance(like, DeviceArray):
+        return like.zeros(shape)  # type: ignore[return-value]
     try:
         return np.empty(shape, dtype=np.float32)
     except (MemoryError, ValueError):
@@ -162,6 +195,38 @@ def allocate(what: str, shape: tuple[int, ...]) -> FloatArray:
         raise OutOfMemoryError(
             f"{what} of shape {shape} needs {nbytes} bytes, which this machine does not give"
         ) from None
+
+
+def zeros(what: str, shape: tuple[int, ...], like: object = None) -> FloatArray:
+    """The same, of zeros.
+
+    Raises:
+        OutOfMemoryError: As `allocate`.
+    """
+    array = allocate(what, shape, like)
+    if isinstance(array, np.ndarray):
+        array[...] = 0
+    return array
+
+
+def assign(target: object, source: object) -> None:
+    """target = source, both in one memory."""
+    if isinstance(target, DeviceArray):
+        target.assign(source)  # type: ignore[arg-type]
+    else:
+        target[...] = source  # type: ignore[index]
+
+
+def is_writable(array: object) -> bool:
+    """Whether what is written to it is the caller's to read."""
+    return array.writable if isinstance(array, DeviceArray) else bool(array.flags.writeable)  # type: ignore[attr-defined]
+
+
+def share_memory(a: object, b: object) -> bool:
+    """Whether two arrays may overlap; what is no array overlaps nothing."""
+    if isinstance(a, DeviceArray) and isinstance(b, DeviceArray):
+        return a.overlaps(b)
+    return isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and np.may_share_memory(a, b)
 
 
 def last(op: str, what: str, array: Array) -> int:
@@ -193,7 +258,7 @@ def vector(op: str, what: str, value: object, extent: int) -> FloatArray:
     Raises:
         DTypeError, ShapeError: It is not.
     """
-    array = float32_array(op, what, value)
+    array = float32_array(op, what, value, None)
     require_shape(op, what, array, (extent,))
     return array
 
@@ -202,9 +267,11 @@ def integers(op: str, what: str, value: object, end: int, *, ignored: int | None
     """An int32 array of any shape whose numbers are in [0, end) or `ignored`.
 
     Raises:
-        DTypeError: Not a NumPy array of integers.
+        DTypeError: Not a NumPy array of integers, and no DeviceArray of them, which is copied.
         TokenIdError: A number out of range.
     """
+    if isinstance(value, DeviceArray):
+        value = value.numpy() if value.dtype != "bfloat16" else value
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu":
         found = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
         raise DTypeError(f"{op}: {what} must be a NumPy array of integers, got {found}")
@@ -214,7 +281,12 @@ def integers(op: str, what: str, value: object, end: int, *, ignored: int | None
 
 def flat(array: Array, width: int) -> Array:
     """The array as rows of `width`; unlike reshape(-1, width) also when it is empty."""
-    return array.reshape(array.size // width if width else int(np.prod(array.shape[:-1])), width)
+    return array.reshape((array.size // width if width else int(np.prod(array.shape[:-1])), width))
+
+
+def line(array: Array) -> Array:
+    """The array with one axis."""
+    return array.reshape((array.size,))
 
 
 def destination(op: str, out: object, shape: tuple[int, ...], inputs: tuple[object, ...]) -> FloatArray:
@@ -230,12 +302,22 @@ def destination(op: str, out: object, shape: tuple[int, ...], inputs: tuple[obje
         DTypeError: `out` is not a writable float32 array.
         ShapeError: `out` has another shape.
     """
+    like = on_gpu(out, *inputs)
     if out is None:
-        return allocate(f"{op}: the result", shape)
+        return allocate(f"{op}: the result", shape, like)
+    if isinstance(out, DeviceArray):
+        if out.dtype != "float32" or not out.writable:
+            raise DTypeError(
+                f"{op}: out must be a writable float32 array, got {'' if out.writable else 'read-only '}{out.dtype}"
+            )
+        require_shape(op, "out", out, shape)  # type: ignore[arg-type]
+        if out.is_contiguous and not any(share_memory(out, array) for array in inputs):
+            return out  # type: ignore[return-value]
+        return allocate(f"{op}: the result", shape, like)
     if not isinstance(out, np.ndarray) or out.dtype != np.float32 or not out.flags.writeable:
         raise DTypeError(f"{op}: out must be a writable float32 array")
     require_shape(op, "out", out, shape)
-    shared = any(isinstance(array, np.ndarray) and np.may_share_memory(out, array) for array in inputs)
+    shared = any(share_memory(out, array) for array in inputs)
     return out if out.flags.c_contiguous and not shared else allocate(f"{op}: the result", shape)
 
 
@@ -243,5 +325,5 @@ def finish(out: FloatArray | None, computed: FloatArray) -> FloatArray:
     """Puts the result where the caller asked for it."""
     if out is None or out is computed:
         return computed
-    out[...] = computed
+    assign(out, computed)
     return out

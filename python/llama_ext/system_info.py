@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from llama_ext import _core
 from llama_ext._version import __version__
+from llama_ext.runtime.profiling import nvtx_state
 
 __all__ = ["Info", "info"]
 
@@ -32,6 +33,7 @@ class Info:
         threads_reason: Why that many.
         gpus: The GPUs that a model can be put on.
         gpus_reason: Why there are none, or "" when there are.
+        nvtx: Whether NVTX ranges are "on" or "off" (`llama_ext.set_nvtx_ranges`), or why there are none.
         build: The options of the build.
     """
 
@@ -46,6 +48,7 @@ class Info:
     threads_reason: str
     gpus: tuple[str, ...]
     gpus_reason: str
+    nvtx: str
     build: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
@@ -55,6 +58,7 @@ class Info:
             ("available", ", ".join(self.available_isas)),
             ("threads", f"{self.threads} ({self.threads_reason})"),
             ("GPUs", ", ".join(self.gpus) if self.gpus else f"none ({self.gpus_reason})"),
+            ("NVTX ranges", self.nvtx),
             ("build", ", ".join(f"{key}: {value}" for key, value in self.build if key not in _TOLD_ELSEWHERE)),
         ]
         width = max(len(name) for name, _ in rows)
@@ -88,5 +92,6 @@ def info() -> Info:
         threads_reason=threads_reason,
         gpus=tuple(gpus),
         gpus_reason=gpus_reason,
+        nvtx=nvtx_state(),
         build=tuple(sorted(_core.build_info().items())),
     )

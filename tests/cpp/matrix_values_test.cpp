@@ -1,5 +1,5 @@
 // Matrices as training meets them, on every backend: all values as one vector, rows that are copied as they are kept, transposed
-// ones; and parts of a computation, each of which calls operations.
+// ones; copies; and parts of a computation, each of which calls operations.
 #include <algorithm>
 #include <cstdint>
 #include <memory>
@@ -128,6 +128,22 @@ void test_transposed(Backend& backend) {
   CHECK_ERROR(ErrorKind::kDType, "float32", backend.transpose(*matrix, *halves));
 }
 
+void test_copies(Backend& backend) {
+  for (const int64_t rows : {0, 1, 3}) {
+    std::vector<float> source = numbers(3 * 8, 1.0f);
+    std::vector<float> target(3 * 6, -1.0f);
+    // Columns 2 to 6 of rows of 8 into columns 1 to 5 of rows of 6.
+    backend.copy({target.data() + 1, DType::kF32, {rows, 4}, 6}, {source.data() + 2, DType::kF32, {rows, 4}, 8});
+    for (int64_t i = 0; i < 3; ++i) {
+      for (int64_t j = 0; j < 6; ++j) {
+        const bool is_copied = i < rows && j >= 1 && j < 5;
+        CHECK(target[static_cast<size_t>(i * 6 + j)] ==
+              (is_copied ? source[static_cast<size_t>(i * 8 + j + 1)] : -1.0f));
+      }
+    }
+  }
+}
+
 void test_parts(Backend& backend) {
   constexpr int64_t kParts = 50;
   // Each part multiplies with the backend, in memory of its own.
@@ -160,12 +176,14 @@ void test_matrix_values() {
   test_values(*reference);
   test_copied_rows(*reference);
   test_transposed(*reference);
+  test_copies(*reference);
   test_parts(*reference);
   for (const std::string& isa : available_isas()) {
     const std::unique_ptr<Backend> cpu = make_cpu_backend(2, isa);
     test_values(*cpu);
     test_copied_rows(*cpu);
     test_transposed(*cpu);
+    test_copies(*cpu);
     test_parts(*cpu);
   }
 }

@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cstdlib>
 #include <iterator>
@@ -96,6 +97,8 @@ struct CUstream_st {
 };
 struct CUevent_st {};
 
+static std::atomic<int> capturing_streams = 0;
+
 bool cuda_emulation::is_capturing(cudaStream_t stream) { return stream != nullptr && stream->graph != nullptr; }
 
 void cuda_emulation::capture(cudaStream_t stream, std::function<void()> work) {
@@ -105,11 +108,13 @@ void cuda_emulation::capture(cudaStream_t stream, std::function<void()> work) {
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
   if (stream == nullptr || stream->graph != nullptr) return fail(cudaErrorInvalidValue, "no stream that can capture");
   stream->graph = new CUgraph_st;
+  ++capturing_streams;
   return cudaSuccess;
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
   if (!is_capturing(stream)) return fail(cudaErrorInvalidValue, "the stream does not capture");
   *graph = std::exchange(stream->graph, nullptr);
+  --capturing_streams;
   return cudaSuccess;
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
@@ -263,6 +268,18 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t nbytes, cudaMemcp
   return cudaSuccess;
 }
 
+cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
+                              size_t height, cudaMemcpyKind kind, cudaStream_t stream) {
+  if (to_pitch < width || from_pitch < width) return fail(cudaErrorInvalidValue, "rows that overlap");
+  for (size_t row = 0; row < height; ++row) {
+    const cudaError_t error =
+        cudaMemcpyAsync(static_cast<unsigned char*>(to) + row * to_pitch,
+                        static_cast<const unsigned char*>(from) + row * from_pitch, width, kind, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t nbytes, cudaStream_t stream) {
   if (is_capturing(stream)) {
     capture(stream, [=] { cudaMemsetAsync(memory, value, nbytes, nullptr); });
@@ -298,6 +315,10 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+// A real one would be an error while any stream captures, and end its capture.
+cudaError_t cudaDeviceSynchronize() {
+  return capturing_streams == 0 ? cudaSuccess : fail(cudaErrorStreamCaptureUnsupported, "a stream captures");
+}
 
 cudaError_t cudaGetLastError() {
   const cudaError_t error = last_error;

@@ -2,10 +2,13 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
+#include <chrono>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <thread>
 #include <vector>
 
 #include "core/half.h"
@@ -183,6 +186,24 @@ int main() {
     launch(gpu, count_kernel, dim3(1), 32, 0, memory);
     read(1);
     expect(host[0] == 4, "after operations that threw while they were recorded, others run again");
+  }
+  {
+    Arena arena(gpu);
+    std::atomic<bool> is_done = false;
+    std::thread other;
+    {
+      const Capture capture(gpu, arena);
+      other = std::thread([&] {
+        gpu.synchronize_device();
+        is_done = true;
+      });
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+      expect(cudaDeviceSynchronize() != cudaSuccess, "waiting for a device while a stream captures is an error");
+      cudaGetLastError();
+      expect(!is_done, "so whoever waits for a device waits until nobody records");
+    }
+    other.join();
+    expect(is_done, "and no longer");
   }
   for (int i = 0; i < 2; ++i)
     launch(gpu, arrivals_kernel, dim3(5), 32, 0, reinterpret_cast<unsigned*>(memory + 1), memory);

@@ -1,16 +1,23 @@
-"""The kernels by themselves: the operations a Llama is made of, on NumPy arrays.
+"""The kernels by themselves: the operations a Llama is made of, on NumPy arrays, and on those of any library that has DLPack.
 
 Every operation computes in float32 and accepts float32 only: nothing is cast silently. Leading dimensions are free
 where that is natural: `(..., K)`. On one instruction set, results are bit-identical for every number of threads and rows.
 
 Gradients are operations, too: `x_backward` takes the gradient of what `x` gave, `d_y`, and gives the gradients of what it took.
 
+Arrays of other libraries (torch, CuPy, JAX) are taken over the same memory, by `__dlpack__`. On the CPU they count as NumPy arrays.
+Where one lies on an NVIDIA GPU, the operation runs there, its other arrays must be there, and its results are `DeviceArray`s: they have
+`shape`, `dtype`, `device`, `numpy()` and `__dlpack__`, so that `torch.from_dlpack(y)` copies nothing. Nothing passes through host memory but
+what the CPU reads or lays out: token ids and labels (which may stay on the CPU), weights that are packed, the biases of a packed pair, the
+logits of `sample`. An operation is done when it returns. An array on a GPU may have rows with a stride of their own; other strides
+are a ShapeError, and arrays on different devices a DeviceError. `to_device` and `from_dlpack` make DeviceArrays.
+
 Options that all operations share:
-    out: A float32 array of the result's shape to write to. It may be one of the inputs.
+    out: A float32 array of the result's shape to write to, of any such library. It may be one of the inputs.
     threads: A whole number >= 1; None is the default, `llama_ext.get_num_threads()`.
     isa: An instruction set from `llama_ext.info().available_isas`; None is the best, or what LLAMA_EXT_ISA says.
     device: "cpu"; "cuda", the first NVIDIA GPU, or "cuda:1" and so on; or "reference" for the float64 loops that the fast kernels are
-        tested against.
+        tested against. Arrays on a GPU say it themselves.
 """
 
 from __future__ import annotations
@@ -24,7 +31,9 @@ from llama_ext.ops.dense import (
     swiglu,
     swiglu_backward,
 )
-from llama_ext.ops.packing import Matrix, pack, pack_blocks, pack_gate_up, quantize
+from llama_ext.ops.device import DeviceArray, from_dlpack, to_device
+from llama_ext.ops.matrix import Matrix
+from llama_ext.ops.packing import pack, pack_blocks, pack_gate_up, quantize
 from llama_ext.ops.sequence import attention, causal_attention, causal_attention_backward, rope, rope_angles
 from llama_ext.ops.training import adam, dropout, sgd
 from llama_ext.ops.vocabulary import (
@@ -37,6 +46,7 @@ from llama_ext.ops.vocabulary import (
 )
 
 __all__ = [
+    "DeviceArray",
     "Matrix",
     "adam",
     "attention",
@@ -48,6 +58,7 @@ __all__ = [
     "embedding",
     "embedding_backward",
     "feed_forward",
+    "from_dlpack",
     "matmul",
     "matmul_backward",
     "pack",
@@ -63,4 +74,5 @@ __all__ = [
     "softmax",
     "swiglu",
     "swiglu_backward",
+    "to_device",
 ]

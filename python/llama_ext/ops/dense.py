@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from llama_ext import _core
 from llama_ext._arrays import (
     Array,
     FloatArray,
     allocate,
+    assign,
     destination,
     finish,
     flat,
     float32_array,
     last,
+    on_gpu,
     require_last,
     require_shape,
     vector,
+    zeros,
 )
 from llama_ext.errors import OptionError, ShapeError
-from llama_ext.ops.packing import Matrix, as_matrix, backend_for, check_packed, pack_for, pack_gate_up
+from llama_ext.ops.backends import backend_for
+from llama_ext.ops.device import takes_dlpack
+from llama_ext.ops.matrix import Matrix
+from llama_ext.ops.packing import as_matrix, check_packed, pack_for, pack_gate_up
 
 __all__ = ["feed_forward", "matmul", "matmul_backward", "rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward"]
 
 
+@takes_dlpack
 def matmul(
     x: FloatArray,
     weight: Array | Matrix,
@@ -72,6 +77,7 @@ def matmul(
     return finish(out, target)
 
 
+@takes_dlpack
 def matmul_backward(
     d_y: FloatArray,
     weight: Array | Matrix | None = None,
@@ -114,16 +120,14 @@ def matmul_backward(
     if matrix is not None:
         if matrix.shape[0] != outputs:
             raise ShapeError(f"{op}: weight must have shape ({outputs}, K) for d_y {d_y.shape}, got {matrix.shape}")
-        d_x = allocate(f"{op}: d_x", (*d_y.shape[:-1], matrix.shape[1]))
+        d_x = allocate(f"{op}: d_x", (*d_y.shape[:-1], matrix.shape[1]), d_y)
     if x is not None:
         x = float32_array(op, "x", x)
         width = last(op, "x", x) if matrix is None else matrix.shape[1]
         require_shape(op, "x", x, (*d_y.shape[:-1], width))
         x = flat(x, width)
-        zeros = allocate(f"{op}: d_weight", (outputs, width))
-        zeros[...] = 0
-        d_weight = backend.matrix(zeros)
-    d_bias = np.zeros(outputs, dtype=np.float32)
+        d_weight = backend.zero_matrix(outputs, width)
+    d_bias = zeros(f"{op}: d_bias", (outputs,), d_y)
     backend.matmul_backward(
         flat(d_y, outputs),
         None if matrix is None else matrix.handle,
@@ -134,9 +138,10 @@ def matmul_backward(
         False,
         compute,
     )
-    return d_x, None if d_weight is None else d_weight.to_array(), d_bias
+    return d_x, None if d_weight is None else values_of(d_weight, d_y), d_bias
 
 
+@takes_dlpack
 def rms_norm(
     x: FloatArray,
     weight: FloatArray,
@@ -173,6 +178,7 @@ def rms_norm(
     return finish(out, target)
 
 
+@takes_dlpack
 def rms_norm_backward(
     d_y: FloatArray,
     x: FloatArray,
@@ -209,13 +215,14 @@ def rms_norm_backward(
     weight = vector(op, "weight", weight, width)
     d_y = float32_array(op, "d_y", d_y)
     require_shape(op, "d_y", d_y, x.shape)
-    d_x = allocate(f"{op}: d_x", x.shape)
-    d_weight = np.zeros(width, dtype=np.float32)
+    d_x = allocate(f"{op}: d_x", x.shape, x)
+    d_weight = zeros(f"{op}: d_weight", (width,), x)
     backend = backend_for(device, threads, isa)
     backend.rms_norm_backward(flat(x, width), weight, eps, flat(d_y, width), flat(d_x, width), False, d_weight)
     return d_x, d_weight
 
 
+@takes_dlpack
 def swiglu(
     gate: FloatArray,
     up: FloatArray,
@@ -251,6 +258,7 @@ def swiglu(
     return finish(out, target)
 
 
+@takes_dlpack
 def swiglu_backward(
     d_y: FloatArray,
     gate: FloatArray,
@@ -284,13 +292,14 @@ def swiglu_backward(
     d_y = float32_array(op, "d_y", d_y)
     require_shape(op, "up", up, gate.shape)
     require_shape(op, "d_y", d_y, gate.shape)
-    d_gate, d_up = allocate(f"{op}: d_gate", gate.shape), allocate(f"{op}: d_up", gate.shape)
+    d_gate, d_up = (allocate(f"{op}: {name}", gate.shape, gate) for name in ("d_gate", "d_up"))
     backend_for(device, threads, isa).swiglu_backward(
         flat(gate, width), flat(up, width), flat(d_y, width), flat(d_gate, width), flat(d_up, width)
     )
     return d_gate, d_up
 
 
+@takes_dlpack
 def feed_forward(
     x: FloatArray,
     gate_up: Matrix | tuple[Array | Matrix, Array | Matrix],
@@ -397,5 +406,10 @@ def _begin_with(residual: FloatArray | None, target: FloatArray, op: str) -> boo
         return False
     residual = float32_array(op, "residual", residual)
     require_shape(op, "residual", residual, target.shape)
-    target[...] = residual
+    assign(target, residual)
     return True
+
+
+def values_of(gradient: _core.Matrix, like: object) -> FloatArray:
+    """What has been added up: in the GPU's memory, where `like` is an array there."""
+    return gradient.to_array() if on_gpu(like) is None else gradient.values()  # type: ignore[return-value]

@@ -1,18 +1,16 @@
-"""Weight matrices in the layout of a backend, and the backends that the operations run on."""
+"""Putting weights into the layout of a backend."""
 
 from __future__ import annotations
-
-import functools
-import os
-import threading
 
 import numpy as np
 import numpy.typing as npt
 
 from llama_ext import _core
-from llama_ext._arrays import Array, FloatArray, as_whole, is_bfloat16, vector, widen_bfloat16
+from llama_ext._arrays import Array, Bfloat16Bits, FloatArray, as_whole, is_bfloat16, on_gpu, vector, widen_bfloat16
 from llama_ext.errors import DTypeError, OptionError, ShapeError
-from llama_ext.runtime.threads import checked_threads, get_num_threads
+from llama_ext.ops.backends import backend_for
+from llama_ext.ops.device import takes_dlpack
+from llama_ext.ops.matrix import WITH_MINIMA, Matrix
 from llama_ext.runtime.weight_types import GROUP_SIZES, group_for
 
 __all__ = [
@@ -28,73 +26,11 @@ __all__ = [
     "whole_seed",
 ]
 
-_CREATING = threading.Lock()
 _FLOATS = ("float32", "bfloat16", "float16")
 _CODES = ("int8", "int5", "int4")
-_WITH_MINIMA = "_min"  # of the core's names for weights that have them
 
 
-class Matrix:
-    """A weight matrix in the layout that its backend likes best: made once by `pack`, used any number of times.
-
-    It belongs to the device, threads and instruction set it was packed for. Immutable, so threads may share it.
-    """
-
-    def __init__(
-        self, backend: _core.Backend, handle: _core.Matrix, shape: tuple[int, int], *, gate_up: bool = False
-    ) -> None:
-        self.backend = backend
-        self.handle = handle
-        self._shape = shape
-        self.gate_up = gate_up
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(output features, input features); of a gate-up pair, (F, C)."""
-        return self._shape
-
-    @property
-    def dtype(self) -> str:
-        """How the weights are kept: as in `pack`; of GGUF's K-quants "q4_k", "q5_k" or "q6_k"."""
-        return self.handle.dtype.removesuffix(_WITH_MINIMA)
-
-    @property
-    def group_size(self) -> int | None:
-        """How many weights of a row share a scale; None for floating-point weights."""
-        return self.handle.group or None
-
-    @property
-    def symmetric(self) -> bool:
-        """Whether a weight is scale times code, without a minimum: so of floating-point weights, too."""
-        return not self.handle.dtype.endswith(_WITH_MINIMA) and self.handle.dtype not in ("q4_k", "q5_k")
-
-    @property
-    def nbytes(self) -> int:
-        """The memory it occupies, padding included."""
-        return self.handle.nbytes
-
-    @property
-    def device(self) -> str:
-        """The device it was packed for."""
-        return self.backend.device
-
-    def to_array(self) -> FloatArray:
-        """The weights as float32, (rows, columns); of a gate-up pair, the interleaved rows.
-
-        Returns:
-            A new array; floating-point and symmetric weights widen exactly, others are rounded once.
-        """
-        return self.handle.to_array()
-
-    def __repr__(self) -> str:
-        kind = "gate-up Matrix" if self.gate_up else "Matrix"
-        groups = f" in groups of {self.group_size}" if self.group_size else ""
-        return (
-            f"<{kind} {self._shape[0]} x {self._shape[1]} {self.handle.dtype}{groups} "
-            f"on {self.device} ({self.backend.isa})>"
-        )
-
-
+@takes_dlpack
 def pack(
     weight: Array,
     dtype: str = "float32",
@@ -134,6 +70,7 @@ def pack(
     return pack_for(backend, "pack", "weight", weight, dtype, group_size, symmetric, importance)
 
 
+@takes_dlpack
 def pack_gate_up(
     gate: Array,
     up: Array,
@@ -172,6 +109,7 @@ def pack_gate_up(
     return Matrix(backend, handle, (gate_source.shape[0], gate_source.shape[1]), gate_up=True)
 
 
+@takes_dlpack
 def pack_blocks(
     blocks: npt.NDArray[np.uint8],
     ggml_type: str,
@@ -200,7 +138,7 @@ def pack_blocks(
         DeviceError: There is no such device or instruction set here.
     """
     op = "pack_blocks"
-    given: object = blocks
+    given: object = blocks if on_gpu(blocks) is None else blocks.numpy()  # type: ignore[attr-defined]
     if not isinstance(given, np.ndarray) or given.dtype != np.uint8:
         found = given.dtype if isinstance(given, np.ndarray) else type(given).__name__
         raise DTypeError(f"{op}: blocks must be a NumPy array of uint8, got {found}")
@@ -208,10 +146,11 @@ def pack_blocks(
     if width is None:
         raise DTypeError(f"{op}: columns must be a whole number, got {columns!r}")
     backend = backend_for(device, threads, isa)
-    handle = backend.block_matrix(np.ascontiguousarray(blocks), ggml_type, width)
+    handle = backend.block_matrix(np.ascontiguousarray(given), ggml_type, width)
     return Matrix(backend, handle, handle.shape)
 
 
+@takes_dlpack
 def quantize(
     weight: Array,
     dtype: str,
@@ -302,28 +241,6 @@ def check_packed(
     return matrix
 
 
-def backend_for(device: str, threads: int | None, isa: str | None) -> _core.Backend:
-    """The backend that operations with these options share; its threads start once.
-
-    Raises:
-        DeviceError: There is no such device or instruction set here.
-        OptionError: `threads` is out of range.
-    """
-    # A backend takes its default threads and LLAMA_EXT_ISA when it is made, so both belong to the key.
-    count = checked_threads(threads) or get_num_threads()
-    # The lock, because two threads that come first at once would each get a backend of their own.
-    with _CREATING:
-        return _cached_backend(device, count, isa or "", "" if isa else os.environ.get("LLAMA_EXT_ISA", ""))
-
-
-@functools.lru_cache(maxsize=16)
-def _cached_backend(device: str, threads: int, isa: str, forced: str) -> _core.Backend:
-    """`forced` only tells backends apart: the core reads the environment itself, and names it in its errors."""
-    if device == "reference":
-        return _core.Backend(device)
-    return _core.Backend(device, threads, isa)
-
-
 def _weight_array(op: str, what: str, value: object, dtype: str) -> Array:
     """A weight as the core takes it: a contiguous (N, K) array of float32, float16 or the bits of bfloat16.
 
@@ -333,12 +250,18 @@ def _weight_array(op: str, what: str, value: object, dtype: str) -> Array:
     """
     if dtype not in _FLOATS + _CODES:
         raise DTypeError(f"{op}: dtype must be one of {', '.join(_FLOATS + _CODES)}, got {dtype!r}")
+    if (array := on_gpu(value)) is not None:
+        # The layout is made by the CPU.
+        value = array.numpy().view(Bfloat16Bits) if array.dtype == "bfloat16" else array.numpy()
     if not isinstance(value, np.ndarray):
         raise DTypeError(f"{op}: {what} must be a NumPy array or a packed Matrix, got {type(value).__name__}")
     if value.ndim != 2:
         raise ShapeError(f"{op}: {what} must have shape (rows, columns), got {value.shape}")
     if value.dtype in (np.float32, np.float16):
         return np.ascontiguousarray(value)
+    if isinstance(value, Bfloat16Bits):
+        bits = np.ascontiguousarray(value).view(np.ndarray)
+        return bits if dtype == "bfloat16" else widen_bfloat16(bits)
     if is_bfloat16(value.dtype):
         return np.ascontiguousarray(value).view(np.uint16) if dtype == "bfloat16" else widen_bfloat16(value)
     if value.dtype == np.uint16:
@@ -369,10 +292,12 @@ def _encoding(
     group = group_for(columns) if group_size is None else as_whole(group_size)
     if group not in GROUP_SIZES:
         raise OptionError(f"{op}: group_size must be one of {', '.join(map(str, GROUP_SIZES))}, got {group_size!r}")
-    return dtype + ("" if symmetric in (None, True) else _WITH_MINIMA), group
+    return dtype + ("" if symmetric in (None, True) else WITH_MINIMA), group
 
 
 def _importance(op: str, importance: FloatArray | None, weight: Array) -> FloatArray | None:
+    if (array := on_gpu(importance)) is not None:
+        importance = array.numpy()
     return None if importance is None else vector(op, "importance", importance, weight.shape[1])
 
 

@@ -12,16 +12,22 @@ from llama_ext import _core
 from llama_ext._arrays import (
     FloatArray,
     as_whole,
+    assign,
     destination,
     finish,
     float32_array,
     integers,
+    is_writable,
+    on_gpu,
     require_shape,
+    zeros,
 )
 from llama_ext.errors import DTypeError, ShapeError
 from llama_ext.models.config import LlamaConfig, RopeParameters
 from llama_ext.models.llama import core_config
-from llama_ext.ops.packing import backend_for, whole_seed
+from llama_ext.ops.backends import backend_for
+from llama_ext.ops.device import takes_dlpack
+from llama_ext.ops.packing import whole_seed
 
 __all__ = ["attention", "causal_attention", "causal_attention_backward", "rope", "rope_angles"]
 
@@ -68,6 +74,7 @@ def rope_angles(
     return _core.rope_angles(core_config(config)["rope"], np.ascontiguousarray(array, dtype=np.int64))
 
 
+@takes_dlpack
 def rope(
     x: FloatArray,
     cos: FloatArray,
@@ -99,30 +106,31 @@ def rope(
 
     Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
     """
-    x = float32_array("rope", "x", x)
+    x = float32_array("rope", "x", x, 2)
     if x.ndim < 3:
         raise ShapeError(f"rope: x must have shape (..., T, heads, D), got {x.shape}")
     tokens, heads, head_dim = x.shape[-3:]
     half = (tokens, head_dim // 2)
-    cos = float32_array("rope", "cos", cos)
-    sin = float32_array("rope", "sin", sin)
+    cos = float32_array("rope", "cos", cos, None)
+    sin = float32_array("rope", "sin", sin, None)
     if head_dim % 2:
         raise ShapeError(f"rope: the head dimension must be even, got x of shape {x.shape}")
     require_shape("rope", "cos", cos, half)
     require_shape("rope", "sin", sin, half)
     batch = x.size // max(tokens * heads * head_dim, 1)
     if batch > 1:
-        cos, sin = np.tile(cos, (batch, 1)), np.tile(sin, (batch, 1))
+        cos, sin = _repeated(cos, batch), _repeated(sin, batch)
     # The core rotates in place; writing x to the target first makes every aliasing of the two right.
-    in_place = out is x and x.flags.writeable
-    target = x if in_place else destination("rope", out, x.shape, (cos, sin))
+    in_place = out is x and is_writable(x)
+    target = x if in_place else destination("rope", out, x.shape, (cos, sin) if on_gpu(x) is None else (cos, sin, x))
     if not in_place:
-        target[...] = x
+        assign(target, x)
     if x.size:
-        backend_for(device, threads, isa).rope(target.reshape(-1, heads, head_dim), cos, sin, inverse)
+        backend_for(device, threads, isa).rope(target.reshape((batch * tokens, heads, head_dim)), cos, sin, inverse)
     return finish(out, target)
 
 
+@takes_dlpack
 def attention(
     q: FloatArray,
     k: FloatArray,
@@ -165,9 +173,8 @@ def attention(
 
     Source: Vaswani et al., 2017; Ainslie et al., "GQA", 2023.
     """
-    q = float32_array("attention", "q", q)
-    k = float32_array("attention", "k", k)
-    v = float32_array("attention", "v", v)
+    q = float32_array("attention", "q", q, None)
+    k, v = (float32_array("attention", name, each, None) for name, each in (("k", k), ("v", v)))
     if q.ndim not in (3, 4):
         raise ShapeError(f"attention: q must have shape (T, H, D) or (B, T, H, D), got {q.shape}")
     batch = q.shape[0] if q.ndim == 4 else 1
@@ -187,19 +194,20 @@ def attention(
         first = np.zeros(batch, dtype=np.int32) if starts is None else integers("attention", "starts", starts, keys + 1)
         count = keys - first if lengths is None else integers("attention", "lengths", lengths, keys + 1)
         backend_for(device, threads, isa).attention(
-            q.reshape(batch, tokens, heads, head_dim),
-            k.reshape(batch, keys, kv_heads, head_dim),
-            v.reshape(batch, keys, kv_heads, head_dim),
+            q.reshape((batch, tokens, heads, head_dim)),
+            k.reshape((batch, keys, kv_heads, head_dim)),
+            v.reshape((batch, keys, kv_heads, head_dim)),
             first,
             count,
             head_dim**-0.5 if scale is None else scale,
             kv_dtype,
-            target.reshape(batch, tokens, heads, head_dim),
+            target.reshape((batch, tokens, heads, head_dim)),
             compute,
         )
     return finish(out, target)
 
 
+@takes_dlpack
 def causal_attention(
     q: FloatArray,
     k: FloatArray,
@@ -244,15 +252,16 @@ def causal_attention(
     Source: Vaswani et al., 2017; Ainslie et al., "GQA", 2023; Srivastava et al., "Dropout", 2014.
     """
     op = "causal_attention"
-    q, k, v = (float32_array(op, name, each) for name, each in (("q", q), ("k", k), ("v", v)))
+    q, k, v = (float32_array(op, name, each, 2) for name, each in (("q", q), ("k", k), ("v", v)))
     ranges = _ranges(op, q, sequences)
-    y, log_sums = np.zeros(q.shape, dtype=np.float32), np.zeros(q.shape[:2], dtype=np.float32)
+    y, log_sums = zeros(f"{op}: y", q.shape, q), zeros(f"{op}: log_sums", q.shape[:2], q)
     scale = _scale(q, scale)
     backend = backend_for(device, threads, isa)
     backend.causal_attention(ranges, q, k, v, scale, y, log_sums, dropout, whole_seed(op, seed), compute)
     return y, log_sums
 
 
+@takes_dlpack
 def causal_attention_backward(
     d_y: FloatArray,
     q: FloatArray,
@@ -291,9 +300,9 @@ def causal_attention_backward(
     """
     op = "causal_attention_backward"
     named = (("d_y", d_y), ("q", q), ("k", k), ("v", v), ("y", y), ("log_sums", log_sums))
-    d_y, q, k, v, y, log_sums = (float32_array(op, name, each) for name, each in named)
+    d_y, q, k, v, y, log_sums = (float32_array(op, name, each, 1 if name == "log_sums" else 2) for name, each in named)
     ranges = _ranges(op, q, sequences)
-    d_q, d_k, d_v = (np.zeros(each.shape, dtype=np.float32) for each in (q, k, v))
+    d_q, d_k, d_v = (zeros(f"{op}: d_{name}", each.shape, q) for name, each in (("q", q), ("k", k), ("v", v)))
     scale = _scale(q, scale)
     backend = backend_for(device, threads, isa)
     backend.causal_attention_backward(
@@ -320,3 +329,9 @@ def _ranges(op: str, q: FloatArray, sequences: Sequences | None) -> list[tuple[i
 
 def _scale(q: FloatArray, scale: float | None) -> float:
     return float(max(q.shape[2], 1) ** -0.5) if scale is None else scale
+
+
+def _repeated(angles: FloatArray, times: int) -> FloatArray:
+    """The rows of `angles` so many times, one after another."""
+    array = on_gpu(angles)
+    return np.tile(angles, (times, 1)) if array is None else array.repeated(times)  # type: ignore[return-value]

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import numpy as np
 
-from llama_ext._arrays import FloatArray, as_whole, destination, finish, flat, float32_array, last, require_shape
+from llama_ext._arrays import (
+    FloatArray,
+    as_whole,
+    destination,
+    finish,
+    flat,
+    float32_array,
+    last,
+    line,
+    on_gpu,
+    require_shape,
+    share_memory,
+)
 from llama_ext.errors import DTypeError, OptionError, ShapeError
-from llama_ext.ops.packing import backend_for, whole_seed
+from llama_ext.ops.backends import backend_for
+from llama_ext.ops.device import takes_dlpack
+from llama_ext.ops.packing import whole_seed
 
 __all__ = ["adam", "dropout", "sgd"]
 
 
+@takes_dlpack
 def dropout(
     x: FloatArray,
     p: float,
@@ -53,6 +68,7 @@ def dropout(
     return finish(out, target)
 
 
+@takes_dlpack
 def adam(
     parameter: FloatArray,
     gradient: FloatArray,
@@ -98,7 +114,7 @@ def adam(
     """
     op = "adam"
     states = [_state(op, "parameter", parameter), _state(op, "first", first), _state(op, "second", second)]
-    gradient = float32_array(op, "gradient", gradient)
+    gradient = float32_array(op, "gradient", gradient, None)
     for name, each in (("gradient", gradient), ("first", first), ("second", second)):
         require_shape(op, name, each, parameter.shape)
     _require_apart(op, parameter=parameter, gradient=gradient, first=first, second=second)
@@ -109,7 +125,7 @@ def adam(
     flat_parameter, flat_first, flat_second = states
     backend.adam(
         flat_parameter,
-        gradient.reshape(-1),
+        line(gradient),
         flat_first,
         flat_second,
         number,
@@ -122,6 +138,7 @@ def adam(
     )
 
 
+@takes_dlpack
 def sgd(
     parameter: FloatArray,
     gradient: FloatArray,
@@ -161,7 +178,7 @@ def sgd(
     op = "sgd"
     flat_parameter = _state(op, "parameter", parameter)
     flat_velocity = None if velocity is None else _state(op, "velocity", velocity)
-    gradient = float32_array(op, "gradient", gradient)
+    gradient = float32_array(op, "gradient", gradient, None)
     require_shape(op, "gradient", gradient, parameter.shape)
     if velocity is None:
         if momentum != 0:
@@ -171,13 +188,16 @@ def sgd(
         require_shape(op, "velocity", velocity, parameter.shape)
         _require_apart(op, parameter=parameter, gradient=gradient, velocity=velocity)
     backend = backend_for(device, threads, isa)
-    backend.sgd(
-        flat_parameter, gradient.reshape(-1), flat_velocity, lr, momentum, weight_decay, nesterov, gradient_scale
-    )
+    backend.sgd(flat_parameter, line(gradient), flat_velocity, lr, momentum, weight_decay, nesterov, gradient_scale)
 
 
 def _state(op: str, name: str, value: object) -> FloatArray:
     """An array that is overwritten, as a vector of the same memory."""
+    if (array := on_gpu(value)) is not None:
+        if array.dtype != "float32" or not array.writable:
+            found = array.dtype if array.writable else f"read-only {array.dtype}"
+            raise DTypeError(f"{op}: {name} must be a writable float32 array, got {found}")
+        return line(float32_array(op, name, array, None))
     if not isinstance(value, np.ndarray) or value.dtype != np.float32 or not value.flags.writeable:
         found = type(value).__name__ if not isinstance(value, np.ndarray) else f"{value.dtype}"
         raise DTypeError(f"{op}: {name} must be a writable float32 array, got {found}")
@@ -191,5 +211,5 @@ def _require_apart(op: str, **arrays: FloatArray) -> None:
     names = list(arrays)
     for index, name in enumerate(names):
         for other in names[index + 1 :]:
-            if np.may_share_memory(arrays[name], arrays[other]):
+            if share_memory(arrays[name], arrays[other]):
                 raise ShapeError(f"{op}: {name} must not overlap {other}. Pass a copy")

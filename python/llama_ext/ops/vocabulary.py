@@ -13,20 +13,29 @@ from llama_ext._arrays import (
     FloatArray,
     allocate,
     as_whole,
+    assign,
     destination,
     finish,
     flat,
     float32_array,
     integers,
+    is_writable,
     last,
+    line,
+    on_gpu,
     require_shape,
 )
 from llama_ext.errors import OptionError, ShapeError
-from llama_ext.ops.packing import Matrix, as_matrix, backend_for
+from llama_ext.ops.backends import backend_for
+from llama_ext.ops.dense import values_of
+from llama_ext.ops.device import takes_dlpack
+from llama_ext.ops.matrix import Matrix
+from llama_ext.ops.packing import as_matrix
 
 __all__ = ["cross_entropy", "cross_entropy_backward", "embedding", "embedding_backward", "sample", "softmax"]
 
 
+@takes_dlpack
 def embedding(
     ids: npt.NDArray[np.integer[Any]],
     table: Array | Matrix,
@@ -56,11 +65,12 @@ def embedding(
     matrix = as_matrix("embedding", table, dtype, threads, isa, device)
     rows, columns = matrix.shape
     array = integers("embedding", "ids", ids, rows)
-    target = destination("embedding", out, (*array.shape, columns), (array,))
+    target = destination("embedding", out, (*array.shape, columns), (array, ids, table))
     matrix.backend.embedding(array.reshape(-1), matrix.handle, flat(target, columns))
     return finish(out, target)
 
 
+@takes_dlpack
 def embedding_backward(
     d_y: FloatArray,
     ids: npt.NDArray[np.integer[Any]],
@@ -96,13 +106,12 @@ def embedding_backward(
     array = integers(op, "ids", ids, rows)
     require_shape(op, "ids", array, d_y.shape[:-1])
     backend = backend_for(device, threads, isa)
-    zeros = allocate(f"{op}: d_table", (rows, width))
-    zeros[...] = 0
-    d_table = backend.matrix(zeros)
+    d_table = backend.zero_matrix(rows, width)
     backend.embedding_backward(array.reshape(-1), flat(d_y, width), d_table)
-    return d_table.to_array()
+    return values_of(d_table, d_y)
 
 
+@takes_dlpack
 def softmax(
     x: FloatArray,
     *,
@@ -132,6 +141,7 @@ def softmax(
     return finish(out, target)
 
 
+@takes_dlpack
 def cross_entropy(
     logits: FloatArray,
     labels: npt.NDArray[np.integer[Any]],
@@ -163,10 +173,11 @@ def cross_entropy(
     ids = integers("cross_entropy", "labels", labels, width, ignored=-100)
     require_shape("cross_entropy", "labels", ids, logits.shape[:-1])
     target = destination("cross_entropy", out, ids.shape, (logits, ids))
-    backend_for(device, threads, isa).cross_entropy(flat(logits, width), ids.reshape(-1), target.reshape(-1))
+    backend_for(device, threads, isa).cross_entropy(flat(logits, width), ids.reshape(-1), line(target))
     return finish(out, target)
 
 
+@takes_dlpack
 def cross_entropy_backward(
     logits: FloatArray,
     labels: npt.NDArray[np.integer[Any]],
@@ -204,16 +215,21 @@ def cross_entropy_backward(
     ids = integers(op, "labels", labels, width, ignored=-100)
     require_shape(op, "labels", ids, logits.shape[:-1])
     # The core works in place, so what may share memory with the target is the labels alone.
-    in_place = out is logits and logits.flags.writeable
-    target = logits if in_place else destination(op, out, logits.shape, (ids,))
+    in_place = out is logits and is_writable(logits)
+    target = (
+        logits
+        if in_place
+        else destination(op, out, logits.shape, (ids, logits) if on_gpu(logits) is not None else (ids,))
+    )
     if not in_place:
-        target[...] = logits
-    losses = allocate(f"{op}: the losses", ids.shape)
+        assign(target, logits)
+    losses = allocate(f"{op}: the losses", ids.shape, logits)
     backend = backend_for(device, threads, isa)
-    backend.cross_entropy_backward(flat(target, width), ids.reshape(-1), scale, losses.reshape(-1))
+    backend.cross_entropy_backward(flat(target, width), ids.reshape(-1), scale, line(losses))
     return losses, finish(out, target)
 
 
+@takes_dlpack
 def sample(
     logits: FloatArray,
     *,
@@ -259,6 +275,8 @@ def sample(
         OptionError: An option is out of range.
         NumericError: A logit is NaN or +inf, or all are -inf.
     """
+    if (array := on_gpu(logits)) is not None:
+        logits = array.numpy()  # the CPU draws
     logits = float32_array("sample", "logits", logits)
     if logits.ndim != 1:
         raise ShapeError(f"sample: logits must have shape (V,), got {logits.shape}")
