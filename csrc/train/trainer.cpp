@@ -13,11 +13,12 @@
 namespace llama_ext {
 namespace {
 
-// Tokens of a pass. Of a small model, which goes in parts, as many as leave what is kept for backward in an L3 cache, but enough for
-// eight threads.
+// Tokens of a pass. Of a small model, which goes in parts, as many as leave what is kept for backward in an L3 cache, but enough
+// sequences for eight threads.
 constexpr int64_t kPassTokens = 2048;
 constexpr int64_t kKeptInCache = int64_t{12} << 20;
 constexpr int64_t kLeastPassTokens = 512;
+constexpr size_t kLeastPassSequences = 8;
 // On a device with memory of its own more, as each pass rounds, reads and adds to all weights once more: as many as activations may
 // take memory, four times that of the weights or 4 GiB.
 constexpr int64_t kPassTokensOnDevice = 8192;
@@ -146,11 +147,14 @@ LossSum Trainer::run(const TrainingBatch& batch, bool trains, double scale, uint
   size_t first = 0;
   int64_t token = 0;
   const int64_t most = pass_tokens();
+  const auto limit = [&](size_t sequences) {
+    return goes_in_parts_ && sequences < kLeastPassSequences ? kPassTokens : most;
+  };
   for (uint64_t pass = 0; first < batch.lengths.size(); ++pass) {
     // Whole sequences, until there are enough tokens.
     size_t last = first;
     int64_t tokens = 0;
-    while (last < batch.lengths.size() && (last == first || tokens + batch.lengths[last] <= most)) {
+    while (last < batch.lengths.size() && (last == first || tokens + batch.lengths[last] <= limit(last - first))) {
       tokens += batch.lengths[last++];
     }
     const TrainingBatch part{.tokens = batch.tokens.subspan(static_cast<size_t>(token), static_cast<size_t>(tokens)),
