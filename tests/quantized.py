@@ -92,6 +92,13 @@ class Weights:
             return backend.block_matrix(guarded(self.source), self.kept.name, self.exact.shape[1])
         return backend.matrix(guarded(self.source), self.kept.name, self.kept.group, **options)
 
+    def factored_magnitude(self) -> F64:
+        """|scale| |code| + |minimum|: what rounds where codes are summed before they are scaled, and a minimum takes most of a sum away."""
+        if self.kept.is_gguf or self.kept.name == "float16":
+            return np.abs(self.exact)
+        codes, scales, minima = _core.quantize(self.source, self.kept.name, self.kept.group)
+        return dequantize(np.abs(codes), np.abs(scales), None if minima is None else np.abs(minima), self.kept.group)
+
     def rows(self, begin: int, end: int) -> Weights:
         return Weights(self.kept, self.source[begin:end], self.exact[begin:end])
 

@@ -69,6 +69,7 @@ def test_info_says_why_there_is_no_gpu() -> None:
     assert "cuda:0: compute capability 9.0" in text
 
 
+@pytest.mark.gpu
 @requires_cuda
 def test_a_gpu_has_no_instruction_sets_and_says_what_it_is() -> None:
     with pytest.raises(llama_ext.OptionError, match="no instruction set"):
