@@ -4,7 +4,8 @@
 // whose summed axis are the rows of x, packed transposed into tiles. All threads pack, then multiply: what several products need is
 // packed together where it is little, so that threads wait for each other twice, not twice for each.
 #include <algorithm>
-#include <numeric>
+#include <functional>
+#include <span>
 #include <vector>
 
 #include "cpu/cpu_backend_internal.h"
@@ -65,7 +66,6 @@ class WeightGradient {
            args_.x.row_stride() == other.args_.x.row_stride() && columns() == other.columns() && most_ == other.most_ &&
            rows() == other.rows();
   }
-  const std::byte* x() const { return x_; }
 
   /// Memory for both operands. With `packs_x` false, x is there already.
   void place(std::byte* x, std::byte* d_y, bool packs_x) {
@@ -206,30 +206,63 @@ double microseconds_of(const MatmulBackwardArgs& args) {
   return static_cast<double>(args.d_y.size()) * static_cast<double>(columns) / 50e3;
 }
 
-/// Calls function(i, task of it) for task, counted over all of `counts`.
-template <typename Function>
-void with_task(const std::vector<int64_t>& counts, int64_t task, const Function& function) {
-  size_t i = 0;
-  while (task >= counts[i]) task -= counts[i++];
-  function(i, task);
+/// Where the operands of a group of gradients go, in bytes.
+struct PackedTogether {
+  struct Place {
+    int64_t x = 0;
+    int64_t d_y = 0;
+    bool packs_x = true;  // an earlier gradient of the group may have packed the same x
+  };
+  std::vector<Place> places;
+  int64_t bytes = 0;
+  int64_t worker_bytes = 0;  // besides, of each worker
+};
+
+/// As many of the first gradients as fit; at least one, and no other beside one that goes in parts.
+PackedTogether packed_together(std::span<const WeightGradient> gradients) {
+  PackedTogether group;
+  for (const WeightGradient& gradient : gradients) {
+    PackedTogether::Place place{.x = group.bytes, .d_y = group.bytes, .packs_x = true};
+    for (size_t i = 0; i < group.places.size() && place.packs_x; ++i) {
+      if (gradient.shares_x(gradients[i])) place = {.x = group.places[i].x, .d_y = group.bytes, .packs_x = false};
+    }
+    if (place.packs_x) place.d_y += gradient.x_bytes();
+    const int64_t end = place.d_y + gradient.d_y_bytes();
+    const bool fits = gradient.is_whole() && gradients[0].is_whole() && end <= kPackedBytes;
+    if (!group.places.empty() && !fits) break;
+    group.places.push_back(place);
+    group.bytes = end;
+    group.worker_bytes = std::max(group.worker_bytes, gradient.worker_floats() * int64_t{sizeof(float)});
+  }
+  return group;
+}
+
+/// Calls function(each, task, worker) for the tasks of each of `all`, which has count(each) of them.
+template <typename Each, typename Count, typename Function>
+void run_tasks(int threads, std::span<Each> all, const Count& count, const Function& function) {
+  std::vector<int64_t> ends;
+  for (const Each& each : all) ends.push_back((ends.empty() ? 0 : ends.back()) + std::invoke(count, each));
+  parallel_for(threads, ends.empty() ? 0 : ends.back(), [&](int64_t task, int worker) {
+    size_t i = 0;
+    while (task >= ends[i]) ++i;
+    function(all[i], i == 0 ? task : task - ends[i - 1], worker);
+  });
 }
 
 }  // namespace
 
 void CpuBackend::add_biases(std::span<const MatmulBackwardArgs> all) {
-  std::vector<int64_t> tasks;
   double microseconds = 0.0;
   for (const MatmulBackwardArgs& args : all) {
-    tasks.push_back(args.d_bias ? ceil_div(args.d_y.dim(1), kBiasColumns) : 0);
     if (args.d_bias) microseconds += static_cast<double>(args.d_y.size()) / 2000.0;
   }
-  parallel_for(threads_for(microseconds), std::reduce(tasks.begin(), tasks.end()), [&](int64_t task, int) {
-    with_task(tasks, task, [&](size_t i, int64_t its) {
-      const MatmulBackwardArgs& args = all[i];
-      const int64_t n = its * kBiasColumns;
-      kernels_.training.add_rows(args.d_y.f32() + n, args.d_y.row_stride(), args.d_y.rows(),
-                                 std::min(kBiasColumns, args.d_y.dim(1) - n), args.d_bias.f32() + n);
-    });
+  const auto tasks = [](const MatmulBackwardArgs& args) {
+    return args.d_bias ? ceil_div(args.d_y.dim(1), kBiasColumns) : 0;
+  };
+  run_tasks(threads_for(microseconds), all, tasks, [&](const MatmulBackwardArgs& args, int64_t task, int) {
+    const int64_t n = task * kBiasColumns;
+    kernels_.training.add_rows(args.d_y.f32() + n, args.d_y.row_stride(), args.d_y.rows(),
+                               std::min(kBiasColumns, args.d_y.dim(1) - n), args.d_bias.f32() + n);
   });
 }
 
@@ -245,51 +278,25 @@ void CpuBackend::accumulate_weights(std::span<const MatmulBackwardArgs> all) {
       gradients.emplace_back(kernels_, args, panel_matrix(*args.d_weight), threads);
     }
   }
-  for (size_t first = 0; first < gradients.size();) {
-    // As many as fit.
-    struct Place {
-      int64_t x = 0;
-      int64_t d_y = 0;
-      bool packs_x = true;
-    };
-    std::vector<Place> places;
-    int64_t bytes = 0;
-    int64_t worker_floats = 0;
-    size_t last = first;
-    for (; last < gradients.size(); ++last) {
-      const WeightGradient& gradient = gradients[last];
-      Place place{.x = bytes, .d_y = bytes, .packs_x = true};
-      for (size_t i = first; i < last && place.packs_x; ++i) {
-        if (gradient.shares_x(gradients[i])) place = {.x = places[i - first].x, .d_y = bytes, .packs_x = false};
-      }
-      if (place.packs_x) place.d_y += gradient.x_bytes();
-      const int64_t end = place.d_y + gradient.d_y_bytes();
-      const bool fits = gradient.is_whole() && end <= kPackedBytes;
-      if (last > first && (!fits || !gradients[first].is_whole())) break;
-      places.push_back(place);
-      bytes = end;
-      worker_floats = std::max(worker_floats, gradient.worker_floats());
-    }
-    auto* packed = static_cast<std::byte*>(thread_scratch(
-        Scratch::kProduct, static_cast<size_t>(bytes + threads * worker_floats * static_cast<int64_t>(sizeof(float)))));
-    auto* workers = reinterpret_cast<float*>(packed + bytes);
-    const std::span<WeightGradient> group(gradients.data() + first, last - first);
+  for (std::span<WeightGradient> rest = gradients; !rest.empty();) {
+    const PackedTogether packed = packed_together(rest);
+    const std::span<WeightGradient> group = rest.first(packed.places.size());
+    rest = rest.subspan(group.size());
+    auto* memory = static_cast<std::byte*>(
+        thread_scratch(Scratch::kProduct, static_cast<size_t>(packed.bytes + threads * packed.worker_bytes)));
     for (size_t i = 0; i < group.size(); ++i) {
-      group[i].place(packed + places[i].x, packed + places[i].d_y, places[i].packs_x);
+      const auto& [x, d_y, packs_x] = packed.places[i];
+      group[i].place(memory + x, memory + d_y, packs_x);
     }
-    const auto run = [&] {
-      std::vector<int64_t> tasks(group.size());
-      for (size_t i = 0; i < group.size(); ++i) tasks[i] = group[i].pack_tasks();
-      parallel_for(threads, std::reduce(tasks.begin(), tasks.end()), [&](int64_t task, int worker) {
-        with_task(tasks, task, [&](size_t i, int64_t its) { group[i].pack(its, workers + worker * worker_floats); });
-      });
-      for (size_t i = 0; i < group.size(); ++i) tasks[i] = group[i].multiply_tasks();
-      parallel_for(threads, std::reduce(tasks.begin(), tasks.end()), [&](int64_t task, int) {
-        with_task(tasks, task, [&](size_t i, int64_t its) { group[i].multiply(its); });
-      });
-    };
-    group[0].for_each_part(run);
-    first = last;
+    // Only a group of one has several parts.
+    group[0].for_each_part([&] {
+      run_tasks(threads, group, &WeightGradient::pack_tasks,
+                [&](const WeightGradient& gradient, int64_t task, int worker) {
+                  gradient.pack(task, reinterpret_cast<float*>(memory + packed.bytes + worker * packed.worker_bytes));
+                });
+      run_tasks(threads, group, &WeightGradient::multiply_tasks,
+                [](const WeightGradient& gradient, int64_t task, int) { gradient.multiply(task); });
+    });
   }
 }
 

@@ -80,17 +80,17 @@ def check_shapes(device: Device, kept: Kept, shapes: list[Shape]) -> None:
     for index, shape in enumerate(shapes):
         if kept.is_gguf and (shape.k == 0 or shape.n > 1000):
             continue  # no block, or too many of those that are mostly padding
-        x, made, expected, bound, rounding = problem(kept, shape)
+        x, made, expected, sums, rounding = problem(kept, shape)
+        if device.is_cuda:
+            # A group's codes are summed as whole numbers, and scaled then.
+            sums = units("matmul") * (np.abs(x.astype(np.float64)) @ made.factored_magnitude().T) + TINY * x.shape[1]
         matrix = made.on(backend)
         assert matrix.shape == made.exact.shape
         for compute, rows in itertools.product(("auto", "exact"), shape.rows):
             rounds = kept.rounds_activations(device.isa, compute)
             what = f"{compute}, {rows} x {made.exact.shape}"
             result = multiply(backend, x[:rows], matrix, compute, gap=index % 3)
-            limit = bound[:rows] + rounding[:rows] if rounds else bound[:rows]
-            if device.isa == "cuda":
-                # A group's codes are multiplied as whole numbers, and its sum by its scale.
-                limit = limit + units("matmul") * (np.abs(x[:rows].astype(np.float64)) @ made.factored_magnitude().T)
+            limit = sums[:rows] + rounding[:rows] if rounds else sums[:rows]
             assert_within(result, expected[:rows], limit, what)
             if result.size < 32 or x.shape[1] == 0:
                 continue
