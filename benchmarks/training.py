@@ -4,6 +4,9 @@ Example:
     python -m benchmarks.training --peer-python /path/to/peers/bin/python
     python -m benchmarks.training --loss tinyshakespeare.txt --seeds 3 --rounds 0 --dtypes float32 --save
 
+Engines take turns of a second or so, in processes that wait for each other: what disturbs a machine for longer disturbs both, and the ratio
+of two turns that follow each other says more than two rates.
+
 Shares count 6 operations a token for each weight of a product; attention's products and everything else are not counted. With --loss the
 small setting is trained to its end by each engine, and scored on the whole validation split; --rounds 0 does nothing else.
 """
@@ -11,12 +14,14 @@ small setting is trained to its end by each engine, and scored on the whole vali
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +29,11 @@ from typing import Any
 from benchmarks import hardware, limits, report, training_losses
 from benchmarks.training_runner import RESULT, SETTINGS, matmul_parameters
 
-__all__ = ["Trained", "main", "row_of"]
+__all__ = ["Trained", "main", "ratio_of", "row_of"]
+
+_FOLDER = Path(__file__).parents[1]
+# Seconds between turns, in which threads that wait by spinning go to sleep.
+_PAUSE = 0.3
 
 
 @dataclasses.dataclass
@@ -35,44 +44,112 @@ class Trained:
         engine: llama_ext or torch.
         dtype: Of the products.
         setting: A key of SETTINGS.
-        results: One for each round.
+        facts: Versions and settings, or what went wrong.
+        results: One for each turn.
     """
 
     engine: str
     dtype: str
     setting: str
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     results: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def rates(self) -> list[float]:
         """Tokens per second of every step of all rounds."""
         return [rate for result in self.results for rate in result.get("rates", [])]
 
+    def error(self) -> str | None:
+        """What ended it, if something did."""
+        error: str | None = (self.results[-1] if self.results else self.facts).get("error")
+        return error
 
-def run_once(run: Trained, options: argparse.Namespace) -> dict[str, Any]:
-    """One process, timed."""
-    arguments = ["--setting", run.setting, "--seconds", str(options.seconds)]
-    return _process("benchmarks.training_runner", run.engine, run.dtype, arguments, options)
+
+class Runner:
+    """A process that trains when it is told to.
+
+    Args:
+        run: What it does, and where its results go.
+        options: The command's.
+    """
+
+    def __init__(self, run: Trained, options: argparse.Namespace) -> None:
+        self.run = run
+        self._process = subprocess.Popen(
+            [*_command("benchmarks.training_runner", run.engine, run.dtype, options), "--setting", run.setting],
+            cwd=_FOLDER,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        run.facts = self._answer()
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()  # which ends its input
+
+    def turn(self, seconds: float) -> None:
+        """Trains for so long, one step at least; not once it has failed."""
+        if self.run.error():
+            return
+        assert self._process.stdin
+        self._process.stdin.write(f"{seconds}\n")
+        self._process.stdin.flush()
+        self.run.results.append(self._answer())
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout
+        others = ""
+        for line in self._process.stdout:
+            if line.startswith(RESULT):
+                answer: dict[str, Any] = json.loads(line.removeprefix(RESULT))
+                return answer
+            others += line
+        return {"error": f"failed ({self._process.wait()}): {others[-500:]}"}
+
+
+def take_turns(runs: Sequence[Trained], options: argparse.Namespace) -> None:
+    """All rounds of the engines of one setting and dtype. Who goes first changes from round to round."""
+    with contextlib.ExitStack() as stack:
+        runners = [stack.enter_context(Runner(run, options)) for run in runs]
+        for number in range(options.rounds):
+            for runner in runners if number % 2 == 0 else reversed(runners):
+                time.sleep(_PAUSE)
+                runner.turn(options.seconds)
 
 
 def train_to_the_end(engine: str, dtype: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """One process: the small setting's loss after all its steps."""
-    arguments = [str(options.loss.resolve()), "--seed", str(seed)]
-    result = _process("benchmarks.training_losses", engine, dtype, arguments, options)
+    command = _command("benchmarks.training_losses", engine, dtype, options)
+    command += [str(options.loss.resolve()), "--seed", str(seed)]
+    found = subprocess.run(command, cwd=_FOLDER, capture_output=True, text=True, check=False)
+    lines = [line for line in found.stdout.splitlines() if line.startswith(RESULT)]
+    if lines:
+        result = json.loads(lines[-1].removeprefix(RESULT))
+    else:
+        result = {"error": f"failed ({found.returncode}): {found.stderr[-500:]}"}
     return {"engine": engine, "dtype": dtype, "seed": seed, **result}
 
 
-def _process(
-    module: str, engine: str, dtype: str, arguments: Sequence[str], options: argparse.Namespace
-) -> dict[str, Any]:
+def _command(module: str, engine: str, dtype: str, options: argparse.Namespace) -> list[str]:
     python = sys.executable if engine == "llama_ext" else str(options.peer_python or sys.executable)
-    command = [python, "-m", module, "--engine", engine, "--dtype", dtype, "--threads", str(options.threads)]
-    folder = Path(__file__).parents[1]
-    found = subprocess.run([*command, *arguments], cwd=folder, capture_output=True, text=True, check=False)
-    lines = [line for line in found.stdout.splitlines() if line.startswith(RESULT)]
-    if not lines:
-        return {"error": f"failed ({found.returncode}): {found.stderr[-500:]}"}
-    result: dict[str, Any] = json.loads(lines[-1].removeprefix(RESULT))
-    return result
+    return [python, "-m", module, "--engine", engine, "--dtype", dtype, "--threads", str(options.threads)]
+
+
+def ratio_of(first: Trained, second: Trained) -> list[float] | None:
+    """Tokens per second of one engine over another's, of the medians of turns that follow each other.
+
+    Returns:
+        The lower quartile, the median and the upper quartile of all pairs; None where there are not two.
+    """
+    pairs = [
+        statistics.median(a["rates"]) / statistics.median(b["rates"])
+        for a, b in zip(first.results, second.results, strict=False)
+        if "rates" in a and "rates" in b
+    ]
+    return statistics.quantiles(pairs, n=4, method="inclusive") if len(pairs) > 1 else None
 
 
 def row_of(run: Trained, peak: float) -> tuple[list[str], dict[str, Any]]:
@@ -80,7 +157,7 @@ def row_of(run: Trained, peak: float) -> tuple[list[str], dict[str, Any]]:
     rates = run.rates()
     flop = 6 * matmul_parameters(SETTINGS[run.setting])
     best, median = max(rates), statistics.median(rates)
-    memory = min(result["grown_memory_bytes"] for result in run.results if "rates" in result)
+    memory = max(result["grown_memory_bytes"] for result in run.results if "rates" in result)
     record = {
         **dataclasses.asdict(run),
         "best": best,
@@ -96,8 +173,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--peer-python", type=Path, help="an interpreter that has torch and transformers")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3, help="of timed steps; 0: none")
-    parser.add_argument("--seconds", type=float, default=8.0, help="for each engine in a round")
+    parser.add_argument("--rounds", type=int, default=16, help="turns of each engine; 0: none")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of a turn, one step at least")
     parser.add_argument("--settings", default=",".join(SETTINGS))
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--only", choices=("llama_ext", "torch"))
@@ -122,13 +199,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for engine in engines
     ]
     probes = [limits.probe([options.threads], seconds=0.2)]
-    for number in range(options.rounds):
-        for run in runs:
-            result = run_once(run, options)
-            run.results.append(result)
-            probes.append(limits.probe([options.threads], seconds=0.1))
-            shown = result.get("error") or f"{max(result['rates']):,.0f} tok/s"
-            print(f"round {number + 1}: {run.setting} {run.engine} {run.dtype}: {shown}", file=sys.stderr)
+    contests = [list(group) for _, group in itertools.groupby(runs, key=lambda run: (run.setting, run.dtype))]
+    for contest in contests if options.rounds else []:
+        take_turns(contest, options)
+        probes.append(limits.probe([options.threads], seconds=0.2))
+        for run in contest:
+            shown = run.error() or f"{statistics.median(run.rates()):,.0f} tok/s"
+            print(f"{run.setting} {run.engine} {run.dtype}: {shown}", file=sys.stderr)
 
     best = limits.best_of(probes)
     peak = max(rates[options.threads] for name, rates in best.peak.items() if name.startswith("f32_fma"))
@@ -137,10 +214,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     records = []
     missing = []
     for run in runs:
-        if not run.results:
-            continue
+        if run.error():
+            missing.append(f"{run.setting} {run.engine} {run.dtype}: {run.error()}")
         if not run.rates():
-            missing.append(f"{run.setting} {run.engine} {run.dtype}: {run.results[0].get('error')}")
             continue
         cells, record = row_of(run, peak)
         table.rows.append(cells)
@@ -158,8 +234,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"Shares are of {peak:,.0f} GFLOP/s, the best float32 probe of the run, counting 6 operations a token for each of "
             + ", ".join(weights)
             + ".",
-            f"{options.rounds} interleaved rounds of {options.seconds} s. Memory: what the process grew by, imports included.",
+            f"{options.rounds} turns of {options.seconds} s each, one step at least. Memory: what the process grew by, imports included.",
         ]
+    ratios = []
+    for contest in contests:
+        quartiles = ratio_of(contest[0], contest[1]) if len(contest) == 2 else None
+        if quartiles is None:
+            continue
+        first, second = contest
+        ratios.append({"setting": first.setting, "dtype": first.dtype, "quartiles": quartiles})
+        low, middle, high = (f"{each:.2f}" for each in quartiles)
+        notes.append(
+            f"{first.setting} {first.dtype}: {first.engine} trains {middle} x as fast as {second.engine}, the median of turns that follow each "
+            f"other (quartiles {low} and {high})."
+        )
     notes += [*missing, *training_losses.summary(losses)]
     tables = [report.limits_table(best, probes), *([table] if table.rows else [])]
     tables += [training_losses.table(losses)] if losses else []
@@ -171,6 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "machine": machine,
             "probes": [probe.to_dict() for probe in probes],
             "engines": records,
+            "ratios": ratios,
             "losses": losses,
             "missing": missing,
         }

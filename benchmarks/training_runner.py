@@ -1,6 +1,7 @@
 """One training setting, timed step by step in a process of its own: with llama_ext, or with transformers on torch.
 
-Prints one line of JSON, as the runners of `measure` do.
+Prints a line of JSON, as the runners of `measure` do, once it is ready: what it uses. Each line that it reads is a number of seconds to train
+for, one step at least, and is answered by a line with the rates of the steps. It ends with its input.
 """
 
 from __future__ import annotations
@@ -100,6 +101,11 @@ def torch_step(setting: dict[str, int], threads: int, dtype: str) -> tuple[Calla
     return step, lambda: {"version": transformers.__version__, "torch": torch.__version__}
 
 
+def say(result: dict[str, Any]) -> None:
+    """A line that `benchmarks.training` reads; libraries print what they like."""
+    print(RESULT + json.dumps(result), flush=True)
+
+
 def main() -> None:
     """The runner."""
     parser = argparse.ArgumentParser()
@@ -107,38 +113,43 @@ def main() -> None:
     parser.add_argument("--setting", choices=tuple(SETTINGS), required=True)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--seconds", type=float, required=True, help="to go on for, with at least two steps")
     options = parser.parse_args()
     setting = SETTINGS[options.setting]
-    result: dict[str, Any]
     try:
         make = llama_ext_step if options.engine == "llama_ext" else torch_step
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         step, facts = make(setting, options.threads, options.dtype)
         rng = np.random.default_rng(0)
         shape = (setting["batch"], setting["context"])
-        times: list[float] = []
-        begin = time.perf_counter()
-        while len(times) < 3 or time.perf_counter() - begin < options.seconds:
+
+        def timed_step() -> float:
             tokens = rng.integers(0, VOCABULARY, shape).astype(np.int32)
             labels = rng.integers(0, VOCABULARY, shape).astype(np.int32)
             start = time.perf_counter()
             step(tokens, labels)
-            times.append(time.perf_counter() - start)
-        count = setting["batch"] * setting["context"]
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        result = {
-            "rates": [count / seconds for seconds in times[1:]],  # the first step makes the memory
-            "peak_memory_bytes": peak * 1024,
-            "grown_memory_bytes": (peak - before) * 1024,
-            **facts(),
-        }
+            return time.perf_counter() - start
+
+        timed_step()  # which makes the memory
+        say(facts())
+        for line in sys.stdin:
+            end = time.perf_counter() + float(line)
+            times = [timed_step()]
+            while time.perf_counter() < end:
+                times.append(timed_step())
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            tokens = setting["batch"] * setting["context"]
+            say(
+                {
+                    "rates": [tokens / seconds for seconds in times],
+                    "peak_memory_bytes": peak * 1024,
+                    "grown_memory_bytes": (peak - before) * 1024,
+                }
+            )
     except ModuleNotFoundError as error:
-        result = {"error": f"not installed: {error.name}"}
+        say({"error": f"not installed: {error.name}"})
     except Exception as error:  # an engine's failure is a result: the others still run
         traceback.print_exc(file=sys.stderr)
-        result = {"error": f"failed: {type(error).__name__}: {str(error)[:200]}"}
-    print(RESULT + json.dumps(result), flush=True)
+        say({"error": f"failed: {type(error).__name__}: {str(error)[:200]}"})
 
 
 if __name__ == "__main__":
