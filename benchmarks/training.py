@@ -27,13 +27,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import hardware, limits, report, training_losses
-from benchmarks.training_runner import RESULT, SETTINGS, matmul_parameters
+from benchmarks.measure import RESULT
+from benchmarks.training_runner import SETTINGS, matmul_parameters
 
 __all__ = ["Trained", "main", "ratio_of", "row_of"]
 
 _FOLDER = Path(__file__).parents[1]
 # Seconds between turns, in which threads that wait by spinning go to sleep.
 _PAUSE = 0.3
+# Seconds for each limit that is probed after a round.
+_PROBE = 0.05
 
 
 @dataclasses.dataclass
@@ -110,14 +113,29 @@ class Runner:
         return {"error": f"failed ({self._process.wait()}): {others[-500:]}"}
 
 
-def take_turns(runs: Sequence[Trained], options: argparse.Namespace) -> None:
-    """All rounds of the engines of one setting and dtype. Who goes first changes from round to round."""
+def peak_of(limit: limits.Limits, threads: int) -> float:
+    """GFLOP/s in float32."""
+    return limit.best_peak("f32", threads)[1]
+
+
+def take_turns(runs: Sequence[Trained], options: argparse.Namespace) -> list[limits.Limits]:
+    """All rounds of the engines of one setting and dtype. Who goes first changes from round to round.
+
+    Returns:
+        What the machine allowed after each round. Turns have its float32 peak as `peak`.
+    """
+    probes = []
     with contextlib.ExitStack() as stack:
         runners = [stack.enter_context(Runner(run, options)) for run in runs]
         for number in range(options.rounds):
             for runner in runners if number % 2 == 0 else reversed(runners):
                 time.sleep(_PAUSE)
                 runner.turn(options.seconds)
+            probes.append(limits.probe([options.threads], seconds=_PROBE))
+            for run in runs:
+                if not run.error():
+                    run.results[-1]["peak"] = peak_of(probes[-1], options.threads)
+    return probes
 
 
 def train_to_the_end(engine: str, dtype: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -157,15 +175,18 @@ def row_of(run: Trained, peak: float) -> tuple[list[str], dict[str, Any]]:
     rates = run.rates()
     flop = 6 * matmul_parameters(SETTINGS[run.setting])
     best, median = max(rates), statistics.median(rates)
-    memory = max(result["grown_memory_bytes"] for result in run.results if "rates" in result)
+    turns = [turn for turn in run.results if "rates" in turn]
+    beside = statistics.median(statistics.median(turn["rates"]) * flop / (turn["peak"] * 1e9) for turn in turns)
+    memory = max(turn["grown_memory_bytes"] for turn in turns)
     record = {
         **dataclasses.asdict(run),
         "best": best,
         "median": median,
         "share_of_float32_peak": best * flop / (peak * 1e9),
+        "share_of_peak_beside_it": beside,
     }
     cells = [run.setting, run.engine, run.dtype, f"{best:,.0f}", f"{median:,.0f}"]
-    cells += [report.percent(best * flop / (peak * 1e9)), report.percent(median * flop / (peak * 1e9))]
+    cells += [report.percent(best * flop / (peak * 1e9)), report.percent(beside)]
     return [*cells, f"{memory / 2**20:,.0f}"], record
 
 
@@ -201,15 +222,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     probes = [limits.probe([options.threads], seconds=0.2)]
     contests = [list(group) for _, group in itertools.groupby(runs, key=lambda run: (run.setting, run.dtype))]
     for contest in contests if options.rounds else []:
-        take_turns(contest, options)
-        probes.append(limits.probe([options.threads], seconds=0.2))
+        probes += take_turns(contest, options)
         for run in contest:
             shown = run.error() or f"{statistics.median(run.rates()):,.0f} tok/s"
             print(f"{run.setting} {run.engine} {run.dtype}: {shown}", file=sys.stderr)
 
     best = limits.best_of(probes)
-    peak = max(rates[options.threads] for name, rates in best.peak.items() if name.startswith("f32_fma"))
-    columns = ["setting", "engine", "products", "tok/s", "median", "of f32 peak", "median", "memory MiB"]
+    peak = peak_of(best, options.threads)
+    columns = ["setting", "engine", "products", "tok/s", "median", "of f32 peak", "beside it", "memory MiB"]
     table = report.Table(f"Training, {options.threads} threads", columns, left=3)
     records = []
     missing = []
@@ -233,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         notes = [
             f"Shares are of {peak:,.0f} GFLOP/s, the best float32 probe of the run, counting 6 operations a token for each of "
             + ", ".join(weights)
-            + ".",
+            + "; beside it: the median of turns, each of the peak probed after its round.",
             f"{options.rounds} turns of {options.seconds} s each, one step at least. Memory: what the process grew by, imports included.",
         ]
     ratios = []

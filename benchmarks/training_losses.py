@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import report
-from benchmarks.training_runner import RESULT, SETTINGS
+from benchmarks.measure import RESULT
+from benchmarks.training_runner import SETTINGS
 
 __all__ = ["SETTING", "learning_rate", "summary", "table"]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import sys
 import time
 import traceback
@@ -17,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-RESULT = "RESULT "
+from benchmarks.measure import RESULT, peak_memory_bytes
+
 # nanoGPT's two settings for tiny Shakespeare.
 SETTINGS: dict[str, dict[str, int]] = {
     "4x128": {"layers": 4, "heads": 4, "width": 128, "ffn_width": 344, "context": 64, "batch": 12},
@@ -117,7 +117,7 @@ def main() -> None:
     setting = SETTINGS[options.setting]
     try:
         make = llama_ext_step if options.engine == "llama_ext" else torch_step
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_memory_bytes()
         step, facts = make(setting, options.threads, options.dtype)
         rng = np.random.default_rng(0)
         shape = (setting["batch"], setting["context"])
@@ -136,13 +136,13 @@ def main() -> None:
             times = [timed_step()]
             while time.perf_counter() < end:
                 times.append(timed_step())
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            peak = peak_memory_bytes()
             tokens = setting["batch"] * setting["context"]
             say(
                 {
                     "rates": [tokens / seconds for seconds in times],
-                    "peak_memory_bytes": peak * 1024,
-                    "grown_memory_bytes": (peak - before) * 1024,
+                    "peak_memory_bytes": peak,
+                    "grown_memory_bytes": peak - before,
                 }
             )
     except ModuleNotFoundError as error:

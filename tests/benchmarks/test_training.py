@@ -6,18 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.training import Trained, ratio_of, take_turns
+from benchmarks.training import Trained, peak_of, ratio_of, take_turns
 
 OPTIONS = argparse.Namespace(peer_python=Path(sys.executable), threads=1, rounds=2, seconds=0.0)
 
 
 def test_a_turn_is_at_least_one_step_and_tells_rates_and_memory() -> None:
     run = Trained("llama_ext", "float32", "4x128")
-    take_turns([run], OPTIONS)
+    probes = take_turns([run], OPTIONS)
     assert run.error() is None
     assert "isa" in run.facts
     assert [len(turn["rates"]) for turn in run.results] == [1, 1]
     assert min(run.rates()) > 0
+    assert [turn["peak"] for turn in run.results] == [peak_of(probe, 1) for probe in probes]
     assert all(turn["grown_memory_bytes"] > 0 for turn in run.results)
 
 
