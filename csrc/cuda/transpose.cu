@@ -1,6 +1,7 @@
 // Float32 numbers transposed: a block turns 32 x 32 of them around in shared memory, so that a warp reads and writes 128 bytes in a row.
 // Bound by memory.
 #include "cuda/kernels.h"
+#include "cuda/launch.h"
 
 namespace llama_ext::cuda {
 namespace {
