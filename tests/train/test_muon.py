@@ -177,6 +177,14 @@ def test_rounding_brings_little_where_a_direction_has_nothing() -> None:
         assert relative_rms(update, newton_schulz(direction)) < 0.05, name
 
 
+@each_isa
+def test_large_tensors_that_all_threads_share_are_those_of_numpy(isa: str) -> None:
+    model = build(isa, width=260, ffn_width=1024)
+    trainer = _core.Trainer(model, optimizer={"kind": "muon"})
+    for name, direction, update in updates(trainer, model):
+        assert relative_rms(update, newton_schulz(direction)) < 2e-5, name
+
+
 @each_backend
 def test_fused_slices_do_not_touch_each_other(isa: str) -> None:
     """Q, K and V lie in one matrix: a direction for k alone changes k alone."""
@@ -252,12 +260,15 @@ def test_a_run_that_goes_on_elsewhere_has_the_same_bits(isa: str, compute: str) 
         assert_same_bits(model.read(name), whole.read(name), name)
 
 
+# A thread takes a tensor, or all share each, as one has more than 2^18 weights.
+@pytest.mark.parametrize(
+    "sizes", [{"width": 100, "ffn_width": 301}, {"width": 260, "ffn_width": 1024}], ids=["apart", "together"]
+)
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 @each_isa
-def test_the_number_of_threads_changes_no_bit(isa: str, compute: str) -> None:
+def test_the_number_of_threads_changes_no_bit(isa: str, compute: str, sizes: dict[str, int]) -> None:
     def steps(threads: int) -> dict[str, Array]:
-        # Large enough for threads to share.
-        model = build(isa, threads, width=100, ffn_width=301)
+        model = build(isa, threads, **sizes)
         trainer = _core.Trainer(model, optimizer=MUON, compute=compute)
         for seed in range(2):
             run(trainer, seed)
