@@ -128,8 +128,12 @@ class Backend {
                           const std::function<void(int64_t, const QuantizedRow&)>& visit) = 0;
 
   /// target (K, N) = source (N, K) transposed. Throws DTypeError unless both are float32, ShapeError.
-  /// This one goes through host memory.
-  virtual void transpose(Matrix& target, const Matrix& source);
+  virtual void transpose(Matrix& target, const Matrix& source) = 0;
+  /// Rows of a float32 matrix as a tensor of the device, without host memory: `target` (n, K) f32, or (K, n) with `transposes`;
+  /// rows may be strided. Throws DTypeError for another type, ShapeError.
+  virtual void load_rows(const Matrix& matrix, const RowMap& map, const TensorView& target, bool transposes) = 0;
+  /// The other way round: `source`, likewise, becomes the rows that `map` names. Throws DTypeError, ShapeError.
+  virtual void store_rows(Matrix& matrix, const RowMap& map, const TensorView& source, bool transposes) = 0;
 
   /// All elements of a float32 matrix, padding included, in the order of its layout: (n) f32. For what is done element by
   /// element to matrices of one shape; padding is zero and must stay so. Throws DTypeError for another type.
@@ -199,18 +203,5 @@ class Backend {
   virtual void begin_range(const std::string& /*name*/) {}
   virtual void end_range() {}
 };
-
-inline void Backend::transpose(Matrix& target, const Matrix& source) {
-  check_transpose(target, source);
-  const int64_t rows = source.rows();
-  const int64_t cols = source.cols();
-  std::vector<float> from(static_cast<size_t>(rows * cols));
-  std::vector<float> to(from.size());
-  read_rows(source, {}, TensorView(from.data(), DType::kF32, {rows, cols}));
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < cols; ++j) to[static_cast<size_t>(j * rows + i)] = from[static_cast<size_t>(i * cols + j)];
-  }
-  write_rows(target, {}, TensorView(to.data(), DType::kF32, {cols, rows}), {});
-}
 
 }  // namespace llama_ext

@@ -210,6 +210,34 @@ void sgd(const BackendPtr& backend, const py::object& parameter, const py::objec
          [&] { backend->sgd(args); });
 }
 
+void transpose(const BackendPtr& backend, const PyMatrix& target, const PyMatrix& source) {
+  const Matrix& from = *matrix_of(backend, source, "transpose", "source");
+  Matrix& to = *gradient_of(backend, target, "transpose", "target");
+  run_op(backend, [&] { backend->transpose(to, from); });
+}
+
+/// group 0: one tensor's rows, all together.
+RowMap row_map(int64_t begin, int64_t group, int64_t stride) {
+  if (group == 0) return {.begin = begin};
+  return {.begin = begin, .group = group, .stride = stride};
+}
+
+void load_rows(const BackendPtr& backend, const PyMatrix& matrix, const py::object& out, bool transposes, int64_t begin,
+               int64_t group, int64_t stride) {
+  const Matrix& from = *matrix_of(backend, matrix, "load_rows", "matrix");
+  TensorView target = rows_to(out, "load_rows", "out");
+  run_op(DeviceArrays(*backend).writes(target),
+         [&] { backend->load_rows(from, row_map(begin, group, stride), target, transposes); });
+}
+
+void store_rows(const BackendPtr& backend, const PyMatrix& matrix, const py::object& x, bool transposes, int64_t begin,
+                int64_t group, int64_t stride) {
+  Matrix& to = *gradient_of(backend, matrix, "store_rows", "matrix");
+  TensorView source = rows_of(x, "store_rows", "x");
+  run_op(DeviceArrays(*backend).reads(source),
+         [&] { backend->store_rows(to, row_map(begin, group, stride), source, transposes); });
+}
+
 double sum_of_squares(const BackendPtr& backend, const py::object& x) {
   TensorView view = flat_of(x, "sum_of_squares", "x");
   double sum = 0;
@@ -246,7 +274,12 @@ void bind_gradients(py::class_<Backend, BackendPtr>& backend) {
       .def("sgd", &sgd, py::arg("parameter"), py::arg("gradient"), py::arg("velocity").none(true), py::arg("lr"),
            py::arg("momentum") = 0.0, py::arg("decay") = 0.0, py::arg("nesterov") = false,
            py::arg("gradient_scale") = 1.0)
-      .def("sum_of_squares", &sum_of_squares, py::arg("x"));
+      .def("sum_of_squares", &sum_of_squares, py::arg("x"))
+      .def("transpose", &transpose, py::arg("target"), py::arg("source"))
+      .def("load_rows", &load_rows, py::arg("matrix"), py::arg("out"), py::arg("transposes") = false,
+           py::arg("begin") = 0, py::arg("group") = 0, py::arg("stride") = 0)
+      .def("store_rows", &store_rows, py::arg("matrix"), py::arg("x"), py::arg("transposes") = false,
+           py::arg("begin") = 0, py::arg("group") = 0, py::arg("stride") = 0);
 }
 
 }  // namespace llama_ext

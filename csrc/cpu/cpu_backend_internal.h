@@ -60,6 +60,8 @@ class CpuBackend final : public Backend {
   void sample(std::span<const SampleArgs> rows, std::span<SampleResult> results) override;
 
   void transpose(Matrix& target, const Matrix& source) override;
+  void load_rows(const Matrix& matrix, const RowMap& map, const TensorView& target, bool transposes) override;
+  void store_rows(Matrix& matrix, const RowMap& map, const TensorView& source, bool transposes) override;
   TensorView values(Matrix& matrix) override;
   void swiglu(const SwigluArgs& args) override;
   void causal_attention(const CausalAttentionArgs& args) override;
@@ -76,6 +78,8 @@ class CpuBackend final : public Backend {
   double sum_of_squares(const TensorView& x) override;
 
  private:
+  template <typename Move>
+  void for_each_block(const Matrix& matrix, const RowMap& map, int64_t rows, const Move& move) const;
   /// A product and what becomes of each finished block (kernel_table.h).
   struct Product {
     TensorView x;  // (M, K)

@@ -123,6 +123,30 @@ void check_rows(const Matrix& matrix, const RowMap& map, const TensorView& rows,
 // What one thread moves in a microsecond, roughly, in weights.
 constexpr double kCopied = 500.0;
 constexpr double kRounded = 30.0;
+constexpr double kMoved = 1500.0;
+// Rows of a tensor that a panel's are written to at a time.
+constexpr int64_t kLoadedRows = 8;
+
+/// Rows of a tensor that lie side by side in one panel.
+struct PanelRows {
+  int64_t row;    // of the tensor, the first
+  int64_t place;  // of the matrix, likewise
+  int64_t count;
+};
+
+std::vector<PanelRows> panel_rows(const RowMap& map, int64_t rows) {
+  std::vector<PanelRows> parts;
+  for_each_run(map, rows, [&](int64_t row, int64_t place, int64_t count) {
+    while (count > 0) {
+      const int64_t some = std::min(count, kPanel - place % kPanel);
+      parts.push_back({row, place, some});
+      row += some;
+      place += some;
+      count -= some;
+    }
+  });
+  return parts;
+}
 
 }  // namespace
 
@@ -298,6 +322,49 @@ void CpuBackend::copy_rows(Matrix& target, const RowMap& to, const Matrix& sourc
         copy(target_panels.panel<uint16_t>(place / kPanel), source_panels.panel<uint16_t>(row / kPanel));
       }
     }
+  });
+}
+
+/// Calls move(rows, first k, how many k) for each block of k of each part of a panel.
+template <typename Move>
+void CpuBackend::for_each_block(const Matrix& matrix, const RowMap& map, int64_t rows, const Move& move) const {
+  const std::vector<PanelRows> parts = panel_rows(map, rows);
+  const int64_t blocks = ceil_div(matrix.cols(), kBlock);
+  const int threads = threads_for(static_cast<double>(rows * matrix.cols()) / kMoved);
+  parallel_for(threads, static_cast<int64_t>(parts.size()) * blocks, [&](int64_t task, int) {
+    const int64_t k = task % blocks * kBlock;
+    move(parts[static_cast<size_t>(task / blocks)], k, std::min(kBlock, matrix.cols() - k));
+  });
+}
+
+void CpuBackend::load_rows(const Matrix& matrix, const RowMap& map, const TensorView& target, bool transposes) {
+  const int64_t rows = check_tensor_rows(matrix, map, target, transposes, "load_rows");
+  const PanelMatrix& panels = panel_matrix(matrix);
+  for_each_block(matrix, map, rows, [&](const PanelRows& part, int64_t k, int64_t depth) {
+    const float* from = panels.panel<float>(part.place / kPanel) + k * kPanel + part.place % kPanel;
+    if (transposes) {
+      for (int64_t i = 0; i < depth; ++i)
+        std::copy_n(from + i * kPanel, part.count, target.row<float>(k + i) + part.row);
+      return;
+    }
+    // Few rows of the target at a time: where they start a power of two apart, more would push each other out of the L1 cache.
+    for (int64_t lane = 0; lane < part.count; lane += kLoadedRows) {
+      kernels_.training.transpose(from + lane, kPanel, depth, std::min(kLoadedRows, part.count - lane),
+                                  target.row<float>(part.row + lane) + k, target.row_stride());
+    }
+  });
+}
+
+void CpuBackend::store_rows(Matrix& matrix, const RowMap& map, const TensorView& source, bool transposes) {
+  const int64_t rows = check_tensor_rows(matrix, map, source, transposes, "store_rows");
+  PanelMatrix& panels = panel_matrix(matrix);
+  for_each_block(matrix, map, rows, [&](const PanelRows& part, int64_t k, int64_t depth) {
+    float* to = panels.panel<float>(part.place / kPanel) + k * kPanel + part.place % kPanel;
+    if (transposes) {
+      for (int64_t i = 0; i < depth; ++i) std::copy_n(source.row<float>(k + i) + part.row, part.count, to + i * kPanel);
+      return;
+    }
+    kernels_.training.transpose(source.row<float>(part.row) + k, source.row_stride(), part.count, depth, to, kPanel);
   });
 }
 

@@ -95,6 +95,9 @@ class CudaBackend final : public Backend {
   void copy_rows(Matrix& target, const RowMap& to, const Matrix& source, const RowMap& from, int64_t rows) override;
   void read_codes(const Matrix& matrix, const RowMap& map, int64_t rows,
                   const std::function<void(int64_t, const QuantizedRow&)>& visit) override;
+  void transpose(Matrix& target, const Matrix& source) override;
+  void load_rows(const Matrix& matrix, const RowMap& map, const TensorView& target, bool transposes) override;
+  void store_rows(Matrix& matrix, const RowMap& map, const TensorView& source, bool transposes) override;
   TensorView values(Matrix& matrix) override;
 
   std::unique_ptr<KvCache> create_kv_cache(const KvCacheShape& shape) override;

@@ -7,6 +7,7 @@
 
 #include "core/checked.h"
 #include "cuda/cuda_backend_internal.h"
+#include "cuda/device_views.h"
 #include "quant/quantized_row.h"
 
 namespace llama_ext::cuda {
@@ -58,6 +59,11 @@ void check_rows(const Matrix& matrix, const RowMap& map, const TensorView& rows,
   require_shape(rows, {-1, matrix.cols()}, "matrix", what);
   require(rows.is_contiguous(), ErrorKind::kShape, "matrix: ", what, " must be contiguous");
   check_map(matrix, map, rows.rows(), what);
+}
+
+/// A float32 matrix as what operations take, its padding left out.
+TensorView as_tensor(const WeightView& weight) {
+  return TensorView(weight.data, DType::kF32, {int64_t{weight.rows}, int64_t{weight.cols}}, weight.stride);
 }
 
 int64_t batch_rows(const WeightView& layout, int64_t rows) {
@@ -244,6 +250,39 @@ void CudaBackend::copy_rows(Matrix& target, const RowMap& to, const Matrix& sour
     }
     i += run;
   }
+}
+
+void CudaBackend::transpose(Matrix& target, const Matrix& source) {
+  const OpRange range("transpose");
+  check_transpose(target, source);
+  cuda::transpose(*gpu_, rows_of(as_tensor(own(source, "transpose").view())), source.rows(), source.cols(),
+                  rows_of(as_tensor(own(target, "transpose").view())));
+}
+
+void CudaBackend::load_rows(const Matrix& matrix, const RowMap& map, const TensorView& target, bool transposes) {
+  const OpRange range("load_rows");
+  const int64_t rows = check_tensor_rows(matrix, map, target, transposes, "load_rows");
+  const TensorView all = as_tensor(own(matrix, "load_rows").view());
+  for_each_run(map, rows, [&](int64_t row, int64_t place, int64_t count) {
+    const TensorView from = all.slice_rows(place, count);
+    if (!transposes) return copy(target.slice_rows(row, count), from);
+    Rows to = rows_of(target);
+    to.data += row;
+    cuda::transpose(*gpu_, rows_of(from), count, matrix.cols(), to);
+  });
+}
+
+void CudaBackend::store_rows(Matrix& matrix, const RowMap& map, const TensorView& source, bool transposes) {
+  const OpRange range("store_rows");
+  const int64_t rows = check_tensor_rows(matrix, map, source, transposes, "store_rows");
+  const TensorView all = as_tensor(own(matrix, "store_rows").view());
+  for_each_run(map, rows, [&](int64_t row, int64_t place, int64_t count) {
+    const TensorView to = all.slice_rows(place, count);
+    if (!transposes) return copy(to, source.slice_rows(row, count));
+    Rows from = rows_of(source);
+    from.data += row;
+    cuda::transpose(*gpu_, from, matrix.cols(), count, rows_of(to));
+  });
 }
 
 TensorView CudaBackend::values(Matrix& matrix) {

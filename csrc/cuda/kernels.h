@@ -50,6 +50,9 @@ void round_transposed(const Gpu& gpu, Rows x, int64_t rows, int64_t width, Round
 /// weight: float32 or bfloat16, whose transposed numbers are (weight.cols, weight.rows).
 void round_transposed(const Gpu& gpu, const WeightView& weight, RoundedOperand across);
 
+// transpose.cu: y (width, rows) = x (rows, width) transposed.
+void transpose(const Gpu& gpu, Rows x, int64_t rows, int64_t width, Rows y);
+
 // softmax.cu
 void softmax(const Gpu& gpu, Rows x, int64_t rows, int64_t width, Rows y);
 

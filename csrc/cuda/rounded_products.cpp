@@ -74,12 +74,14 @@ void rounded_gradients(const Gpu& gpu, const ProductGradients& g) {
     matmul_mma(gpu, view);
   }
   if (wants_weight) {
-    const Operand x(gpu, g.d_weight->cols, g.rows);
-    round_transposed(gpu, g.x, g.rows, g.d_weight->cols, x.rows(), {});
+    // The products of a matrix's columns with each other need it once (a step of Muon).
+    const bool is_same = g.x.data == g.d_y.data && g.x.stride == g.d_y.stride && g.d_weight->cols == g.width;
+    const Operand x(gpu, is_same ? 0 : g.d_weight->cols, g.rows);
+    if (!is_same) round_transposed(gpu, g.x, g.rows, g.d_weight->cols, x.rows(), {});
     MmaView view;
     view.x = across.data();
     view.rows = g.width;
-    view.weight = x.as_weight(g.d_weight->cols, g.rows);
+    view.weight = (is_same ? across : x).as_weight(g.d_weight->cols, g.rows);
     view.y = float_rows(*g.d_weight);
     view.accumulate = true;
     matmul_mma(gpu, view);

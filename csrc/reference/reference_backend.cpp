@@ -179,6 +179,26 @@ void ReferenceBackend::transpose(Matrix& target, const Matrix& source) {
   }
 }
 
+void ReferenceBackend::load_rows(const Matrix& matrix, const RowMap& map, const TensorView& target, bool transposes) {
+  const int64_t rows = check_tensor_rows(matrix, map, target, transposes, "load_rows");
+  const auto* from = static_cast<const float*>(own(matrix, "load_rows").data());
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t k = 0; k < matrix.cols(); ++k) {
+      (transposes ? target.row<float>(k)[i] : target.row<float>(i)[k]) = from[map(i) * matrix.cols() + k];
+    }
+  }
+}
+
+void ReferenceBackend::store_rows(Matrix& matrix, const RowMap& map, const TensorView& source, bool transposes) {
+  const int64_t rows = check_tensor_rows(matrix, map, source, transposes, "store_rows");
+  auto* to = static_cast<float*>(own(matrix, "store_rows").data());
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t k = 0; k < matrix.cols(); ++k) {
+      to[map(i) * matrix.cols() + k] = transposes ? source.row<float>(k)[i] : source.row<float>(i)[k];
+    }
+  }
+}
+
 TensorView ReferenceBackend::values(Matrix& matrix) {
   const ReferenceMatrix& mine = own(matrix, "values");
   require(mine.type() == WeightType{Encoding::kF32}, ErrorKind::kDType, "values: the matrix must be float32, got ",

@@ -59,6 +59,8 @@ class ReferenceBackend final : public Backend {
   void sample(std::span<const SampleArgs> rows, std::span<SampleResult> results) override;
 
   void transpose(Matrix& target, const Matrix& source) override;
+  void load_rows(const Matrix& matrix, const RowMap& map, const TensorView& target, bool transposes) override;
+  void store_rows(Matrix& matrix, const RowMap& map, const TensorView& source, bool transposes) override;
   TensorView values(Matrix& matrix) override;
   void swiglu(const SwigluArgs& args) override;
   void causal_attention(const CausalAttentionArgs& args) override;

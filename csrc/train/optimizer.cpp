@@ -4,7 +4,6 @@
 #include <cmath>
 
 #include "core/interrupt.h"
-#include "train/muon.h"
 
 namespace llama_ext {
 
@@ -29,17 +28,17 @@ std::vector<std::string> moment_names(const OptimizerOptions& options) {
   return {};
 }
 
-void optimizer_step(Backend& backend, const OptimizerOptions& options, Parameters& parameters, int64_t step, double lr,
-                    double gradient_scale) {
-  std::vector<bool> is_stepped(parameters.all().size(), false);
-  if (options.kind == OptimizerKind::kMuon) {
-    is_stepped = muon_step(backend, options, parameters, lr, gradient_scale);
-  }
+void optimizer_step(Backend& backend, const OptimizerOptions& options, Parameters& parameters, Muon* muon, int64_t step,
+                    double lr, double gradient_scale) {
+  std::vector<bool> is_directed(parameters.all().size(), false);
+  if (options.kind == OptimizerKind::kMuon) is_directed = muon->set_directions(options, parameters, gradient_scale);
+  const InterruptScope to_the_end(nullptr);  // weights of two steps would be worse than a moment's patience
   for (size_t i = 0; i < parameters.all().size(); ++i) {
-    if (is_stepped[i]) continue;
     const Parameter& parameter = parameters.all()[i];
     const double decay = options.decay_all || parameter.is_matrix() ? options.weight_decay : 0.0;
-    if (options.kind == OptimizerKind::kSgd) {
+    if (is_directed[i]) {
+      backend.sgd({.parameter = parameter.value, .gradient = parameter.gradient, .lr = lr, .decay = decay});
+    } else if (options.kind == OptimizerKind::kSgd) {
       backend.sgd({.parameter = parameter.value,
                    .gradient = parameter.gradient,
                    .velocity = parameter.moments.empty() ? TensorView() : parameter.moments[0],

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "train/muon.h"
 #include "train/parameters.h"
 
 namespace llama_ext {
@@ -29,8 +30,9 @@ void check(const OptimizerOptions& options);
 /// What it remembers of each parameter, by name.
 std::vector<std::string> moment_names(const OptimizerOptions& options);
 
-/// One step, counted from 1, with gradient_scale * gradients. Throws OptionError.
-void optimizer_step(Backend& backend, const OptimizerOptions& options, Parameters& parameters, int64_t step, double lr,
-                    double gradient_scale);
+/// One step, counted from 1, with gradient_scale * gradients, which are undefined then. muon: what steps of that kind need.
+/// Throws OptionError; NumericError (muon.h) and Interrupted, before a weight is changed.
+void optimizer_step(Backend& backend, const OptimizerOptions& options, Parameters& parameters, Muon* muon, int64_t step,
+                    double lr, double gradient_scale);
 
 }  // namespace llama_ext

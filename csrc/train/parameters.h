@@ -50,6 +50,7 @@ class Parameters {
   Parameters(Model& model, Adapter* adapter, const Trainable& trainable, int moments);
 
   std::vector<Parameter>& all() { return parameters_; }
+  const std::vector<Parameter>& all() const { return parameters_; }
   const std::vector<ParameterSlot>& slots() const { return slots_; }
   /// The gradient of a matrix or vector, or none when it is frozen.
   Matrix* gradient_of(const Matrix* matrix) const;

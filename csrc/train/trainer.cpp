@@ -92,6 +92,9 @@ Trainer::Trainer(std::shared_ptr<Model> model, std::shared_ptr<Adapter> adapter,
       options_(checked(options)),
       parameters_(*model_, adapter_.get(), what_is_trained(options.trainable, adapter_.get()),
                   static_cast<int>(moment_names(options.optimizer).size())),
+      muon_(options.optimizer.kind == OptimizerKind::kMuon
+                ? std::make_unique<Muon>(model_->backend(), parameters_, options_.compute)
+                : nullptr),
       goes_in_parts_(model_->backend().shares_host_memory() && adapter_ == nullptr &&
                      options_.compute == Compute::kExact && !options_.checkpoint_activations &&
                      options_.dropout.residual == 0.0 && options_.dropout.attention == 0.0 &&
@@ -105,7 +108,7 @@ void Trainer::set_steps(int64_t steps) {
 }
 
 int64_t Trainer::nbytes() const {
-  int64_t total = parameters_.nbytes() + (workspace_ ? workspace_->nbytes() : 0);
+  int64_t total = parameters_.nbytes() + (workspace_ ? workspace_->nbytes() : 0) + (muon_ ? muon_->nbytes() : 0);
   for (const auto& [weight, transposed] : transposed_) total += transposed->nbytes();
   return total;
 }
@@ -135,7 +138,7 @@ LossSum Trainer::evaluate(const TrainingBatch& batch) { return run(batch, /*trai
 void Trainer::step(double lr, double gradient_scale) {
   require(std::isfinite(lr) && std::isfinite(gradient_scale), ErrorKind::kOption,
           "train: lr and gradient_scale must be finite, got ", lr, " and ", gradient_scale);
-  optimizer_step(model_->backend(), options_.optimizer, parameters_, steps_ + 1, lr, gradient_scale);
+  optimizer_step(model_->backend(), options_.optimizer, parameters_, muon_.get(), steps_ + 1, lr, gradient_scale);
   ++steps_;
   parameters_.zero_gradients();
 }

@@ -61,7 +61,7 @@ class Trainer {
   void set_steps(int64_t steps);
   Parameters& parameters() { return parameters_; }
   const OptimizerOptions& optimizer() const { return options_.optimizer; }
-  /// Of gradients, moments, and the activations of the largest pass so far.
+  /// Of gradients, moments, what the optimiser needs besides, and the activations of the largest pass so far.
   int64_t nbytes() const;
 
   /// Tokens of a pass, about: a function of the model's shape and of the kind of device, so that the same batch is cut alike.
@@ -79,8 +79,9 @@ class Trainer {
   std::shared_ptr<Adapter> adapter_;
   TrainerOptions options_;
   Parameters parameters_;
-  bool goes_in_parts_;     // where there are enough (pass_parts.h)
-  Transposed transposed_;  // for those: the weights of this batch, once they are
+  std::unique_ptr<Muon> muon_;  // for its steps
+  bool goes_in_parts_;          // where there are enough (pass_parts.h)
+  Transposed transposed_;       // for those: the weights of this batch, once they are
   bool is_transposed_ = false;
   std::unique_ptr<TrainingWorkspace> workspace_;
   // What operations read of a pass until it is over.

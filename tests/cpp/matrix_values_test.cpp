@@ -128,6 +128,21 @@ void test_transposed(Backend& backend) {
   CHECK_ERROR(ErrorKind::kDType, "float32", backend.transpose(*matrix, *halves));
 }
 
+/// What is written and read is proven from Python (tests/ops/test_matrix_rows.py).
+void test_stored_rows_leave_the_padding_alone(Backend& backend) {
+  for (const auto& [rows, cols] : {std::pair<int64_t, int64_t>{1, 1}, {3, 5}, {31, 33}, {33, 64}, {70, 130}}) {
+    for (const bool transposes : {false, true}) {
+      const auto matrix = backend.create_matrix(rows, cols, {Encoding::kF32, 0});
+      std::vector<float> source = numbers(rows * cols, 1.0f);
+      const TensorView tensor = transposes ? view(source, {cols, rows}) : view(source, {rows, cols});
+      backend.store_rows(*matrix, {}, tensor, transposes);
+      const TensorView values = backend.values(*matrix);
+      CHECK(std::count_if(values.f32(), values.f32() + values.size(), [](float x) { return x != 0.0f; }) ==
+            rows * cols);
+    }
+  }
+}
+
 void test_copies(Backend& backend) {
   for (const int64_t rows : {0, 1, 3}) {
     std::vector<float> source = numbers(3 * 8, 1.0f);
@@ -176,6 +191,7 @@ void test_matrix_values() {
   test_values(*reference);
   test_copied_rows(*reference);
   test_transposed(*reference);
+  test_stored_rows_leave_the_padding_alone(*reference);
   test_copies(*reference);
   test_parts(*reference);
   for (const std::string& isa : available_isas()) {
@@ -183,6 +199,7 @@ void test_matrix_values() {
     test_values(*cpu);
     test_copied_rows(*cpu);
     test_transposed(*cpu);
+    test_stored_rows_leave_the_padding_alone(*cpu);
     test_copies(*cpu);
     test_parts(*cpu);
   }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "check.h"
+#include "core/interrupt.h"
 #include "cpu/cpu_backend.h"
 #include "reference/reference_backend.h"
 #include "train/trainer.h"
@@ -152,6 +153,56 @@ void test_a_larger_batch_after_a_smaller_one() {
   CHECK(trainer.accumulate({}, 1.0, 0).counted == 0);
 }
 
+/// Asks for an end at the asked-th question.
+class Stop final : public InterruptHandler {
+ public:
+  explicit Stop(int asked) : left_(asked) {}
+  bool requested() override { return --left_ == 0; }
+
+ private:
+  int left_;
+};
+
+std::vector<std::vector<float>> weights_of(Trainer& trainer, const Model& model) {
+  std::vector<std::vector<float>> all;
+  for (const ParameterSlot& slot : trainer.parameters().slots()) {
+    const int64_t cols = slot.shape.size() == 2 ? slot.shape[1] : 1;
+    std::vector<float>& values = all.emplace_back(static_cast<size_t>(slot.shape[0] * cols));
+    const TensorView view = slot.shape.size() == 2 ? TensorView(values.data(), DType::kF32, {slot.shape[0], cols})
+                                                   : TensorView(values.data(), DType::kF32, {slot.shape[0]});
+    model.weights().read(slot.name, view);
+  }
+  return all;
+}
+
+/// Directions of Muon take long: all are there before a weight follows.
+void test_an_interrupted_step_of_muon_leaves_all_weights() {
+  const Data data = make_data(0);
+  const std::shared_ptr<Model> model = make_model(make_cpu_backend(2), 0);
+  TrainerOptions options;
+  options.optimizer.kind = OptimizerKind::kMuon;
+  Trainer trainer(model, nullptr, options);
+  const std::vector<std::vector<float>> before = weights_of(trainer, *model);
+  for (const int asked : {1, 2, 14}) {
+    trainer.accumulate(data.batch(), 0.1, 0);
+    Stop stop(asked);
+    const InterruptScope scope(&stop);
+    bool is_interrupted = false;
+    try {
+      trainer.step(0.1, 1.0);
+    } catch (const Interrupted&) {
+      is_interrupted = true;
+    }
+    CHECK(is_interrupted);
+    CHECK(trainer.steps() == 0);
+    CHECK(weights_of(trainer, *model) == before);
+    trainer.zero_gradients();
+  }
+  trainer.accumulate(data.batch(), 0.1, 0);
+  trainer.step(0.1, 1.0);
+  CHECK(weights_of(trainer, *model) != before);
+}
+
 }  // namespace
 
 void test_trainer() {
@@ -161,6 +212,7 @@ void test_trainer() {
   test_steps(3, true, OptimizerKind::kMuon, false);
   test_steps(0, false, OptimizerKind::kMuon, true);
   test_a_larger_batch_after_a_smaller_one();
+  test_an_interrupted_step_of_muon_leaves_all_weights();
 }
 
 }  // namespace llama_ext::test
