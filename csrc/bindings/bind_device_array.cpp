@@ -126,11 +126,7 @@ py::object to_dlpack(const DeviceArray& self, const py::object& stream, const py
     handed.data = host->data();
     handed.owner = host;
     handed.device = {dlpack::kCpu, 0};
-    int64_t step = 1;
-    for (size_t axis = handed.strides.size(); axis-- > 0;) {
-      handed.strides[axis] = step;
-      step *= std::max<int64_t>(self.shape()[axis], 1);
-    }
+    handed.strides = contiguous_strides(self.shape());
     is_copied = true;
   } else if (must_copy) {
     without_gil([&] { copied.emplace(self.copy()); });
@@ -194,10 +190,14 @@ Offered read_tensor(const dlpack::Tensor& tensor, bool is_writable, std::string_
     require(tensor.shape[axis] >= 0, ErrorKind::kShape, what, " has a negative extent, ", tensor.shape[axis]);
     size = checked_mul(size, tensor.shape[axis], what);
   }
-  int64_t step = 1;
-  for (size_t axis = rank; axis-- > 0;) {
-    offered.strides[axis] = tensor.strides == nullptr ? step : tensor.strides[axis];
-    step *= std::max<int64_t>(offered.shape[axis], 1);
+  if (tensor.strides == nullptr) {
+    offered.strides = contiguous_strides(offered.shape);
+  } else {
+    offered.strides.assign(tensor.strides, tensor.strides + rank);
+  }
+  for (const int64_t stride : offered.strides) {
+    require(stride >= 0 || is_on_host(tensor), ErrorKind::kShape, what,
+            " has a negative stride. Call contiguous() on it");
   }
   require(size == 0 || tensor.data != nullptr, ErrorKind::kShape, what, ": its capsule has elements, but no memory");
   offered.data = size == 0 ? nullptr : static_cast<std::byte*>(tensor.data) + tensor.byte_offset;
@@ -206,21 +206,32 @@ Offered read_tensor(const dlpack::Tensor& tensor, bool is_writable, std::string_
   return offered;
 }
 
+/// The tensor of a capsule that has been consumed.
+template <typename Managed>
+struct Consumed {
+  Managed* managed = nullptr;
+
+  Consumed() = default;
+  Consumed(const Consumed&) = delete;
+  Consumed& operator=(const Consumed&) = delete;
+  ~Consumed() {
+    if (managed != nullptr && managed->deleter != nullptr) managed->deleter(managed);
+  }
+};
+
 /// From here on the tensor is ours: its deleter runs when the last owner goes, once.
 template <typename Managed>
 std::shared_ptr<void> consume(const py::object& capsule, Managed* managed, const char* used) {
-  // The control block first: after the name is changed, nothing may fail.
-  std::shared_ptr<void> owner(managed, [](Managed* each) {
-    if (each->deleter != nullptr) each->deleter(each);
-  });
+  // Memory first: nothing may fail once the name is changed, and until then the capsule is its owner.
+  auto owner = std::make_shared<Consumed<Managed>>();
   if (PyCapsule_SetName(capsule.ptr(), used) != 0) {
     throw py::error_already_set();  // cannot be: the capsule is valid
   }
+  owner->managed = managed;
   return owner;
 }
 
-py::object array_of(const Offered& offered, std::shared_ptr<void> owner, const BackendPtr& backend,
-                    std::string_view what) {
+py::object array_of(const Offered& offered, std::shared_ptr<void> owner, const BackendPtr& backend) {
   const dlpack::Tensor& tensor = *offered.tensor;
   if (is_on_host(tensor)) {
     std::vector<py::ssize_t> strides;
@@ -233,9 +244,6 @@ py::object array_of(const Offered& offered, std::shared_ptr<void> owner, const B
     py::array array(py::dtype(offered.type->numpy), offered.shape, strides, data, base);
     if (!offered.is_writable) array.attr("setflags")(py::arg("write") = false);
     return array;
-  }
-  for (const int64_t stride : offered.strides) {
-    require(stride >= 0, ErrorKind::kShape, what, " has a negative stride. Call contiguous() on it");
   }
   // The producer has put its work in front of this stream; operations of other streams of ours follow.
   without_gil([&] { backend->synchronize(); });
@@ -253,7 +261,7 @@ void require_device(const dlpack::Tensor& tensor, const BackendPtr& backend, std
 }
 
 /// The array in a capsule, which is consumed: a NumPy array over memory of the CPU (bfloat16 as uint16), a DeviceArray of
-/// `backend`'s GPU; and the name of its dtype. Whatever is wrong, the capsule stays as it was, and its owner frees it.
+/// `backend`'s GPU; and the name of its dtype. Whatever is wrong with it, the capsule stays as it was, and its owner frees it.
 py::tuple from_capsule(const py::object& capsule, const BackendPtr& backend, const std::string& what) {
   if (PyCapsule_IsValid(capsule.ptr(), dlpack::kVersionedName) != 0) {
     auto* managed = static_cast<dlpack::VersionedTensor*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kVersionedName));
@@ -261,15 +269,14 @@ py::tuple from_capsule(const py::object& capsule, const BackendPtr& backend, con
             managed->version.major, ".", managed->version.minor, ", of which version 1 is known");
     const Offered offered = read_tensor(managed->tensor, (managed->flags & dlpack::kReadOnly) == 0, what);
     require_device(managed->tensor, backend, what);
-    return py::make_tuple(array_of(offered, consume(capsule, managed, dlpack::kUsedVersionedName), backend, what),
+    return py::make_tuple(array_of(offered, consume(capsule, managed, dlpack::kUsedVersionedName), backend),
                           offered.type->name);
   }
   if (PyCapsule_IsValid(capsule.ptr(), dlpack::kName) != 0) {
     auto* managed = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), dlpack::kName));
     const Offered offered = read_tensor(managed->tensor, true, what);
     require_device(managed->tensor, backend, what);
-    return py::make_tuple(array_of(offered, consume(capsule, managed, dlpack::kUsedName), backend, what),
-                          offered.type->name);
+    return py::make_tuple(array_of(offered, consume(capsule, managed, dlpack::kUsedName), backend), offered.type->name);
   }
   const bool is_used = PyCapsule_IsValid(capsule.ptr(), dlpack::kUsedName) != 0 ||
                        PyCapsule_IsValid(capsule.ptr(), dlpack::kUsedVersionedName) != 0;

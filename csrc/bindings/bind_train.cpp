@@ -160,8 +160,15 @@ void bind_train(py::module_& module) {
              without_gil([&] { self.trainer->zero_gradients(); });
            })
       .def_property(
-          "steps", [](const PyTrainer& self) { return self.trainer->steps(); },
-          [](PyTrainer& self, int64_t steps) { self.trainer->set_steps(steps); })
+          "steps",
+          [](PyTrainer& self) {
+            const BusyScope busy(self.busy, "Trainer");
+            return self.trainer->steps();
+          },
+          [](PyTrainer& self, int64_t steps) {
+            const BusyScope busy(self.busy, "Trainer");
+            self.trainer->set_steps(steps);
+          })
       .def("parameters", &parameters)
       .def(
           "gradient", [](PyTrainer& self, const std::string& name) { return read_tensor(self, name, -1); },
@@ -174,7 +181,10 @@ void bind_train(py::module_& module) {
           },
           py::arg("moment"), py::arg("slot"))
       .def("write_moment", &write_moment, py::arg("moment"), py::arg("slot"), py::arg("array"))
-      .def_property_readonly("nbytes", [](const PyTrainer& self) { return self.trainer->nbytes(); });
+      .def_property_readonly("nbytes", [](PyTrainer& self) {
+        const BusyScope busy(self.busy, "Trainer");
+        return self.trainer->nbytes();
+      });
 }
 
 }  // namespace llama_ext

@@ -1,9 +1,14 @@
 #include "bindings/device_array.h"
 
+#include <pybind11/gil.h>
+
 #include <algorithm>
 #include <utility>
 
 namespace llama_ext {
+
+namespace py = pybind11;
+
 namespace {
 
 using Extents = DeviceArray::Extents;
@@ -23,22 +28,22 @@ int64_t size_of_shape(const Extents& shape) {
   return size;
 }
 
-Extents contiguous_strides(const Extents& shape) {
-  Extents strides(shape.size());
-  int64_t step = 1;
-  for (size_t axis = shape.size(); axis-- > 0;) {
-    strides[axis] = step;
-    step *= std::max<int64_t>(shape[axis], 1);
-  }
-  return strides;
-}
-
 /// "cuda:3" -> 3.
 int gpu_of(const Backend& backend) {
   const std::string device = backend.device();
   require(device.starts_with("cuda:"), ErrorKind::kDevice, "an array on a GPU cannot be made for device '", device,
           "'. Use 'cuda', or NumPy arrays");
   return std::stoi(device.substr(5));
+}
+
+/// Whoever lets go of memory that others had waits for the whole device, whose host functions may want the GIL.
+void delete_without_gil(Buffer* buffer) {
+  if (Py_IsInitialized() == 0 || PyGILState_Check() == 0) {
+    delete buffer;
+    return;
+  }
+  const py::gil_scoped_release released;
+  delete buffer;
 }
 
 /// What an array without elements points to: something that is not null, and that nobody follows.
@@ -48,6 +53,14 @@ void* nothing() {
 }
 
 }  // namespace
+
+Extents contiguous_strides(const Extents& shape) {
+  Extents strides(shape.size(), 1);
+  // Of no elements any strides do, and the product of the other extents may be out of range.
+  if (std::ranges::find(shape, 0) != shape.end()) return strides;
+  for (size_t axis = shape.size(); axis-- > 1;) strides[axis - 1] = strides[axis] * shape[axis];
+  return strides;
+}
 
 const dlpack::ElementType& element_type(std::string_view name) {
   for (const dlpack::ElementType& type : dlpack::kElementTypes) {
@@ -72,7 +85,7 @@ DeviceArray DeviceArray::zeros(const std::shared_ptr<Backend>& backend, const Ex
   const dlpack::ElementType& type = element_type(dtype);
   gpu_of(*backend);
   const int64_t nbytes = checked_mul(size_of_shape(shape), type.size, "an array on a GPU");
-  std::shared_ptr<Buffer> buffer = backend->allocate(static_cast<size_t>(nbytes));
+  const std::shared_ptr<Buffer> buffer(backend->allocate(static_cast<size_t>(nbytes)).release(), &delete_without_gil);
   backend->synchronize();  // another backend of this GPU may use it
   DeviceArray array(backend, buffer, buffer->data(), type, shape, contiguous_strides(shape), true);
   array.buffer_ = buffer.get();

@@ -73,6 +73,9 @@ class DeviceArray {
   bool is_writable_;
 };
 
+/// Strides, in elements, of an array in C order.
+DeviceArray::Extents contiguous_strides(const DeviceArray::Extents& shape);
+
 /// The type of this name. Throws DTypeError.
 const dlpack::ElementType& element_type(std::string_view name);
 

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -31,17 +32,24 @@ void for_each_row(int64_t rows, int64_t cols, const Work& work) {
   }
   std::exception_ptr error;
   std::mutex mutex;
+  const auto try_run = [&](int64_t thread) {
+    try {
+      run(thread);
+    } catch (...) {
+      const std::lock_guard lock(mutex);
+      if (!error) error = std::current_exception();
+    }
+  };
   std::vector<std::thread> others;
-  for (int64_t thread = 0; thread < threads; ++thread) {
-    others.emplace_back([&, thread] {
-      try {
-        run(thread);
-      } catch (...) {
-        const std::lock_guard lock(mutex);
-        if (!error) error = std::current_exception();
-      }
-    });
+  others.reserve(static_cast<size_t>(threads));
+  int64_t thread = 1;
+  try {
+    for (; thread < threads; ++thread) others.emplace_back(try_run, thread);
+  } catch (const std::system_error&) {
+    // The system has no more threads: this one does what they were for.
   }
+  for (; thread < threads; ++thread) try_run(thread);
+  try_run(0);
   for (std::thread& each : others) each.join();
   if (error) std::rethrow_exception(error);
 }

@@ -138,9 +138,19 @@ LossSum Trainer::evaluate(const TrainingBatch& batch) { return run(batch, /*trai
 void Trainer::step(double lr, double gradient_scale) {
   require(std::isfinite(lr) && std::isfinite(gradient_scale), ErrorKind::kOption,
           "train: lr and gradient_scale must be finite, got ", lr, " and ", gradient_scale);
-  optimizer_step(model_->backend(), options_.optimizer, parameters_, muon_.get(), steps_ + 1, lr, gradient_scale);
+  // Whatever happens: what is left of these gradients must not join those of the next batch.
+  const auto clear = [&] {
+    const InterruptScope to_the_end(nullptr);
+    parameters_.zero_gradients();
+  };
+  try {
+    optimizer_step(model_->backend(), options_.optimizer, parameters_, muon_.get(), steps_ + 1, lr, gradient_scale);
+  } catch (...) {
+    clear();
+    throw;
+  }
   ++steps_;
-  parameters_.zero_gradients();
+  clear();
 }
 
 LossSum Trainer::run(const TrainingBatch& batch, bool trains, double scale, uint64_t seed) {

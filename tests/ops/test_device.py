@@ -333,13 +333,25 @@ class TestGpu:
         for shape, strides in [((3, 4), (1, 8)), ((3, 4), (8, 2)), ((6, 8), (0, 1)), ((2, 3, 4), (8, 4, 1))]:
             with pytest.raises(ShapeError, match=r"softmax: x must be .*Call contiguous\(\) on it: x.contiguous\(\)"):
                 ops.softmax(of_gpu(wide, shape=shape, strides=strides))
+        backwards = of_gpu(wide, shape=(2, 8), strides=(-8, 1), byte_offset=32)
         with pytest.raises(ShapeError, match="negative stride"):
-            ops.softmax(of_gpu(wide, shape=(2, 8), strides=(-8, 1), byte_offset=32))
+            ops.softmax(backwards)
+        capsule = backwards.__dlpack__(max_version=(1, 0))
+        with pytest.raises(ShapeError, match="negative stride"):
+            _core.from_dlpack(capsule, ops.backends.backend_for("cuda", None, None), "x")
+        assert name_of(capsule) == "dltensor_versioned", "it is its owner's still"
         with pytest.raises(ShapeError, match=r"rms_norm: weight must be C-contiguous.*weight.contiguous\(\)"):
             ops.rms_norm(ops.to_device(normal(2, 4)), of_gpu(wide, shape=(4,), strides=(8,)))
         # One that no operation takes is still readable.
         turned = of_gpu(wide, shape=(8, 6), strides=(1, 8))
         np.testing.assert_array_equal(host(ops.from_dlpack(turned)), wide.T)
+
+    def test_an_array_without_elements_may_have_any_other_extents(self) -> None:
+        backend = ops.backends.backend_for("cuda", None, None)
+        empty = backend.device_array(np.zeros((0, 4), np.float32), "float32")
+        assert np.asarray(empty.numpy()).shape == (0, 4)
+        huge = of_gpu(np.zeros((0, 2**40, 2**40), np.float32))
+        assert ops.from_dlpack(huge).shape == (0, 2**40, 2**40)
 
     def test_arrays_on_different_devices_are_an_error_that_says_where_they_are(self) -> None:
         x, weight = normal(2, 8), normal(4, 8)

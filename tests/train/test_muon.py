@@ -222,6 +222,8 @@ def test_a_direction_that_is_not_finite_is_refused_and_no_weight_follows(isa: st
         trainer.step(lr=0.1)
     for name, weights in before.items():
         assert_same_bits(model.read(name), weights, name)
+    assert trainer.steps == 0
+    assert not any(trainer.gradient(name).any() for name, _ in trainer.parameters()), "the next batch's start at zero"
 
 
 @each_backend

@@ -15,7 +15,15 @@ from safetensors.numpy import load_file
 import random_models
 from devices import ISAS, REFERENCE, Device, each_isa, requires_cuda
 from llama_ext import _core
-from llama_ext.errors import ContextLengthError, DTypeError, OptionError, ShapeError, TokenIdError, UnsupportedError
+from llama_ext.errors import (
+    ContextLengthError,
+    DTypeError,
+    LlamaExtError,
+    OptionError,
+    ShapeError,
+    TokenIdError,
+    UnsupportedError,
+)
 from llama_ext.models import llama
 from llama_ext.models.config import LlamaConfig
 from shared_data import SHARED, requires_shared
@@ -170,6 +178,31 @@ def test_activations_computed_once_more_are_the_same_bits(isa: str) -> None:
     for name, found in run(recomputed, data, seed=5).items():
         assert_same_bits(found, expected[name])
     assert recomputed.nbytes < kept.nbytes
+
+
+@each_isa
+def test_its_memory_is_not_counted_while_a_pass_changes_it(isa: str) -> None:
+    # Small enough to go in parts, which keep more between passes.
+    trainer = _core.Trainer(build(isa), optimizer=ADAMW)
+    data = batch([64] * 8)
+    trained = threading.Event()
+
+    def train() -> None:
+        for _ in range(6):
+            run(trainer, data)
+        trained.set()
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    refused = 0
+    while not trained.is_set():
+        try:
+            assert trainer.nbytes > 0
+        except LlamaExtError:
+            refused += 1
+    thread.join()
+    assert refused > 0
+    assert trainer.nbytes > 0
 
 
 @each_backend
