@@ -24,7 +24,7 @@ Event = tuple[int, int, float, str]
 
 
 @functools.cache
-def tiny(device: str = "cuda", dtype: str = "float32") -> llama_ext.LlamaForCausalLM:
+def tiny(device: str = "cuda", dtype: str = "float32", compute: str = "auto") -> llama_ext.LlamaForCausalLM:
     config = llama_ext.LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -35,7 +35,7 @@ def tiny(device: str = "cuda", dtype: str = "float32") -> llama_ext.LlamaForCaus
         max_position_embeddings=600,
         initializer_range=0.35,
     )
-    return llama_ext.LlamaForCausalLM(config, seed=11, device=device, dtype=dtype)
+    return llama_ext.LlamaForCausalLM(config, seed=11, device=device, dtype=dtype, compute=compute)
 
 
 def start(
@@ -109,6 +109,21 @@ def test_each_token_is_the_one_that_its_logits_give(sampling: dict[str, Any], dt
     assert [step[0][1] for step in events] == [token for token, _ in expected]
     for (_, logprob), step in zip(expected, events, strict=True):
         assert abs(step[0][2] - logprob) <= np.spacing(np.float32(abs(logprob)))
+
+
+def test_a_batch_so_large_that_its_products_unpack_the_weights_is_recorded_like_any_other() -> None:
+    prompts = [[i % VOCABULARY, (7 * i + 1) % VOCABULARY] for i in range(70)]
+    found, again = (by_row(steps(start(tiny(dtype="int4"), prompts, 5, max_batch_size=70))) for _ in range(2))
+    assert found == again
+    assert {len(tokens) for tokens in found.values()} == {5}
+    exact = tiny("cpu", "int4", "exact")
+    gaps = []
+    for row, tokens in found.items():
+        logits = exact(np.array([prompts[row] + tokens]))[0, 1:-1]
+        gaps.append((logits.max(axis=1) - logits[np.arange(5), tokens]) / logits.std())
+    # The likeliest token, or one that roundings to 8 bits make the likeliest.
+    assert np.max(gaps) < 0.1
+    assert np.mean(np.equal(gaps, 0)) > 0.9
 
 
 @pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16"])
