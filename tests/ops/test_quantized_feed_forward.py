@@ -145,7 +145,7 @@ def test_many_rows_of_a_gpu_meet_feed_forward_weights_rounded_to_bfloat16(kept: 
             found = run(CUDA.backend, p, "auto", is_one=is_one)
             # A hidden number in a thousand lies so near to the middle of two that a float32 sum decides: 2^-8 sqrt(1e-3).
             assert relative_rms(found, expected) < 1.3e-4, (shape, is_one)
-            assert 1e-3 < relative_rms(found, p.expected) < CLAIM["auto"]
+            assert 4e-4 < relative_rms(found, p.expected) < CLAIM["auto"]
             assert_same_bits(run(CUDA.backend, p, "auto", is_one=is_one), found, "again")
             fewer = run(CUDA.backend, p, "auto", is_one=is_one, rows=slice(shape[0] - 65, None))
             assert_same_bits(fewer, found[-65:], "fewer rows")
