@@ -111,12 +111,19 @@ def test_each_token_is_the_one_that_its_logits_give(sampling: dict[str, Any], dt
         assert abs(step[0][2] - logprob) <= np.spacing(np.float32(abs(logprob)))
 
 
-def test_a_batch_so_large_that_its_products_unpack_the_weights_is_recorded_like_any_other() -> None:
-    prompts = [[i % VOCABULARY, (7 * i + 1) % VOCABULARY] for i in range(70)]
-    found, again = (by_row(steps(start(tiny(dtype="int4"), prompts, 5, max_batch_size=70))) for _ in range(2))
+@pytest.mark.parametrize(
+    ("rows", "dtype", "kv_dtype"),
+    [(33, "float32", "float32"), (33, "bfloat16", "bfloat16"), (70, "int4", "float32"), (70, "int4", "int8")],
+    ids=str,
+)
+def test_large_batches_decode_like_any_others(rows: int, dtype: str, kv_dtype: str) -> None:
+    """Keys of 32 rows and more are stored by a kernel of their own, and products of more than 64 unpack quantised weights."""
+    prompts = [[i % VOCABULARY, (7 * i + 1) % VOCABULARY] for i in range(rows)]
+    options: dict[str, Any] = {"max_batch_size": rows, "kv_dtype": kv_dtype}
+    found, again = (by_row(steps(start(tiny(dtype=dtype), prompts, 5, **options))) for _ in range(2))
     assert found == again
     assert {len(tokens) for tokens in found.values()} == {5}
-    exact = tiny("cpu", "int4", "exact")
+    exact = tiny("cpu", dtype, "exact")
     gaps = []
     for row, tokens in found.items():
         logits = exact(np.array([prompts[row] + tokens]))[0, 1:-1]
