@@ -126,8 +126,10 @@ __global__ void __launch_bounds__(kThreads)
     if (begin + i >= count) break;
     float values[8];
     codes[i].values(magic, factors[i], values);
+    if (k + 8 > w.cols) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) values[j] = k + j < w.cols ? values[j] : 0.0f;
+      for (int j = 0; j < 8; ++j) values[j] = k + j < w.cols ? values[j] : 0.0f;
+    }
     *reinterpret_cast<uint4*>(y.data + (begin + i) * y.stride + k) = round_eight(values);
   }
 }
