@@ -13,9 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+import numpy_ops
 from guarded import guarded
 from llama_ext import _core
 from llama_ext.io import gguf_types
+from tolerances import U_BF16
 
 Array = npt.NDArray[Any]
 F64 = npt.NDArray[np.float64]
@@ -60,7 +62,8 @@ class Kept:
     def rounds_activations(self, isa: str, compute: str) -> bool:
         """Whether a product first rounds its activations to int8: not on the oldest tier, nor in the reference ("").
 
-        A GPU rounds to bfloat16, or for float16 weights to float16, when there are rows enough for its tensor cores: finer than int8.
+        A GPU rounds to bfloat16, or for float16 weights to float16, when there are rows enough for its tensor cores
+        (`gpu_rounding_bound`).
         """
         if isa == "cuda":
             return compute == "auto"
@@ -91,6 +94,10 @@ class Weights:
         if self.kept.is_gguf:
             return backend.block_matrix(guarded(self.source), self.kept.name, self.exact.shape[1])
         return backend.matrix(guarded(self.source), self.kept.name, self.kept.group, **options)
+
+    def unpacked(self) -> F64:
+        """The numbers as a GPU multiplies them with many rows: rounded to float32, and then to bfloat16."""
+        return numpy_ops.as_kept(self.exact.astype(np.float32), "bfloat16")
 
     def factored_magnitude(self) -> F64:
         """|scale| |code| + |minimum|: what rounds where codes are summed before they are scaled, and a minimum takes most of a sum away."""
@@ -157,6 +164,24 @@ def largest(kept: Kept, rows: int, columns: int) -> Weights:
     source = np.ones((rows, columns), np.float32)
     source[:, :: kept.group or columns] = -1.0  # a minimum for those that have one
     return Weights(kept, source, exact(kept, source))
+
+
+# The most rows that a GPU multiplies with codes as they are: with more, it rounds the weights to bfloat16, too.
+MOST_ROWS_OF_CODES = 64
+
+
+def gpu_rounding_bound(kept: Kept, x: Array, exact_weights: F64) -> F64:
+    """How far a GPU's roundings can move a product of these (M, K) activations with (N, K) weights: to bfloat16 half a unit of
+    8 bits of each factor that is rounded, to float16 half a unit of 11 bits and 2^-25 of a row's largest at the end of the range."""
+    size = np.abs(x.astype(np.float64))
+    magnitude = np.abs(exact_weights)
+    scale = size @ magnitude.T
+    if kept.name == "float16":
+        largest = size.max(axis=1, keepdims=True, initial=0.0) * magnitude.sum(axis=1)
+        bound: F64 = 2.0**-11 * scale + 2.0**-25 * largest
+        return bound
+    factors = 2 if len(x) > MOST_ROWS_OF_CODES else 1
+    return ((1 + U_BF16) ** factors - 1) * (1 + 2.0**-15) * scale
 
 
 def rounding_bound(x: Array, exact_weights: F64) -> F64:

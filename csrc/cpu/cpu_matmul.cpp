@@ -40,7 +40,8 @@ const GemmKernel& CpuBackend::kernel_for(const WeightType& type, Compute compute
     case Encoding::kBF16:
       return is_exact ? kernels_.bf16_exact : kernels_.bf16;
     default:
-      return (is_exact ? kernels_.codes_exact : kernels_.codes)[code_index(type.encoding)];
+      // Only kAuto rounds activations to int8: training's gradients are those of the numbers that codes stand for.
+      return (compute == Compute::kAuto ? kernels_.codes : kernels_.codes_exact)[code_index(type.encoding)];
   }
 }
 

@@ -26,6 +26,31 @@ bool takes_bf16(const WeightView& weight) {
   return has_mma(weight.kind) && weight.kind != Kind::kF16 && weight.stride > 0;
 }
 
+/// Columns [first, first + count) of the hidden numbers; the last ones have all of the zeros.
+RoundedRows part_of(const RoundedRows& hidden, int64_t first, int64_t count) {
+  const int begin = static_cast<int>(first);
+  const bool is_last = first + count >= hidden.width;
+  RoundedRows part = hidden;
+  part.data += first;
+  part.width = is_last ? hidden.width - begin : static_cast<int>(count);
+  part.padded = is_last ? hidden.padded - begin : static_cast<int>(count);
+  return part;
+}
+
+/// hidden = silu(gate) up of a product with gates and ups in turns.
+void gate_up_rounded(const Gpu& gpu, const MmaView& product, const RoundedRows& hidden) {
+  if (has_wgmma(gpu, product.weight.kind) && hidden.padded <= round_up(hidden.width, kPad)) {
+    return gate_up_wgmma(gpu, product, hidden);
+  }
+  const int64_t pitch = product.weight.rows;
+  const Scratch products(gpu, static_cast<size_t>(product.rows * pitch) * sizeof(float));
+  MmaView stored = product;
+  stored.y = {products.as<float>(), pitch};
+  matmul_mma(gpu, stored);
+  constexpr int kGates = static_cast<int>(kGateGroup);
+  swiglu_rounded(gpu, stored.y, {stored.y.data + kGates, pitch}, {kGates, 2 * kGates}, product.rows, hidden);
+}
+
 KvRowsView kv_rows_of(const KvStoreArgs& args) {
   KvRowsView rows;
   rows.k = rows_of(args.k);
@@ -79,7 +104,7 @@ bool CudaBackend::takes_few_rows(const WeightView& weight, int64_t rows, Compute
 }
 
 /// Products of few rows read the weights past the caches and take the norm along; others are made of tiles, on the tensor cores
-/// where x may be rounded.
+/// where x may be rounded, and with many rows quantised weights, too.
 void CudaBackend::product(const ProductView& view, Compute compute) const {
   ProductView p = view;
   if (p.rows == 0 || p.weight.rows == 0) return;
@@ -92,22 +117,24 @@ void CudaBackend::product(const ProductView& view, Compute compute) const {
   }
   if (compute != Compute::kExact && has_mma(p.weight.kind) && p.weight.stride > 0) {
     const bool is_rounded = p.rounded != nullptr;
-    const size_t nbytes = is_rounded ? 0 : static_cast<size_t>(p.rows * p.weight.stride) * sizeof(uint16_t);
+    const int stride = operand_stride(p.weight, p.rows);
+    const size_t nbytes = is_rounded ? 0 : static_cast<size_t>(p.rows * stride) * sizeof(uint16_t);
     const Scratch rounded(*gpu_, nbytes);
     const Scratch scales(*gpu_, p.weight.kind == Kind::kF16 ? static_cast<size_t>(p.rows) * sizeof(float) : 0);
     if (!is_rounded) {
-      prepare_rows(*gpu_, p.x, p.rows, p.weight.cols, p.weight.stride, p.norm, rounded.as<uint16_t>(),
-                   scales.as<float>());
+      prepare_rows(*gpu_, p.x, p.rows, p.weight.cols, stride, p.norm, rounded.as<uint16_t>(), scales.as<float>());
     }
-    MmaView view_of_tiles;
-    view_of_tiles.x = is_rounded ? p.rounded : rounded.as<uint16_t>();
-    view_of_tiles.row_scales = scales.as<float>();
-    view_of_tiles.rows = p.rows;
-    view_of_tiles.weight = p.weight;
-    view_of_tiles.bias = p.bias;
-    view_of_tiles.y = p.y;
-    view_of_tiles.accumulate = p.accumulate;
-    return matmul_mma(*gpu_, view_of_tiles);
+    MmaView tiles;
+    tiles.x = is_rounded ? p.rounded : rounded.as<uint16_t>();
+    tiles.row_scales = scales.as<float>();
+    tiles.rows = p.rows;
+    tiles.accumulate = p.accumulate;
+    return for_each_strip(*gpu_, p.weight, p.rows, [&](const WeightView& strip, int64_t first) {
+      tiles.weight = strip;
+      tiles.bias = p.bias == nullptr ? nullptr : p.bias + first;
+      tiles.y = {p.y.data + first, p.y.stride};
+      matmul_mma(*gpu_, tiles);
+    });
   }
   if (p.norm.weight == nullptr) return matmul_tiles(*gpu_, p);
   const Scratch normed(*gpu_, static_cast<size_t>(p.rows * p.weight.cols) * sizeof(float));
@@ -190,8 +217,9 @@ void CudaBackend::feed_forward_on_tensor_cores(const FeedForwardArgs& args) cons
   const int64_t rows = args.x.rows();
   const WeightView down = own(*args.down, "feed_forward").view();
   const int width = down.cols;
-  const Scratch hidden_memory(*gpu_, static_cast<size_t>(rows * down.stride) * sizeof(uint16_t));
-  const RoundedRows hidden{hidden_memory.as<uint16_t>(), width, down.stride};
+  const int hidden_stride = operand_stride(down, rows);
+  const Scratch hidden_memory(*gpu_, static_cast<size_t>(rows * hidden_stride) * sizeof(uint16_t));
+  const RoundedRows hidden{hidden_memory.as<uint16_t>(), width, hidden_stride, hidden_stride};
 
   const bool is_split = args.gate_up == nullptr;
   ProductView first;
@@ -200,16 +228,18 @@ void CudaBackend::feed_forward_on_tensor_cores(const FeedForwardArgs& args) cons
   first.norm = norm_of(args.norm);
   first.weight = own(is_split ? *args.gate : *args.gate_up, "feed_forward").view();
   first.bias = optional_data(is_split ? args.gate_bias : args.gate_up_bias);
-  if (!is_split && first.weight.stride > 0 && has_wgmma(*gpu_, first.weight.kind)) {
-    const int stride = first.weight.stride;
+  if (!is_split && takes_bf16(first.weight)) {
+    const int stride = operand_stride(first.weight, rows);
     const Scratch rounded(*gpu_, static_cast<size_t>(rows * stride) * sizeof(uint16_t));
     prepare_rows(*gpu_, first.x, rows, first.weight.cols, stride, first.norm, rounded.as<uint16_t>(), nullptr);
     MmaView gate_up;
     gate_up.x = rounded.as<uint16_t>();
     gate_up.rows = rows;
-    gate_up.weight = first.weight;
-    gate_up.bias = first.bias;
-    gate_up_wgmma(*gpu_, gate_up, hidden);
+    for_each_strip(*gpu_, first.weight, rows, [&](const WeightView& strip, int64_t first_row) {
+      gate_up.weight = strip;
+      gate_up.bias = first.bias == nullptr ? nullptr : first.bias + first_row;
+      gate_up_rounded(*gpu_, gate_up, part_of(hidden, first_row / 2, strip.rows / 2));
+    });
   } else {
     const int64_t pitch = is_split ? 2 * int64_t{width} : int64_t{first.weight.rows};
     const Scratch products(*gpu_, static_cast<size_t>(rows * pitch) * sizeof(float));

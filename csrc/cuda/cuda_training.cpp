@@ -85,7 +85,7 @@ void CudaBackend::matmul_backward(const MatmulBackwardArgs& args) {
   const Rows d_y = rows_of(args.d_y);
   const int64_t rows = args.d_y.rows();
   const int64_t outputs = args.d_y.dim(1);
-  // Products that round what they multiply; those with weights of other kinds than these are float32, as on the CPU.
+  // Products that round what they multiply; those with float16 weights are float32, as on the CPU.
   ProductGradients rounded;
   rounded.d_y = d_y;
   rounded.rows = rows;
@@ -93,8 +93,9 @@ void CudaBackend::matmul_backward(const MatmulBackwardArgs& args) {
   const bool has_numbers = rows > 0 && outputs > 0;
   if (args.d_x) {
     const WeightView& weight = own(*args.weight, "matmul_backward").view();
+    const bool is_bf16_or_codes = weight.kind == Kind::kBF16 || is_quantized(weight.kind);
     if (has_numbers && weight.cols > 0 &&
-        (rounds_weights(weight, args.compute) || (weight.kind == Kind::kBF16 && args.compute != Compute::kExact))) {
+        (rounds_weights(weight, args.compute) || (is_bf16_or_codes && args.compute != Compute::kExact))) {
       rounded.weight = &weight;
       rounded.d_x = rows_of(args.d_x);
       rounded.accumulate = args.accumulate;

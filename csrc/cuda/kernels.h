@@ -49,6 +49,11 @@ void round_rows(const Gpu& gpu, Rows x, int64_t rows, int64_t width, RoundedOper
 void round_transposed(const Gpu& gpu, Rows x, int64_t rows, int64_t width, RoundedOperand across, RoundedOperand along);
 /// weight: float32 or bfloat16, whose transposed numbers are (weight.cols, weight.rows).
 void round_transposed(const Gpu& gpu, const WeightView& weight, RoundedOperand across);
+/// Rows [first, first + count) of codes: (count, weight.cols), each scale (code - zero) + min, rounded to float32 and then to bfloat16.
+/// y.stride: weight.stride at most.
+void unpack_rows(const Gpu& gpu, const WeightView& weight, int64_t first, int64_t count, RoundedOperand y);
+/// Columns [first, first + count) of the same numbers, `first` a multiple of 8: (count, weight.rows).
+void unpack_transposed(const Gpu& gpu, const WeightView& weight, int64_t first, int64_t count, RoundedOperand across);
 
 // transpose.cu: y (width, rows) = x (rows, width) transposed.
 void transpose(const Gpu& gpu, Rows x, int64_t rows, int64_t width, Rows y);
@@ -67,10 +72,12 @@ struct GatePlaces {
 };
 void swiglu(const Gpu& gpu, Rows gate, Rows up, GatePlaces places, int64_t rows, int width, Rows y);
 
-/// Rows of bfloat16 numbers as the next product on the tensor cores takes them: (M, stride), zeros from width on.
+/// Rows of bfloat16 numbers as the next product on the tensor cores takes them, or some of their columns: `stride` numbers apart, zeros
+/// from width to padded.
 struct RoundedRows {
   uint16_t* data = nullptr;
   int width = 0;
+  int padded = 0;
   int stride = 0;
 };
 void swiglu_rounded(const Gpu& gpu, Rows gate, Rows up, GatePlaces places, int64_t rows, RoundedRows y);
@@ -130,6 +137,10 @@ void matmul_rows_mma(const Gpu& gpu, const ProductView& product);
 void matmul_tiles(const Gpu& gpu, const ProductView& product);
 
 // matmul_mma.cu: many rows, on the tensor cores.
+/// The most rows that codes are multiplied with as they are; where there are more, their numbers are unpacked first
+/// (rounded_products.h). Unpacking a weight takes about 0.5 ps on an H200 (up to a byte read, 2 written to the L2 cache), a product of up
+/// to 128 rows another 0.5; on codes as they are, 64 rows take about 1.3, each further 32 rows half as much again. Not tuned on a GPU.
+inline constexpr int64_t kMostRowsOfCodes = 64;
 struct MmaView {
   const uint16_t* x = nullptr;  // (M, weight.stride), from prepare_rows
   const float* row_scales = nullptr;
@@ -147,6 +158,7 @@ void matmul_mma(const Gpu& gpu, const MmaView& product);
 bool has_wgmma(const Gpu& gpu, Kind kind);
 void matmul_wgmma(const Gpu& gpu, const MmaView& product);
 /// Rows of the weight are gates and ups in turns of 16 (ops/feed_forward.h): hidden = silu(gate) up. y and accumulate are not used.
+/// hidden.padded: hidden.width, rounded up to kPad at most.
 void gate_up_wgmma(const Gpu& gpu, const MmaView& product, RoundedRows hidden);
 
 // kv_cache.cu

@@ -40,19 +40,21 @@ __global__ void kv_store_rows_kernel(const __grid_constant__ SegmentList segment
   const KvSegmentView& segment = segments.find(token);
   const KvLayerView& layer = segment.layer;
   const int64_t row = segment.row + token;
+  const int64_t position = segment.first_position() + token;
   const int lane = static_cast<int>(threadIdx.x % kWarp);
   const int half = layer.head_dim / 2;
   const bool is_query = head >= layer.kv_heads;
   float* x =
       is_query ? rows.q.row(row) + (head - layer.kv_heads) * layer.head_dim : rows.k.row(row) + head * layer.head_dim;
   if (rows.cosines != nullptr) {
+    const int64_t angles = (segment.live_position == nullptr ? row : position) * half;
     for (int i = lane; i < half; i += static_cast<int>(kWarp)) {
-      rotate(x[i], x[i + half], rows.cosines[row * half + i], rows.sines[row * half + i]);
+      rotate(x[i], x[i + half], rows.cosines[angles + i], rows.sines[angles + i]);
     }
   }
   if (is_query) return;
   __syncwarp();
-  const int64_t at = layer.row(head, segment.position + token);
+  const int64_t at = layer.row(head, position);
   const float* v = rows.v.row(row) + head * layer.head_dim;
   store_row(x, layer.head_dim, layer.kind, layer.keys + at * layer.row_bytes, layer.key_scales + at);
   store_row(v, layer.head_dim, layer.kind, layer.values + at * layer.row_bytes, layer.value_scales + at);

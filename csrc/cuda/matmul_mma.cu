@@ -1,13 +1,10 @@
 // y = x W^T on the tensor cores (mma.sync, so one source for sm_80 and later), for more rows than decoding has. x has been
-// rounded to 16 bits (prepare_rows.cu). A block of 4 warps makes 128 x 128 numbers (128 x 64 with codes), or 32 x 32 of few rows; both operands pass
-// through shared memory 64 k at a time in two stages: the next one is on its way while this one is multiplied. Rows there are
+// rounded to 16 bits (prepare_rows.cu). A block of 4 warps makes 128 x 128 numbers, or 32 x 32 of few rows; both operands pass through shared memory 64 k at a time in two stages: the next one is on its way while this one is multiplied. Rows there are
 // 144 bytes apart, so that neither fragments nor 16-byte stores meet in a bank.
 //
-// Quantised weights are multiplied as whole numbers, which bfloat16 holds exactly, and every 32 k (16 of q6_k) the sum of a group
+// Codes, which come with few rows, are multiplied as whole numbers, which bfloat16 holds exactly, and every 32 k (16 of q6_k) the sum of a group
 // is scaled into the float32 sums; minima meet the sums of x, which a product with ones gives. A number's order of summation
 // depends on nothing but k: its bits do not depend on M, N or the size of the block. Bound by the tensor cores.
-#include <type_traits>
-
 #include "cuda/kernels.h"
 #include "cuda/mma.h"
 #include "cuda/weight_codes.h"
@@ -33,54 +30,47 @@ struct Shape {
   static_assert(kWarpRows * kWarpColumns * static_cast<int>(kWarp) == kMmaThreads);
 };
 using Large = Shape<2, 2, 4, 8>;
-using LargeOfCodes = Shape<2, 2, 4, 4>;  // whose sums leave registers for factors
 using Small = Shape<1, 4, 2, 1>;
 constexpr int64_t kMostRowsOfSmall = 64;
+static_assert(kMostRowsOfCodes <= kMostRowsOfSmall);
 
 /// The part of a stage that one thread brings of quantised weights, in registers on its way.
 template <Kind kKind, int kColumns>
 struct Codes {
-  static constexpr int kChunks =
-      kColumns * kDepth / kChunk / kMmaThreads > 0 ? kColumns * kDepth / kChunk / kMmaThreads : 1;
+  static_assert(kColumns * kDepth / kChunk <= kMmaThreads);
   static constexpr int kLoads = kKind == Kind::kQ8 ? 2 : 1;  // of 16 bytes, for 32 codes
-  Chunk<kKind> chunks[kChunks][kLoads];
+  Chunk<kKind> chunks[kLoads];
 
   /// Which row of the block, and which 32 k of the stage.
-  __device__ __forceinline__ static int row(int i) { return (static_cast<int>(threadIdx.x) + i * kMmaThreads) / 2; }
+  __device__ __forceinline__ static int row() { return static_cast<int>(threadIdx.x) / 2; }
   __device__ __forceinline__ static int half() { return static_cast<int>(threadIdx.x) % 2; }
 
   __device__ __forceinline__ void load(const WeightView& w, int64_t first_column, int begin) {
+    const int64_t n = first_column + row();
+    const int chunk = begin / kChunk + half();
+    if (row() >= kColumns || n >= w.rows || chunk * kChunk >= w.stride) return;
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) {
-      const int64_t n = first_column + row(i);
-      const int chunk = begin / kChunk + half();
-      if (row(i) >= kColumns || n >= w.rows || chunk * kChunk >= w.stride) continue;
-#pragma unroll
-      for (int j = 0; j < kLoads; ++j) chunks[i][j].load(w, n, chunk * kLoads + j);
-    }
+    for (int j = 0; j < kLoads; ++j) chunks[j].load(w, n, chunk * kLoads + j);
   }
 
   /// As bfloat16 numbers less the zero; nothing where there are no weights, so that NaN times it never comes.
   __device__ __forceinline__ void store(const WeightView& w, int64_t first_column, int begin, uint16_t* tile) const {
+    if (row() >= kColumns) return;
     const float magic = code_magic(w);
+    const bool is_there = first_column + row() < w.rows && begin + half() * kChunk < w.stride;
+    uint4* to = reinterpret_cast<uint4*>(tile + row() * kPitch + half() * kChunk);
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) {
-      if (row(i) >= kColumns) continue;
-      const bool is_there = first_column + row(i) < w.rows && begin + half() * kChunk < w.stride;
-      uint4* to = reinterpret_cast<uint4*>(tile + row(i) * kPitch + half() * kChunk);
-#pragma unroll
-      for (int vector = 0; vector < 4; ++vector) {
-        uint4 words{0, 0, 0, 0};
-        if (is_there) {
-          constexpr int kPartsPerLoad = 8 / kLoads;
-          float values[8];
-          chunks[i][2 * vector / kPartsPerLoad].values(2 * vector % kPartsPerLoad, magic, values);
-          chunks[i][2 * vector / kPartsPerLoad].values((2 * vector + 1) % kPartsPerLoad, magic, values + 4);
-          words = {pack_bf16(values[0], values[1]), pack_bf16(values[2], values[3]), pack_bf16(values[4], values[5]),
-                   pack_bf16(values[6], values[7])};
-        }
-        to[vector] = words;
+    for (int vector = 0; vector < 4; ++vector) {
+      uint4 words{0, 0, 0, 0};
+      if (is_there) {
+        constexpr int kPartsPerLoad = 8 / kLoads;
+        float values[8];
+        chunks[2 * vector / kPartsPerLoad].values(2 * vector % kPartsPerLoad, magic, values);
+        chunks[2 * vector / kPartsPerLoad].values((2 * vector + 1) % kPartsPerLoad, magic, values + 4);
+        words = {pack_bf16(values[0], values[1]), pack_bf16(values[2], values[3]), pack_bf16(values[4], values[5]),
+                 pack_bf16(values[6], values[7])};
       }
+      to[vector] = words;
     }
   }
 };
@@ -115,7 +105,7 @@ __global__ void __launch_bounds__(kMmaThreads, 2) matmul_mma_kernel(const __grid
   const int m0 = warp / Shape::kWarpsAlongColumns * Shape::kMs * 16;
   const int n0 = warp % Shape::kWarpsAlongColumns * Shape::kNs * 8;
 
-  Codes<is_quantized(kKind) ? kKind : Kind::kQ8, Shape::kColumns> codes;
+  Codes<is_quantized(kKind) ? kKind : Kind::kQ8, is_quantized(kKind) ? Shape::kColumns : Small::kColumns> codes;
   const auto bring = [&](int stage, int begin) {
     uint16_t* x_tile = stages + stage * kStage;
     copy_rows<Shape::kRows>(p.x, w.stride, first_row, p.rows, begin, x_tile);
@@ -251,8 +241,10 @@ void start(const Gpu& gpu, const MmaView& p) {
 
 template <Kind kKind>
 void start_rows(const Gpu& gpu, const MmaView& p) {
-  if (p.rows <= kMostRowsOfSmall) return start<kKind, Small>(gpu, p);
-  start<kKind, std::conditional_t<is_quantized(kKind), LargeOfCodes, Large>>(gpu, p);
+  if constexpr (!is_quantized(kKind)) {
+    if (p.rows > kMostRowsOfSmall) return start<kKind, Large>(gpu, p);
+  }
+  start<kKind, Small>(gpu, p);
 }
 
 }  // namespace

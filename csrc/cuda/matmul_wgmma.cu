@@ -118,7 +118,7 @@ __device__ __forceinline__ void store_hidden(const WgmmaView& p, const float (&s
     exchange<2>(words[0][0], words[1][0], t / 2 == 1);
     exchange<2>(words[0][1], words[1][1], t / 2 == 1);
     const int n = f + 8 * (t / 2);
-    if (m < p.rows && n < p.hidden.stride) {
+    if (m < p.rows && n < p.hidden.padded) {
       *reinterpret_cast<uint4*>(p.hidden.data + int64_t{m} * p.hidden.stride + n) =
           uint4{words[0][0], words[0][1], words[1][0], words[1][1]};
     }

@@ -1,6 +1,6 @@
 #include "cuda/rounded_products.h"
 
-#include "core/checked.h"
+#include <algorithm>
 
 namespace llama_ext::cuda {
 namespace {
@@ -51,6 +51,18 @@ void rounded_product(const Gpu& gpu, const ProductView& p) {
   matmul_mma(gpu, view);
 }
 
+void for_each_strip(const Gpu& gpu, const WeightView& weight, int64_t rows,
+                    const std::function<void(const WeightView& strip, int64_t first)>& multiply) {
+  if (!unpacks_weights(weight, rows)) return multiply(weight, 0);
+  const int64_t most = std::min<int64_t>(strip_rows(operand_stride(weight, rows)), weight.rows);
+  const Operand strip(gpu, most, weight.cols);
+  for (int64_t first = 0; first < weight.rows; first += most) {
+    const int64_t count = std::min(most, weight.rows - first);
+    unpack_rows(gpu, weight, first, count, strip.rows());
+    multiply(strip.as_weight(count, weight.cols), first);
+  }
+}
+
 void rounded_gradients(const Gpu& gpu, const ProductGradients& g) {
   const bool wants_x = g.weight != nullptr;
   const bool wants_weight = g.d_weight != nullptr;
@@ -63,15 +75,25 @@ void rounded_gradients(const Gpu& gpu, const ProductGradients& g) {
     round_rows(gpu, g.d_y, g.rows, g.width, along.rows());
   }
   if (wants_x) {
-    const Operand weight(gpu, g.weight->cols, g.width);
-    round_transposed(gpu, *g.weight, weight.rows());
     MmaView view;
     view.x = along.data();
     view.rows = g.rows;
-    view.weight = weight.as_weight(g.weight->cols, g.width);
-    view.y = g.d_x;
     view.accumulate = g.accumulate;
-    matmul_mma(gpu, view);
+    const int64_t columns = g.weight->cols;
+    const bool unpacks = is_quantized(g.weight->kind);
+    const int64_t most = unpacks ? std::min(strip_rows(along.stride), columns) : columns;
+    const Operand weight(gpu, most, g.width);
+    for (int64_t first = 0; first < columns; first += most) {
+      const int64_t count = std::min(most, columns - first);
+      if (unpacks) {
+        unpack_transposed(gpu, *g.weight, first, count, weight.rows());
+      } else {
+        round_transposed(gpu, *g.weight, weight.rows());
+      }
+      view.weight = weight.as_weight(count, g.width);
+      view.y = {g.d_x.data + first, g.d_x.stride};
+      matmul_mma(gpu, view);
+    }
   }
   if (wants_weight) {
     // The products of a matrix's columns with each other need it once (a step of Muon).

@@ -18,10 +18,10 @@ __global__ void swiglu_kernel(Rows gate, Rows up, GatePlaces places, int64_t cou
 __global__ void swiglu_rounded_kernel(Rows gate, Rows up, GatePlaces places, int64_t count, RoundedRows y) {
   const int64_t number = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (number >= count) return;
-  const int64_t row = number / y.stride;
-  const int f = static_cast<int>(number % y.stride);
+  const int64_t row = number / y.padded;
+  const int f = static_cast<int>(number % y.padded);
   const int at = f / places.group * places.group_stride + f % places.group;
-  y.data[number] = f < y.width ? to_bf16(silu(gate.row(row)[at]) * up.row(row)[at]) : uint16_t{0};
+  y.data[row * y.stride + f] = f < y.width ? to_bf16(silu(gate.row(row)[at]) * up.row(row)[at]) : uint16_t{0};
 }
 
 /// A block for a part of a row.
@@ -94,7 +94,7 @@ void swiglu(const Gpu& gpu, Rows gate, Rows up, GatePlaces places, int64_t rows,
 }
 
 void swiglu_rounded(const Gpu& gpu, Rows gate, Rows up, GatePlaces places, int64_t rows, RoundedRows y) {
-  const int64_t count = rows * y.stride;
+  const int64_t count = rows * y.padded;
   launch(gpu, swiglu_rounded_kernel, dim3(static_cast<unsigned>(blocks_for(count, kThreads))), kThreads, 0, gate, up,
          places, count, y);
 }

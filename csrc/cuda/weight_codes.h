@@ -11,9 +11,8 @@ struct GroupFactors {
   float scale;
   float min;
 };
-__device__ __forceinline__ GroupFactors group_factors(const WeightView& w, int64_t row, int group) {
-  const int64_t index = row * w.groups() + group;
-  const int64_t unit = w.has_superblocks ? row * w.units() + group / (w.unit / w.group) : index;
+/// index: of the group in the whole matrix. unit: of what shares a float16 scale, likewise.
+__device__ __forceinline__ GroupFactors group_factors_at(const WeightView& w, int64_t index, int64_t unit) {
   GroupFactors factors{from_f16(reinterpret_cast<const uint16_t*>(w.data + w.scales_at)[unit]), 0.0f};
   if (w.has_min) factors.min = from_f16(reinterpret_cast<const uint16_t*>(w.data + w.mins_at)[unit]);
   if (w.has_superblocks) {
@@ -22,6 +21,10 @@ __device__ __forceinline__ GroupFactors group_factors(const WeightView& w, int64
     if (w.has_min) factors.min *= -static_cast<float>(w.data[w.sub_mins_at + index]);
   }
   return factors;
+}
+__device__ __forceinline__ GroupFactors group_factors(const WeightView& w, int64_t row, int group) {
+  const int64_t index = row * w.groups() + group;
+  return group_factors_at(w, index, w.has_superblocks ? row * w.units() + group / (w.unit / w.group) : index);
 }
 
 /// Elements of one row that a lane loads at once, 16 bytes of them and their high bits.
@@ -91,6 +94,42 @@ struct Chunk {
 
 /// The magic of code_to_float for codes of this matrix.
 __device__ __forceinline__ float code_magic(const WeightView& w) { return kCodeMagic + static_cast<float>(w.zero); }
+
+/// Eight codes of a row from k on, a multiple of 8: what becomes 16 bytes of numbers of 16 bits. They have one scale.
+template <Kind kKind>
+struct EightCodes {
+  static_assert(is_quantized(kKind));
+  uint2 words;
+  uint32_t high[2];  // planes of fifth and sixth bits, 8 of each
+
+  __device__ __forceinline__ void load(const WeightView& w, int64_t row, int k) {
+    if constexpr (kKind == Kind::kQ8) {
+      words = __ldcs(reinterpret_cast<const uint2*>(w.data + row * w.stride + k));
+    } else {
+      const int number = k % kChunk;
+      const int64_t chunk = row * (w.stride / kChunk) + k / kChunk;
+      words = __ldcs(reinterpret_cast<const uint2*>(w.data + chunk * 16 + nibble_byte(number)));
+      words.x = words.x >> nibble_shift(number) & 0x0f0f0f0fu;
+      words.y = words.y >> nibble_shift(number) & 0x0f0f0f0fu;
+#pragma unroll
+      for (int plane = 0; plane < high_bits(kKind); ++plane) {
+        const auto* planes = reinterpret_cast<const uint32_t*>(w.data + w.high_at);
+        high[plane] = planes[chunk * high_bits(kKind) + plane] >> number;
+      }
+    }
+  }
+
+  /// scale (code - zero) + min, rounded once to float32.
+  __device__ __forceinline__ void values(float magic, GroupFactors factors, float out[8]) const {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      uint32_t code = (i < 4 ? words.x : words.y) >> (8 * (i % 4)) & 255u;
+#pragma unroll
+      for (int plane = 0; plane < high_bits(kKind); ++plane) code |= (high[plane] >> i & 1u) << (4 + plane);
+      out[i] = fmaf(factors.scale, code_to_float(code, magic), factors.min);
+    }
+  }
+};
 
 /// Element k of a row, rounded once to float32.
 __device__ __forceinline__ float weight_element(const WeightView& w, int64_t row, int k) {

@@ -52,8 +52,9 @@ void for_each_run(const RowMap& rows, int64_t count, Move&& move) {
 
 /// The arithmetic of a product. kAuto: the fastest of the ISA for the weights as they are stored, which may round the
 /// activations to the weights' precision: to bfloat16, or, with quantised weights, to int8 with a scale for 128 of a row.
-/// kExact: float32 products of the stored weights. kBF16: float32 weights are rounded to bfloat16 on the way, and, where the ISA
-/// multiplies bfloat16, the other operand as well; sums in float32 (training with float32 master weights). Other weights: kAuto.
+/// kExact: float32 products of the stored weights. kBF16 (training): float32 weights are rounded to bfloat16 on the way, and, where the
+/// ISA multiplies bfloat16, the other operand as well; sums in float32. Quantised weights: kExact on a CPU, kAuto on a GPU; others: kAuto.
+/// A GPU's kAuto rounds activations to bfloat16 where they are more than few, and quantised weights too where rows are many.
 enum class Compute : uint8_t { kAuto, kExact, kBF16 };
 
 }  // namespace llama_ext

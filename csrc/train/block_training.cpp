@@ -243,15 +243,10 @@ void norm_backward(const TrainingPass& pass, const Norm& norm, const TensorView&
                                       .d_weight = d_weight});
 }
 
-// Quantised weights are multiplied exactly: their gradients are those of the numbers they stand for.
 void linear_forward(const TrainingPass& pass, const TensorView& x, const Matrix& weight, const TensorView& bias,
                     const TensorView& y, bool accumulate) {
-  backend_of(pass).matmul({.x = x,
-                           .weight = &weight,
-                           .bias = bias,
-                           .y = y,
-                           .accumulate = accumulate,
-                           .compute = weight.type().is_quantized() ? Compute::kExact : pass.compute});
+  backend_of(pass).matmul(
+      {.x = x, .weight = &weight, .bias = bias, .y = y, .accumulate = accumulate, .compute = pass.compute});
 }
 
 void input_backward(const TrainingPass& pass, const TensorView& d_y, const Matrix& weight, const TensorView& d_x,
@@ -265,11 +260,8 @@ void input_backward(const TrainingPass& pass, const TensorView& d_y, const Matri
                              .compute = Compute::kExact});
     return;
   }
-  backend_of(pass).matmul_backward({.d_y = d_y,
-                                    .weight = &weight,
-                                    .d_x = d_x,
-                                    .accumulate = accumulate,
-                                    .compute = weight.type().is_quantized() ? Compute::kExact : pass.compute});
+  backend_of(pass).matmul_backward(
+      {.d_y = d_y, .weight = &weight, .d_x = d_x, .accumulate = accumulate, .compute = pass.compute});
 }
 
 MatmulBackwardArgs weight_gradient(const TrainingPass& pass, const TensorView& d_y, const TensorView& x,

@@ -24,7 +24,7 @@ Event = tuple[int, int, float, str]
 
 
 @functools.cache
-def tiny(device: str = "cuda", dtype: str = "float32") -> llama_ext.LlamaForCausalLM:
+def tiny(device: str = "cuda", dtype: str = "float32", compute: str = "auto") -> llama_ext.LlamaForCausalLM:
     config = llama_ext.LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -35,7 +35,7 @@ def tiny(device: str = "cuda", dtype: str = "float32") -> llama_ext.LlamaForCaus
         max_position_embeddings=600,
         initializer_range=0.35,
     )
-    return llama_ext.LlamaForCausalLM(config, seed=11, device=device, dtype=dtype)
+    return llama_ext.LlamaForCausalLM(config, seed=11, device=device, dtype=dtype, compute=compute)
 
 
 def start(
@@ -109,6 +109,28 @@ def test_each_token_is_the_one_that_its_logits_give(sampling: dict[str, Any], dt
     assert [step[0][1] for step in events] == [token for token, _ in expected]
     for (_, logprob), step in zip(expected, events, strict=True):
         assert abs(step[0][2] - logprob) <= np.spacing(np.float32(abs(logprob)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "kv_dtype"),
+    [(33, "float32", "float32"), (33, "bfloat16", "bfloat16"), (70, "int4", "float32"), (70, "int4", "int8")],
+    ids=str,
+)
+def test_large_batches_decode_like_any_others(rows: int, dtype: str, kv_dtype: str) -> None:
+    """Keys of 32 rows and more are stored by a kernel of their own, and products of more than 64 unpack quantised weights."""
+    prompts = [[i % VOCABULARY, (7 * i + 1) % VOCABULARY] for i in range(rows)]
+    options: dict[str, Any] = {"max_batch_size": rows, "kv_dtype": kv_dtype}
+    found, again = (by_row(steps(start(tiny(dtype=dtype), prompts, 5, **options))) for _ in range(2))
+    assert found == again
+    assert {len(tokens) for tokens in found.values()} == {5}
+    exact = tiny("cpu", dtype, "exact")
+    gaps = []
+    for row, tokens in found.items():
+        logits = exact(np.array([prompts[row] + tokens]))[0, 1:-1]
+        gaps.append((logits.max(axis=1) - logits[np.arange(5), tokens]) / logits.std())
+    # The likeliest token, or one that roundings to 8 bits make the likeliest.
+    assert np.max(gaps) < 0.1
+    assert np.mean(np.equal(gaps, 0)) > 0.9
 
 
 @pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16"])

@@ -56,7 +56,7 @@ def test_a_product_has_the_same_bits_again_and_in_any_order_of_turns(
 @pytest.mark.parametrize("compute", ["auto", "exact"])
 @each_weight
 def test_a_row_of_a_product_depends_on_whether_there_are_few_rows_and_on_nothing_else(kept: Kept, compute: str) -> None:
-    """Few are 4, or 8 for weights that have a kernel for few rows on the tensor cores."""
+    """Few are 4, or 8 for weights that have a kernel for few rows on the tensor cores; many, for quantised weights, more than 64."""
     rng = np.random.default_rng(1)
     matrix = matrix_of(kept, rng, 45, 330)
     x = rng.standard_normal((140, matrix.shape[1])).astype(np.float32)
@@ -68,8 +68,16 @@ def test_a_row_of_a_product_depends_on_whether_there_are_few_rows_and_on_nothing
     for first, rows in itertools.product((0, 1, 2, 5), (1, 2, 3, 4, 7)):
         if first + rows <= most:
             assert_same_bits(multiply(x[first : first + rows], matrix, compute), few[first : first + rows], rows)
-    for first, rows in ((0, 9), (3, 16), (7, 33), (60, 64), (60, 65), (1, 128)):
-        assert_same_bits(multiply(x[first : first + rows], matrix, compute), many[first : first + rows], rows)
+    is_unpacked = compute == "auto" and kept not in FLOATS
+    for first, rows in ((0, 9), (3, 16), (7, 33), (20, 44), (60, 64), (60, 65), (1, 128)):
+        at = slice(first, first + rows)
+        if is_unpacked and rows <= 64:
+            begin = min(first, len(x) - 64)
+            expected = multiply(x[begin : begin + 64], matrix, compute)[first - begin :][:rows]
+            assert not np.array_equal(expected, many[at])
+        else:
+            expected = many[at]
+        assert_same_bits(multiply(x[at], matrix, compute), expected, rows)
 
 
 @each_layout
@@ -77,7 +85,7 @@ def test_a_column_of_a_product_has_the_same_bits_among_any_others(kept: Kept) ->
     rng = np.random.default_rng(2)
     made = weights(kept, rng, 150, kept.columns(200))
     whole_matrix = made.on(CUDA.backend)
-    for rows in (2, 9):
+    for rows in (2, 9, 65):
         x = rng.standard_normal((rows, made.exact.shape[1])).astype(np.float32)
         whole = multiply(x, whole_matrix, "auto")
         for columns in (1, 31, 33, 129):

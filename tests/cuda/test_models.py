@@ -115,6 +115,19 @@ def test_logits_are_those_of_the_cpu(dtype: str) -> None:
         assert relative_rms(found, expected) < 3e-2
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_a_long_prompt_of_quantised_weights_costs_no_more_than_bfloat16_weights(dtype: str) -> None:
+    """Of more than 64 rows: their products round the weights to bfloat16."""
+    ids = np.arange(90)[None] * 7 % 53
+    for symmetric in (None, False):
+        model = {device: tiny(device, dtype=dtype, symmetric=symmetric, compute="exact") for device in ("cpu", "cuda")}
+        expected = model["cpu"](ids)
+        assert relative_rms(model["cuda"](ids), expected) < 5e-6
+        found = tiny("cuda", dtype=dtype, symmetric=symmetric)(ids)
+        assert relative_rms(found, expected) < 3e-2
+        np.testing.assert_array_equal(tiny("cuda", dtype=dtype, symmetric=symmetric)(ids), found)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -14,6 +14,7 @@ import numpy_ops
 import numpy_training
 from devices import CUDA, IS_EMULATED, requires_cuda
 from guarded import guarded, guarded_empty, guarded_rows, guarded_rows_empty
+from quantized import LAYOUTS, Kept, weights
 from tolerances import TINY, assert_same_bits, assert_within, relative_rms, units
 
 Array = npt.NDArray[Any]
@@ -80,6 +81,47 @@ def test_products_round_both_operands_once_and_sum_in_float32(shape: tuple[int, 
     # A sum without products is not rounded.
     d_bias, size = p["d_bias"] + p["d_y"].sum(0, dtype=np.float64), np.abs(p["d_bias"]) + np.abs(p["d_y"]).sum(0)
     assert_within(found.d_bias, d_bias, units("matmul_backward") * size + TINY * m, "d_bias")
+
+
+# M, N, K: one row, few and many; an N of no whole tile; a K of part of a group, and of several strips (of 256 in the emulator).
+THROUGH_CODES = [(1, 1, 1), (3, 70, 33), (64, 130, 65), (65, 257, 5), (70, 33, 600), (9, 200, 521)]
+
+
+@pytest.mark.parametrize("kept", [kept for kept in LAYOUTS if kept.name != "float16"], ids=str)
+def test_products_of_training_with_frozen_codes_round_both_operands(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index, (m, n, k) in enumerate(THROUGH_CODES):
+        rng = np.random.default_rng([m, n, k])
+        made = weights(kept, rng, n, kept.columns(k))
+        width = made.exact.shape[1]
+        matrix = made.on(CUDA.backend)
+        d_y, before = (rng.standard_normal(shape).astype(np.float32) for shape in ((m, n), (m, width)))
+        accumulate, gap = index % 2 == 1, index % 4
+
+        def gradient(  # of the values of this turn
+            d_y: Array = d_y,
+            matrix: Any = matrix,
+            before: Array = before,
+            accumulate: bool = accumulate,
+            gap: int = gap,
+        ) -> Array:
+            d_x, gaps = guarded_rows_empty((len(d_y), matrix.shape[1]), gap)
+            if accumulate:
+                d_x[...] = before[: len(d_y)]
+            CUDA.backend.matmul_backward(guarded_rows(d_y, gap), matrix, None, d_x, None, None, accumulate, "bfloat16")
+            assert np.isnan(gaps).all(), "wrote between the rows"
+            return d_x
+
+        found = gradient()
+        expected, size = numpy_ops.matmul(
+            numpy_ops.as_kept(d_y, "bfloat16"), made.unpacked().T, None, before if accumulate else None
+        )
+        assert_within(found, expected, units("matmul_backward") * size + TINY * n, f"d_x of {m} x {n} x {width}")
+        assert_same_bits(gradient(d_y[: m // 2 + 1]), np.ascontiguousarray(found[: m // 2 + 1]), "fewer rows")
+        for order in ORDERS:
+            monkeypatch.setenv("LLAMA_EXT_CUDA_EMULATION_ORDER", order)
+            assert_same_bits(gradient(), found, order)
 
 
 def test_products_have_the_same_bits_again_and_in_any_order_of_turns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,6 +192,9 @@ def test_the_gradient_passes_through_frozen_quantised_weights(device: Device, ke
         bound = units("matmul_backward") * scale + TINY * n
         # A minimum or a scale of a scale may be rounded once more on the way to float32.
         assert_within(found.d_x, expected, bound + 4 * U32 * scale, f"{m} x {n} x {width}")
+        if not device.is_cuda and kept.name != "float16":
+            trained = differentiate(device, case, matrix=w.on(device.backend), compute="bfloat16")
+            assert_same_bits(trained.d_x, found.d_x, "a CPU never rounds them")
 
 
 @pytest.mark.parametrize(

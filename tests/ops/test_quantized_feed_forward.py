@@ -11,10 +11,10 @@ import numpy.typing as npt
 import pytest
 
 import numpy_ops
-from devices import Device, all_devices, each_isa
+from devices import CUDA, Device, all_devices, each_isa, requires_cuda
 from guarded import guarded, guarded_rows, guarded_rows_empty
 from llama_ext import DTypeError, ShapeError, _core
-from quantized import OURS, Kept, Weights, weights
+from quantized import ALL, OURS, Kept, Weights, weights
 from tolerances import assert_same_bits, relative_rms
 
 Array = npt.NDArray[Any]
@@ -127,6 +127,36 @@ def test_quantized_feed_forward_matches_float64_with_any_group(device: Device, k
 def test_feed_forward_takes_gate_and_up_apart_and_kept_in_different_ways(device: Device, kinds: Kinds) -> None:
     for shape in (*SMALL_SHAPES, (0, 64, 64), (33, 64, 257)):
         check(device, kinds, shape, is_one=False)
+
+
+@pytest.mark.gpu
+@requires_cuda
+@pytest.mark.parametrize("kept", [kept for kept in ALL if kept.group in (0, 64) and kept.name != "float16"], ids=str)
+def test_many_rows_of_a_gpu_meet_feed_forward_weights_rounded_to_bfloat16(kept: Kept) -> None:
+    """Also in strips, whose hidden numbers are columns of one array, and with hidden numbers that end within a scale."""
+    for shape in ((65, 33, 50), (70, 130, 531), (66, 256, 300)):
+        p = problem(Kinds(kept, kept, kept), shape)
+        x = numpy_ops.as_kept(p.x, "bfloat16")
+        z, _ = numpy_ops.matmul(x, p.gate.unpacked(), p.gate_bias, None)
+        hidden = numpy_ops.silu(z) * numpy_ops.matmul(x, p.up.unpacked(), p.up_bias, None)[0]
+        rounded = numpy_ops.as_kept(hidden.astype(np.float32), "bfloat16")
+        expected, _ = numpy_ops.matmul(rounded, p.down.unpacked(), None, p.residual)
+        for is_one in (False,) if kept.is_gguf else (True, False):
+            found = run(CUDA.backend, p, "auto", is_one=is_one)
+            # A hidden number in a thousand lies so near to the middle of two that a float32 sum decides: 2^-8 sqrt(1e-3).
+            assert relative_rms(found, expected) < 1.3e-4, (shape, is_one)
+            assert 4e-4 < relative_rms(found, p.expected) < CLAIM["auto"]
+            assert_same_bits(run(CUDA.backend, p, "auto", is_one=is_one), found, "again")
+            fewer = run(CUDA.backend, p, "auto", is_one=is_one, rows=slice(shape[0] - 65, None))
+            assert_same_bits(fewer, found[-65:], "fewer rows")
+
+
+@pytest.mark.gpu
+@requires_cuda
+@pytest.mark.parametrize("kinds", APART, ids=str)
+def test_many_rows_of_a_gpu_meet_gate_up_and_down_kept_in_different_ways(kinds: Kinds) -> None:
+    for shape in ((65, 64, 257), (80, 33, 50)):
+        check(CUDA, kinds, shape, is_one=False)
 
 
 @pytest.mark.parametrize("compute", ["auto", "exact"])

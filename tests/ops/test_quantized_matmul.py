@@ -15,7 +15,19 @@ import numpy_ops
 from devices import CPU, CUDA, REFERENCE, Device, all_devices, each_isa, each_tier_and_thread_count, requires_cuda
 from guarded import guarded, guarded_empty, guarded_rows, guarded_rows_empty
 from llama_ext import _core
-from quantized import ALL, LAYOUTS, Kept, Weights, each_kept, each_layout, largest, rounding_bound, weights
+from quantized import (
+    ALL,
+    LAYOUTS,
+    MOST_ROWS_OF_CODES,
+    Kept,
+    Weights,
+    each_kept,
+    each_layout,
+    gpu_rounding_bound,
+    largest,
+    rounding_bound,
+    weights,
+)
 from tolerances import TINY, U32, assert_same_bits, assert_within, relative_rms, units
 
 Array = npt.NDArray[Any]
@@ -90,7 +102,8 @@ def check_shapes(device: Device, kept: Kept, shapes: list[Shape]) -> None:
             rounds = kept.rounds_activations(device.isa, compute)
             what = f"{compute}, {rows} x {made.exact.shape}"
             result = multiply(backend, x[:rows], matrix, compute, gap=index % 3)
-            limit = sums[:rows] + rounding[:rows] if rounds else sums[:rows]
+            rounded = gpu_rounding_bound(kept, x[:rows], made.exact) if device.is_cuda else rounding[:rows]
+            limit = sums[:rows] + rounded if rounds else sums[:rows]
             assert_within(result, expected[:rows], limit, what)
             if result.size < 32 or x.shape[1] == 0:
                 continue
@@ -117,6 +130,62 @@ def test_quantized_matmul_of_a_gpu_matches_float64(kept: Kept) -> None:
     rows = first.rows if kept in LAYOUTS else first.rows[::4]
     offset = ALL.index(kept) % 5
     check_shapes(CUDA, kept, [Shape(first.n, first.k, rows), *SHAPES[1 + offset :: 5]])
+
+
+# M, N, K: the first number of rows with which weights are unpacked, a strip of 256 rows (or, where K is small, of 512) at a time in the
+# emulator; a last strip of a few rows, of one; a K of part of a group, of one group, and of some.
+UNPACKED = [(65, 9, 5), (66, 1, 32), (129, 257, 70), (65, 600, 130), (70, 1030, 33), (67, 521, 300)]
+
+
+@pytest.mark.gpu
+@requires_cuda
+@each_kept
+def test_many_rows_of_a_gpu_meet_weights_rounded_to_bfloat16(kept: Kept) -> None:
+    if kept.name == "float16":
+        pytest.skip("float16 weights are multiplied as they are")
+    for index, (m, n, k) in enumerate(UNPACKED):
+        if index > 1 and kept not in LAYOUTS and index % 3 != ALL.index(kept) % 3:
+            continue  # other groups and blocks: so that an emulated GPU is done in time
+        rng = np.random.default_rng([m, n, k])
+        made = weights(kept, rng, n, kept.columns(k))
+        x = rng.standard_normal((m, made.exact.shape[1])).astype(np.float32)
+        bias = rng.standard_normal(n).astype(np.float32)
+        before = rng.standard_normal((m, n)).astype(np.float32)
+        matrix = made.on(CUDA.backend)
+        rounded = numpy_ops.as_kept(x, "bfloat16")
+        expected, size = numpy_ops.matmul(rounded, made.unpacked(), None, None)
+        found = multiply(CUDA.backend, x, matrix, "auto", gap=index % 3)
+        assert_within(found, expected, units("matmul") * size + TINY * k, f"{m} x {n} x {k}")
+        assert_same_bits(multiply(CUDA.backend, x, matrix, "bfloat16"), found, "as in training")
+        # A row and a column have the same bits among any others, if rows are many.
+        assert_same_bits(multiply(CUDA.backend, x[-65:], matrix, "auto"), found[-65:], "fewer rows")
+        first = n // 2
+        some = multiply(CUDA.backend, x, made.rows(first, n).on(CUDA.backend), "auto")
+        assert_same_bits(some, np.ascontiguousarray(found[:, first:]), "fewer columns")
+        # And up to 64 rows meet the codes as they are.
+        few = multiply(CUDA.backend, x[:MOST_ROWS_OF_CODES], matrix, "auto")
+        sums = units("matmul") * (np.abs(rounded) @ made.factored_magnitude().T) + TINY * k
+        as_they_are = (rounded @ made.exact.T)[:MOST_ROWS_OF_CODES]
+        assert_within(few, as_they_are, sums[:MOST_ROWS_OF_CODES], f"64 x {n} x {k}")
+
+        out = guarded(before)
+        CUDA.backend.matmul(guarded(x), matrix, guarded(bias), out, True, "auto")
+        expected, size = numpy_ops.matmul(rounded, made.unpacked(), bias, before)
+        assert_within(out, expected, units("matmul") * size + TINY * k, f"a bias and a residual, {m} x {n} x {k}")
+
+
+@each_layout
+@pytest.mark.parametrize("device", [REFERENCE, *CPU[::3]], ids=str)
+def test_quantized_matmul_of_training_is_exact_on_a_cpu(device: Device, kept: Kept) -> None:
+    """Gradients are those of the numbers that codes stand for."""
+    if kept.name == "float16":
+        pytest.skip("no codes")
+    rng = np.random.default_rng(11)
+    made = weights(kept, rng, 35, kept.columns(200))
+    x = rng.standard_normal((9, made.exact.shape[1])).astype(np.float32)
+    matrix = made.on(device.backend)
+    exact = multiply(device.backend, x, matrix, "exact")
+    assert_same_bits(multiply(device.backend, x, matrix, "bfloat16"), exact)
 
 
 @each_isa

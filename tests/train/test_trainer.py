@@ -550,6 +550,37 @@ def test_adapters_are_trained_on_frozen_weights_of_any_type(isa: str, types: dic
         assert relative_rms(found[name], expected[name]) < 2e-5, name
 
 
+@pytest.mark.gpu
+@requires_cuda
+@pytest.mark.parametrize("types", [{"": ("int8", 32)}, {"": ("int4", 64)}, {"": ("int4_min", 32)}], ids=str)
+@pytest.mark.parametrize(("compute", "limit"), [("float32", 2e-5), ("bfloat16", 3e-2)])
+def test_a_gpu_trains_adapters_on_frozen_codes(types: dict[str, tuple[str, int]], compute: str, limit: float) -> None:
+    """In float32 the gradient is that of the numbers which the codes stand for; with bfloat16 products as near as with float weights."""
+    frozen = build("cuda", attention_bias=False, ffn_bias=False).converted(types, True)
+    widened = frozen.converted({"": ("float32", 0)}, True)
+    data = batch([70, 9])  # more rows than meet codes as they are
+    trainer = _core.Trainer(frozen, optimizer=ADAMW, adapter=adapter_of(frozen, 6), compute=compute)
+    found = run(trainer, data)
+    expected = run(_core.Trainer(widened, optimizer=ADAMW, adapter=adapter_of(widened, 6)), data)
+    for name in expected:
+        assert relative_rms(found[name], expected[name]) < limit, name
+    for name, again in run(trainer, data).items():
+        assert_same_bits(again, found[name], name)
+
+
+@each_isa
+def test_bfloat16_training_on_frozen_codes_multiplies_them_in_float32_on_a_cpu(isa: str) -> None:
+    """Attention and an adapter's own products are float32 there in either mode."""
+    frozen = build(isa, attention_bias=False, ffn_bias=False).converted({"": ("int8", 32)}, True)
+    data = batch([30, 9])
+    found, expected = (
+        run(_core.Trainer(frozen, optimizer=ADAMW, adapter=adapter_of(frozen, 6), compute=compute), data)
+        for compute in ("bfloat16", "float32")
+    )
+    for name in expected:
+        assert_same_bits(found[name], expected[name], name)
+
+
 def test_an_adapter_of_another_model_is_refused() -> None:
     model = build(ISAS[-1])
     other = build(ISAS[-1], ffn_width=64)

@@ -51,8 +51,10 @@ def matmul(
         residual: (..., N) float32, added to the product; may be `out`.
         dtype: How an array `weight` is kept for this call: as in `pack`, "float32" when None. A `Matrix` has its own.
         compute: "auto": the fastest arithmetic, which may round `x` to bfloat16 when the weights are bfloat16, and to int8 with
-            one scale for 128 numbers when they are whole numbers. "exact": float32 products of the stored weights. "bfloat16":
-            float32 weights are rounded to bfloat16 on the way, and `x` as well where the CPU multiplies bfloat16.
+            one scale for 128 numbers when they are whole numbers; on a GPU to bfloat16 then, and with more than 64 rows the
+            weights as well. "exact": float32 products of the stored weights. "bfloat16": float32 weights are rounded to
+            bfloat16 on the way, and `x` as well where the CPU multiplies bfloat16; whole numbers are "exact" on a CPU, "auto"
+            on a GPU.
         out, threads, isa, device: See `llama_ext.ops`; a `Matrix` brings the last three with it.
 
     Returns:
@@ -93,7 +95,8 @@ def matmul_backward(
 
     Args:
         d_y: (..., N) float32: the gradient of the product.
-        weight: (N, K), for `d_x`: as in `matmul`. Quantised weights count as the numbers they stand for.
+        weight: (N, K), for `d_x`: as in `matmul`. Quantised weights count as the numbers they stand for, which a GPU rounds with
+            "bfloat16".
         x: (..., K) float32, for `d_weight`: what was multiplied.
         dtype: As in `matmul`.
         compute: "exact": float32 products. "bfloat16": factors may be rounded to bfloat16, as in `matmul`.

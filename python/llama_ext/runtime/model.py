@@ -63,7 +63,8 @@ class LlamaForCausalLM(LoadedModel, Trainable):
         device: "cpu"; "cuda", the first NVIDIA GPU, or "cuda:1" and so on; or "reference" for the float64 loops that the fast kernels are
             tested against.
         compute: "auto": the fastest arithmetic for these weights, which for bfloat16 ones may round activations to bfloat16, and
-            for quantised ones to int8. "exact": float32 products of the stored weights.
+            for quantised ones to int8, or on a GPU to bfloat16, with more than 64 rows the weights as well. "exact": float32 products
+            of the stored weights.
         threads: None: the physical cores that affinity and cgroup quota allow, or what `set_num_threads` said.
         kv_dtype: How generations and sessions keep keys and values: "float32", "bfloat16" or "int8". "auto" is bfloat16 for bfloat16
             and quantised weights unless compute is "exact", else float32. Logits of whole sequences and scores always use float32.

@@ -62,7 +62,8 @@ class Trainable:
             schedule: "cosine", "linear", "constant" or "wsd" (constant, then a linear decay).
             warmup: Steps in which the learning rate rises; a number below 1 that is not whole is their share of all steps.
             clip_norm: Gradients whose norm is larger are scaled to it; None does not clip.
-            precision: "float32", or "bfloat16" for products of bfloat16 numbers; weights, gradients and moments stay float32.
+            precision: "float32", or "bfloat16" for products of bfloat16 numbers; weights, gradients and moments stay float32. Under an adapter,
+                quantised weights are multiplied in float32 on a CPU, and rounded to bfloat16 on a GPU.
             metrics: Of validation: "accuracy" and "perplexity".
             min_lr: Where cosine, linear and wsd end, as a share of lr in [0, 1].
             decay_fraction: The share of all steps in which wsd decays, in (0, 1].
