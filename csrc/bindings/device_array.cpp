@@ -1,6 +1,6 @@
 #include "bindings/device_array.h"
 
-#include <pybind11/gil.h>
+#include <pybind11/pybind11.h>
 
 #include <algorithm>
 #include <utility>
