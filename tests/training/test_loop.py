@@ -207,6 +207,32 @@ def test_a_run_of_outliers_ends_with_an_error(make_run: MakeRun, stream: Stream)
     assert made.run.step == 39 + 32
 
 
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("accumulate", MemoryError),
+        ("accumulate", llama_ext.NumericError),
+        ("step", MemoryError),
+        ("step", llama_ext.NumericError),
+        ("step", KeyboardInterrupt),
+    ],
+)
+def test_a_step_that_fails_leaves_no_gradients(make_run: MakeRun, name: str, error: type[BaseException]) -> None:
+    made = make_run(max_steps=5, grad_accum=2)
+    function = getattr(made.trainer, name)
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        if made.trainer.steps == 2 and made.trainer.gradient_norm() > 0:
+            raise error
+        return function(*arguments, **options)
+
+    setattr(made.trainer, name, failing)
+    with pytest.raises(error):
+        made.run.go()
+    assert made.trainer.steps == made.run.step == 2
+    assert made.trainer.gradient_norm() == 0.0
+
+
 # -- callbacks and logs -----------------------------------------------------------------------------------------------
 
 

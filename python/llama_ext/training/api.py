@@ -182,12 +182,13 @@ def train_step(model: LlamaForCausalLM, input_ids: object, labels: object) -> St
             raise NumericError(
                 f"the loss is {result.loss} and the norm of the gradients {result.grad_norm}. Nothing was changed by this step"
             )
+        warmup = options.warmup if isinstance(options.warmup, int) else 0
+        lr = options.lr * min(1.0, (trainer.steps + 1) / warmup) if warmup else options.lr
+        trainer.step(lr=lr, gradient_scale=clip_scale(result.grad_norm, options.clip_norm))
     except BaseException:
+        # The next step would add its own to what is left of these.
         trainer.zero_gradients()
         raise
-    warmup = options.warmup if isinstance(options.warmup, int) else 0
-    lr = options.lr * min(1.0, (trainer.steps + 1) / warmup) if warmup else options.lr
-    trainer.step(lr=lr, gradient_scale=clip_scale(result.grad_norm, options.clip_norm))
     return result
 
 

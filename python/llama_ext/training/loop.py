@@ -249,30 +249,28 @@ class Run:
             # The first Ctrl-C may also arrive on the way into or out of what it abandons.
             if isinstance(stop, KeyboardInterrupt) and not self._interrupts.is_first():
                 raise
-            # Of a step that was interrupted there are parts of gradients, and nothing else.
-            self._trainer.zero_gradients()
             self._stop = "interrupted"
 
     def _one_step(self) -> StepRecord:
         settings = self._settings
         started = time.perf_counter()
-        with self._interrupts.abandonable():
-            index = 0 if settings.overfit_batch else self.step
-            rows = self._source.rows(index, settings.batch_size * settings.grad_accum, settings.seed)
-            batches = [
-                collate(rows[begin : begin + settings.batch_size]) for begin in range(0, len(rows), settings.batch_size)
-            ]
-            result = self._gradients(batches)
+        lr = learning_rate(self._options, self.step, self.total_steps)
         try:
+            with self._interrupts.abandonable():
+                index = 0 if settings.overfit_batch else self.step
+                rows = self._source.rows(index, settings.batch_size * settings.grad_accum, settings.seed)
+                starts = range(0, len(rows), settings.batch_size)
+                batches = [collate(rows[begin : begin + settings.batch_size]) for begin in starts]
+                result = self._gradients(batches)
             skipped = self._rule.skips(result.loss, result.grad_norm, self.step + 1)
-        except NumericError:
+            if skipped:
+                self._trainer.zero_gradients()
+            else:
+                self._trainer.step(lr=lr, gradient_scale=clip_scale(result.grad_norm, self._options.clip_norm))
+        except BaseException:
+            # Of a step that was given up there are gradients, or parts of them, and nothing else.
             self._trainer.zero_gradients()
             raise
-        lr = learning_rate(self._options, self.step, self.total_steps)
-        if skipped:
-            self._trainer.zero_gradients()
-        else:
-            self._trainer.step(lr=lr, gradient_scale=clip_scale(result.grad_norm, self._options.clip_norm))
         self._rule.note(result.loss, result.grad_norm, skipped)
         tokens = sum(int(batch.tokens.size) for batch in batches)
         epoch = self.step // self.history.steps_per_epoch + 1
