@@ -257,6 +257,17 @@ def test_callbacks_are_called_in_order_and_may_stop(make_run: MakeRun) -> None:
     assert calls == [*steps[:6], ("validation", 6), ("epoch", 1), *steps[6:]]
 
 
+def test_callbacks_of_a_generator_are_called_as_those_of_a_list(make_run: MakeRun) -> None:
+    steps: list[int] = []
+
+    class Note(Callback):
+        def on_step_end(self, run: Any, record: Any) -> None:
+            steps.append(record.step)
+
+    make_run(max_steps=3, callbacks=(each for each in [Note(), Note()])).run.go()
+    assert steps == [1, 1, 2, 2, 3, 3]
+
+
 def test_the_log_has_a_json_object_for_each_event(make_run: MakeRun, tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     made = make_run(
@@ -288,6 +299,7 @@ def test_the_log_has_a_json_object_for_each_event(make_run: MakeRun, tmp_path: P
         ({"save_every": 5}, "checkpoint_dir"),
         ({"keep_best": True}, "checkpoint_dir"),
         ({"callbacks": [print]}, "callbacks"),
+        ({"callbacks": None}, "callbacks must be a list"),
         ({"peak_flops": 0}, "peak_flops"),
     ],
 )

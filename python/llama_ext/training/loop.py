@@ -7,7 +7,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,8 +83,8 @@ class RunSettings:
         )
         if self.peak_flops is not None:
             object.__setattr__(self, "peak_flops", number("peak_flops", self.peak_flops, above=0.0))
-        if isinstance(self.callbacks, Callback):
-            object.__setattr__(self, "callbacks", (self.callbacks,))
+        # Not what was given: a generator would be used up by the check.
+        object.__setattr__(self, "callbacks", _listed(self.callbacks))
         for callback in self.callbacks:
             if not isinstance(callback, Callback):
                 raise OptionError(
@@ -94,6 +94,16 @@ class RunSettings:
             raise OptionError("resume=True goes on from the last checkpoint in checkpoint_dir, which is not given")
         if self.checkpoint_dir is None and (self.save_every is not None or self.keep_best):
             raise OptionError("save_every and keep_best need checkpoint_dir")
+
+
+def _listed(callbacks: object) -> tuple[Any, ...]:
+    if isinstance(callbacks, Callback):
+        return (callbacks,)
+    if not isinstance(callbacks, Iterable):
+        raise OptionError(
+            f"callbacks must be a list of llama_ext.training.Callback objects, got {type(callbacks).__name__}"
+        )
+    return tuple(callbacks)
 
 
 def dropout_seed(seed: int, step: int, part: int) -> int:
