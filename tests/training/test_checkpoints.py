@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -20,6 +21,7 @@ from bigram_runs import Made, MakeRun, bigram_run, documents
 from llama_ext.training import Callback, EarlyStopping
 from llama_ext.training.batches import Stream
 from llama_ext.training.checkpoints import load_checkpoint, restore
+from llama_ext.training.history import Validation
 from llama_ext.training.token_file import ArrayReader
 
 COMMON: dict[str, Any] = {
@@ -110,6 +112,88 @@ def test_a_validation_that_was_interrupted_is_made_up_for(make_run: MakeRun, fol
     ended.run.go()
     same(whole, ended)
     assert stopping.state() == whole.run._settings.callbacks[0].state()
+
+
+# -- numbers that are not finite --------------------------------------------------------------------------------------
+
+
+def test_an_infinite_perplexity_is_saved_and_comes_back(make_run: MakeRun, folder: Path) -> None:
+    settings: dict[str, Any] = {**COMMON, "validate_every": 5, "callbacks": [StopAt(10)]}
+    settings["options"] = {**COMMON["options"], "metrics": ["perplexity"]}
+
+    def run(**more: Any) -> Made:
+        made = make_run(None, documents(seed=7), **{**settings, **more})
+        validate = made.trainer.evaluate
+
+        def evaluate(*arguments: Any) -> tuple[float, int, int]:
+            # 800 nats a label, of which exp is more than a float64 holds; from step 15 on what it is.
+            loss, counted, correct = validate(*arguments)
+            return loss + (800.0 * counted if made.run.step < 15 else 0.0), counted, correct
+
+        made.trainer.evaluate = evaluate  # type: ignore[method-assign]
+        return made
+
+    run(checkpoint_dir=folder, save_every=1).run.go()
+    text = (folder / "step-00000010" / "training.json").read_text()
+    assert [each["perplexity"] for each in json.loads(text)["state"]["validations"]] == [None, None]
+    assert "Infinity" not in text
+    whole, ended = run(callbacks=[StopAt()]), run(callbacks=[StopAt()], checkpoint_dir=folder, resume=True)
+    whole.run.go()
+    history = ended.run.go()
+    same(whole, ended)
+    assert history.validations == whole.run.history.validations
+    assert [each.perplexity == math.inf for each in history.validations] == [True, True, False, False]
+    assert [each.accuracy for each in history.validations] == [None] * 4
+
+
+def test_a_validation_comes_back_from_json_as_it_was() -> None:
+    for validation, metrics in [
+        (Validation(3, 0.1 + 0.2), ()),
+        (Validation(3, 0.1 + 0.2, 1 / 3, math.exp(0.1 + 0.2)), ("accuracy", "perplexity")),
+        (Validation(3, 1e6, None, math.inf), ("perplexity",)),
+        (Validation(3, 1e6), ()),
+        (Validation(3, math.nan, math.nan, math.nan), ("accuracy", "perplexity")),
+    ]:
+        text = json.dumps(validation.to_json(), allow_nan=False)
+        assert repr(Validation.from_json(json.loads(text), metrics)) == repr(validation)
+
+
+class Lowest(Callback):
+    """A callback that begins with an infinity, as many do."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Any] = {"lowest": math.inf, "all": [-math.inf, {"none": math.nan}], "steps": 0}
+
+    def on_step_end(self, run: Any, record: Any) -> None:
+        self.seen["steps"] += 1
+
+    def state(self) -> dict[str, Any]:
+        return self.seen
+
+    def load_state(self, state: Any) -> None:
+        self.seen = dict(state)
+
+
+def test_a_callback_may_remember_an_infinity(make_run: MakeRun, folder: Path) -> None:
+    make_run(**COMMON, callbacks=[Lowest(), StopAt(5)], checkpoint_dir=folder).run.go()
+    assert "Infinity" not in (folder / "step-00000005" / "training.json").read_text()
+    lowest = Lowest()
+    lowest.seen = {}
+    make_run(**COMMON, callbacks=[lowest, StopAt(7)], resume=folder).run.go()
+    assert repr(lowest.seen) == "{'all': [-inf, {'none': nan}], 'lowest': inf, 'steps': 7}"
+
+
+def test_a_callback_that_cannot_be_saved_is_refused_before_the_first_step(make_run: MakeRun, folder: Path) -> None:
+    lowest = Lowest()
+    for state in ({"array": np.zeros(2)}, {"complex": 1j}, None):
+        lowest.seen = state  # type: ignore[assignment]
+        lowest.on_step_end = lambda run, record: None  # type: ignore[method-assign]
+        made = make_run(**COMMON, callbacks=[lowest], checkpoint_dir=folder)
+        with pytest.raises(llama_ext.OptionError, match=r"Lowest\.state\(\) returns cannot be saved"):
+            made.run.go()
+        assert made.trainer.calls == 0
+        # Where nothing is saved it does not matter.
+        make_run(**{**COMMON, "max_steps": 1}, callbacks=[lowest]).run.go()
 
 
 def test_early_stopping_goes_on_counting(make_run: MakeRun, folder: Path) -> None:
@@ -259,6 +343,8 @@ def test_every_truncation_of_a_checkpoint_is_a_typed_error(saved: Path) -> None:
         {"state": {}},
         {"state": {"validations": 3, "callbacks": [], "unfinished": False}},
         {"state": {"validations": [{"loss": 1}], "callbacks": [], "unfinished": False}},
+        {"state": {"validations": [{"step": 1, "loss": "1"}], "callbacks": [], "unfinished": False}},
+        {"state": {"validations": [{"step": 1, "loss": 1.0, "bleu": 1.0}], "callbacks": [], "unfinished": False}},
         {"state": {"validations": [], "callbacks": [{}], "unfinished": False}},
         {"state": {"validations": [], "unfinished": False}},
     ],

@@ -15,16 +15,16 @@ from typing import Any
 from llama_ext.errors import CheckpointError, NumericError, OptionError
 from llama_ext.training import checkpoints
 from llama_ext.training.batches import Batch, Row, Source, collate
-from llama_ext.training.callbacks import Callback
+from llama_ext.training.callbacks import Callback, load_states, states_of
 from llama_ext.training.driver import Trainer, Weights
-from llama_ext.training.history import Evaluation, History, StepRecord, Validation
+from llama_ext.training.history import Evaluation, History, StepRecord, Validation, perplexity_of
 from llama_ext.training.interrupts import Abandoned, Interrupts
 from llama_ext.training.options import TrainOptions, number, whole
 from llama_ext.training.outliers import OutlierRule
 from llama_ext.training.reporting import Log, TrainingBar
 from llama_ext.training.schedules import learning_rate
 
-__all__ = ["Run", "RunSettings", "StepResult", "clip_scale", "dropout_seed", "evaluate", "perplexity_of"]
+__all__ = ["Run", "RunSettings", "StepResult", "clip_scale", "dropout_seed", "evaluate"]
 
 # torch's clip_grad_norm_ adds this to the norm.
 _CLIP_EPS = 1e-6
@@ -115,11 +115,6 @@ def dropout_seed(seed: int, step: int, part: int) -> int:
 def clip_scale(norm: float, clip_norm: float | None) -> float:
     """What gradients of this norm are multiplied with."""
     return 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + _CLIP_EPS))
-
-
-def perplexity_of(loss: float) -> float:
-    """exp, infinite where that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 def accumulate(trainer: Trainer, batches: Sequence[Batch], seed: int, step: int) -> StepResult:
@@ -222,6 +217,9 @@ class Run:
             CheckpointError and others: As `LlamaForCausalLM.fit`.
             KeyboardInterrupt: A second Ctrl-C.
         """
+        if self._folder is not None:
+            # What cannot be saved is told now, and not after the first epoch.
+            states_of(self._settings.callbacks)
         resumed = self._resume()
         self._rule = OutlierRule(self._options.skip_outliers, self.history.steps)
         for record in self.history.steps:
@@ -364,8 +362,8 @@ class Run:
             return
         history = self.history
         state = {
-            "validations": [vars(each) for each in history.validations],
-            "callbacks": [dict(callback.state()) for callback in self._settings.callbacks],
+            "validations": [each.to_json() for each in history.validations],
+            "callbacks": states_of(self._settings.callbacks),
             "unfinished": self._unfinished,
             "position": {
                 "epoch": self.step // history.steps_per_epoch + 1,
@@ -405,13 +403,12 @@ class Run:
         arrays = checkpoints.restore(checkpoint, self._trainer, self._weights)
         try:
             self.history.steps = History.records(arrays["history"])
-            self.history.validations = [Validation(**each) for each in checkpoint.state["validations"]]
+            metrics = self._options.metrics
+            self.history.validations = [Validation.from_json(each, metrics) for each in checkpoint.state["validations"]]
             self._unfinished = bool(checkpoint.state["unfinished"])
-            states = checkpoint.state["callbacks"]
             if len(self.history.steps) != checkpoint.step:
                 raise ValueError(f"a history of {len(self.history.steps)} steps after {checkpoint.step}")
-            for callback, state in zip(self._settings.callbacks, states, strict=True):
-                callback.load_state(state)
+            load_states(self._settings.callbacks, checkpoint.state["callbacks"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, CheckpointError):
                 raise
