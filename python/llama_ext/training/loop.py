@@ -198,6 +198,8 @@ class Run:
         # A step whose validation was interrupted.
         self._unfinished = False
         self._saved: int | None = None
+        # What this run goes on from, where it is this folder's and unfinished.
+        self._to_finish: checkpoints.Checkpoint | None = None
         self._smoothed = (0.0, 0.0)
         self._interrupts = Interrupts()
         self._agreed: dict[str, Any] | None = None
@@ -371,17 +373,21 @@ class Run:
                 "seed": self._settings.seed,
             },
         }
-        path = checkpoints.save_checkpoint(
-            self._folder,
-            self._trainer,
-            self._weights,
-            step=self.step,
-            run=self._name,
-            settings=self._must_agree(),
-            state=state,
-            arrays={"history": history.table()},
-            keep_last=self._settings.keep_last,
-        )
+        if self._to_finish is not None and self._to_finish.step == self.step:
+            checkpoints.finish_checkpoint(self._to_finish, state)
+        else:
+            checkpoints.save_checkpoint(
+                self._folder,
+                self._trainer,
+                self._weights,
+                step=self.step,
+                run=self._name,
+                settings=self._must_agree(),
+                state=state,
+                arrays={"history": history.table()},
+                keep_last=self._settings.keep_last,
+            )
+        path = checkpoints.checkpoint_path(self._folder, self.step)
         self._saved = self.step
         log.write("checkpoint", step=self.step, path=str(path))
 
@@ -395,10 +401,13 @@ class Run:
                 )
             return False
         checkpoint = checkpoints.load_checkpoint(path)
+        self._refuse_other_runs(checkpoint)
         checkpoints.check_same(checkpoint, self._must_agree())
         if checkpoint.step > self.total_steps:
             raise CheckpointError(
-                f"{checkpoint.step} steps are done, this run has {self.total_steps}.", path=str(checkpoint.path)
+                f"{checkpoint.step} steps are done, this run has {self.total_steps}. Let it have more, or name an earlier "
+                "checkpoint with resume=.",
+                path=str(checkpoint.path),
             )
         arrays = checkpoints.restore(checkpoint, self._trainer, self._weights)
         try:
@@ -413,11 +422,26 @@ class Run:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"the state of the run is malformed: {error}", path=str(checkpoint.path)) from error
-        self.step = self._saved = checkpoint.step
+        self.step = checkpoint.step
         self._name = checkpoint.run
-        if self._folder is not None and checkpoint.path.parent.resolve() != self._folder.resolve():
-            self._saved = None
+        if self._folder is not None:
+            saved = checkpoints.checkpoint_path(self._folder, self.step)
+            if saved.resolve() == checkpoint.path.resolve():
+                self._saved, self._to_finish = (None, checkpoint) if self._unfinished else (self.step, None)
         return True
+
+    def _refuse_other_runs(self, checkpoint: checkpoints.Checkpoint) -> None:
+        """Checks that a run which goes on in a folder is the only one there: steps of two runs have the same names."""
+        if self._folder is None:
+            return
+        # A damaged one beside it may be why a run goes back to it. Elsewhere it is nobody knows whose.
+        elsewhere = checkpoint.path.resolve().parent != self._folder.resolve()
+        others = checkpoints.of_other_runs(self._folder, checkpoint.run, unreadable=elsewhere)
+        if others:
+            raise OptionError(
+                f"checkpoint_dir {self._folder} has checkpoints that are not of the run of {checkpoint.path}, such as "
+                f"{others[0].name}: name another directory, or move them away"
+            )
 
     def _where_to_resume(self) -> Path | None:
         resume = self._settings.resume
