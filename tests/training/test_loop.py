@@ -17,7 +17,8 @@ import llama_ext
 from bigram_runs import VOCABULARY, MakeRun, documents, tokens
 from llama_ext.training import Callback, EarlyStopping
 from llama_ext.training.batches import IGNORED, Example, Examples, Stream
-from llama_ext.training.loop import RunSettings, dropout_seed, evaluate
+from llama_ext.training.loop import dropout_seed, evaluate
+from llama_ext.training.settings import RunSettings
 from llama_ext.training.token_file import ArrayReader
 from numpy_trainer import BigramTrainer, BigramWeights
 

@@ -16,9 +16,10 @@ from llama_ext.runtime.logits import id_block
 from llama_ext.training.batches import IGNORED, Batch, Row, Source, collate
 from llama_ext.training.data import Reading, block_examples, read_data
 from llama_ext.training.history import Evaluation, History, perplexity_of, smoothed
-from llama_ext.training.loop import Run, RunSettings, StepResult, accumulate, clip_scale
+from llama_ext.training.loop import Run, StepResult, accumulate, clip_scale
 from llama_ext.training.model import ModelWeights, new_trainer, parameter_names, trainable_copy, use_trainable_core
 from llama_ext.training.options import TrainOptions, number, whole
+from llama_ext.training.settings import RunSettings
 from llama_ext.training.tuning import TunedWeights, tuning_trainer
 
 if TYPE_CHECKING:

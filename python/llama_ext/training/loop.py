@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,17 @@ from typing import Any
 from llama_ext.errors import CheckpointError, NumericError, OptionError
 from llama_ext.training import checkpoints
 from llama_ext.training.batches import Batch, Row, Source, collate
-from llama_ext.training.callbacks import Callback, load_states, states_of
+from llama_ext.training.callbacks import load_states, states_of
 from llama_ext.training.driver import Trainer, Weights
 from llama_ext.training.history import Evaluation, History, StepRecord, Validation, perplexity_of
 from llama_ext.training.interrupts import Abandoned, Interrupts
-from llama_ext.training.options import TrainOptions, number, whole
+from llama_ext.training.options import TrainOptions
 from llama_ext.training.outliers import OutlierRule
 from llama_ext.training.reporting import Log, TrainingBar
 from llama_ext.training.schedules import learning_rate
+from llama_ext.training.settings import RunSettings
 
-__all__ = ["Run", "RunSettings", "StepResult", "clip_scale", "dropout_seed", "evaluate"]
+__all__ = ["Run", "StepResult", "clip_scale", "dropout_seed", "evaluate"]
 
 # torch's clip_grad_norm_ adds this to the norm.
 _CLIP_EPS = 1e-6
@@ -42,68 +42,6 @@ class StepResult:
 
     loss: float
     grad_norm: float
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """Checked arguments of `fit`, which says what each means.
-
-    Raises:
-        OptionError: One is out of range or contradicts another one.
-    """
-
-    batch_size: int = 32
-    epochs: int = 1
-    max_steps: int | None = None
-    grad_accum: int = 1
-    seed: int = 0
-    checkpoint_dir: str | os.PathLike[str] | None = None
-    resume: str | os.PathLike[str] | bool | None = None
-    callbacks: Sequence[Callback] = ()
-    verbose: int = 1
-    save_every: int | None = None
-    keep_last: int = 3
-    keep_best: bool = False
-    validate_every: int | None = None
-    overfit_batch: bool = False
-    log_file: str | os.PathLike[str] | None = None
-    peak_flops: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "grad_accum", "keep_last"):
-            object.__setattr__(self, name, whole(name, getattr(self, name), 1))
-        for name in ("max_steps", "save_every", "validate_every"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, whole(name, getattr(self, name), 1))
-        object.__setattr__(self, "seed", whole("seed", self.seed, 0, 2**64 - 1))
-        object.__setattr__(
-            self,
-            "verbose",
-            whole("verbose", int(self.verbose) if isinstance(self.verbose, bool) else self.verbose, 0, 1),
-        )
-        if self.peak_flops is not None:
-            object.__setattr__(self, "peak_flops", number("peak_flops", self.peak_flops, above=0.0))
-        # Not what was given: a generator would be used up by the check.
-        object.__setattr__(self, "callbacks", _listed(self.callbacks))
-        for callback in self.callbacks:
-            if not isinstance(callback, Callback):
-                raise OptionError(
-                    f"callbacks must be llama_ext.training.Callback objects, got {type(callback).__name__}"
-                )
-        if self.resume is True and self.checkpoint_dir is None:
-            raise OptionError("resume=True goes on from the last checkpoint in checkpoint_dir, which is not given")
-        if self.checkpoint_dir is None and (self.save_every is not None or self.keep_best):
-            raise OptionError("save_every and keep_best need checkpoint_dir")
-
-
-def _listed(callbacks: object) -> tuple[Any, ...]:
-    if isinstance(callbacks, Callback):
-        return (callbacks,)
-    if not isinstance(callbacks, Iterable):
-        raise OptionError(
-            f"callbacks must be a list of llama_ext.training.Callback objects, got {type(callbacks).__name__}"
-        )
-    return tuple(callbacks)
 
 
 def dropout_seed(seed: int, step: int, part: int) -> int:
