@@ -441,6 +441,15 @@ def test_a_run_with_a_constant_rate_may_become_longer(make_run: MakeRun, folder:
     same(whole, longer)
 
 
+def test_a_run_shorter_than_its_warm_up_may_not_become_longer(make_run: MakeRun, folder: Path) -> None:
+    # Its learning rate rose within the steps that it had.
+    settings: dict[str, Any] = {**COMMON, "options": {"schedule": "constant", "warmup": 12}}
+    short = make_run(**{**settings, "max_steps": 10}, checkpoint_dir=folder).run.go()
+    assert short.lr[:10] != make_run(**settings).run.go().lr[:10]
+    with pytest.raises(llama_ext.CheckpointError, match=r"fit\.total_steps was 10"):
+        make_run(**settings, resume=folder).run.go()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

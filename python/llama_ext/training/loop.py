@@ -399,8 +399,9 @@ class Run:
     def _agreement(self) -> dict[str, Any]:
         settings = self._settings
         options = self._options.to_dict()
-        # Where the learning rate does not depend on how long the run is, it may become longer.
-        open_ended = self._options.schedule == "constant" and isinstance(self._options.warmup, int)
+        # Where the learning rate does not depend on how long the run is, it may become longer. Warm-up ends with a short run.
+        warmup = self._options.warmup
+        open_ended = self._options.schedule == "constant" and isinstance(warmup, int) and warmup <= self.total_steps
         return {
             "compile": options,
             "fit": {
