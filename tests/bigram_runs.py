@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llama_ext.training.batches import Example, Examples, Source
-from llama_ext.training.loop import Run, RunSettings
+from llama_ext.training.loop import Run
 from llama_ext.training.options import TrainOptions
+from llama_ext.training.settings import RunSettings
 from numpy_trainer import BigramTrainer, BigramWeights
 
 VOCABULARY = 11

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +21,8 @@ import llama_ext
 from bigram_runs import Made, MakeRun, bigram_run, documents
 from llama_ext.training import Callback, EarlyStopping
 from llama_ext.training.batches import Stream
-from llama_ext.training.checkpoints import load_checkpoint, restore
+from llama_ext.training.checkpoints import load_checkpoint, restore, save_best
+from llama_ext.training.history import Validation
 from llama_ext.training.token_file import ArrayReader
 
 COMMON: dict[str, Any] = {
@@ -112,6 +115,147 @@ def test_a_validation_that_was_interrupted_is_made_up_for(make_run: MakeRun, fol
     assert stopping.state() == whole.run._settings.callbacks[0].state()
 
 
+def begin_unfinished(folder: Path, **settings: Any) -> None:
+    """A run of 20 steps that is interrupted in the validation after its last step."""
+    begun = bigram_run(None, documents(seed=7), **COMMON, **settings, checkpoint_dir=folder)
+    validate = begun.trainer.evaluate
+
+    def interrupted(*arguments: Any) -> Any:
+        if begun.run.step == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+        return validate(*arguments)
+
+    begun.trainer.evaluate = interrupted  # type: ignore[method-assign]
+    assert begun.run.go().stopped == "interrupted"
+    assert load_checkpoint(folder).state["unfinished"] is True
+
+
+def test_a_checkpoint_whose_validation_was_made_up_for_says_so(make_run: MakeRun, folder: Path) -> None:
+    settings: dict[str, Any] = {"save_every": 5, "validate_every": 10, "keep_last": 1}
+    begin_unfinished(folder, **settings)
+    for again in range(2):
+        ended = make_run(None, documents(seed=7), **COMMON, **settings, checkpoint_dir=folder, resume=True)
+        validations = ended.run.go().validations
+        assert [each.step for each in validations] == [10, 20]
+        assert ended.trainer.calls == 0, again
+        state = load_checkpoint(folder).state
+        assert state["unfinished"] is False
+        assert [each["loss"] for each in state["validations"]] == [each.loss for each in validations]
+    # Nothing was left to make up for the second time.
+    whole = make_run(None, documents(seed=7), **COMMON, validate_every=10)
+    whole.run.go()
+    same(whole, ended)
+
+
+def test_a_checkpoint_that_is_finished_is_never_lost_in_doing_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The only one that the run has: a kill at any moment must leave it, as it was or finished.
+    settings: dict[str, Any] = {"save_every": 100, "keep_last": 1}
+    found = []
+    for count in range(20):
+        folder = tmp_path / str(count)
+        begin_unfinished(folder, **settings)
+        made = bigram_run(None, documents(seed=7), **COMMON, **settings, checkpoint_dir=folder, resume=True)
+        ended = True
+        with monkeypatch.context() as patched:
+            Crash(count, patched)
+            try:
+                made.run.go()
+            except OSError:
+                ended = False
+        again = bigram_run()
+        restore(load_checkpoint(folder), again.trainer, again.weights)
+        assert again.weights.bits() == made.weights.bits()
+        assert load_checkpoint(folder).step == 20
+        found.append(load_checkpoint(folder).state["unfinished"])
+        if ended:
+            break
+    assert list(dict.fromkeys(found)) == [True, False]
+
+
+# -- numbers that are not finite --------------------------------------------------------------------------------------
+
+
+def test_an_infinite_perplexity_is_saved_and_comes_back(make_run: MakeRun, folder: Path) -> None:
+    settings: dict[str, Any] = {**COMMON, "validate_every": 5, "callbacks": [StopAt(10)]}
+    settings["options"] = {**COMMON["options"], "metrics": ["perplexity"]}
+
+    def run(**more: Any) -> Made:
+        made = make_run(None, documents(seed=7), **{**settings, **more})
+        validate = made.trainer.evaluate
+
+        def evaluate(*arguments: Any) -> tuple[float, int, int]:
+            # 800 nats a label, of which exp is more than a float64 holds; from step 15 on what it is.
+            loss, counted, correct = validate(*arguments)
+            return loss + (800.0 * counted if made.run.step < 15 else 0.0), counted, correct
+
+        made.trainer.evaluate = evaluate  # type: ignore[method-assign]
+        return made
+
+    run(checkpoint_dir=folder, save_every=1).run.go()
+    text = (folder / "step-00000010" / "training.json").read_text()
+    assert [each["perplexity"] for each in json.loads(text)["state"]["validations"]] == [None, None]
+    assert "Infinity" not in text
+    whole, ended = run(callbacks=[StopAt()]), run(callbacks=[StopAt()], checkpoint_dir=folder, resume=True)
+    whole.run.go()
+    history = ended.run.go()
+    same(whole, ended)
+    assert history.validations == whole.run.history.validations
+    assert [each.perplexity == math.inf for each in history.validations] == [True, True, False, False]
+    assert [each.accuracy for each in history.validations] == [None] * 4
+
+
+def test_a_validation_comes_back_from_json_as_it_was() -> None:
+    for validation, metrics in [
+        (Validation(3, 0.1 + 0.2), ()),
+        (Validation(3, 0.1 + 0.2, 1 / 3, math.exp(0.1 + 0.2)), ("accuracy", "perplexity")),
+        (Validation(3, 1e6, None, math.inf), ("perplexity",)),
+        (Validation(3, 1e6), ()),
+        (Validation(3, math.nan, math.nan, math.nan), ("accuracy", "perplexity")),
+    ]:
+        text = json.dumps(validation.to_json(), allow_nan=False)
+        assert repr(Validation.from_json(json.loads(text), metrics)) == repr(validation)
+
+
+class Lowest(Callback):
+    """A callback that begins with an infinity, as many do."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Any] = {"lowest": math.inf, "all": [-math.inf, {"none": math.nan}], "steps": 0}
+
+    def on_step_end(self, run: Any, record: Any) -> None:
+        self.seen["steps"] += 1
+
+    def state(self) -> dict[str, Any]:
+        return self.seen
+
+    def load_state(self, state: Any) -> None:
+        self.seen = dict(state)
+
+
+def test_a_callback_may_remember_an_infinity(make_run: MakeRun, folder: Path) -> None:
+    make_run(**COMMON, callbacks=[Lowest(), StopAt(5)], checkpoint_dir=folder).run.go()
+    assert "Infinity" not in (folder / "step-00000005" / "training.json").read_text()
+    lowest = Lowest()
+    lowest.seen = {}
+    make_run(**COMMON, callbacks=[lowest, StopAt(7)], resume=folder).run.go()
+    assert repr(lowest.seen) == "{'all': [-inf, {'none': nan}], 'lowest': inf, 'steps': 7}"
+
+
+def test_a_callback_that_cannot_be_saved_is_refused_before_the_first_step(make_run: MakeRun, folder: Path) -> None:
+    lowest = Lowest()
+    for state in ({"array": np.zeros(2)}, {"complex": 1j}, None):
+        lowest.seen = state  # type: ignore[assignment]
+        lowest.on_step_end = lambda run, record: None  # type: ignore[method-assign]
+        made = make_run(**COMMON, callbacks=[lowest], checkpoint_dir=folder)
+        with pytest.raises(llama_ext.OptionError, match=r"Lowest\.state\(\) returns cannot be saved"):
+            made.run.go()
+        assert made.trainer.calls == 0
+        # Where nothing is saved it does not matter.
+        make_run(**{**COMMON, "max_steps": 1}, callbacks=[lowest]).run.go()
+
+
 def test_early_stopping_goes_on_counting(make_run: MakeRun, folder: Path) -> None:
     rng = np.random.default_rng(0)
     noise = Stream(ArrayReader(rng.integers(0, 11, 200).astype(np.int32)), 20)
@@ -150,6 +294,133 @@ def test_a_run_may_go_on_elsewhere_and_from_an_earlier_checkpoint(make_run: Make
     same(whole, again)
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+CONSTANT: dict[str, Any] = {"options": {"schedule": "constant", "warmup": 2}, "batch_size": 2}
+
+
+def test_a_run_that_went_back_keeps_its_new_checkpoint_and_its_later_ones(make_run: MakeRun, folder: Path) -> None:
+    make_run(**CONSTANT, max_steps=6, checkpoint_dir=folder, save_every=2).run.go()
+    assert names(folder) == ["step-00000002", "step-00000004", "step-00000006"]
+    back: dict[str, Any] = {**CONSTANT, "checkpoint_dir": folder, "save_every": 1, "keep_last": 1}
+    make_run(**back, max_steps=3, resume=folder / "step-00000002").run.go()
+    assert names(folder) == ["step-00000003", "step-00000004", "step-00000006"]
+    # The last step is the last step: what went back ended earlier, and says what to do.
+    with pytest.raises(llama_ext.CheckpointError, match=r"6 steps are done, this run has 3\. .*resume="):
+        make_run(**back, max_steps=3, resume=True).run.go()
+    # Where it comes to steps that are there, they are its own, and the older ones go as ever.
+    make_run(**back, max_steps=5, resume=folder / "step-00000003").run.go()
+    assert names(folder) == ["step-00000005", "step-00000006"]
+    ended = make_run(**back, max_steps=8, resume=True)
+    ended.run.go()
+    assert names(folder) == ["step-00000008"]
+    whole = make_run(**CONSTANT, max_steps=8)
+    whole.run.go()
+    same(whole, ended)
+
+
+def test_a_run_goes_back_to_before_a_damaged_checkpoint_and_replaces_it(make_run: MakeRun, folder: Path) -> None:
+    settings: dict[str, Any] = {**CONSTANT, "max_steps": 6, "checkpoint_dir": folder, "save_every": 2}
+    make_run(**settings).run.go()
+    for name, damaged in [("bigram.safetensors", "step-00000004"), ("training.json", "step-00000006")]:
+        path = folder / damaged / name
+        path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(llama_ext.FormatError, match="step-00000006"):
+        make_run(**settings, resume=True).run.go()
+    make_run(**settings, resume=folder / "step-00000002").run.go()
+    for step in (2, 4, 6):
+        whole, made = make_run(**CONSTANT, max_steps=step), make_run()
+        whole.run.go()
+        restore(load_checkpoint(folder / f"step-{step:08d}"), made.trainer, made.weights)
+        assert made.weights.bits() == whole.weights.bits()
+
+
+def test_another_runs_folder_is_refused_and_nothing_in_it_is_touched(make_run: MakeRun, folder: Path) -> None:
+    other = folder.with_name("other")
+    make_run(**COMMON, checkpoint_dir=folder, save_every=5).run.go()
+    make_run(**{**COMMON, "seed": 1}, checkpoint_dir=other, save_every=5).run.go()
+    before = contents(other)
+    made = make_run(**COMMON, checkpoint_dir=other, save_every=5, keep_last=1, resume=folder / "step-00000010")
+    bits = made.weights.bits()
+    with pytest.raises(
+        llama_ext.OptionError, match=r"not of the run of .*step-00000010, such as step-.*: name another"
+    ):
+        made.run.go()
+    assert made.weights.bits() == bits
+    # Nor is one that nobody can tell the run of.
+    for path in other.glob("*/training.json"):
+        path.write_text("{}")
+    with pytest.raises(llama_ext.OptionError, match="not of the run of"):
+        make_run(**COMMON, checkpoint_dir=other, resume=folder / "step-00000010").run.go()
+    assert set(contents(other)) == set(before)
+    # A copy of the run's own folder is its own.
+    shutil.rmtree(other)
+    shutil.copytree(folder, other)
+    make_run(**COMMON, checkpoint_dir=other, save_every=5, keep_last=1, resume=folder / "step-00000010").run.go()
+    assert names(other) == ["step-00000020"]
+    assert names(folder) == ["step-00000010", "step-00000015", "step-00000020"]
+
+
+def test_what_comes_into_the_folder_meanwhile_is_not_removed(make_run: MakeRun, folder: Path) -> None:
+    other = folder.with_name("other")
+    make_run(**{**COMMON, "seed": 1}, checkpoint_dir=other, save_every=3, keep_last=10).run.go()
+
+    class Copy(Callback):
+        def on_step_end(self, run: Any, record: Any) -> None:
+            if record.step == 8:
+                shutil.copytree(other / "step-00000003", folder / "step-00000003")
+                (folder / "step-00000001").mkdir()
+
+    make_run(**COMMON, checkpoint_dir=folder, save_every=5, keep_last=2, callbacks=[Copy()]).run.go()
+    assert names(folder) == ["step-00000001", "step-00000003", "step-00000015", "step-00000020"]
+    assert contents(folder / "step-00000003") == contents(other / "step-00000003")
+
+
+def test_the_best_weights_are_this_runs(make_run: MakeRun, folder: Path) -> None:
+    # Of a run that was killed before its first checkpoint.
+    stale = make_run(seed=9, max_steps=1)
+    stale.run.go()
+    save_best(folder, stale.weights, 6)
+    bits: dict[int, bytes] = {}
+
+    class Note(Callback):
+        def on_validation(self, run: Any, validation: Any) -> None:
+            bits[validation.step] = made.weights.bits()
+
+    made = make_run(None, documents(seed=7), max_steps=6, checkpoint_dir=folder, keep_best=True, callbacks=[Note()])
+    made.run.go()
+    assert names(folder) == ["best-00000006", "step-00000006"]
+    best = make_run()
+    best.weights.load(folder / "best-00000006")
+    assert best.weights.bits() == bits[6] != stale.weights.bits()
+
+
+def test_a_replacement_that_fails_leaves_what_was_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = bigram_run(max_steps=1), bigram_run(max_steps=2)
+    for made in (first, second):
+        made.run.go()
+    path = save_best(folder, first.weights, 6)
+    before = contents(folder)
+    rename = os.rename
+
+    def refused(source: Any, target: Any) -> None:
+        if target == path and failures:
+            raise OSError(failures.pop())
+        rename(source, target)
+
+    failures = ["no"]
+    monkeypatch.setattr(os, "rename", refused)
+    with pytest.raises(OSError, match="no"):
+        save_best(folder, second.weights, 6)
+    assert contents(folder) == before
+
+
 def test_resume_true_begins_where_there_is_nothing(make_run: MakeRun, folder: Path) -> None:
     made = make_run(**COMMON, checkpoint_dir=folder, resume=True)
     assert len(made.run.go().steps) == 20
@@ -168,6 +439,15 @@ def test_a_run_with_a_constant_rate_may_become_longer(make_run: MakeRun, folder:
     longer = make_run(**settings, resume=folder)
     longer.run.go()
     same(whole, longer)
+
+
+def test_a_run_shorter_than_its_warm_up_may_not_become_longer(make_run: MakeRun, folder: Path) -> None:
+    # Its learning rate rose within the steps that it had.
+    settings: dict[str, Any] = {**COMMON, "options": {"schedule": "constant", "warmup": 12}}
+    short = make_run(**{**settings, "max_steps": 10}, checkpoint_dir=folder).run.go()
+    assert short.lr[:10] != make_run(**settings).run.go().lr[:10]
+    with pytest.raises(llama_ext.CheckpointError, match=r"fit\.total_steps was 10"):
+        make_run(**settings, resume=folder).run.go()
 
 
 @pytest.mark.parametrize(
@@ -259,6 +539,8 @@ def test_every_truncation_of_a_checkpoint_is_a_typed_error(saved: Path) -> None:
         {"state": {}},
         {"state": {"validations": 3, "callbacks": [], "unfinished": False}},
         {"state": {"validations": [{"loss": 1}], "callbacks": [], "unfinished": False}},
+        {"state": {"validations": [{"step": 1, "loss": "1"}], "callbacks": [], "unfinished": False}},
+        {"state": {"validations": [{"step": 1, "loss": 1.0, "bleu": 1.0}], "callbacks": [], "unfinished": False}},
         {"state": {"validations": [], "callbacks": [{}], "unfinished": False}},
         {"state": {"validations": [], "unfinished": False}},
     ],
@@ -385,3 +667,30 @@ def test_a_save_that_is_cut_short_at_any_step_leaves_the_older_checkpoint(
         if ended:
             break
     assert list(dict.fromkeys(found)) == [4, 8]
+
+
+def test_a_run_that_went_back_is_cut_short_at_any_step_and_still_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {**CONSTANT, "max_steps": 6, "save_every": 2}
+    whole = bigram_run(**settings, checkpoint_dir=tmp_path / "whole")
+    whole.run.go()
+    for count in range(200):
+        folder = tmp_path / str(count)
+        shutil.copytree(tmp_path / "whole", folder)
+        settings = {**settings, "checkpoint_dir": folder, "keep_last": 1}
+        ended = True
+        with monkeypatch.context() as patched:
+            Crash(count, patched)
+            try:
+                bigram_run(**settings, resume=folder / "step-00000002").run.go()
+            except OSError:
+                ended = False
+        again = bigram_run(**settings, resume=True)
+        again.run.go()
+        same(whole, again)
+        if ended:
+            break
+    assert count > 20
+    assert ended
+    assert [name for name in names(folder) if name[0] != "."] == ["step-00000006"]

@@ -336,6 +336,38 @@ def test_a_step_with_labels_that_do_not_count_is_refused_and_train_step_keeps_it
     assert not np.array_equal(weights(model)["embedding"], weights(other)["embedding"])
 
 
+class FailsOnce:
+    """A trainer whose step of the optimiser fails the first time, before it has changed anything."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._failed = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trainer, name)
+
+    def step(self, **options: Any) -> None:
+        if not self._failed:
+            self._failed = True
+            raise KeyboardInterrupt
+        self._trainer.step(**options)
+
+
+def test_a_step_that_failed_leaves_nothing_to_the_next_train_step() -> None:
+    model, other = make(), make()
+    x = np.arange(8).reshape(1, 8)
+    for each in (model, other):
+        each.compile(lr=1e-2)
+        each.train_step(x)
+    training: Any = model._training
+    training.trainer = FailsOnce(training.trainer)
+    with pytest.raises(KeyboardInterrupt):
+        model.train_step(x[:, ::-1])
+    assert training.trainer.gradient_norm() == 0.0
+    assert model.train_step(x) == other.train_step(x)
+    same(model, other)
+
+
 def test_fit_without_compile_has_the_defaults_of_compile() -> None:
     one, two = make(), make()
     two.compile()

@@ -17,7 +17,8 @@ import llama_ext
 from bigram_runs import VOCABULARY, MakeRun, documents, tokens
 from llama_ext.training import Callback, EarlyStopping
 from llama_ext.training.batches import IGNORED, Example, Examples, Stream
-from llama_ext.training.loop import RunSettings, dropout_seed, evaluate
+from llama_ext.training.loop import dropout_seed, evaluate
+from llama_ext.training.settings import RunSettings
 from llama_ext.training.token_file import ArrayReader
 from numpy_trainer import BigramTrainer, BigramWeights
 
@@ -207,6 +208,32 @@ def test_a_run_of_outliers_ends_with_an_error(make_run: MakeRun, stream: Stream)
     assert made.run.step == 39 + 32
 
 
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("accumulate", MemoryError),
+        ("accumulate", llama_ext.NumericError),
+        ("step", MemoryError),
+        ("step", llama_ext.NumericError),
+        ("step", KeyboardInterrupt),
+    ],
+)
+def test_a_step_that_fails_leaves_no_gradients(make_run: MakeRun, name: str, error: type[BaseException]) -> None:
+    made = make_run(max_steps=5, grad_accum=2)
+    function = getattr(made.trainer, name)
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        if made.trainer.steps == 2 and made.trainer.gradient_norm() > 0:
+            raise error
+        return function(*arguments, **options)
+
+    setattr(made.trainer, name, failing)
+    with pytest.raises(error):
+        made.run.go()
+    assert made.trainer.steps == made.run.step == 2
+    assert made.trainer.gradient_norm() == 0.0
+
+
 # -- callbacks and logs -----------------------------------------------------------------------------------------------
 
 
@@ -229,6 +256,17 @@ def test_callbacks_are_called_in_order_and_may_stop(make_run: MakeRun) -> None:
     assert history.stopped == "enough"
     steps = [("step", step, step) for step in range(1, 9)]
     assert calls == [*steps[:6], ("validation", 6), ("epoch", 1), *steps[6:]]
+
+
+def test_callbacks_of_a_generator_are_called_as_those_of_a_list(make_run: MakeRun) -> None:
+    steps: list[int] = []
+
+    class Note(Callback):
+        def on_step_end(self, run: Any, record: Any) -> None:
+            steps.append(record.step)
+
+    make_run(max_steps=3, callbacks=(each for each in [Note(), Note()])).run.go()
+    assert steps == [1, 1, 2, 2, 3, 3]
 
 
 def test_the_log_has_a_json_object_for_each_event(make_run: MakeRun, tmp_path: Path) -> None:
@@ -262,6 +300,7 @@ def test_the_log_has_a_json_object_for_each_event(make_run: MakeRun, tmp_path: P
         ({"save_every": 5}, "checkpoint_dir"),
         ({"keep_best": True}, "checkpoint_dir"),
         ({"callbacks": [print]}, "callbacks"),
+        ({"callbacks": None}, "callbacks must be a list"),
         ({"peak_flops": 0}, "peak_flops"),
     ],
 )

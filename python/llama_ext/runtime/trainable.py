@@ -157,9 +157,10 @@ class Trainable:
                 consecutive windows of `context`.
             seed: Of order, crops and dropout, in [0, 2^64). Nothing else is random.
             checkpoint_dir: Where to save after each epoch and at the end: `step-00000010/`, a model that `from_pretrained`
-                loads and what is needed to go on.
+                loads and what is needed to go on. It holds one run.
             resume: A checkpoint, or a directory of them, of which the last one counts; True: of `checkpoint_dir`, or from the
                 beginning when it has none. The run goes on as if it had not ended: the same bits on the same instruction set.
+                Later checkpoints in `checkpoint_dir` stay until the run comes to them, and then are replaced.
             callbacks: `llama_ext.training.Callback` objects, such as `EarlyStopping`.
             verbose: 0 shows no progress bar on a terminal.
             context: Tokens of a row, at most the model's context. None: the model's.
@@ -168,7 +169,7 @@ class Trainable:
             shuffle: A new order each epoch. False: in order, and a stream window by window.
             validate_every: Steps between validations, instead of an epoch.
             save_every: Steps between checkpoints, instead of an epoch.
-            keep_last: How many checkpoints stay.
+            keep_last: How many checkpoints stay, of this run and up to the step that is saved; others are not touched.
             keep_best: Keep also the weights with the lowest validation loss, as `best-00000010/` in `checkpoint_dir`.
             overfit_batch: Every step sees the first batch: a model that cannot learn it by heart is broken.
             log_file: A file to which a line of JSON is added for each step, validation and checkpoint.
@@ -178,7 +179,8 @@ class Trainable:
             Losses, learning rates, norms and speeds of the steps, and validation losses.
 
         Raises:
-            OptionError: An option is out of range, contradicts another one, or there is nothing to learn from.
+            OptionError: An option is out of range, contradicts another one, or there is nothing to learn from; `checkpoint_dir` has
+                checkpoints of another run; or the state of a callback cannot be saved.
             ContextLengthError: A pair, or a row of an array, is longer than `context`.
             TokenIdError: An id outside the vocabulary.
             DTypeError, ShapeError: `x` or `y` is none of the above.

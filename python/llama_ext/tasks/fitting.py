@@ -94,7 +94,8 @@ def _run(
     settings: Mapping[str, Any],
 ) -> History:
     from llama_ext.training.batches import Examples
-    from llama_ext.training.loop import Run, RunSettings
+    from llama_ext.training.loop import Run
+    from llama_ext.training.settings import RunSettings
     from llama_ext.training.tuning import TunedWeights
 
     source = Examples([(example,) for example in examples])

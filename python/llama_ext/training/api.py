@@ -15,10 +15,11 @@ from llama_ext.errors import ContextLengthError, NumericError, OptionError
 from llama_ext.runtime.logits import id_block
 from llama_ext.training.batches import IGNORED, Batch, Row, Source, collate
 from llama_ext.training.data import Reading, block_examples, read_data
-from llama_ext.training.history import Evaluation, History, smoothed
-from llama_ext.training.loop import Run, RunSettings, StepResult, accumulate, clip_scale, perplexity_of
+from llama_ext.training.history import Evaluation, History, perplexity_of, smoothed
+from llama_ext.training.loop import Run, StepResult, accumulate, clip_scale
 from llama_ext.training.model import ModelWeights, new_trainer, parameter_names, trainable_copy, use_trainable_core
 from llama_ext.training.options import TrainOptions, number, whole
+from llama_ext.training.settings import RunSettings
 from llama_ext.training.tuning import TunedWeights, tuning_trainer
 
 if TYPE_CHECKING:
@@ -182,12 +183,13 @@ def train_step(model: LlamaForCausalLM, input_ids: object, labels: object) -> St
             raise NumericError(
                 f"the loss is {result.loss} and the norm of the gradients {result.grad_norm}. Nothing was changed by this step"
             )
+        warmup = options.warmup if isinstance(options.warmup, int) else 0
+        lr = options.lr * min(1.0, (trainer.steps + 1) / warmup) if warmup else options.lr
+        trainer.step(lr=lr, gradient_scale=clip_scale(result.grad_norm, options.clip_norm))
     except BaseException:
+        # The next step would add its own to what is left of these.
         trainer.zero_gradients()
         raise
-    warmup = options.warmup if isinstance(options.warmup, int) else 0
-    lr = options.lr * min(1.0, (trainer.steps + 1) / warmup) if warmup else options.lr
-    trainer.step(lr=lr, gradient_scale=clip_scale(result.grad_norm, options.clip_norm))
     return result
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from llama_ext.errors import CheckpointError
+from llama_ext.errors import CheckpointError, OptionError
 from llama_ext.training.history import History, StepRecord, Validation
 from llama_ext.training.options import number, whole
 
-__all__ = ["Callback", "EarlyStopping", "RunView"]
+__all__ = ["Callback", "EarlyStopping", "RunView", "load_states", "states_of"]
+
+# JSON has no number that is not finite: an object with this one key, and the number's name.
+_NOT_FINITE = "llama_ext.float"
+_NAMES = ("inf", "-inf", "nan")
 
 
 class RunView(Protocol):
@@ -48,7 +54,7 @@ class Callback:
         """After the last step of an epoch, which counts from 1, and its validation."""
 
     def state(self) -> Mapping[str, Any]:
-        """What a checkpoint has to remember, as JSON values."""
+        """What a checkpoint has to remember, as JSON values; floats may be infinite or no number."""
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -88,3 +94,49 @@ class EarlyStopping(Callback):
         if not (best is None or isinstance(best, (int, float))) or not isinstance(waited, int):
             raise CheckpointError(f"the state of EarlyStopping is malformed: {str(dict(state))[:80]}")
         self.best, self.waited = best, waited
+
+
+def states_of(callbacks: Sequence[Callback]) -> list[Any]:
+    """The states of callbacks, as a checkpoint keeps them.
+
+    Raises:
+        OptionError: One is nothing that JSON can hold.
+    """
+    states = []
+    for callback in callbacks:
+        try:
+            state = _packed(dict(callback.state()))
+            json.dumps(state, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise OptionError(
+                f"callbacks: what {type(callback).__name__}.state() returns cannot be saved ({error}); it must be a dict of None, "
+                "bool, int, float, str, and lists and dicts of them"
+            ) from error
+        states.append(state)
+    return states
+
+
+def load_states(callbacks: Sequence[Callback], states: Sequence[Any]) -> None:
+    """Gives callbacks back what `states_of` found.
+
+    Raises:
+        ValueError: There are more or fewer of them.
+    """
+    for callback, state in zip(callbacks, states, strict=True):
+        callback.load_state(_unpacked(state))
+
+
+def _packed(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return {_NOT_FINITE: str(float(value))}
+    if isinstance(value, dict):
+        return {name: _packed(each) for name, each in value.items()}
+    return [_packed(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def _unpacked(value: Any) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {_NOT_FINITE} and value[_NOT_FINITE] in _NAMES:
+            return float(value[_NOT_FINITE])
+        return {name: _unpacked(each) for name, each in value.items()}
+    return [_unpacked(each) for each in value] if isinstance(value, list) else value

@@ -8,20 +8,20 @@ no state of a random generator: every draw is a function of the seed and the ste
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from llama_ext.errors import CheckpointError, FormatError
+from llama_ext.errors import CheckpointError, FormatError, LimitError
 from llama_ext.io.atomic import atomic_write, sync_folder
 from llama_ext.io.checkpoint import TensorSource, write_safetensors
 from llama_ext.io.json_file import read_json_object
@@ -32,9 +32,12 @@ __all__ = [
     "Arrays",
     "Checkpoint",
     "check_same",
+    "checkpoint_path",
     "find_checkpoint",
+    "finish_checkpoint",
     "has_checkpoints",
     "load_checkpoint",
+    "of_other_runs",
     "restore",
     "save_best",
     "save_checkpoint",
@@ -51,7 +54,7 @@ _NAME = re.compile(r"(step|best)-(\d{8,})")
 _LEFTOVER = re.compile(r"\.(step|best)-\d{8,}\.[0-9a-f]{16}\.tmp")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """What training.json says.
 
@@ -75,6 +78,11 @@ class Checkpoint:
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where `save_checkpoint` puts a step."""
+    return folder / f"step-{step:08d}"
+
+
 def save_checkpoint(
     folder: Path,
     trainer: Trainer,
@@ -87,11 +95,13 @@ def save_checkpoint(
     arrays: Arrays,
     keep_last: int,
 ) -> Path:
-    """Writes a checkpoint, and removes those before the last `keep_last`.
+    """Writes a checkpoint, and removes the run's own before the last `keep_last` up to this step.
 
     Everything goes into a temporary directory beside it, is synced and renamed in one step: a kill at any moment leaves every
-    older checkpoint as it was, and the new one whole or not at all. One that is there already, of the same run and step, holds
-    the same and stays.
+    older checkpoint as it was, and the new one whole or not at all. One of this step that is there already, because the run
+    went back to before it, is replaced: it may be damaged, which can be why. Those of later steps stay, and so do those of
+    other runs and those that cannot be read. The one that a run has just gone on from is for `finish_checkpoint`: there may be
+    no older one.
 
     Returns:
         Its directory.
@@ -100,40 +110,47 @@ def save_checkpoint(
         OSError: It cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{step:08d}"
+    path = checkpoint_path(folder, step)
     _remove_leftovers(folder)
-    if not _is_of(path, run):
-        with _whole_directory(path) as temporary:
-            weights.save(temporary)
-            write_safetensors(
-                temporary / _MOMENTS_FILE, [*_moments(trainer), *_tables(arrays)], {"format": "llama_ext"}
-            )
-            document = {
-                "format": _FORMAT,
-                "step": step,
-                "optimizer_steps": trainer.steps,
-                "run": run,
-                "settings": dict(settings),
-                "state": dict(state),
-            }
-            with atomic_write(temporary / _STATE_FILE) as file:
-                file.write((json.dumps(document, allow_nan=False, sort_keys=True) + "\n").encode("utf-8"))
-    for _, old in _checkpoints(folder)[:-keep_last]:
-        _remove_directory(old)
+    with _whole_directory(path) as temporary:
+        weights.save(temporary)
+        write_safetensors(temporary / _MOMENTS_FILE, [*_moments(trainer), *_tables(arrays)], {"format": "llama_ext"})
+        _write_state(Checkpoint(temporary, step, trainer.steps, run, dict(settings), dict(state)))
+    _remove_old(folder, run, step, keep_last)
     return path
 
 
+def finish_checkpoint(checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
+    """Gives a checkpoint another state, where nothing but that has changed: what its run had left undone after the step is done.
+
+    training.json alone is replaced, in one step: weights and moments are never without it, nor it without them.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    _write_state(dataclasses.replace(checkpoint, state=dict(state)))
+
+
 def save_best(folder: Path, weights: Weights, step: int) -> Path:
-    """Writes the weights alone, as `best-00000010/`, and removes the one before; as `save_checkpoint`, whole or not at all."""
+    """Writes the weights alone, as `best-00000010/`, and removes the one before; as `save_checkpoint`, whole or not at all.
+
+    One of this step that is there already is replaced: nothing says of which run it is.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"best-{step:08d}"
-    if not path.exists():
-        with _whole_directory(path) as temporary:
-            weights.save(temporary)
+    with _whole_directory(path) as temporary:
+        weights.save(temporary)
     for _, old in _checkpoints(folder, "best"):
         if old != path:
             _remove_directory(old)
     return path
+
+
+def _write_state(checkpoint: Checkpoint) -> None:
+    values = {name: value for name, value in vars(checkpoint).items() if name != "path"}
+    text = json.dumps({"format": _FORMAT, **values}, allow_nan=False, sort_keys=True)
+    with atomic_write(checkpoint.path / _STATE_FILE) as file:
+        file.write((text + "\n").encode("utf-8"))
 
 
 def _moments(trainer: Trainer) -> Iterator[TensorSource]:
@@ -158,26 +175,43 @@ def _moment(trainer: Trainer, name: str, slot: str) -> Any:
 @contextlib.contextmanager
 def _whole_directory(path: Path) -> Iterator[Path]:
     """A temporary directory that becomes `path` when the block ends, or goes when it raises."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary, replaced = _leftover(path), _leftover(path)
     temporary.mkdir()
     try:
         yield temporary
         sync_folder(temporary)
         if path.exists():
-            # Of another run, whose owner said that it may go. A kill between the two leaves neither, and the older ones.
-            _remove_directory(path)
+            # A directory cannot be renamed over another one. A kill right here leaves neither of the two, and the older ones.
+            os.rename(path, replaced)
         os.rename(temporary, path)
     except BaseException:
+        if replaced.exists() and not path.exists():
+            with contextlib.suppress(OSError):
+                os.rename(replaced, path)
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _leftover(path: Path) -> Path:
+    """A name beside a checkpoint's that the next save removes, if this process cannot."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def _remove_directory(path: Path) -> None:
     """Under another name first, so that a kill never leaves half of a checkpoint that looks like one."""
-    doomed = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    doomed = _leftover(path)
     os.rename(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _remove_old(folder: Path, run: str, step: int, keep_last: int) -> None:
+    """Removes a run's checkpoints up to a step, but for the last ones."""
+    found = [path for done, path in _checkpoints(folder) if done <= step]
+    if len(found) > keep_last:
+        for old in [path for path in found if _run_of(path) == run][:-keep_last]:
+            _remove_directory(old)
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -186,11 +220,12 @@ def _remove_leftovers(folder: Path) -> None:
             shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def _is_of(path: Path, run: str) -> bool:
+def _run_of(path: Path) -> str | None:
+    """The run that a checkpoint is of; None where that cannot be read."""
     try:
-        return _read_state(path).run == run
-    except FormatError:
-        return False
+        return _read_state(path).run
+    except (FormatError, LimitError):
+        return None
 
 
 # -- finding and reading ----------------------------------------------------------------------------------------------
@@ -209,6 +244,18 @@ def _checkpoints(folder: Path, kind: str = "step") -> list[tuple[int, Path]]:
 def has_checkpoints(folder: Path) -> bool:
     """Whether a run has left checkpoints in a folder."""
     return bool(_checkpoints(folder))
+
+
+def of_other_runs(folder: Path, run: str, *, unreadable: bool) -> list[Path]:
+    """The checkpoints in a folder that are not of a run.
+
+    Args:
+        folder: It need not exist.
+        run: As in `Checkpoint`.
+        unreadable: Whether those count whose run cannot be read.
+    """
+    found = [(path, _run_of(path)) for _, path in _checkpoints(folder)]
+    return [path for path, name in found if name != run and (unreadable or name is not None)]
 
 
 def find_checkpoint(path: Path) -> Path | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from llama_ext.errors import UnsupportedError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Evaluation", "History", "StepRecord", "Validation", "smoothed"]
+__all__ = ["Evaluation", "History", "StepRecord", "Validation", "perplexity_of", "smoothed"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Evaluation:
     Attributes:
         loss: Mean negative log-likelihood in nats a label.
         accuracy: The share of labels that are the greedy choice.
-        perplexity: exp(loss).
+        perplexity: exp(loss), infinite where that overflows.
         tokens: How many labels counted.
     """
 
@@ -74,6 +75,38 @@ class Validation:
     loss: float
     accuracy: float | None = None
     perplexity: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields as JSON can have them: a number that is not finite is null."""
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in vars(self).items()
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], metrics: Collection[str]) -> Validation:
+        """What `to_json` was called on.
+
+        Args:
+            values: What it gave.
+            metrics: What `compile` asked for: null stands for None where a metric was not wanted, and for a number that is not
+                finite where it was.
+
+        Raises:
+            TypeError: A field is unknown, missing or no number.
+        """
+        found = cls(**values)
+        numbers: dict[str, Any] = {name: getattr(found, name) for name in ("loss", "accuracy", "perplexity")}
+        for name, value in numbers.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise TypeError(f"{name} of a validation is {str(value)[:40]!r}, expected a number")
+        if numbers["loss"] is None:
+            numbers["loss"] = math.nan
+        if numbers["accuracy"] is None and "accuracy" in metrics:
+            numbers["accuracy"] = math.nan
+        if numbers["perplexity"] is None and "perplexity" in metrics:
+            numbers["perplexity"] = perplexity_of(numbers["loss"])
+        return cls(found.step, **numbers)
 
 
 @dataclasses.dataclass
@@ -198,6 +231,11 @@ class History:
         norms.plot(steps, self.grad_norm, color="tab:red", alpha=0.4)
         norms.set_ylabel("gradient norm", color="tab:red")
         return figure
+
+
+def perplexity_of(loss: float) -> float:
+    """exp, infinite where that overflows."""
+    return math.inf if loss >= 700 else math.exp(loss)
 
 
 def smoothed(values: Sequence[float], weight: float = 0.95) -> list[float]:

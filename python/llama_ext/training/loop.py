@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import secrets
 import time
 from collections.abc import Sequence
@@ -15,16 +14,17 @@ from typing import Any
 from llama_ext.errors import CheckpointError, NumericError, OptionError
 from llama_ext.training import checkpoints
 from llama_ext.training.batches import Batch, Row, Source, collate
-from llama_ext.training.callbacks import Callback
+from llama_ext.training.callbacks import load_states, states_of
 from llama_ext.training.driver import Trainer, Weights
-from llama_ext.training.history import Evaluation, History, StepRecord, Validation
+from llama_ext.training.history import Evaluation, History, StepRecord, Validation, perplexity_of
 from llama_ext.training.interrupts import Abandoned, Interrupts
-from llama_ext.training.options import TrainOptions, number, whole
+from llama_ext.training.options import TrainOptions
 from llama_ext.training.outliers import OutlierRule
 from llama_ext.training.reporting import Log, TrainingBar
 from llama_ext.training.schedules import learning_rate
+from llama_ext.training.settings import RunSettings
 
-__all__ = ["Run", "RunSettings", "StepResult", "clip_scale", "dropout_seed", "evaluate", "perplexity_of"]
+__all__ = ["Run", "StepResult", "clip_scale", "dropout_seed", "evaluate"]
 
 # torch's clip_grad_norm_ adds this to the norm.
 _CLIP_EPS = 1e-6
@@ -44,58 +44,6 @@ class StepResult:
     grad_norm: float
 
 
-@dataclass(frozen=True)
-class RunSettings:
-    """Checked arguments of `fit`, which says what each means.
-
-    Raises:
-        OptionError: One is out of range or contradicts another one.
-    """
-
-    batch_size: int = 32
-    epochs: int = 1
-    max_steps: int | None = None
-    grad_accum: int = 1
-    seed: int = 0
-    checkpoint_dir: str | os.PathLike[str] | None = None
-    resume: str | os.PathLike[str] | bool | None = None
-    callbacks: Sequence[Callback] = ()
-    verbose: int = 1
-    save_every: int | None = None
-    keep_last: int = 3
-    keep_best: bool = False
-    validate_every: int | None = None
-    overfit_batch: bool = False
-    log_file: str | os.PathLike[str] | None = None
-    peak_flops: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "grad_accum", "keep_last"):
-            object.__setattr__(self, name, whole(name, getattr(self, name), 1))
-        for name in ("max_steps", "save_every", "validate_every"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, whole(name, getattr(self, name), 1))
-        object.__setattr__(self, "seed", whole("seed", self.seed, 0, 2**64 - 1))
-        object.__setattr__(
-            self,
-            "verbose",
-            whole("verbose", int(self.verbose) if isinstance(self.verbose, bool) else self.verbose, 0, 1),
-        )
-        if self.peak_flops is not None:
-            object.__setattr__(self, "peak_flops", number("peak_flops", self.peak_flops, above=0.0))
-        if isinstance(self.callbacks, Callback):
-            object.__setattr__(self, "callbacks", (self.callbacks,))
-        for callback in self.callbacks:
-            if not isinstance(callback, Callback):
-                raise OptionError(
-                    f"callbacks must be llama_ext.training.Callback objects, got {type(callback).__name__}"
-                )
-        if self.resume is True and self.checkpoint_dir is None:
-            raise OptionError("resume=True goes on from the last checkpoint in checkpoint_dir, which is not given")
-        if self.checkpoint_dir is None and (self.save_every is not None or self.keep_best):
-            raise OptionError("save_every and keep_best need checkpoint_dir")
-
-
 def dropout_seed(seed: int, step: int, part: int) -> int:
     """The seed of dropout in a part of a step, in [0, 2^63)."""
     digest = hashlib.sha256(f"{seed}/dropout/{step}/{part}".encode()).digest()
@@ -105,11 +53,6 @@ def dropout_seed(seed: int, step: int, part: int) -> int:
 def clip_scale(norm: float, clip_norm: float | None) -> float:
     """What gradients of this norm are multiplied with."""
     return 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + _CLIP_EPS))
-
-
-def perplexity_of(loss: float) -> float:
-    """exp, infinite where that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 def accumulate(trainer: Trainer, batches: Sequence[Batch], seed: int, step: int) -> StepResult:
@@ -193,6 +136,8 @@ class Run:
         # A step whose validation was interrupted.
         self._unfinished = False
         self._saved: int | None = None
+        # What this run goes on from, where it is this folder's and unfinished.
+        self._to_finish: checkpoints.Checkpoint | None = None
         self._smoothed = (0.0, 0.0)
         self._interrupts = Interrupts()
         self._agreed: dict[str, Any] | None = None
@@ -212,6 +157,9 @@ class Run:
             CheckpointError and others: As `LlamaForCausalLM.fit`.
             KeyboardInterrupt: A second Ctrl-C.
         """
+        if self._folder is not None:
+            # What cannot be saved is told now, and not after the first epoch.
+            states_of(self._settings.callbacks)
         resumed = self._resume()
         self._rule = OutlierRule(self._options.skip_outliers, self.history.steps)
         for record in self.history.steps:
@@ -249,30 +197,28 @@ class Run:
             # The first Ctrl-C may also arrive on the way into or out of what it abandons.
             if isinstance(stop, KeyboardInterrupt) and not self._interrupts.is_first():
                 raise
-            # Of a step that was interrupted there are parts of gradients, and nothing else.
-            self._trainer.zero_gradients()
             self._stop = "interrupted"
 
     def _one_step(self) -> StepRecord:
         settings = self._settings
         started = time.perf_counter()
-        with self._interrupts.abandonable():
-            index = 0 if settings.overfit_batch else self.step
-            rows = self._source.rows(index, settings.batch_size * settings.grad_accum, settings.seed)
-            batches = [
-                collate(rows[begin : begin + settings.batch_size]) for begin in range(0, len(rows), settings.batch_size)
-            ]
-            result = self._gradients(batches)
+        lr = learning_rate(self._options, self.step, self.total_steps)
         try:
+            with self._interrupts.abandonable():
+                index = 0 if settings.overfit_batch else self.step
+                rows = self._source.rows(index, settings.batch_size * settings.grad_accum, settings.seed)
+                starts = range(0, len(rows), settings.batch_size)
+                batches = [collate(rows[begin : begin + settings.batch_size]) for begin in starts]
+                result = self._gradients(batches)
             skipped = self._rule.skips(result.loss, result.grad_norm, self.step + 1)
-        except NumericError:
+            if skipped:
+                self._trainer.zero_gradients()
+            else:
+                self._trainer.step(lr=lr, gradient_scale=clip_scale(result.grad_norm, self._options.clip_norm))
+        except BaseException:
+            # Of a step that was given up there are gradients, or parts of them, and nothing else.
             self._trainer.zero_gradients()
             raise
-        lr = learning_rate(self._options, self.step, self.total_steps)
-        if skipped:
-            self._trainer.zero_gradients()
-        else:
-            self._trainer.step(lr=lr, gradient_scale=clip_scale(result.grad_norm, self._options.clip_norm))
         self._rule.note(result.loss, result.grad_norm, skipped)
         tokens = sum(int(batch.tokens.size) for batch in batches)
         epoch = self.step // self.history.steps_per_epoch + 1
@@ -356,8 +302,8 @@ class Run:
             return
         history = self.history
         state = {
-            "validations": [vars(each) for each in history.validations],
-            "callbacks": [dict(callback.state()) for callback in self._settings.callbacks],
+            "validations": [each.to_json() for each in history.validations],
+            "callbacks": states_of(self._settings.callbacks),
             "unfinished": self._unfinished,
             "position": {
                 "epoch": self.step // history.steps_per_epoch + 1,
@@ -365,17 +311,21 @@ class Run:
                 "seed": self._settings.seed,
             },
         }
-        path = checkpoints.save_checkpoint(
-            self._folder,
-            self._trainer,
-            self._weights,
-            step=self.step,
-            run=self._name,
-            settings=self._must_agree(),
-            state=state,
-            arrays={"history": history.table()},
-            keep_last=self._settings.keep_last,
-        )
+        if self._to_finish is not None and self._to_finish.step == self.step:
+            checkpoints.finish_checkpoint(self._to_finish, state)
+        else:
+            checkpoints.save_checkpoint(
+                self._folder,
+                self._trainer,
+                self._weights,
+                step=self.step,
+                run=self._name,
+                settings=self._must_agree(),
+                state=state,
+                arrays={"history": history.table()},
+                keep_last=self._settings.keep_last,
+            )
+        path = checkpoints.checkpoint_path(self._folder, self.step)
         self._saved = self.step
         log.write("checkpoint", step=self.step, path=str(path))
 
@@ -389,30 +339,47 @@ class Run:
                 )
             return False
         checkpoint = checkpoints.load_checkpoint(path)
+        self._refuse_other_runs(checkpoint)
         checkpoints.check_same(checkpoint, self._must_agree())
         if checkpoint.step > self.total_steps:
             raise CheckpointError(
-                f"{checkpoint.step} steps are done, this run has {self.total_steps}.", path=str(checkpoint.path)
+                f"{checkpoint.step} steps are done, this run has {self.total_steps}. Let it have more, or name an earlier "
+                "checkpoint with resume=.",
+                path=str(checkpoint.path),
             )
         arrays = checkpoints.restore(checkpoint, self._trainer, self._weights)
         try:
             self.history.steps = History.records(arrays["history"])
-            self.history.validations = [Validation(**each) for each in checkpoint.state["validations"]]
+            metrics = self._options.metrics
+            self.history.validations = [Validation.from_json(each, metrics) for each in checkpoint.state["validations"]]
             self._unfinished = bool(checkpoint.state["unfinished"])
-            states = checkpoint.state["callbacks"]
             if len(self.history.steps) != checkpoint.step:
                 raise ValueError(f"a history of {len(self.history.steps)} steps after {checkpoint.step}")
-            for callback, state in zip(self._settings.callbacks, states, strict=True):
-                callback.load_state(state)
+            load_states(self._settings.callbacks, checkpoint.state["callbacks"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"the state of the run is malformed: {error}", path=str(checkpoint.path)) from error
-        self.step = self._saved = checkpoint.step
+        self.step = checkpoint.step
         self._name = checkpoint.run
-        if self._folder is not None and checkpoint.path.parent.resolve() != self._folder.resolve():
-            self._saved = None
+        if self._folder is not None:
+            saved = checkpoints.checkpoint_path(self._folder, self.step)
+            if saved.resolve() == checkpoint.path.resolve():
+                self._saved, self._to_finish = (None, checkpoint) if self._unfinished else (self.step, None)
         return True
+
+    def _refuse_other_runs(self, checkpoint: checkpoints.Checkpoint) -> None:
+        """Checks that a run which goes on in a folder is the only one there: steps of two runs have the same names."""
+        if self._folder is None:
+            return
+        # A damaged one beside it may be why a run goes back to it. Elsewhere it is nobody knows whose.
+        elsewhere = checkpoint.path.resolve().parent != self._folder.resolve()
+        others = checkpoints.of_other_runs(self._folder, checkpoint.run, unreadable=elsewhere)
+        if others:
+            raise OptionError(
+                f"checkpoint_dir {self._folder} has checkpoints that are not of the run of {checkpoint.path}, such as "
+                f"{others[0].name}: name another directory, or move them away"
+            )
 
     def _where_to_resume(self) -> Path | None:
         resume = self._settings.resume
@@ -432,8 +399,9 @@ class Run:
     def _agreement(self) -> dict[str, Any]:
         settings = self._settings
         options = self._options.to_dict()
-        # Where the learning rate does not depend on how long the run is, it may become longer.
-        open_ended = self._options.schedule == "constant" and isinstance(self._options.warmup, int)
+        # Where the learning rate does not depend on how long the run is, it may become longer. Warm-up ends with a short run.
+        warmup = self._options.warmup
+        open_ended = self._options.schedule == "constant" and isinstance(warmup, int) and warmup <= self.total_steps
         return {
             "compile": options,
             "fit": {
