@@ -350,7 +350,7 @@ class TestGpu:
         backend = ops.backends.backend_for("cuda", None, None)
         empty = backend.device_array(np.zeros((0, 4), np.float32), "float32")
         assert np.asarray(empty.numpy()).shape == (0, 4)
-        huge = of_gpu(np.zeros((0, 2**40, 2**40), np.float32))
+        huge = of_gpu(np.zeros((0, 4), np.float32), shape=(0, 2**40, 2**40))
         assert ops.from_dlpack(huge).shape == (0, 2**40, 2**40)
 
     def test_arrays_on_different_devices_are_an_error_that_says_where_they_are(self) -> None:
