@@ -11,8 +11,6 @@ from llama_ext.cli.fitting import add_fit_options, lora_of, told
 from llama_ext.cli.labelled_files import read_pairs
 from llama_ext.cli.outputs import add_overwrite_option, check_directory
 from llama_ext.errors import OptionError
-from llama_ext.io.atomic import remove
-from llama_ext.io.peft import CONFIG_FILE
 
 if TYPE_CHECKING:
     from llama_ext.cli.common import Parser
@@ -101,6 +99,9 @@ def read_examples(args: argparse.Namespace, columns: tuple[str, str]) -> tuple[P
 
 def save_and_tell(task: _Task, history: History, args: argparse.Namespace) -> None:
     """Saves what was trained in --out, and says in a line how it went."""
+    from llama_ext.io.atomic import remove
+    from llama_ext.io.peft import CONFIG_FILE
+
     task.save(args.out, merge=args.merge)
     if args.overwrite and (args.lora is None or args.merge):
         # An adapter that was there would be read instead of the model.
