@@ -29,7 +29,7 @@ def test_a_quick_export_says_that_nothing_was_proven(run: Run, tmp_path: Path) -
     assert len(list((tmp_path / "out" / "onnx").glob("model_q4.onnx_data*"))) > 1
     again = run("export-onnx", LETTERS, tmp_path / "out", *options)
     assert again.code == 2
-    assert "exists: name another directory" in again.err
+    assert "exists: name another directory, or say --overwrite" in again.err
     assert run("export-onnx", LETTERS, tmp_path / "out", *options, "--overwrite").code == 0
 
 

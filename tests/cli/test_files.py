@@ -90,6 +90,49 @@ def test_a_damaged_file_is_exit_code_3(command: str, run: Run, tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_there_is_replaced_only_when_it_is_asked_for(run: Run, tmp_path: Path) -> None:
+    llama_ext.LlamaForCausalLM.from_pretrained(LETTERS).save_pretrained(tmp_path / "model")
+    gguf_models.write(tmp_path / "x.gguf", gguf_models.config(), "Q8_0")
+    for line, out, words in (
+        (("quantize", "demo", tmp_path / "model", "--dtype", "int8"), "model", "exists and is not empty: name another"),
+        (
+            ("convert", "demo", tmp_path / "model"),
+            "model",
+            "exists and is not empty: name another directory, or say --over",
+        ),
+        (("convert", "demo", tmp_path / "x.gguf"), "x.gguf", "exists: name another file, or say --overwrite"),
+    ):
+        path = tmp_path / out
+        files = [path] if path.is_file() else sorted(path.iterdir())
+        before = [each.read_bytes() for each in files]
+        code, printed, err = run(*line)
+        assert (code, printed) == (2, "")
+        assert f"{path} {words}" in err
+        assert [each.read_bytes() for each in files] == before
+        assert run(*line, "--overwrite").code == 0
+        assert [each.read_bytes() for each in files] != before
+        assert run("info", "--model", path).code == 0
+
+
+def test_an_empty_target_holds_nothing_to_lose(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "x.gguf").touch()
+    assert run("quantize", "demo", tmp_path / "empty", "--dtype", "int8").code == 0
+    assert run("convert", "demo", tmp_path / "x.gguf").code == 0
+    assert run("convert", "demo", tmp_path / "nowhere" / "x.gguf").code == 2
+    assert run("convert", "demo", tmp_path / "x.gguf" / "y").code == 2
+
+
+def test_quantising_what_is_quantised_is_told(run: Run, tmp_path: Path) -> None:
+    gguf_models.write(tmp_path / "x.gguf", gguf_models.config(), "Q8_0")
+    for source in ("demo", tmp_path / "x.gguf"):
+        code, out, err = run("quantize", source, tmp_path / "out", "--dtype", "int4", "--overwrite", "--json")
+        assert code == 0
+        assert json.loads(out)["tensors"]
+        assert f"note: {source} is quantised already" in err
+        assert err.count("\n") == 1
+
+
 def test_wrong_usage(run: Run, tmp_path: Path) -> None:
     for line in (
         ("quantize", "demo", tmp_path / "x"),

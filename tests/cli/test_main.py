@@ -211,6 +211,10 @@ def test_an_interrupt_that_comes_out_as_another_error_is_an_interrupt(
         ("the temperature of the sea", "the temperature of the sea"),
         ("--context=9 is beyond", "--context=9 is beyond"),
         (
+            "x exists: name another directory, or say overwrite=True",
+            "x exists: name another directory, or say --overwrite",
+        ),
+        (
             "more than the max_length=20 of the checkpoint's generation_config.json. Pass max_new_tokens",
             "more than the max_length=20 of the checkpoint's generation_config.json. Pass --max-new-tokens",
         ),

@@ -68,12 +68,45 @@ def test_help_shows_examples(run: Run, command: str) -> None:
         assert f"llama-ext {command}" in found.out
 
 
+def test_a_classifier_replaces_an_adapter_only_when_it_is_asked_for(run: Run, tmp_path: Path) -> None:
+    train, _ = GRAMMARS.sentiment()
+    SMALL.small_model((text for text, _ in train), width=16).save_pretrained(tmp_path / "base")
+    data, out = write_csv(tmp_path / "train.csv", train[::9]), tmp_path / "out"
+    options = ("classify", "train", data, "--out", out, "--model", tmp_path / "base", "--epochs", 1)
+    assert run(*options, "--labels", "negative,positive", "--lora", 2).code == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert run(*options, "--labels", "positive,negative").code == 2
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    found = run(*options, "--labels", "positive,negative", "--overwrite")
+    assert found.code == 0, found.err
+    # What is loaded is the new one: the adapter's labels had another order.
+    found = run("classify", "predict", out, "the film was superb", "--json")
+    assert list(json.loads(found.out)["probabilities"]) == ["positive", "negative"]
+
+
 def test_mistakes_are_told_in_one_line(run: Run, tmp_path: Path) -> None:
     data = write_csv(tmp_path / "one.csv", [("a", "x"), ("b", "x")])
+    two = write_csv(tmp_path / "two.csv", [("a", "x"), ("b", "y")])
+    out, languages = tmp_path / "out", ("--source", "English", "--target", "Chinese")
     for arguments, code, words in (
-        (("classify", "train", data, "--out", tmp_path), 2, "one label"),
-        (("classify", "train", data, "--out", tmp_path, "--lora-alpha", 3), 2, "belong to --lora"),
-        (("classify", "train", tmp_path / "no.csv", "--out", tmp_path), 3, "cannot be read"),
+        (("classify", "train", data, "--out", out), 2, "one label"),
+        (("classify", "train", data, "--out", out, "--labels", "x"), 2, "one.csv has the one label 'x'"),
+        (("classify", "train", two, "--out", out, "--labels", "y"), 2, "--labels names 'y' alone, and "),
+        (("classify", "train", two, "--out", out, "--labels", "y"), 2, "two.csv has 'x', 'y': name all"),
+        (("classify", "train", data, "--out", out, "--lora-alpha", 3), 2, "belong to --lora"),
+        (("classify", "train", two, "--out", out, "--merge"), 2, "--merge belong to --lora"),
+        (("classify", "train", tmp_path / "no.csv", "--out", out), 3, "cannot be read"),
+        (
+            ("classify", "train", two, "--out", tmp_path),
+            2,
+            "exists and is not empty: name another directory, or say --ov",
+        ),
+        (
+            ("translate", "train", two, *languages, "--model", "demo", "--out", tmp_path),
+            2,
+            "is not empty: name another",
+        ),
+        (("translate", "train", two, *languages, "--model", "demo", "--out", data), 2, "is a file: name a directory"),
         (("classify", "predict", tmp_path / "none", "text"), 3, "no such directory"),
         (("translate", "run", tmp_path, "text"), 3, "translator.json"),
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -15,7 +16,8 @@ import pytest
 
 import llama_ext
 from command_line import Run, command
-from llama_ext.training import TokenFile
+from llama_ext.cli.train_checks import warmup_of
+from llama_ext.training import PRESETS, TokenFile
 
 TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\n" * 40
 SMALL = ["--layers", 1, "--width", 16, "--heads", 2, "--context", 16, "--batch-size", 4, "--warmup", 2]
@@ -107,7 +109,7 @@ def test_a_model_is_trained_further(run: Run, file: Path, tmp_path: Path) -> Non
     assert tuned.config.max_position_embeddings == demo.config.max_position_embeddings
     assert tuned.dtype == "float32"
     assert tuned.evaluate(TEXT, context=32).loss < demo.evaluate(TEXT, context=32).loss
-    result = run("train", file, "--model", "demo", "--out", out, "--layers", 3)
+    result = run("train", file, "--model", "demo", "--out", tmp_path / "other", "--layers", 3)
     assert result.code == 2
     assert "--layers is for a new model" in result.err
 
@@ -122,7 +124,7 @@ def test_a_preset_is_nanogpts_and_options_go_before_it(run: Run, file: Path, tmp
     start = json.loads(log.read_text().splitlines()[0])
     assert start["compile"]["lr"] == 5e-4
     assert start["compile"]["betas"] == [0.9, 0.99]
-    assert start["compile"]["warmup"] == 100
+    assert start["compile"]["min_lr"] == 0.1
     assert start["fit"]["batch_size"] == 12
 
 
@@ -145,6 +147,23 @@ def test_a_plot_is_drawn(run: Run, file: Path, tmp_path: Path) -> None:
         (["--out", "x", "--model", "demo", "--context", "100000"], 4, "context"),
         (["--out", "x", "--tokenizer", "nowhere"], 3, "nowhere"),
         (["--out", "x", "--precision", "int8"], 2, "--precision"),
+        (["--out", "x", "--steps", "5", "--epochs", "2"], 2, "--steps and --epochs both say"),
+        (["--out", "x", "--steps", "5", "--warmup", "6"], 2, "--warmup is 6 steps and the run has 5"),
+        (["--out", "x", "--epochs", "1", "--warmup", "1000"], 2, "--warmup is 1000 steps and the run has 2:"),
+        (["--out", "x", "--resume", "--overwrite"], 2, "give one of them"),
+        (["--out", "x", "--sample", "%"], 2, "--sample '%': "),
+        (["--out", "x", "--sample", ""], 2, "--sample is empty"),
+        (["--out", "x", "--context", "8", "--sample", "First Ci"], 2, "--sample has 8 tokens and the context is 8"),
+        (
+            ["--out", "x", "--context", "2232"],
+            2,
+            "2,480 tokens, 2,232 of them to learn from, and a row of --context 2232 needs",
+        ),
+        (["--out", "x", "--context", "2232"], 2, "2,233. Give a longer text, or --context 2231 or less"),
+        (["--out", "text.txt"], 2, "text.txt is a file: name a directory"),
+        (["--out", "text.txt/x"], 2, "text.txt is a file"),
+        (["--prepare", "nowhere/x"], 2, "there is no directory nowhere"),
+        (["--prepare", "."], 2, "is a directory: name a file"),
     ],
 )
 def test_mistakes_have_exit_codes(
@@ -155,6 +174,128 @@ def test_mistakes_have_exit_codes(
     assert result.code == code
     assert words in result.err
     assert "Traceback" not in result.err
+    assert os.listdir() == ["text.txt"]
+
+
+@pytest.mark.parametrize(
+    ("plot", "words"),
+    [
+        ("nowhere/x.png", "there is no directory nowhere"),
+        ("x.foo", "does not write .foo files"),
+        (".", "is a directory"),
+    ],
+)
+def test_a_plot_that_cannot_be_written_is_told_before_the_training(
+    run: Run, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plot: str, words: str
+) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra `plot`")
+    monkeypatch.chdir(tmp_path)
+    result = run("train", file, "--out", "model", *SMALL, "--steps", 3, "--plot", plot)
+    assert result.code == 2
+    assert words in result.err
+    assert os.listdir() == ["text.txt"]
+
+
+def test_what_is_there_is_replaced_only_when_it_is_asked_for(run: Run, file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    options = [*SMALL, "--steps", 3, "--eval-every", 2]
+    llama_ext.LlamaForCausalLM.from_pretrained("demo").save_pretrained(out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for more in ([], ["--resume"]):
+        result = run("train", file, "--out", out, *options, *more)
+        assert result.code == 2
+        assert f"{out} exists and is not empty: name another directory, or say --overwrite" in result.err
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert run("train", file, "--out", out, *options, "--overwrite").code == 0
+    first = weights(out)
+    # A run with checkpoints: they go as well, those of a longer run too.
+    (out / "checkpoints" / "step-00000003").rename(out / "checkpoints" / "step-00000300")
+    (out / "checkpoints" / "mine").mkdir()
+    assert run("train", file, "--out", out, *options, "--seed", 1, "--overwrite").code == 0
+    assert weights(out) != first
+    best, *others = sorted(os.listdir(out / "checkpoints"))
+    assert best in ("best-00000002", "best-00000003")
+    assert others == ["mine", "step-00000003"]
+
+
+def test_a_mistake_with_overwrite_leaves_the_earlier_run(run: Run, file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    assert run("train", file, "--out", out, *SMALL, "--steps", 3).code == 0
+    before = sorted(path for path in out.rglob("*"))
+    assert run("train", file, "--out", out, *SMALL, "--steps", 3, "--keep-last", 0, "--overwrite").code == 2
+    assert sorted(path for path in out.rglob("*")) == before
+
+
+def test_resume_begins_where_nothing_was_saved_yet(run: Run, file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    (out / "checkpoints").mkdir(parents=True)
+    (out / "log").write_text("{}\n")
+    result = run("train", file, "--out", out, *SMALL, "--steps", 2, "--log-file", out / "log", "--resume")
+    assert result.code == 0, result.err
+
+
+def test_prepared_tokens_are_replaced_only_when_it_is_asked_for(run: Run, file: Path, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    assert run("train", file, "--prepare", tokens).code == 0
+    before = tokens.read_bytes()
+    result = run("train", file, "--prepare", tokens, "--tokenizer", "bpe")
+    assert result.code == 2
+    assert f"{tokens} exists: name another file, or say --overwrite" in result.err
+    assert tokens.read_bytes() == before
+    # Its tokenizer alone is something to be lost, too.
+    tokens.unlink()
+    result = run("train", file, "--prepare", tokens)
+    assert result.code == 2
+    assert f"{tokens}.tokenizer exists and is not empty" in result.err
+    assert run("train", file, "--prepare", tokens, "--overwrite").code == 0
+    assert tokens.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "warmup"),
+    [
+        (["--steps", 20], 2),
+        (["--steps", 9], 0),
+        (["--preset", "cpu", "--steps", 30], 3),
+        (["--epochs", 4], 4),  # of (2232 - 1) // (16 * 12) = 11 steps
+        (["--steps", 20, "--warmup", 20], 20),
+    ],
+)
+def test_a_warm_up_is_a_tenth_of_the_steps(
+    run: Run, file: Path, tmp_path: Path, options: list[Any], warmup: int
+) -> None:
+    log = tmp_path / "log"
+    shape = ["--layers", 1, "--width", 16, "--heads", 2, "--context", 16, "--ffn-width", 16]
+    assert run("train", file, "--out", tmp_path / "x", *shape, *options, "--log-file", log).code == 0
+    assert json.loads(log.read_text().splitlines()[0])["compile"]["warmup"] == warmup
+
+
+def test_a_long_run_warms_up_for_100_steps() -> None:
+    arguments = argparse.Namespace(warmup=None, resume=False)
+    assert [warmup_of(arguments, 100, steps) for steps in (999, 1000, 2000, 5000)] == [99, 100, 100, 100]
+    assert all(preset.compile["warmup"] == 100 for preset in PRESETS.values())
+
+
+def test_a_run_that_is_made_longer_keeps_its_warm_up(run: Run, file: Path, tmp_path: Path) -> None:
+    options = ["--layers", 1, "--width", 16, "--heads", 2, "--context", 16, "--schedule", "constant"]
+    assert run("train", file, "--out", tmp_path / "x", *options, "--steps", 20).code == 0
+    result = run("train", file, "--out", tmp_path / "x", *options, "--steps", 40, "--resume")
+    assert result.code == 0, result.err
+    assert "40 steps" in result.err
+
+
+def test_a_text_too_short_to_validate_on_is_told(run: Run, file: Path, tmp_path: Path) -> None:
+    result = run("train", file, "--out", tmp_path / "x", *SMALL, "--steps", 2, "--val-fraction", 0.0005)
+    assert result.code == 0
+    assert "note: 2 tokens are held out" not in result.err
+    assert "validation loss" in result.err
+    result = run("train", file, "--out", tmp_path / "y", *SMALL, "--steps", 2, "--val-fraction", 0.0001)
+    assert result.code == 0
+    assert "note: 1 tokens are held out, and a validation needs 2" in result.err
+    for fraction in (0, 0.1):
+        short = run("train", "-", "--out", tmp_path / "z", "--steps", 2, "--val-fraction", fraction, stdin="hi")
+        assert short.code == 2
+        assert "the text has 2 tokens, " in short.err
 
 
 def test_an_empty_text_is_nothing_to_learn(run: Run, tmp_path: Path) -> None:

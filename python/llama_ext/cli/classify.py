@@ -104,9 +104,14 @@ def _load(args: argparse.Namespace) -> TextClassifier:
 
 def _train(args: argparse.Namespace) -> int:
     pairs, held_out = read_examples(args, _COLUMNS)
-    names = sorted({label for _, label in pairs}) if args.labels is None else args.labels.split(",")
+    there = sorted({label for _, label in pairs})
+    names = there if args.labels is None else args.labels.split(",")
+    if len(names) < 2 and len(there) < 2:
+        raise OptionError(f"{args.file} has the one label {there[0]!r}: there is nothing to tell apart")
     if len(names) < 2:
-        raise OptionError(f"{args.file} has the one label {names[0]!r}: there is nothing to tell apart")
+        raise OptionError(
+            f"--labels names {args.labels!r} alone, and {args.file} has {', '.join(map(repr, there))}: name all labels, with commas"
+        )
     # Told before it takes long: a heading that was taken for a text shows here.
     counts = Counter(label for _, label in pairs)
     report(f"{len(pairs)} texts: " + ", ".join(f"{name} {counts[name]}" for name in names))

@@ -239,6 +239,7 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
 def in_words_of_the_command(message: str) -> str:
     """A message of the library with its options spelled as on the command line."""
     message = message.replace("do_sample=False", "--greedy").replace("resume=True", "--resume")
+    message = message.replace("overwrite=True", "--overwrite")
     message = _TRAINING_OPTION.sub(
         lambda match: "--" + _TRAINING_WORDS.get(match[1], match[1]).replace("_", "-"), message
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_ext.cli.common import MODEL_HELP, shown_bytes, write
+from llama_ext.cli.outputs import add_overwrite_option, check_directory, check_file
 
 if TYPE_CHECKING:
     from llama_ext.cli.common import Commands
@@ -43,6 +44,7 @@ def add_to(commands: Commands) -> None:
         choices=DTYPES,
         help="of the matrices; the last two are for GGUF (default: as they are, quantised ones as f32)",
     )
+    add_overwrite_option(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
@@ -51,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
     from llama_ext.cli.info import describe_model
     from llama_ext.runtime.conversion import convert
 
+    check = check_file if Path(args.out).suffix == ".gguf" else check_directory
+    check(args.out, args.overwrite)
     out = convert(args.model, args.out, dtype=args.dtype)
     written = describe_model(str(out))
     size = sum(path.stat().st_size for path in out.rglob("*")) if out.is_dir() else Path(out).stat().st_size

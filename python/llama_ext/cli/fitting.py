@@ -37,8 +37,8 @@ def lora_of(args: argparse.Namespace) -> LoRA | None:
     from llama_ext.models.lora import LoRA
 
     if args.lora is None:
-        if args.lora_alpha is not None or args.lora_targets is not None or args.lora_dropout:
-            raise OptionError("--lora-alpha, --lora-dropout and --lora-targets belong to --lora R")
+        if args.lora_alpha is not None or args.lora_targets is not None or args.lora_dropout or args.merge:
+            raise OptionError("--lora-alpha, --lora-dropout, --lora-targets and --merge belong to --lora R")
         return None
     targets = "all-linear" if args.lora_targets is None else args.lora_targets.split(",")
     alpha = 2 * args.lora if args.lora_alpha is None else args.lora_alpha

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from llama_ext.cli.common import MODEL_HELP, read_text, write
+from llama_ext.cli.common import MODEL_HELP, read_text, report, write
+from llama_ext.cli.outputs import add_overwrite_option, check_directory
 
 if TYPE_CHECKING:
     from llama_ext.cli.common import Commands
@@ -51,6 +52,7 @@ def add_to(commands: Commands) -> None:
         metavar="FILE",
         help="a text like those the model is for, in UTF-8; what the model makes of it says which weights matter",
     )
+    add_overwrite_option(parser)
     parser.add_argument("--threads", type=int, metavar="N", help="default: the physical cores there are for us")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -58,16 +60,26 @@ def add_to(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the subcommand."""
+    from llama_ext.runtime.loading import open_model
     from llama_ext.runtime.quantization import quantize
+    from llama_ext.runtime.weight_types import is_quantized
 
-    report = quantize(
+    check_directory(args.out, args.overwrite)
+    calibration = None if args.calibrate is None else read_text(args.calibrate)
+    with open_model(args.model) as files:
+        if is_quantized(files.stored_types()):
+            report(
+                f"note: {args.model} is quantised already ({files.stored_dtype}): errors are against its quantised weights, "
+                "and come on top of those it has"
+            )
+    result = quantize(
         args.model,
         args.out,
         args.dtype,
         group_size=args.group_size,
         symmetric=not args.asymmetric,
-        calibration=None if args.calibrate is None else read_text(args.calibrate),
+        calibration=calibration,
         threads=args.threads,
     )
-    write((report.to_json() if args.json else f"{report}\nwrote {args.out}") + "\n")
+    write((result.to_json() if args.json else f"{result}\nwrote {args.out}") + "\n")
     return 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llama_ext.cli.common import read_stdin, report, write
 from llama_ext.cli.fitting import add_fit_options, lora_of, told
 from llama_ext.cli.labelled_files import read_pairs
+from llama_ext.cli.outputs import add_overwrite_option, check_directory
 from llama_ext.errors import OptionError
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ def add_train_arguments(parser: Parser, columns: tuple[str, str], what: str, mod
     """
     _add_file(parser, columns)
     parser.add_argument("--out", required=True, metavar="DIRECTORY", help=f"where the {what} goes")
+    add_overwrite_option(parser)
     parser.add_argument("--model", metavar="MODEL", **model)
     add_fit_options(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -85,17 +88,24 @@ def read_examples(args: argparse.Namespace, columns: tuple[str, str]) -> tuple[P
     """The file to learn from, and that of --validation.
 
     Raises:
-        OptionError: Options of an adapter contradict each other, which is told before anything is read.
+        OptionError: Options of an adapter contradict each other, or --out is not empty, which is told before anything is read.
         FormatError: A file cannot be read.
     """
     lora_of(args)
+    check_directory(args.out, args.overwrite)
     pairs = read_pairs(args.file, *columns)
     return pairs, None if args.validation is None else read_pairs(args.validation, *columns)
 
 
 def save_and_tell(task: _Task, history: History, args: argparse.Namespace) -> None:
     """Saves what was trained in --out, and says in a line how it went."""
+    from llama_ext.io.atomic import remove
+    from llama_ext.io.peft import CONFIG_FILE
+
     task.save(args.out, merge=args.merge)
+    if args.overwrite and (args.lora is None or args.merge):
+        # An adapter that was there would be read instead of the model.
+        remove(Path(args.out) / CONFIG_FILE)
     report(f"{told(history)}; saved in {args.out}")
 
 

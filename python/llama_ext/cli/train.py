@@ -7,6 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_ext.cli.common import MODEL_HELP, Spinner, read_text, report, write
+from llama_ext.cli.outputs import add_overwrite_option, check_directory, check_file, check_plot, replaced_checkpoints
+from llama_ext.cli.train_checks import (
+    CHECKPOINTS,
+    check_lengths,
+    check_out,
+    check_sample,
+    steps_per_epoch,
+    warmup_of,
+)
 from llama_ext.errors import OptionError
 
 if TYPE_CHECKING:
@@ -38,7 +47,9 @@ A file that --prepare wrote is mapped and may be larger than memory. --preset cp
 
 # What is neither given nor in a preset.
 _SHAPE = {"layers": 4, "heads": 4, "width": 128, "context": 64}
-_RUN = {"batch_size": 12, "steps": 2000, "lr": 1e-3, "warmup": 100, "dropout": 0.0}
+_RUN = {"batch_size": 12, "steps": 2000, "lr": 1e-3, "dropout": 0.0}
+# At most, where --warmup is not given.
+_WARMUP = 100
 _COMPILE_OPTIONS = {
     "optimizer": "optimizer",
     "lr": "lr",
@@ -49,7 +60,6 @@ _COMPILE_OPTIONS = {
     "skip_outliers": "skip_outliers",
 }
 _END = "<|endoftext|>"
-_CHECKPOINTS = "checkpoints"
 
 
 def add_to(commands: Commands) -> None:
@@ -66,6 +76,7 @@ def add_to(commands: Commands) -> None:
     parser.add_argument("--out", metavar="DIR", help="where the model goes; its checkpoints go to DIR/checkpoints")
     parser.add_argument("--prepare", metavar="FILE", help="only write the text's tokens to a file")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
+    add_overwrite_option(parser)
     model = parser.add_argument_group("model")
     model.add_argument("--model", metavar="MODEL", help=f"train this one further: {MODEL_HELP}")
     model.add_argument("--preset", choices=("cpu", "gpu"), help="a shape and how to train it; options go before it")
@@ -89,7 +100,12 @@ def add_to(commands: Commands) -> None:
     train.add_argument("--lr", type=float, metavar="X", help="highest learning rate (default: 0.001)")
     train.add_argument("--optimizer", choices=("adamw", "adam", "sgd", "muon"), help="(default: adamw)")
     train.add_argument("--schedule", choices=("cosine", "linear", "constant", "wsd"), help="(default: cosine)")
-    train.add_argument("--warmup", type=float, metavar="N", help="steps, or below 1 their share (default: 100)")
+    train.add_argument(
+        "--warmup",
+        type=float,
+        metavar="N",
+        help="steps, or below 1 their share (default: a tenth of the steps, at most 100)",
+    )
     train.add_argument("--weight-decay", type=float, metavar="X", help="of matrices (default: 0.1)")
     train.add_argument("--dropout", type=float, metavar="P", help="(default: 0)")
     train.add_argument("--precision", choices=("float32", "bfloat16"), help="of products (default: float32)")
@@ -122,12 +138,13 @@ def run(args: argparse.Namespace) -> int:
         raise OptionError("name one of --out (a model directory) and --prepare (a file of tokens)")
     if not 0.0 <= args.val_fraction < 1.0:
         raise OptionError(f"--val-fraction must be in [0, 1), got {args.val_fraction}")
+    if args.steps is not None and args.epochs is not None:
+        raise OptionError("--steps and --epochs both say how long the run is: give one of them")
     if args.prepare is not None:
         return _prepare(args)
+    check_out(args)
     if args.plot is not None:
-        from llama_ext.training import History
-
-        History().plot()  # what is missing is said before the training
+        check_plot(args.plot)
     return _train(args)
 
 
@@ -160,15 +177,19 @@ def _tokenizer(args: argparse.Namespace, text: str | None) -> Tokenizer:
 def _prepare(args: argparse.Namespace) -> int:
     from llama_ext.training import write_token_file
 
+    target = Path(args.prepare)
+    check_file(target, args.overwrite)
+    folder = target.with_name(target.name + ".tokenizer")
+    learned = args.tokenizer in (None, "bpe", "char")
+    if learned:
+        check_directory(folder, args.overwrite)
     text = _text(args.text)
     tokenizer = _tokenizer(args, text)
     with Spinner("Encoding"):
         ids = tokenizer.encode(text)
-    target = Path(args.prepare)
     count = write_token_file(target, [ids], vocabulary=len(tokenizer), tokenizer=tokenizer)
     note = ""
-    if args.tokenizer in (None, "bpe", "char"):
-        folder = target.with_name(target.name + ".tokenizer")
+    if learned:
         tokenizer.save_pretrained(folder)
         note = f", and its tokenizer to {folder}"
     write(f"wrote {count:,} tokens of {len(tokenizer):,} kinds to {target}{note}\n")
@@ -248,10 +269,10 @@ def _model(args: argparse.Namespace, text: str | None) -> LlamaForCausalLM:
     return LlamaForCausalLM.from_pretrained(resolve(args.model), dtype="float32", threads=args.threads)
 
 
-def _compile(args: argparse.Namespace, model: LlamaForCausalLM) -> None:
+def _compile(args: argparse.Namespace, model: LlamaForCausalLM, steps: int) -> None:
     from llama_ext.training.presets import PRESETS
 
-    options: dict[str, Any] = {"betas": (0.9, 0.99), "lr": _RUN["lr"], "warmup": _RUN["warmup"]}
+    options: dict[str, Any] = {"betas": (0.9, 0.99), "lr": _RUN["lr"]}
     if args.preset:
         options.update(PRESETS[args.preset].compile)
     for name, option in _COMPILE_OPTIONS.items():
@@ -259,8 +280,7 @@ def _compile(args: argparse.Namespace, model: LlamaForCausalLM) -> None:
             options[option] = getattr(args, name)
     if args.dropout is not None:
         options["attention_dropout"] = args.dropout
-    if args.warmup is not None:
-        options["warmup"] = int(args.warmup) if args.warmup.is_integer() else args.warmup
+    options["warmup"] = warmup_of(args, options.get("warmup", _WARMUP), steps)
     model.compile(**options)
 
 
@@ -270,32 +290,37 @@ def _train(args: argparse.Namespace) -> int:
 
     text = None if _is_token_file(args.text) else _text(args.text)
     model = _model(args, text)
-    _compile(args, model)
+    check_sample(args, model)
     learned, held_out, opened = _data(args, text, model)
+    check_lengths(args, model, len(learned), len(held_out))
     preset = PRESETS[args.preset].fit if args.preset else {}
     steps = preset.get("max_steps", _RUN["steps"]) if args.steps is None else args.steps
+    batch_size = _given(args, preset, "batch_size", _RUN["batch_size"])
+    rows = batch_size * args.grad_accum
+    _compile(args, model, steps if args.epochs is None else args.epochs * steps_per_epoch(args, model, learned, rows))
     validates = len(held_out) > 1
-    checkpoints = Path(args.out) / _CHECKPOINTS
-    history = model.fit(
-        learned,
-        batch_size=_given(args, preset, "batch_size", _RUN["batch_size"]),
-        grad_accum=args.grad_accum,
-        max_steps=None if args.epochs is not None else steps,
-        epochs=1 if args.epochs is None else args.epochs,
-        validation_data=held_out if validates else None,
-        validate_every=(args.eval_every or 250) if validates else None,
-        save_every=args.save_every or 500,
-        keep_last=args.keep_last,
-        keep_best=validates,
-        checkpoint_dir=checkpoints,
-        resume=True if args.resume else None,
-        callbacks=[EarlyStopping(args.patience)] if args.patience is not None and validates else [],
-        seed=args.seed,
-        context=_context(args, model),
-        overfit_batch=args.overfit_batch,
-        log_file=args.log_file,
-        peak_flops=None if args.peak_gflops is None else args.peak_gflops * 1e9,
-    )
+    checkpoints = Path(args.out) / CHECKPOINTS
+    with replaced_checkpoints(checkpoints, args.overwrite):
+        history = model.fit(
+            learned,
+            batch_size=batch_size,
+            grad_accum=args.grad_accum,
+            max_steps=None if args.epochs is not None else steps,
+            epochs=1 if args.epochs is None else args.epochs,
+            validation_data=held_out if validates else None,
+            validate_every=(args.eval_every or 250) if validates else None,
+            save_every=args.save_every or 500,
+            keep_last=args.keep_last,
+            keep_best=validates,
+            checkpoint_dir=checkpoints,
+            resume=True if args.resume else None,
+            callbacks=[EarlyStopping(args.patience)] if args.patience is not None and validates else [],
+            seed=args.seed,
+            context=_context(args, model),
+            overfit_batch=args.overfit_batch,
+            log_file=args.log_file,
+            peak_flops=None if args.peak_gflops is None else args.peak_gflops * 1e9,
+        )
     if opened:
         learned.close()
     if history.stopped == "interrupted":
@@ -324,7 +349,7 @@ def _say(args: argparse.Namespace, model: LlamaForCausalLM, history: History) ->
         best = min(history.validations, key=lambda each: each.loss)
         report(
             f"validation loss {history.val_loss[-1]:.4f} nats a token, lowest {best.loss:.4f} after {best.step:,} steps "
-            f"({Path(args.out) / _CHECKPOINTS / f'best-{best.step:08d}'})"
+            f"({Path(args.out) / CHECKPOINTS / f'best-{best.step:08d}'})"
         )
     report(f"wrote {args.out}")
     _sample(args, model)

@@ -1,0 +1,107 @@
+"""What `llama-ext train` checks before its first step, and how long the warm-up is."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama_ext.cli.common import report
+from llama_ext.cli.outputs import check_directory
+from llama_ext.errors import OptionError
+
+if TYPE_CHECKING:
+    from llama_ext.runtime.model import LlamaForCausalLM
+
+__all__ = ["CHECKPOINTS", "check_lengths", "check_out", "check_sample", "steps_per_epoch", "warmup_of"]
+
+# In --out.
+CHECKPOINTS = "checkpoints"
+
+
+def check_out(args: argparse.Namespace) -> None:
+    """That nothing in --out is lost, unless --overwrite says so."""
+    from llama_ext.training.checkpoints import has_checkpoints
+
+    check_directory(args.out, overwrite=True)
+    begun = has_checkpoints(Path(args.out) / CHECKPOINTS)
+    if not args.resume:
+        advice = "say --resume to go on with the run in it, or --overwrite"
+        check_directory(args.out, args.overwrite, advice=advice if begun else "say --overwrite")
+        return
+    if args.overwrite:
+        raise OptionError("--resume goes on with the run in --out and --overwrite replaces it: give one of them")
+    # A run that was killed before its first checkpoint has left no more than these, and begins anew.
+    check_directory(
+        args.out,
+        begun,
+        besides={CHECKPOINTS, *([Path(args.log_file).name] if args.log_file else [])},
+        advice="say --overwrite instead of --resume: there is no checkpoint to go on from",
+    )
+
+
+def check_sample(args: argparse.Namespace, model: LlamaForCausalLM) -> None:
+    """That --sample can be gone on with, before the training."""
+    if args.sample is None:
+        return
+    if model.tokenizer is None:
+        raise OptionError("--sample: this model has no tokenizer, so it cannot read texts")
+    try:
+        count = len(model.tokenizer.encode(args.sample))
+    except OptionError as error:
+        raise OptionError(f"--sample {args.sample!r}: {error}") from error
+    if not count:
+        raise OptionError("--sample is empty: give the text that the sample begins with, or leave it out")
+    most = model.config.max_position_embeddings
+    if count >= most:
+        raise OptionError(
+            f"--sample has {count:,} tokens and the context is {most:,}: nothing can follow. Give a shorter text"
+        )
+
+
+def check_lengths(args: argparse.Namespace, model: LlamaForCausalLM, learned: int, held_out: int) -> None:
+    """That a row fits into what is learned from; and what is not validated is said."""
+    most = model.config.max_position_embeddings
+    context = args.context or most
+    # `fit` tells what is wrong with a context.
+    if 1 <= context <= most and learned < context + 1:
+        way_out = f"Give a longer text, or --context {learned - 1} or less" if learned > 1 else "Give a longer text"
+        raise OptionError(
+            f"{'the text' if args.text == '-' else args.text} has {learned + held_out:,} tokens, {learned:,} of them to learn "
+            f"from, and a row of --context {context} needs {context + 1:,}. {way_out}"
+        )
+    if held_out < 2 and args.val_fraction > 0:
+        report(
+            f"note: {held_out} tokens are held out, and a validation needs 2: there is none. --val-fraction holds out more"
+        )
+
+
+def warmup_of(args: argparse.Namespace, most: int, steps: int) -> Any:
+    """What --warmup says, or how a resumed run began, or a tenth of the steps."""
+    from llama_ext.training.checkpoints import find_checkpoint, load_checkpoint
+
+    if args.warmup is not None:
+        if args.warmup > steps > 0:
+            raise OptionError(
+                f"--warmup is {args.warmup:g} steps and the run has {steps:,}: the learning rate would never be reached. "
+                "Give fewer, or below 1 a share of the steps"
+            )
+        return int(args.warmup) if args.warmup.is_integer() else args.warmup
+    begun = find_checkpoint(Path(args.out) / CHECKPOINTS) if args.resume else None
+    if begun is not None:
+        # A run that is made longer keeps what it began with.
+        settings = load_checkpoint(begun).settings.get("compile")
+        if isinstance(settings, dict) and "warmup" in settings:
+            return settings["warmup"]
+    return min(most, max(0, steps) // 10)
+
+
+def steps_per_epoch(args: argparse.Namespace, model: LlamaForCausalLM, learned: Any, rows: int) -> int:
+    """Steps in which the text is seen once, for --epochs."""
+    from llama_ext.training.batches import Stream
+    from llama_ext.training.token_file import ArrayReader, TokenSlice
+
+    if args.overfit_batch or rows < 1:
+        return 1
+    reader = learned if isinstance(learned, TokenSlice) else ArrayReader(learned)
+    return Stream(reader, args.context or model.config.max_position_embeddings).steps_per_epoch(rows)
