@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,18 @@ def test_bfloat16_says_why_it_is_not_proven(run: Run, tmp_path: Path) -> None:
     code, out, _ = run("export-onnx", "demo", tmp_path / "out", "--dtype", "bfloat16")
     assert code == 0
     assert "not verified: onnxruntime has no bfloat16 kernels for CPUs" in out
+
+
+def test_a_runtime_that_was_asked_for_and_is_not_installed_is_a_failure(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("export-onnx", "demo", tmp_path / "out", "--no-verify").code == 0
+    assert run("verify-onnx", "demo", tmp_path / "out", "--steps", 2).code == 0
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    code, out, _ = run("verify-onnx", "demo", tmp_path / "out", "--steps", 2, "--runtimes", "openvino")
+    assert code == 1
+    assert "not run: openvino, everything: not installed: pip install openvino" in out
+    assert "FAILED: " in out
 
 
 def test_mistakes_have_their_exit_codes(run: Run, tmp_path: Path) -> None:

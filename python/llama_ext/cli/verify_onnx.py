@@ -17,7 +17,8 @@ Compares an exported ONNX graph in onnxruntime, the native model, and float64
 arithmetic on the same stored weights: logits, greedy generation through the KV
 cache, chunks, padded batches, the end of the context. What fewer bits for the
 weights cost is told apart. Where onnxruntime differs, the first layer and
-operation are named. Exits with 0 only when everything is within its gates."""
+operation are named. Exits with 0 only when everything is within its gates, and
+all of --runtimes were run."""
 
 _EPILOG = """
 examples:
@@ -59,7 +60,7 @@ def add_to(commands: Commands) -> None:
         default=[],
         choices=("onnxruntime-genai", "openvino"),
         metavar="NAME",
-        help="others to compare as well: onnxruntime-genai, openvino",
+        help="others to compare as well, which have to be installed: onnxruntime-genai, openvino",
     )
     parser.add_argument("--json", metavar="FILE", help="write the report there as well, as JSON; - prints it instead")
     parser.add_argument(

@@ -80,9 +80,10 @@ def verify(
         steps: Tokens to generate, >= 1; fewer where the context has no room for them.
         variant: Which graph, as for `OrtModel`. None: the one that genai_config.json names, which is the one exported last.
         threads: Of the native model and of onnxruntime. None: as many as a native model gets.
-        runtimes: Others to compare, of "onnxruntime-genai" (its tokens) and "openvino". One that is not installed is not run.
+        runtimes: Others to compare, of "onnxruntime-genai" (its tokens) and "openvino". One that is not installed, or cannot run
+            this graph, is not run, and the report has not passed.
         record: Whether to write the report's hash into the graph's metadata when it has passed, and to remove an older one when
-            it has not.
+            a runtime has failed.
         progress: Told what begins. None: a bar on a terminal.
         limits: What a file may ask for.
 
@@ -153,11 +154,14 @@ def _graph(folder: Path, variant: str | None) -> Path:
 
 
 def _record(graph: GraphFile, report: ParityReport) -> None:
-    """The hash of a report that has passed goes into the graph; one that it has from before does not outlive a failure."""
+    """The hash of a report that has passed goes into the graph; one from before does not outlive a difference.
+
+    A runtime that did not run says nothing of the graph.
+    """
     there = graph.metadata.get(metadata.REPORT_KEY)
     if report.passed and there != report.hash:
         metadata.set_report_hash(graph.path, report.hash)
-    elif not report.passed and there:
+    elif report.differs and there:
         metadata.set_report_hash(graph.path, "")
 
 
