@@ -52,6 +52,14 @@ def test_a_runtime_that_was_asked_for_and_is_not_installed_is_a_failure(
     assert "FAILED: " in out
 
 
+def test_an_empty_text_proves_nothing(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    assert run("export-onnx", "demo", tmp_path / "out", "--no-verify").code == 0
+    code, out, err = run("verify-onnx", "demo", tmp_path / "out", "--text", tmp_path / "empty.txt")
+    assert (code, out) == (2, "")
+    assert f"--text {tmp_path / 'empty.txt'} is empty" in err
+
+
 def test_mistakes_have_their_exit_codes(run: Run, tmp_path: Path) -> None:
     assert run("export-onnx", LETTERS, tmp_path, "--dtype", "float16", "--profile", "ort").code == 2
     assert run("export-onnx", "demo", tmp_path, "--profile", "fast").code == 2

@@ -267,6 +267,14 @@ def test_texts_may_be_given(exported: Path, tiny: llama_ext.LlamaForCausalLM) ->
     assert report.texts["built_in"] is False
 
 
+@pytest.mark.parametrize("texts", ["", ["Once", " \n"]])
+def test_an_empty_text_is_refused_before_anything_is_compared(tmp_path: Path, texts: Any) -> None:
+    export("demo", tmp_path, verify=False)
+    # The demo's tokenizer would make a BOS token of it.
+    with pytest.raises(llama_ext.OptionError, match=r"texts\[[01]\] is empty"):
+        verify("demo", tmp_path, texts=texts)
+
+
 def test_a_single_token_leaves_out_what_needs_more(exported: Path, tiny: llama_ext.LlamaForCausalLM) -> None:
     report = verify(tiny, exported, texts=[[5]], steps=2, threads=1, record=False)
     assert report.passed, str(report)

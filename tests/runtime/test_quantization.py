@@ -63,7 +63,10 @@ def test_calibration_lowers_the_errors_of_outputs_and_says_by_how_much(tmp_path:
         assert tensor.output_error is not None
         assert tensor.output_error_before is not None
         assert tensor.output_error <= tensor.output_error_before
-    assert f"the errors of the outputs are {report.improvement:.1%} lower" in str(report)
+    assert (
+        f"the errors of the outputs are {report.improvement:.1%} lower, measured on tokens of the calibration text itself"
+        in str(report)
+    )
     assert json.loads(report.to_json())["improvement"] == report.improvement
     Model.from_pretrained(tmp_path).generate("ROMEO:", max_new_tokens=5)
 
@@ -88,12 +91,23 @@ def test_the_activations_are_those_of_the_model(changes: dict[str, Any]) -> None
 
 def test_a_calibration_text_becomes_windows() -> None:
     model = Model.from_pretrained(LETTERS)
-    assert calibration_ids(model.tokenizer, "ROMEO", model.config).shape == (1, 5)
+    assert calibration_ids(model.tokenizer, "ROMEO" * 4, model.config).shape == (1, 20)
     assert calibration_ids(model.tokenizer, ["ROMEO" * 500, "x" * 10000], model.config).shape == (8, 512)
-    with pytest.raises(OptionError, match="is empty"):
-        calibration_ids(model.tokenizer, "", model.config)
     with pytest.raises(OptionError, match="no tokenizer"):
         calibration_ids(None, "x", model.config)
+
+
+@pytest.mark.parametrize("text", ["", " \n\t ", [], ["", "\n"], "ROMEO", ["ROMEO", "x" * 10]])
+def test_a_text_that_is_no_evidence_is_refused_before_anything_is_written(
+    text: str | list[str], tmp_path: Path
+) -> None:
+    # The demo has a BOS token, which alone made a text of nothing.
+    for source in ("demo", LETTERS):
+        if source == "demo" and text == ["ROMEO", "x" * 10]:
+            continue
+        with pytest.raises(OptionError, match=r"the calibration text (is empty|has \d+ tokens): it needs 16"):
+            llama_ext.quantize(source, tmp_path / "x", "int4", calibration=text)
+    assert not (tmp_path / "x").exists()
 
 
 def test_other_sources_and_wrong_options(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from llama_ext.cli.common import MODEL_HELP, read_text, write
+from llama_ext.errors import OptionError
 
 if TYPE_CHECKING:
     from llama_ext.cli.common import Commands
@@ -71,6 +72,16 @@ def add_to(commands: Commands) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
+def _text(path: str) -> str:
+    text = read_text(path)
+    if not text.strip():
+        name = "standard input" if path == "-" else path
+        raise OptionError(
+            f"--text {name} is empty: nothing can be compared on it. Leave --text out for three short ones"
+        )
+    return text
+
+
 def run(args: argparse.Namespace) -> int:
     """Runs the subcommand."""
     from llama_ext.onnx.verification import verify
@@ -78,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     report = verify(
         args.model,
         args.out,
-        texts=None if args.text is None else [read_text(path) for path in args.text],
+        texts=None if args.text is None else [_text(path) for path in args.text],
         steps=args.steps,
         variant=args.variant,
         threads=args.threads,

@@ -76,7 +76,7 @@ def verify(
     Args:
         model_or_path: What was exported: a loaded model, a directory, a GGUF file or a Hub id.
         out_dir: What `export` wrote.
-        texts: A text, texts, or lists of token ids. None: three short texts; for a model without a tokenizer pseudo-random ids.
+        texts: A text, texts, or lists of token ids, none of them empty. None: three short texts; for a model without a tokenizer pseudo-random ids.
         steps: Tokens to generate, >= 1; fewer where the context has no room for them.
         variant: Which graph, as for `OrtModel`. None: the one that genai_config.json names, which is the one exported last.
         threads: Of the native model and of onnxruntime. None: as many as a native model gets.
@@ -92,7 +92,7 @@ def verify(
 
     Raises:
         FormatError: A file is missing or malformed, or the graph is not of such a model.
-        OptionError: An option is out of range, or the graph was made from another model.
+        OptionError: An option is out of range, a text is empty, or the graph was made from another model.
         ContextLengthError: A text is longer than the context.
         TokenIdError: A token id outside the vocabulary.
         UnsupportedError: onnxruntime or onnx is not installed, or too old for the graph.
@@ -104,6 +104,7 @@ def verify(
         raise OptionError(f"steps must be a whole number >= 1, got {steps!r}")
     number = checked_threads(threads)
     others = checked_runtimes(runtimes)
+    _refuse_blank(texts)
     folder = Path(out_dir)
     path = _graph(folder, variant)
     graph = GraphFile(path)
@@ -166,6 +167,16 @@ def _record(graph: GraphFile, report: ParityReport) -> None:
 
 
 # -- texts ------------------------------------------------------------------------------------------------------------------
+
+
+def _refuse_blank(texts: object) -> None:
+    """An empty text is no evidence, even where a tokenizer makes a BOS token of it."""
+    several = [texts] if isinstance(texts, str) else texts if isinstance(texts, (list, tuple)) else []
+    for index, text in enumerate(several):
+        if isinstance(text, str) and not text.strip():
+            raise OptionError(
+                f"texts[{index}] is empty: nothing can be compared on it. Leave texts out for three short ones"
+            )
 
 
 def _sequences(texts: object, source: Source) -> list[np.ndarray[Any, np.dtype[np.int32]]]:

@@ -70,7 +70,10 @@ class QuantizationReport:
 
     @property
     def improvement(self) -> float | None:
-        """By which share calibration lowered the errors of the outputs, on average over matrices; None without one."""
+        """By which share calibration lowered the errors of the outputs, on average over matrices; None without one.
+
+        It is measured on tokens of the calibration text itself that were kept out of the calibration.
+        """
         ratios = [
             math.log(tensor.output_error / tensor.output_error_before)
             for tensor in self.tensors
@@ -105,7 +108,8 @@ class QuantizationReport:
         lines.append(f"{self.original_nbytes / 2**20:,.1f} MiB -> {self.nbytes / 2**20:,.1f} MiB")
         if self.improvement is not None:
             lines.append(
-                f"calibrated on {self.calibration_tokens:,} tokens: the errors of the outputs are {self.improvement:.1%} lower"
+                f"calibrated on {self.calibration_tokens:,} tokens: the errors of the outputs are {self.improvement:.1%} lower, "
+                "measured on tokens of the calibration text itself that were kept out; other text may gain less"
             )
         return "\n".join(lines)
 
@@ -130,7 +134,7 @@ def quantize(
         dtype: "int8", or "int4" with the embedding and the head as int8.
         group_size: Weights of a row that share a scale, 128, 64 or 32. None: the largest that divides.
         symmetric: Whether a group has a scale alone (None, True) or also a minimum (False).
-        calibration: A text like those the model is for, of some thousand tokens. Weights are then rounded column by column, and
+        calibration: A text like those the model is for, of some thousand tokens, 16 at least. Weights are then rounded column by column, and
             later columns make up for the errors of earlier ones on the text. A matrix whose outputs gain nothing by that, on
             tokens that were kept out of it, is quantised without.
         threads: None: as `LlamaForCausalLM`.
@@ -141,7 +145,8 @@ def quantize(
         How far each matrix is off.
 
     Raises:
-        OptionError: An option is unknown or out of range, or a calibration text without a tokenizer.
+        OptionError: An option is unknown or out of range, `path_or_hub_id` is no path, the calibration text is empty or has fewer
+            than 16 tokens, or the model has no tokenizer to read it.
         NumericError: A weight that no scale can express, or activations on the text that are not finite.
         FormatError, CheckpointError, UnsupportedError, LimitError: The model cannot be read.
         OutOfMemoryError: The quantised weights do not fit into memory.
