@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -26,11 +27,11 @@ def test_a_quick_export_says_that_nothing_was_proven(run: Run, tmp_path: Path) -
     options = ("--dtype", "int4", "--group-size", 32, "--asymmetric", "--no-verify", "--max-file-bytes", 300000)
     code, out, err = run("export-onnx", LETTERS, tmp_path / "out", *options)
     assert (code, err) == (0, "")
-    assert "not verified: it was not asked for" in out
+    assert "not verified: it was not asked for\n" in out
     assert len(list((tmp_path / "out" / "onnx").glob("model_q4.onnx_data*"))) > 1
     again = run("export-onnx", LETTERS, tmp_path / "out", *options)
     assert again.code == 2
-    assert "exists: name another directory" in again.err
+    assert "exists: name another directory, or say --overwrite" in again.err
     assert run("export-onnx", LETTERS, tmp_path / "out", *options, "--overwrite").code == 0
 
 
@@ -58,6 +59,23 @@ def test_an_empty_text_proves_nothing(run: Run, tmp_path: Path) -> None:
     code, out, err = run("verify-onnx", "demo", tmp_path / "out", "--text", tmp_path / "empty.txt")
     assert (code, out) == (2, "")
     assert f"--text {tmp_path / 'empty.txt'} is empty" in err
+
+
+def test_messages_speak_of_the_options_of_the_command(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("export-onnx", "demo", tmp_path / "out", "--dtype", "int4")  # it is int8
+    assert code == 2
+    assert "export it as int8 with the groups that it has" in err
+    assert run("export-onnx", LETTERS, tmp_path / "out", "--dtype", "int4", "--no-verify").code == 0
+    code, _, other = run("verify-onnx", "demo", tmp_path / "out")
+    assert code == 2
+    assert "exported from another model" in other
+    float32 = ("export-onnx", LETTERS, tmp_path / "x", "--dtype", "float32")
+    assert "--asymmetric belongs to --dtype 'int8'" in run(*float32, "--asymmetric").err
+    assert "--group-size belongs to --dtype 'int8'" in run(*float32, "--group-size", 32).err
+    assert "--max-file-bytes must be" in run(*float32, "--max-file-bytes", 0).err
+    assert "--steps must be" in run("verify-onnx", LETTERS, tmp_path / "out", "--steps", 0).err
+    for message in (err, other):
+        assert not re.search(r"\w=|group_size|symmetric|quantised as int8 already.*verify", message)
 
 
 def test_mistakes_have_their_exit_codes(run: Run, tmp_path: Path) -> None:
