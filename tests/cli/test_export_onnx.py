@@ -78,6 +78,13 @@ def test_messages_speak_of_the_options_of_the_command(run: Run, tmp_path: Path) 
         assert not re.search(r"\w=|group_size|symmetric|quantised as int8 already.*verify", message)
 
 
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(run: Run, tmp_path: Path) -> None:
+    # There is no graph: that would be said next.
+    code, out, err = run("verify-onnx", "demo", tmp_path / "out", "--json", tmp_path / "nodir" / "x.json")
+    assert (code, out) == (1, "")
+    assert f"{tmp_path / 'nodir' / 'x.json'}: the directory {tmp_path / 'nodir'} does not exist: create it first" in err
+
+
 def test_mistakes_have_their_exit_codes(run: Run, tmp_path: Path) -> None:
     assert run("export-onnx", LETTERS, tmp_path, "--dtype", "float16", "--profile", "ort").code == 2
     assert run("export-onnx", "demo", tmp_path, "--profile", "fast").code == 2

@@ -90,6 +90,14 @@ def test_a_damaged_file_is_exit_code_3(command: str, run: Run, tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
+@requires_shared
+def test_a_gguf_file_in_a_missing_directory_names_both(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "sub" / "x.gguf"
+    code, out, err = run("convert", SHARED / "stories260K", path)
+    assert (code, out) == (1, "")
+    assert err == f"llama-ext: {path}: the directory {path.parent} does not exist: create it first\n"
+
+
 def test_wrong_usage(run: Run, tmp_path: Path) -> None:
     for line in (
         ("quantize", "demo", tmp_path / "x"),

@@ -121,6 +121,24 @@ def test_other_sources_and_wrong_options(tmp_path: Path) -> None:
         llama_ext.quantize(tmp_path / "int8", tmp_path / "x", calibration="text")
 
 
+def test_a_loaded_model_is_to_be_saved_first(tmp_path: Path) -> None:
+    model: Any = Model.from_pretrained(LETTERS)
+    for function, name in ((llama_ext.quantize, "quantize"), (llama_ext.convert, "convert")):
+        with pytest.raises(OptionError, match=rf"got LlamaForCausalLM\. Save a loaded model first.*then {name}\("):
+            function(model, tmp_path / "x.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unwritable_directory_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(*_: Any) -> None:
+        raise AssertionError("a matrix was quantised")
+
+    monkeypatch.setattr("llama_ext.runtime.quantization._quantize_one", work)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(NotADirectoryError, match="no files can be written into this directory"):
+        llama_ext.quantize(LETTERS, tmp_path / "file" / "x")
+
+
 @requires_shared
 def test_int8_hardly_changes_the_perplexity(tmp_path: Path) -> None:
     play = (SHARED / "tinyshakespeare.txt").read_text()

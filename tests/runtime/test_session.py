@@ -310,6 +310,15 @@ def test_a_session_of_an_earlier_version_is_refused_and_told_apart(tiny: Model, 
         tiny.load_session(tmp_path / "s")
 
 
+def test_a_session_in_a_missing_directory_names_both(
+    tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="the directory nodir does not exist") as caught:
+        tiny.session().save("nodir/x.session")
+    assert caught.value.filename == "nodir/x.session"
+
+
 def test_a_failed_save_leaves_the_old_file(tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session = tiny.session()
     session.append([1, 2])

@@ -84,8 +84,12 @@ def _text(path: str) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the subcommand."""
+    from llama_ext.io.atomic import atomic_write, check_file
     from llama_ext.onnx.verification import verify
 
+    to_file = args.json is not None and args.json != "-"
+    if to_file:
+        check_file(args.json)
     report = verify(
         args.model,
         args.out,
@@ -99,9 +103,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json == "-":
         write(report.to_json())
     else:
-        if args.json is not None:
-            from llama_ext.io.atomic import atomic_write
-
+        if to_file:
             with atomic_write(args.json, follow_links=True) as file:
                 file.write(report.to_json().encode("utf-8"))
         write(f"{report}\n")

@@ -13,6 +13,7 @@ import numpy as np
 from llama_ext import _core
 from llama_ext._arrays import FloatArray
 from llama_ext.errors import NumericError, OptionError
+from llama_ext.io.atomic import check_folder
 from llama_ext.limits import DEFAULT_LIMITS, Limits
 from llama_ext.runtime.calibration import Activations, calibration_ids
 from llama_ext.runtime.feedback import Feedback, round_with_feedback
@@ -150,18 +151,24 @@ def quantize(
         NumericError: A weight that no scale can express, or activations on the text that are not finite.
         FormatError, CheckpointError, UnsupportedError, LimitError: The model cannot be read.
         OutOfMemoryError: The quantised weights do not fit into memory.
-        OSError: The directory cannot be written.
+        OSError: The directory cannot be written, which is found out before the work.
 
     Source: of the calibration, Frantar et al., "GPTQ", 2022; of weighing errors by the inputs when scales are chosen, llama.cpp's
     importance matrix.
     """
     if dtype not in ("int8", "int4"):
         raise OptionError(f"dtype must be int8 or int4, got {dtype!r}. `convert` writes the others")
+    if not isinstance(path_or_hub_id, (str, os.PathLike)):
+        raise OptionError(
+            f"quantize reads the files of a model: path_or_hub_id must be a path or a Hub id, got {type(path_or_hub_id).__name__}. "
+            "Save a loaded model first: model.save_pretrained(directory), then quantize(directory, ...)"
+        )
     with open_model(path_or_hub_id, revision=revision, limits=limits) as files:
         config = files.config
         ids = None if calibration is None else calibration_ids(files.tokenizer, calibration, config)
         # Through the base class: the types of a packed model are to be made anew.
         types = ModelFiles.types(files, dtype, group_size, symmetric)
+        check_folder(directory)
         core = _core.Model(_core.Backend("cpu", checked_threads(threads)), core_config(config), types)
         tensors = {tensor.slot: tensor for tensor in files.tensors}
         found: list[QuantizedTensor] = []

@@ -188,7 +188,7 @@ class Session:
             path: The file; an existing one is replaced.
 
         Raises:
-            OSError: It cannot be written.
+            OSError: It cannot be written: its directory has to exist. `filename` is `path`.
         """
         write_session(path, self._model, self._core, self._adapter)
 

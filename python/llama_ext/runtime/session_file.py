@@ -125,7 +125,7 @@ def write_session(
     # The header comes first in the file, so everything is read twice: memory holds one tensor at a time either way.
     metadata["crc32"] = _checksum(metadata, (stored(*place) for place in places))
     # The user named this file: a link at its path stays one.
-    write_safetensors(os.path.realpath(path), tensors, metadata)
+    write_safetensors(os.path.realpath(path) if os.path.islink(path) else path, tensors, metadata)
 
 
 def _checksum(metadata: Mapping[str, str], tensors: Iterable[Array]) -> str:
