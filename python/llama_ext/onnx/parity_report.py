@@ -203,7 +203,7 @@ class ParityReport:
         if self.fault is not None:
             console.print(str(self.fault), markup=False)
         verdicts = ", ".join(
-            f"{runtime} {verdict}{', which had to run' * (runtime in self._missing)}"
+            f"{runtime} {verdict}{' (it had to run)' * (runtime in self._missing)}"
             for runtime, verdict in {**dict.fromkeys(self._missing, "not run"), **self.verdicts}.items()
         )
         console.print(f"{'PASSED' if self.passed else 'FAILED'}: {verdicts}", markup=False)
