@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,7 @@ def test_a_quick_export_says_that_nothing_was_proven(run: Run, tmp_path: Path) -
     options = ("--dtype", "int4", "--group-size", 32, "--asymmetric", "--no-verify", "--max-file-bytes", 300000)
     code, out, err = run("export-onnx", LETTERS, tmp_path / "out", *options)
     assert (code, err) == (0, "")
-    assert "not verified: it was not asked for" in out
+    assert "not verified: it was not asked for\n" in out
     assert len(list((tmp_path / "out" / "onnx").glob("model_q4.onnx_data*"))) > 1
     again = run("export-onnx", LETTERS, tmp_path / "out", *options)
     assert again.code == 2
@@ -37,6 +39,50 @@ def test_bfloat16_says_why_it_is_not_proven(run: Run, tmp_path: Path) -> None:
     code, out, _ = run("export-onnx", "demo", tmp_path / "out", "--dtype", "bfloat16")
     assert code == 0
     assert "not verified: onnxruntime has no bfloat16 kernels for CPUs" in out
+
+
+def test_a_runtime_that_was_asked_for_and_is_not_installed_is_a_failure(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("export-onnx", "demo", tmp_path / "out", "--no-verify").code == 0
+    assert run("verify-onnx", "demo", tmp_path / "out", "--steps", 2).code == 0
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    code, out, _ = run("verify-onnx", "demo", tmp_path / "out", "--steps", 2, "--runtimes", "openvino")
+    assert code == 1
+    assert "not run: openvino, everything: not installed: pip install openvino" in out
+    assert "FAILED: " in out
+
+
+def test_an_empty_text_proves_nothing(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    assert run("export-onnx", "demo", tmp_path / "out", "--no-verify").code == 0
+    code, out, err = run("verify-onnx", "demo", tmp_path / "out", "--text", tmp_path / "empty.txt")
+    assert (code, out) == (2, "")
+    assert f"--text {tmp_path / 'empty.txt'} is empty" in err
+
+
+def test_messages_speak_of_the_options_of_the_command(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("export-onnx", "demo", tmp_path / "out", "--dtype", "int4")  # it is int8
+    assert code == 2
+    assert "export it as int8 with the groups that it has" in err
+    assert run("export-onnx", LETTERS, tmp_path / "out", "--dtype", "int4", "--no-verify").code == 0
+    code, _, other = run("verify-onnx", "demo", tmp_path / "out")
+    assert code == 2
+    assert "exported from another model" in other
+    float32 = ("export-onnx", LETTERS, tmp_path / "x", "--dtype", "float32")
+    assert "--asymmetric belongs to --dtype 'int8'" in run(*float32, "--asymmetric").err
+    assert "--group-size belongs to --dtype 'int8'" in run(*float32, "--group-size", 32).err
+    assert "--max-file-bytes must be" in run(*float32, "--max-file-bytes", 0).err
+    assert "--steps must be" in run("verify-onnx", LETTERS, tmp_path / "out", "--steps", 0).err
+    for message in (err, other):
+        assert not re.search(r"\w=|group_size|symmetric|quantised as int8 already.*verify", message)
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(run: Run, tmp_path: Path) -> None:
+    # There is no graph: that would be said next.
+    code, out, err = run("verify-onnx", "demo", tmp_path / "out", "--json", tmp_path / "nodir" / "x.json")
+    assert (code, out) == (1, "")
+    assert f"{tmp_path / 'nodir' / 'x.json'}: the directory {tmp_path / 'nodir'} does not exist: create it first" in err
 
 
 def test_mistakes_have_their_exit_codes(run: Run, tmp_path: Path) -> None:

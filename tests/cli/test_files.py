@@ -133,6 +133,14 @@ def test_quantising_what_is_quantised_is_told(run: Run, tmp_path: Path) -> None:
         assert err.count("\n") == 1
 
 
+@requires_shared
+def test_a_gguf_file_in_a_missing_directory_names_both(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "sub" / "x.gguf"
+    code, out, err = run("convert", SHARED / "stories260K", path)
+    assert (code, out) == (2, "")
+    assert f"{path}: there is no directory {path.parent}. Make it first" in err
+
+
 def test_wrong_usage(run: Run, tmp_path: Path) -> None:
     for line in (
         ("quantize", "demo", tmp_path / "x"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import shutil
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 import llama_ext
-from llama_ext.io.atomic import atomic_write
+from llama_ext.io.atomic import atomic_write, check_file, check_folder
 from llama_ext.io.checkpoint import write_sharded
 from llama_ext.models.generation_config import GenerationDefaults
 
@@ -52,6 +53,67 @@ def test_saving_a_model_over_a_folder_of_links_leaves_the_files_they_name(tmp_pa
     assert {path.name: path.read_bytes() for path in blobs.iterdir()} == before
     assert not any(path.is_symlink() for path in snapshot.iterdir())
     assert (snapshot / "model.safetensors").read_bytes() != before["model.safetensors"]
+
+
+def test_a_file_in_a_missing_directory_is_named_and_so_is_the_directory(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "sub" / "x"
+    for follow_links in (True, False):
+        missing = pytest.raises(FileNotFoundError, match=r"the directory .*sub does not exist: create it")
+        with missing as caught, atomic_write(path, follow_links=follow_links):
+            pass
+        assert caught.value.filename == str(path)
+        assert ".tmp" not in str(caught.value)
+    with pytest.raises(FileNotFoundError, match="does not exist: create it first"):
+        check_file(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_below_a_file_and_one_that_is_a_directory_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for path, kind, reason in (
+        (tmp_path / "file" / "x", NotADirectoryError, "file is not a directory"),
+        (tmp_path, IsADirectoryError, "this is a directory: name a file"),
+        (Path("/"), IsADirectoryError, "this is a directory: name a file"),
+    ):
+        with pytest.raises(kind, match=reason) as caught:
+            check_file(path)
+        assert caught.value.filename == str(path)
+        with pytest.raises(kind, match=reason) as caught, atomic_write(path):
+            pass
+        assert caught.value.filename == str(path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_and_a_rename_that_fails_name_the_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OSError, match="No space left") as caught, atomic_write(tmp_path / "x"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(tmp_path / "x")
+    # What the block reads keeps its own name.
+    with pytest.raises(FileNotFoundError) as missing, atomic_write(tmp_path / "x"):
+        (tmp_path / "source").read_bytes()
+    assert missing.value.filename == str(tmp_path / "source")
+
+    def refuse(source: str, target: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", os.fspath(source), None, os.fspath(target))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(PermissionError) as refused, atomic_write(tmp_path / "x"):
+        pass
+    assert str(refused.value) == f"[Errno {errno.EACCES}] Permission denied: '{tmp_path / 'x'}'"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
+    check_folder(tmp_path / "a" / "b")
+    check_folder(tmp_path)
+    check_file(tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("x")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(NotADirectoryError, match="no files can be written into this directory") as caught:
+            check_folder(folder)
+        assert caught.value.filename == str(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_session_is_saved_through_a_link(tmp_path: Path) -> None:

@@ -267,6 +267,14 @@ def test_texts_may_be_given(exported: Path, tiny: llama_ext.LlamaForCausalLM) ->
     assert report.texts["built_in"] is False
 
 
+@pytest.mark.parametrize("texts", ["", ["Once", " \n"]])
+def test_an_empty_text_is_refused_before_anything_is_compared(tmp_path: Path, texts: Any) -> None:
+    export("demo", tmp_path, verify=False)
+    # The demo's tokenizer would make a BOS token of it.
+    with pytest.raises(llama_ext.OptionError, match=r"texts\[[01]\] is empty"):
+        verify("demo", tmp_path, texts=texts)
+
+
 def test_a_single_token_leaves_out_what_needs_more(exported: Path, tiny: llama_ext.LlamaForCausalLM) -> None:
     report = verify(tiny, exported, texts=[[5]], steps=2, threads=1, record=False)
     assert report.passed, str(report)
@@ -443,13 +451,34 @@ def test_stray_inputs_are_refused(tmp_path: Path, exported: Path, tiny: llama_ex
         verify(tiny, tmp_path / "copy")
 
 
-def test_a_model_of_another_shape_is_refused(exported: Path, tiny: llama_ext.LlamaForCausalLM) -> None:
+def test_a_model_of_another_shape_is_refused(tmp_path: Path, exported: Path, tiny: llama_ext.LlamaForCausalLM) -> None:
     config = llama_ext.LlamaConfig(
         vocab_size=67, hidden_size=36, intermediate_size=50, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, max_position_embeddings=48,
     )  # fmt: skip
+    other = llama_ext.LlamaForCausalLM(config, seed=1)
+    with pytest.raises(
+        llama_ext.OptionError, match=r"exported from another model: .* num_hidden_layers 2, this model has 3"
+    ):
+        verify(other, exported)
+    # A graph alone, without the config beside it.
+    shutil.copytree(exported / "onnx", tmp_path / "onnx")
     with pytest.raises(llama_ext.FormatError, match=r"2 missing: past_key_values\.2\.key, past_key_values\.2\.value"):
-        verify(llama_ext.LlamaForCausalLM(config, seed=1), exported)
+        verify(other, tmp_path)
+
+
+def test_a_graph_of_another_model_is_not_blamed_on_quantisation(
+    tmp_path: Path, tiny: llama_ext.LlamaForCausalLM
+) -> None:
+    export(tiny, tmp_path, dtype="int4", verify=False)
+    # The demo is int8; and a model of the same shape that is.
+    with pytest.raises(llama_ext.OptionError, match=r"exported from another model: .* vocab_size 67, this model has"):
+        verify("demo", tmp_path)
+    quantised = llama_ext.LlamaForCausalLM(tiny.config, seed=3, dtype="int8")
+    with pytest.raises(
+        llama_ext.OptionError, match=r"has int4 weights, which no export .* exported from another model"
+    ):
+        verify(quantised, tmp_path)
 
 
 def test_groups_of_another_model_are_refused(tmp_path: Path, tiny: llama_ext.LlamaForCausalLM) -> None:

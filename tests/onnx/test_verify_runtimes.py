@@ -1,7 +1,8 @@
-"""Other runtimes than onnxruntime, compared where they are installed, and told where they are not."""
+"""Other runtimes than onnxruntime: whoever asks for one by name hears of a failure where it did not run."""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 import llama_ext
 from onnx_runs import each_profile
 
+from llama_ext.onnx import metadata  # isort: skip
 from llama_ext.onnx.exporting import export  # isort: skip
-from llama_ext.onnx.verification import verify  # isort: skip
+from llama_ext.onnx.verification import ParityReport, verify  # isort: skip
 from llama_ext.onnx.verification_others import GENAI, OPENVINO, OTHERS, installed  # isort: skip
 
 BOTH = [GENAI, OPENVINO]
@@ -58,27 +60,56 @@ def test_openvino_computes_the_same_from_the_portable_profile(tmp_path: Path, dt
 
 
 @requires(OPENVINO)
-def test_operators_that_openvino_lacks_are_no_failure_of_the_graph(tmp_path: Path) -> None:
+def test_operators_that_openvino_lacks_are_told_and_it_has_not_passed(tmp_path: Path) -> None:
     export("demo", tmp_path, profile="ort", dtype="float32", verify=False)
     report = verify("demo", tmp_path, steps=2, threads=1, runtimes=[OPENVINO])
-    assert report.passed, str(report)
+    assert not report.passed
+    assert not report.differs
     (skipped,) = report.not_run
     assert skipped.runtime == OPENVINO
     assert "'portable' is the one for OpenVINO" in skipped.reason
 
 
-def test_what_is_not_installed_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_asked_for_and_is_not_installed_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in OTHERS.values():
         monkeypatch.setitem(sys.modules, module, None)
     export("demo", tmp_path, dtype="float32", verify=False)
+    proven = verify("demo", tmp_path, steps=2, threads=1)
+    assert proven.passed
     report = verify("demo", tmp_path, steps=2, threads=1, runtimes=BOTH)
-    assert report.passed
+    assert not report.passed
     assert [(each.runtime, each.reason) for each in report.not_run] == [
         (GENAI, "not installed: pip install onnxruntime-genai"),
         (OPENVINO, "not installed: pip install openvino"),
     ]
     assert report.verdicts[GENAI] == "not run"
     assert "not run: openvino" in str(report)
+    assert "FAILED: " in str(report)
+    assert "openvino not run (it had to run)" in str(report)
+    # It says nothing of the graph, whose proof stays.
+    assert metadata.get_metadata(tmp_path / "onnx" / "model.onnx")[metadata.REPORT_KEY] == proven.hash
+
+
+def test_a_report_of_nothing_that_ran_has_not_passed() -> None:
+    nothing = ParityReport(
+        profile="standard",
+        dtype="float32",
+        files={},
+        versions={},
+        machine={},
+        texts={},
+        steps=0,
+        checks=(),
+        loss={},
+        loss_note="",
+        not_run=(),
+        fault=None,
+        required=(),
+    )
+    assert not nothing.passed
+    missing = dataclasses.replace(nothing, required=(OPENVINO,))
+    assert not missing.passed
+    assert "FAILED: openvino not run (it had to run)" in str(missing)
 
 
 def test_an_unknown_runtime_is_refused(tmp_path: Path) -> None:

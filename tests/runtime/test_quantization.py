@@ -63,7 +63,10 @@ def test_calibration_lowers_the_errors_of_outputs_and_says_by_how_much(tmp_path:
         assert tensor.output_error is not None
         assert tensor.output_error_before is not None
         assert tensor.output_error <= tensor.output_error_before
-    assert f"the errors of the outputs are {report.improvement:.1%} lower" in str(report)
+    assert (
+        f"the errors of the outputs are {report.improvement:.1%} lower, measured on tokens of the calibration text itself"
+        in str(report)
+    )
     assert json.loads(report.to_json())["improvement"] == report.improvement
     Model.from_pretrained(tmp_path).generate("ROMEO:", max_new_tokens=5)
 
@@ -88,12 +91,23 @@ def test_the_activations_are_those_of_the_model(changes: dict[str, Any]) -> None
 
 def test_a_calibration_text_becomes_windows() -> None:
     model = Model.from_pretrained(LETTERS)
-    assert calibration_ids(model.tokenizer, "ROMEO", model.config).shape == (1, 5)
+    assert calibration_ids(model.tokenizer, "ROMEO" * 4, model.config).shape == (1, 20)
     assert calibration_ids(model.tokenizer, ["ROMEO" * 500, "x" * 10000], model.config).shape == (8, 512)
-    with pytest.raises(OptionError, match="is empty"):
-        calibration_ids(model.tokenizer, "", model.config)
     with pytest.raises(OptionError, match="no tokenizer"):
         calibration_ids(None, "x", model.config)
+
+
+@pytest.mark.parametrize("text", ["", " \n\t ", [], ["", "\n"], "ROMEO", ["ROMEO", "x" * 10]])
+def test_a_text_that_is_no_evidence_is_refused_before_anything_is_written(
+    text: str | list[str], tmp_path: Path
+) -> None:
+    # The demo has a BOS token, which alone made a text of nothing.
+    for source in ("demo", LETTERS):
+        if source == "demo" and text == ["ROMEO", "x" * 10]:
+            continue
+        with pytest.raises(OptionError, match=r"the calibration text (is empty|has \d+ tokens): it needs 16"):
+            llama_ext.quantize(source, tmp_path / "x", "int4", calibration=text)
+    assert not (tmp_path / "x").exists()
 
 
 def test_other_sources_and_wrong_options(tmp_path: Path) -> None:
@@ -105,6 +119,24 @@ def test_other_sources_and_wrong_options(tmp_path: Path) -> None:
         llama_ext.quantize(LETTERS, tmp_path / "x", "float16")
     with pytest.raises(OptionError, match="no tokenizer"):
         llama_ext.quantize(tmp_path / "int8", tmp_path / "x", calibration="text")
+
+
+def test_a_loaded_model_is_to_be_saved_first(tmp_path: Path) -> None:
+    model: Any = Model.from_pretrained(LETTERS)
+    for function, name in ((llama_ext.quantize, "quantize"), (llama_ext.convert, "convert")):
+        with pytest.raises(OptionError, match=rf"got LlamaForCausalLM\. Save a loaded model first.*then {name}\("):
+            function(model, tmp_path / "x.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unwritable_directory_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(*_: Any) -> None:
+        raise AssertionError("a matrix was quantised")
+
+    monkeypatch.setattr("llama_ext.runtime.quantization._quantize_one", work)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(NotADirectoryError, match="no files can be written into this directory"):
+        llama_ext.quantize(LETTERS, tmp_path / "file" / "x")
 
 
 @requires_shared

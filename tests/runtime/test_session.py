@@ -272,6 +272,53 @@ def test_a_damaged_session_is_a_format_error(tiny: Model, tmp_path: Path) -> Non
         tiny.load_session(path)
 
 
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "int8"])
+def test_a_single_flipped_bit_anywhere_in_a_session_is_noticed(kv_dtype: str, tiny: Model, tmp_path: Path) -> None:
+    session = tiny.session(kv_dtype=kv_dtype)
+    session.append([1, 2, 3])
+    path = tmp_path / "s"
+    session.save(path)
+    whole = path.read_bytes()
+    for index in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[index] ^= 1 << index % 8
+        path.write_bytes(damaged)
+        try:
+            loaded = tiny.load_session(path)
+        except llama_ext.LlamaExtError:
+            continue
+        # Blanks of the header may be other blanks: what was saved is unchanged.
+        assert loaded.tokens == [1, 2, 3], index
+        assert loaded.max_length == session.max_length, index
+        assert (loaded.append([4]) == tiny.session(kv_dtype=kv_dtype).append([1, 2, 3, 4])).all(), index
+    path.write_bytes(whole)
+    assert tiny.load_session(path).tokens == [1, 2, 3]
+    payload = bytearray(whole)
+    payload[-1] ^= 1
+    path.write_bytes(payload)
+    with pytest.raises(llama_ext.FormatError, match=r"s: damaged since it was saved: the checksum"):
+        tiny.load_session(path)
+
+
+def test_a_session_of_an_earlier_version_is_refused_and_told_apart(tiny: Model, tmp_path: Path) -> None:
+    tiny.session().save(tmp_path / "s")
+    with safe_open(tmp_path / "s", "np") as file:
+        metadata = file.metadata()
+    del metadata["crc32"]
+    save_file(load_file(tmp_path / "s"), tmp_path / "s", metadata={**metadata, "format": "llama_ext session 1"})
+    with pytest.raises(llama_ext.FormatError, match=r"saved by an earlier version.*Run its text again"):
+        tiny.load_session(tmp_path / "s")
+
+
+def test_a_session_in_a_missing_directory_names_both(
+    tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="the directory nodir does not exist") as caught:
+        tiny.session().save("nodir/x.session")
+    assert caught.value.filename == "nodir/x.session"
+
+
 def test_a_failed_save_leaves_the_old_file(tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session = tiny.session()
     session.append([1, 2])

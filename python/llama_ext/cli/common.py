@@ -71,8 +71,8 @@ _SHORT = {"prompt_lookup_num_tokens": "prompt_lookup"}
 # A name with an underscore is an option wherever it stands; one without is an ordinary word unless a value follows.
 _OPTION_IN_TEXT = re.compile(
     r"(?<![-\w])("
-    + "|".join(name for name in (*_OPTIONS, "draft_model") if "_" in name)
-    + r"|(?:temperature|stop|seed|stride|context|threads)(?==| must)"
+    + "|".join(name for name in (*_OPTIONS, "draft_model", "group_size", "max_file_bytes") if "_" in name)
+    + r"|(?:temperature|stop|seed|stride|context|threads|steps)(?==| must)"
     + r")\b(?!=\S+ of the checkpoint)"
 )
 
@@ -82,6 +82,16 @@ _TRAINING_OPTION = re.compile(
     r"^(batch_size|epochs|max_steps|grad_accum|lr|warmup|weight_decay|dropout|skip_outliers|seed|validate_every|save_every"
     r"|keep_last|patience|peak_flops|vocab_size)(?= must)"
 )
+
+# What is said with a value there, and by its name alone here.
+_FLAGS = {
+    "do_sample=False": "--greedy",
+    "resume=True": "--resume",
+    "overwrite=True": "--overwrite",
+    "symmetric belongs": "--asymmetric belongs",
+    "with variant=": "with --variant",
+    "dtype='": "--dtype '",
+}
 
 _ESCAPES = {"\\n": "\n", "\\t": "\t", "\\r": "\r", "\\\\": "\\"}
 
@@ -238,8 +248,8 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def in_words_of_the_command(message: str) -> str:
     """A message of the library with its options spelled as on the command line."""
-    message = message.replace("do_sample=False", "--greedy").replace("resume=True", "--resume")
-    message = message.replace("overwrite=True", "--overwrite")
+    for flag, option in _FLAGS.items():
+        message = message.replace(flag, option)
     message = _TRAINING_OPTION.sub(
         lambda match: "--" + _TRAINING_WORDS.get(match[1], match[1]).replace("_", "-"), message
     )

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from llama_ext.cli.common import MODEL_HELP, read_text, write
+from llama_ext.errors import OptionError
 
 if TYPE_CHECKING:
     from llama_ext.cli.common import Commands
@@ -17,7 +18,8 @@ Compares an exported ONNX graph in onnxruntime, the native model, and float64
 arithmetic on the same stored weights: logits, greedy generation through the KV
 cache, chunks, padded batches, the end of the context. What fewer bits for the
 weights cost is told apart. Where onnxruntime differs, the first layer and
-operation are named. Exits with 0 only when everything is within its gates."""
+operation are named. Exits with 0 only when everything is within its gates, and
+all of --runtimes were run."""
 
 _EPILOG = """
 examples:
@@ -59,7 +61,7 @@ def add_to(commands: Commands) -> None:
         default=[],
         choices=("onnxruntime-genai", "openvino"),
         metavar="NAME",
-        help="others to compare as well: onnxruntime-genai, openvino",
+        help="others to compare as well, which have to be installed: onnxruntime-genai, openvino",
     )
     parser.add_argument("--json", metavar="FILE", help="write the report there as well, as JSON; - prints it instead")
     parser.add_argument(
@@ -70,14 +72,28 @@ def add_to(commands: Commands) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
+def _text(path: str) -> str:
+    text = read_text(path)
+    if not text.strip():
+        name = "standard input" if path == "-" else path
+        raise OptionError(
+            f"--text {name} is empty: nothing can be compared on it. Leave --text out for three short ones"
+        )
+    return text
+
+
 def run(args: argparse.Namespace) -> int:
     """Runs the subcommand."""
+    from llama_ext.io.atomic import atomic_write, check_file
     from llama_ext.onnx.verification import verify
 
+    to_file = args.json is not None and args.json != "-"
+    if to_file:
+        check_file(args.json)
     report = verify(
         args.model,
         args.out,
-        texts=None if args.text is None else [read_text(path) for path in args.text],
+        texts=None if args.text is None else [_text(path) for path in args.text],
         steps=args.steps,
         variant=args.variant,
         threads=args.threads,
@@ -87,9 +103,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json == "-":
         write(report.to_json())
     else:
-        if args.json is not None:
-            from llama_ext.io.atomic import atomic_write
-
+        if to_file:
             with atomic_write(args.json, follow_links=True) as file:
                 file.write(report.to_json().encode("utf-8"))
         write(f"{report}\n")

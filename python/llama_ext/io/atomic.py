@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import stat
@@ -10,7 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["atomic_write", "remove", "sync_folder"]
+__all__ = ["atomic_write", "check_file", "check_folder", "remove", "sync_folder"]
+
+# What writing bytes may raise.
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+# O_EXCL and an unguessable name: nobody can place a link there beforehand.
+_NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:
@@ -45,6 +51,78 @@ def remove(path: str | os.PathLike[str]) -> None:
         sync_folder(Path(path).parent)
 
 
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """Refuses a directory that cannot be created or written into, before the work whose result it is to hold.
+
+    It is tried: what is missing is created and removed again, as permissions alone do not tell.
+
+    Args:
+        folder: The directory, there or not.
+
+    Raises:
+        OSError: It cannot be written into; `filename` is `folder`.
+    """
+    path = Path(folder)
+    missing = [each for each in (path, *path.parents) if not os.path.lexists(each)]
+    made: list[Path] = []
+    try:
+        for each in reversed(missing):
+            # Another process may be as far.
+            with contextlib.suppress(FileExistsError):
+                each.mkdir()
+                made.append(each)
+        _try_to_create(path / "x")
+    except OSError as error:
+        reason = f"no files can be written into this directory: {error.strerror}"
+        raise OSError(error.errno, reason, os.fspath(folder)) from error
+    finally:
+        for each in reversed(made):
+            with contextlib.suppress(OSError):
+                each.rmdir()
+
+
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Refuses a file that `atomic_write` could not write, before the work whose result it is to hold.
+
+    Args:
+        path: The file, there or not; a link is followed.
+
+    Raises:
+        OSError: It cannot be written; `filename` is `path`.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        _refuse_folder(target)
+        _try_to_create(target)
+    except OSError as error:
+        raise _named(error, path, target) from error
+
+
+def _try_to_create(target: Path) -> None:
+    temporary = _temporary(target)
+    os.close(os.open(temporary, _NEW_FILE, 0o600))
+    os.unlink(temporary)
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f".{target.name[:200]}.{secrets.token_hex(8)}.tmp")
+
+
+def _refuse_folder(target: Path) -> None:
+    if target.is_dir() and not target.is_symlink():
+        raise IsADirectoryError(errno.EISDIR, "this is a directory: name a file", os.fspath(target))
+
+
+def _named(error: OSError, path: str | os.PathLike[str], target: Path) -> OSError:
+    """The same error of the file that was to be written: the temporary one is nothing that the user knows."""
+    reason = error.strerror
+    if isinstance(error, FileNotFoundError) and not target.parent.is_dir():
+        reason = f"the directory {target.parent} does not exist: create it first"
+    elif isinstance(error, NotADirectoryError):
+        reason = f"{target.parent} is not a directory"
+    return OSError(error.errno, reason, os.fspath(path))
+
+
 @contextlib.contextmanager
 def atomic_write(
     path: str | os.PathLike[str],
@@ -72,16 +150,20 @@ def atomic_write(
         A binary file open for writing and seeking.
 
     Raises:
-        OSError: When the folder does not exist or cannot be written, or the disk is full.
+        OSError: When the folder does not exist or cannot be written, or the disk is full; `filename` is `path`.
     """
     target = Path(os.path.realpath(path) if follow_links else path)
     mode = None
     with contextlib.suppress(OSError):
         found = os.lstat(target).st_mode
         mode = None if stat.S_ISLNK(found) else stat.S_IMODE(found)
-    # O_EXCL and an unguessable name: nobody can place a link there beforehand. 0o666 is cut by the umask, as in open().
-    temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(8)}.tmp")
-    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        _refuse_folder(target)
+        temporary = _temporary(target)
+        # 0o666 is cut by the umask, as in open().
+        descriptor = os.open(temporary, _NEW_FILE, 0o666)
+    except OSError as error:
+        raise _named(error, path, target) from error
     try:
         with os.fdopen(descriptor, "w+b") as file:
             yield file
@@ -95,9 +177,14 @@ def atomic_write(
         if replacing is not None:
             replacing()
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+        # A full disk names no file at all. Others that the block works with keep their names.
+        if isinstance(error, OSError) and (
+            error.filename == os.fspath(temporary) or (error.filename is None and error.errno in _OF_THE_DISK)
+        ):
+            raise _named(error, path, target) from error
         raise
     if sync:
         sync_folder(target.parent)

@@ -219,9 +219,7 @@ def _write(
     )
     write_model(graph, model)
     nbytes = sum(path.stat().st_size for path in (graph, *data))
-    return ExportResult(
-        folder, graph, tuple(data), profile.name, weights.dtype, nbytes, None, "it was not asked for (verify=False)"
-    )
+    return ExportResult(folder, graph, tuple(data), profile.name, weights.dtype, nbytes, None, "it was not asked for")
 
 
 def _write_data(

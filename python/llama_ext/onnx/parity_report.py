@@ -105,7 +105,8 @@ class ParityReport:
         loss_note: About `loss`, in words.
         not_run: What was not compared, and why.
         fault: Where a runtime first differs, when a check has failed.
-        required: The runtimes without which nothing has passed.
+        required: The runtimes without which nothing has passed: the native model and onnxruntime where they can run it, and those
+            that were asked for by name.
         seconds: How long it took; no part of the hash.
     """
 
@@ -126,11 +127,20 @@ class ParityReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every runtime that ran passed, and those that had to run did."""
+        """Whether every runtime that ran passed, those that had to run did, and one at least ran."""
         verdicts = self.verdicts
-        return all(verdict != "failed" for verdict in verdicts.values()) and all(
-            verdicts.get(runtime) == "passed" for runtime in self.required
-        )
+        return not self.differs and "passed" in verdicts.values() and not self._missing
+
+    @property
+    def differs(self) -> bool:
+        """Whether a runtime that ran has failed: a report may also not have passed because one did not run."""
+        return "failed" in self.verdicts.values()
+
+    @property
+    def _missing(self) -> list[str]:
+        """The runtimes that had to run and did not."""
+        verdicts = self.verdicts
+        return [runtime for runtime in self.required if verdicts.get(runtime, "not run") == "not run"]
 
     @property
     def verdicts(self) -> dict[str, str]:
@@ -192,7 +202,10 @@ class ParityReport:
             console.print(f"not run: {skipped.runtime}, {skipped.name}: {skipped.reason}", markup=False)
         if self.fault is not None:
             console.print(str(self.fault), markup=False)
-        verdicts = ", ".join(f"{runtime} {verdict}" for runtime, verdict in self.verdicts.items())
+        verdicts = ", ".join(
+            f"{runtime} {verdict}{' (it had to run)' * (runtime in self._missing)}"
+            for runtime, verdict in {**dict.fromkeys(self._missing, "not run"), **self.verdicts}.items()
+        )
         console.print(f"{'PASSED' if self.passed else 'FAILED'}: {verdicts}", markup=False)
         console.print(f"report {self.hash}", markup=False)
         return "\n".join(line.rstrip() for line in written.getvalue().splitlines())

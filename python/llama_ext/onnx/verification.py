@@ -76,13 +76,14 @@ def verify(
     Args:
         model_or_path: What was exported: a loaded model, a directory, a GGUF file or a Hub id.
         out_dir: What `export` wrote.
-        texts: A text, texts, or lists of token ids. None: three short texts; for a model without a tokenizer pseudo-random ids.
+        texts: A text, texts, or lists of token ids, none of them empty. None: three short texts; for a model without a tokenizer pseudo-random ids.
         steps: Tokens to generate, >= 1; fewer where the context has no room for them.
         variant: Which graph, as for `OrtModel`. None: the one that genai_config.json names, which is the one exported last.
         threads: Of the native model and of onnxruntime. None: as many as a native model gets.
-        runtimes: Others to compare, of "onnxruntime-genai" (its tokens) and "openvino". One that is not installed is not run.
+        runtimes: Others to compare, of "onnxruntime-genai" (its tokens) and "openvino". One that is not installed, or cannot run
+            this graph, is not run, and the report has not passed.
         record: Whether to write the report's hash into the graph's metadata when it has passed, and to remove an older one when
-            it has not.
+            a runtime has failed.
         progress: Told what begins. None: a bar on a terminal.
         limits: What a file may ask for.
 
@@ -91,7 +92,7 @@ def verify(
 
     Raises:
         FormatError: A file is missing or malformed, or the graph is not of such a model.
-        OptionError: An option is out of range, or the graph was made from another model.
+        OptionError: An option is out of range, a text is empty, or the graph was made from another model.
         ContextLengthError: A text is longer than the context.
         TokenIdError: A token id outside the vocabulary.
         UnsupportedError: onnxruntime or onnx is not installed, or too old for the graph.
@@ -103,6 +104,7 @@ def verify(
         raise OptionError(f"steps must be a whole number >= 1, got {steps!r}")
     number = checked_threads(threads)
     others = checked_runtimes(runtimes)
+    _refuse_blank(texts)
     folder = Path(out_dir)
     path = _graph(folder, variant)
     graph = GraphFile(path)
@@ -153,15 +155,28 @@ def _graph(folder: Path, variant: str | None) -> Path:
 
 
 def _record(graph: GraphFile, report: ParityReport) -> None:
-    """The hash of a report that has passed goes into the graph; one that it has from before does not outlive a failure."""
+    """The hash of a report that has passed goes into the graph; one from before does not outlive a difference.
+
+    A runtime that did not run says nothing of the graph.
+    """
     there = graph.metadata.get(metadata.REPORT_KEY)
     if report.passed and there != report.hash:
         metadata.set_report_hash(graph.path, report.hash)
-    elif not report.passed and there:
+    elif report.differs and there:
         metadata.set_report_hash(graph.path, "")
 
 
 # -- texts ------------------------------------------------------------------------------------------------------------------
+
+
+def _refuse_blank(texts: object) -> None:
+    """An empty text is no evidence, even where a tokenizer makes a BOS token of it."""
+    several = [texts] if isinstance(texts, str) else texts if isinstance(texts, (list, tuple)) else []
+    for index, text in enumerate(several):
+        if isinstance(text, str) and not text.strip():
+            raise OptionError(
+                f"texts[{index}] is empty: nothing can be compared on it. Leave texts out for three short ones"
+            )
 
 
 def _sequences(texts: object, source: Source) -> list[np.ndarray[Any, np.dtype[np.int32]]]:

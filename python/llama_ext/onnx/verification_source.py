@@ -33,6 +33,17 @@ _EXACT = {
     "bfloat16": ("bfloat16",),
 }
 
+# What every graph of one model has in common, however it was written and stored.
+_SHAPE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+
 Options = tuple[int | None, bool | None]
 
 
@@ -90,11 +101,13 @@ def open_source(
     if dtype not in DTYPES:
         raise FormatError(f"the graph's dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.", path=str(graph.path))
     if isinstance(model_or_path, LlamaForCausalLM):
+        _check_shape(graph, model_or_path.config)
         yield _of_model(model_or_path, graph, dtype, threads)
         return
     if not isinstance(model_or_path, (str, os.PathLike)):
         raise OptionError(f"verify takes a LlamaForCausalLM or a path, got {type(model_or_path).__name__}")
     with open_model(model_or_path, limits=limits) as files, files.named_in_errors():
+        _check_shape(graph, files.config)
         weights = _as_in(graph, dtype, lambda group, symmetric: FileWeights(files, dtype, group, symmetric))
         stored = files.stored_types()
         below = _below(weights)
@@ -124,6 +137,21 @@ def open_source(
             native=native,
             stored=stored_weights,
         )
+
+
+def _check_shape(graph: GraphFile, config: LlamaConfig) -> None:
+    """Refuses a graph of another model, before its weights are looked at and quantisation is blamed."""
+    path = graph.path.parent.parent / "config.json"
+    if not path.is_file():  # the graph alone still says much
+        return
+    exported = LlamaConfig.from_pretrained(path)
+    for name in _SHAPE:
+        found, expected = getattr(exported, name), getattr(config, name)
+        if found != expected:
+            raise OptionError(
+                f"{graph.path} was exported from another model: {path.name} beside it has {name} {found}, this model has "
+                f"{expected}. Name the model that it was exported from, or export this one"
+            )
 
 
 def _of_model(model: LlamaForCausalLM, graph: GraphFile, dtype: str, threads: int) -> Source:
@@ -196,7 +224,13 @@ def _with_head(below: Weights, original: Weights, weights: GraphWeights) -> Weig
 
 def _as_in(graph: GraphFile, dtype: str, make: Callable[[int | None, bool | None], GraphWeights]) -> GraphWeights:
     """The weights with the options of quantisation that give the groups which the graph has."""
-    first = make(None, None)
+    try:
+        first = make(None, None)
+    except OptionError as error:  # this model's codes are of another kind, and an export keeps them
+        raise OptionError(
+            f"{graph.path} has {dtype} weights, which no export of this model has, as it is quantised otherwise: was it exported "
+            "from another model?"
+        ) from error
     if dtype not in QUANTIZED or _fits(graph, first):
         return first
     options: list[Options] = [(group, symmetric) for symmetric in (True, False) for group in (None, *GROUP_SIZES)]

@@ -185,7 +185,8 @@ class Weights(abc.ABC):
             if self.dtype != own or group_size is not None or symmetric is not None:
                 raise OptionError(
                     f"the model is quantised as {stored[''][0]} already, and quantising it again would lose more: export it "
-                    f"as dtype={own!r}, without group_size and symmetric, or widened as 'float32'"
+                    f"as {own} with the groups that it has, which is what an export without further options does, or widened as "
+                    "float32"
                 )
             self.types = {slot: stored.get(slot, stored[""]) for slot in slots}
         elif self.dtype in QUANTIZED:

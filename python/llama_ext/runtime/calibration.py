@@ -17,8 +17,10 @@ from llama_ext.errors import OptionError
 from llama_ext.models.config import LlamaConfig
 from llama_ext.runtime.tokenizer import Tokenizer
 
-__all__ = ["MOST_TOKENS", "Activations", "calibration_ids"]
+__all__ = ["FEWEST_TOKENS", "MOST_TOKENS", "Activations", "calibration_ids"]
 
+# Half of fewer are no evidence of which columns matter, and the other half none of what that gained.
+FEWEST_TOKENS = 16
 # More tell hardly more about the mean square of a column, and each costs a forward pass.
 MOST_TOKENS = 4096
 _WINDOW = 512
@@ -41,15 +43,24 @@ def calibration_ids(
         (windows, T) token ids.
 
     Raises:
-        OptionError: There is no tokenizer, or there are no tokens.
+        OptionError: There is no tokenizer, the text is blank, or it has fewer than `FEWEST_TOKENS` tokens.
     """
+    texts = [text] if isinstance(text, str) else list(text)
+    if not any(each.strip() for each in texts):
+        # Before a BOS token makes it look like a text of one token.
+        raise OptionError(
+            f"the calibration text is empty: it needs {FEWEST_TOKENS} tokens at least, better some thousand, of text like "
+            "that the model is for"
+        )
     if tokenizer is None:
         raise OptionError("this model has no tokenizer, so it cannot read a calibration text")
-    texts = [text] if isinstance(text, str) else list(text)
     ids = np.array([index for each in texts for index in tokenizer.encode(each)][:MOST_TOKENS], dtype=np.int32)
     length = min(_WINDOW, config.max_position_embeddings, ids.size)
-    if length == 0:
-        raise OptionError("the calibration text is empty")
+    if ids.size < FEWEST_TOKENS:
+        raise OptionError(
+            f"the calibration text has {ids.size} tokens: it needs {FEWEST_TOKENS} at least, better some thousand, of text like "
+            "that the model is for"
+        )
     return ids[: ids.size // length * length].reshape(-1, length)
 
 

@@ -52,7 +52,8 @@ def convert(
 
     Args:
         path_or_hub_id: As `LlamaForCausalLM.from_pretrained`.
-        out: A path that ends in .gguf for a GGUF file; anything else is a directory of safetensors, created if need be.
+        out: A path that ends in .gguf for a GGUF file, in a directory that exists; anything else is a directory of safetensors,
+            created if need be.
         dtype: Of the matrices: "f32", "f16", "bf16", and of GGUF files also "q8_0" and "q4_0", whose tables (embedding and
             head) are Q8_0. Norms and biases are kept as they are. None: as they are stored, and quantised ones as f32.
         revision: Of the Hub: a branch, tag or commit.
@@ -62,12 +63,17 @@ def convert(
         `out`.
 
     Raises:
-        OptionError: Another dtype, or one that safetensors do not have.
+        OptionError: Another dtype, or one that safetensors do not have; or `path_or_hub_id` is no path.
         UnsupportedError: A tokenizer or a rotation that GGUF has no words for.
         NumericError: A weight is beyond the range of the dtype.
         FormatError, CheckpointError, LimitError: The model cannot be read.
         OSError: `out` cannot be written.
     """
+    if not isinstance(path_or_hub_id, (str, os.PathLike)):
+        raise OptionError(
+            f"convert reads the files of a model: path_or_hub_id must be a path or a Hub id, got {type(path_or_hub_id).__name__}. "
+            "Save a loaded model first: model.save_pretrained(directory), then convert(directory, ...)"
+        )
     target = Path(out)
     to_gguf = target.suffix == ".gguf"
     if dtype is not None and dtype not in DTYPES:

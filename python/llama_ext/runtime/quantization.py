@@ -13,6 +13,7 @@ import numpy as np
 from llama_ext import _core
 from llama_ext._arrays import FloatArray
 from llama_ext.errors import NumericError, OptionError
+from llama_ext.io.atomic import check_folder
 from llama_ext.limits import DEFAULT_LIMITS, Limits
 from llama_ext.runtime.calibration import Activations, calibration_ids
 from llama_ext.runtime.feedback import Feedback, round_with_feedback
@@ -70,7 +71,10 @@ class QuantizationReport:
 
     @property
     def improvement(self) -> float | None:
-        """By which share calibration lowered the errors of the outputs, on average over matrices; None without one."""
+        """By which share calibration lowered the errors of the outputs, on average over matrices; None without one.
+
+        It is measured on tokens of the calibration text itself that were kept out of the calibration.
+        """
         ratios = [
             math.log(tensor.output_error / tensor.output_error_before)
             for tensor in self.tensors
@@ -105,7 +109,8 @@ class QuantizationReport:
         lines.append(f"{self.original_nbytes / 2**20:,.1f} MiB -> {self.nbytes / 2**20:,.1f} MiB")
         if self.improvement is not None:
             lines.append(
-                f"calibrated on {self.calibration_tokens:,} tokens: the errors of the outputs are {self.improvement:.1%} lower"
+                f"calibrated on {self.calibration_tokens:,} tokens: the errors of the outputs are {self.improvement:.1%} lower, "
+                "measured on tokens of the calibration text itself that were kept out; other text may gain less"
             )
         return "\n".join(lines)
 
@@ -130,7 +135,7 @@ def quantize(
         dtype: "int8", or "int4" with the embedding and the head as int8.
         group_size: Weights of a row that share a scale, 128, 64 or 32. None: the largest that divides.
         symmetric: Whether a group has a scale alone (None, True) or also a minimum (False).
-        calibration: A text like those the model is for, of some thousand tokens. Weights are then rounded column by column, and
+        calibration: A text like those the model is for, of some thousand tokens, 16 at least. Weights are then rounded column by column, and
             later columns make up for the errors of earlier ones on the text. A matrix whose outputs gain nothing by that, on
             tokens that were kept out of it, is quantised without.
         threads: None: as `LlamaForCausalLM`.
@@ -141,22 +146,29 @@ def quantize(
         How far each matrix is off.
 
     Raises:
-        OptionError: An option is unknown or out of range, or a calibration text without a tokenizer.
+        OptionError: An option is unknown or out of range, `path_or_hub_id` is no path, the calibration text is empty or has fewer
+            than 16 tokens, or the model has no tokenizer to read it.
         NumericError: A weight that no scale can express, or activations on the text that are not finite.
         FormatError, CheckpointError, UnsupportedError, LimitError: The model cannot be read.
         OutOfMemoryError: The quantised weights do not fit into memory.
-        OSError: The directory cannot be written.
+        OSError: The directory cannot be written, which is found out before the work.
 
     Source: of the calibration, Frantar et al., "GPTQ", 2022; of weighing errors by the inputs when scales are chosen, llama.cpp's
     importance matrix.
     """
     if dtype not in ("int8", "int4"):
         raise OptionError(f"dtype must be int8 or int4, got {dtype!r}. `convert` writes the others")
+    if not isinstance(path_or_hub_id, (str, os.PathLike)):
+        raise OptionError(
+            f"quantize reads the files of a model: path_or_hub_id must be a path or a Hub id, got {type(path_or_hub_id).__name__}. "
+            "Save a loaded model first: model.save_pretrained(directory), then quantize(directory, ...)"
+        )
     with open_model(path_or_hub_id, revision=revision, limits=limits) as files:
         config = files.config
         ids = None if calibration is None else calibration_ids(files.tokenizer, calibration, config)
         # Through the base class: the types of a packed model are to be made anew.
         types = ModelFiles.types(files, dtype, group_size, symmetric)
+        check_folder(directory)
         core = _core.Model(_core.Backend("cpu", checked_threads(threads)), core_config(config), types)
         tensors = {tensor.slot: tensor for tensor in files.tensors}
         found: list[QuantizedTensor] = []

@@ -182,13 +182,13 @@ class Session:
                 self._core.append(np.array([last], dtype=np.int32), "none")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the tokens and their keys and values to a safetensors file, whole or not at all.
+        """Writes the tokens and their keys and values to a safetensors file, whole or not at all, with a checksum of them.
 
         Args:
             path: The file; an existing one is replaced.
 
         Raises:
-            OSError: It cannot be written.
+            OSError: It cannot be written: its directory has to exist. `filename` is `path`.
         """
         write_session(path, self._model, self._core, self._adapter)
 

@@ -1,7 +1,8 @@
 """A session on disk: a safetensors file with the keys and values of each layer, and whose they are.
 
-Metadata: `format`, `tokens` (a JSON list of ids), `max_length`, `kv_dtype` and `model`, a fingerprint: keys and values mean
-nothing to another model. Tensors: `layers.{i}.k` and `layers.{i}.v`, (T, K, D) in the cache's dtype.
+Metadata: `format`, `tokens` (a JSON list of ids), `max_length`, `kv_dtype`, `model`, a fingerprint: keys and values mean
+nothing to another model; and `crc32` of all these and of the tensors, eight hexadecimal digits: a damaged key would only make
+for another text. Tensors: `layers.{i}.k` and `layers.{i}.v`, (T, K, D) in the cache's dtype.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator
+import zlib
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -28,7 +30,11 @@ if TYPE_CHECKING:
 
 __all__ = ["SavedSession", "fingerprint", "read_session", "weights_hash", "write_session"]
 
-_FORMAT = "llama_ext session 1"
+_FORMAT = "llama_ext session 2"
+# Without a checksum.
+_OLD_FORMATS = ("llama_ext session 1",)
+# The checksum's own entry is left out.
+_CHECKED = ("format", "tokens", "max_length", "kv_dtype", "model")
 # How keys and values of each dtype are stored: int8 ones as the numbers they stand for, which rounding gives back.
 _STORED = {"float32": "float32", "bfloat16": "bfloat16", "int8": "float32"}
 # What a fingerprint takes of a tensor.
@@ -98,16 +104,17 @@ def write_session(
     config = model.config
     tokens = core.tokens
     shape = (len(tokens), config.num_key_value_heads, config.head_dim)
-    tensors: list[TensorSource] = []
-    for layer in range(config.num_hidden_layers):
-        for index, name in enumerate("kv"):
 
-            def read(layer: int = layer, index: int = index) -> list[Array]:
-                values = core.read_layer(layer)[index]
-                # The cache's bfloat16 came widened: its lower half is zero.
-                return [(values.view(np.uint32) >> 16).astype(np.uint16) if core.kv_dtype == "bfloat16" else values]
+    def stored(layer: int, index: int) -> Array:
+        values: Array = core.read_layer(layer)[index]
+        # The cache's bfloat16 came widened: its lower half is zero.
+        return (values.view(np.uint32) >> 16).astype(np.uint16) if core.kv_dtype == "bfloat16" else values
 
-            tensors.append((f"layers.{layer}.{name}", _STORED[core.kv_dtype], shape, read))
+    def source(layer: int, index: int) -> TensorSource:
+        return f"layers.{layer}.{'kv'[index]}", _STORED[core.kv_dtype], shape, lambda: [stored(layer, index)]
+
+    places = [(layer, index) for layer in range(config.num_hidden_layers) for index in range(2)]
+    tensors = [source(*place) for place in places]
     metadata = {
         "format": _FORMAT,
         "tokens": json.dumps(tokens, separators=(",", ":")),
@@ -115,8 +122,20 @@ def write_session(
         "kv_dtype": core.kv_dtype,
         "model": _identity(model, adapter),
     }
+    # The header comes first in the file, so everything is read twice: memory holds one tensor at a time either way.
+    metadata["crc32"] = _checksum(metadata, (stored(*place) for place in places))
     # The user named this file: a link at its path stays one.
-    write_safetensors(os.path.realpath(path), tensors, metadata)
+    write_safetensors(os.path.realpath(path) if os.path.islink(path) else path, tensors, metadata)
+
+
+def _checksum(metadata: Mapping[str, str], tensors: Iterable[Array]) -> str:
+    """CRC-32 of the entries and of the tensors, keys before values, layer by layer: of whole tensors, as they are stored."""
+    found = 0
+    for key in _CHECKED:
+        found = zlib.crc32(f"/{key}/{metadata.get(key, '')}/".encode(), found)
+    for values in tensors:
+        found = zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data, found)
+    return f"{found:08x}"
 
 
 class SavedSession:
@@ -142,6 +161,15 @@ class SavedSession:
         metadata = self._file.metadata
         if metadata.get("format") != _FORMAT:
             found = metadata.get("format", "nothing")[:80]
+            if found in _OLD_FORMATS:
+                raise FormatError(
+                    f"saved by an earlier version: its format is {found!r}, which has no checksum, and must be {_FORMAT!r}. "
+                    "Run its text again, and save that",
+                    path=path,
+                    field="format",
+                    expected=_FORMAT,
+                    got=found,
+                )
             raise FormatError(f"not a saved session: its format must be {_FORMAT!r}, got {found!r}", path=path)
         if metadata.get("model") != _identity(model, adapter):
             raise FormatError(
@@ -177,6 +205,18 @@ class SavedSession:
                     field=name,
                 )
         self.tokens: IntArray = np.array(tokens, dtype=np.int32)
+        layers = range(config.num_hidden_layers)
+        made = _checksum(metadata, (self._file.read(f"layers.{layer}.{name}") for layer in layers for name in "kv"))
+        said = metadata.get("crc32", "none")[:80]
+        if made != said:
+            raise FormatError(
+                f"damaged since it was saved: the checksum of what it holds is {made}, the file says {said}. "
+                "Restore it from a copy, or run its text again",
+                path=path,
+                field="crc32",
+                expected=said,
+                got=made,
+            )
 
     def layer(self, layer: int) -> tuple[FloatArray, FloatArray]:
         """Keys and values of a layer, (T, K, D) float32 each."""
