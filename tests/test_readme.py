@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import llama_ext
+
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
@@ -32,6 +34,14 @@ def test_python_examples_run_as_printed(tmp_path: Path, monkeypatch: pytest.Monk
             exec(compile(block, f"README example {number}", "exec"), names)
     assert "ROMEO:" in printed.getvalue()
     assert (tmp_path / "random-llama" / "model.safetensors").exists()
+    output = names["output"]
+    assert isinstance(output, llama_ext.GenerationOutput)
+    # The printed numbers; another instruction set may round another way in a close call, but most guesses stay right.
+    shown = re.search(r"print\(output\.drafted_tokens, .*# (\d+) (\d+);", README.read_text(encoding="utf-8"))
+    assert shown is not None
+    drafted, accepted = int(shown[1]), int(shown[2])
+    assert (output.drafted_tokens, output.accepted_tokens) == (drafted, accepted) or llama_ext.info().isa != "avx2"
+    assert output.accepted_tokens > output.drafted_tokens / 2
 
 
 def test_commands_run_as_printed_one_after_the_other(

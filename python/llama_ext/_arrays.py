@@ -18,9 +18,11 @@ __all__ = [
     "FloatArray",
     "IntArray",
     "allocate",
+    "array_of",
     "as_whole",
     "assign",
     "check_token_range",
+    "conversion",
     "destination",
     "finish",
     "flat",
@@ -74,12 +76,24 @@ def float32_array(op: str, what: str, value: object, inner: int | None = 1) -> F
             )
         return value  # type: ignore[return-value]
     if not isinstance(value, np.ndarray):
-        raise DTypeError(f"{op}: {what} must be a NumPy array of float32, got {type(value).__name__}")
+        raise DTypeError(f"{op}: {what} {array_of('float32')}, got {type(value).__name__}")
     if value.dtype != np.float32:
         found = "bfloat16" if isinstance(value, Bfloat16Bits) else value.dtype
-        raise DTypeError(f"{op}: {what} must be float32, got {found}. Convert it first: {what}.astype(numpy.float32)")
+        raise DTypeError(f"{op}: {what} must be float32, got {found}. {conversion(what, value)}")
     # Not ascontiguousarray: that turns a scalar array into a vector.
     return np.asarray(value, order="C")
+
+
+def array_of(kind: str) -> str:
+    """The words for what an operation takes: arrays of other libraries have become NumPy's when they are checked."""
+    return f"must be a NumPy array of {kind}, or one with __dlpack__ (torch, JAX, CuPy)"
+
+
+def conversion(what: str, array: Array) -> str:
+    """How to make float32 of an array. It may have come from another library, and of bfloat16 without a dtype in NumPy it has."""
+    if isinstance(array, Bfloat16Bits):
+        return f"Convert it first in its own library: {what}.float() in torch, {what}.astype('float32') in JAX"
+    return f"Convert it first: {what}.astype(numpy.float32), or {what}.float() in torch"
 
 
 def as_whole(value: object) -> int | None:
@@ -267,14 +281,14 @@ def integers(op: str, what: str, value: object, end: int, *, ignored: int | None
     """An int32 array of any shape whose numbers are in [0, end) or `ignored`.
 
     Raises:
-        DTypeError: Not a NumPy array of integers, and no DeviceArray of them, which is copied.
+        DTypeError: Not an array of integers; a DeviceArray of them is copied.
         TokenIdError: A number out of range.
     """
     if isinstance(value, DeviceArray):
         value = value.numpy() if value.dtype != "bfloat16" else value
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu":
         found = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
-        raise DTypeError(f"{op}: {what} must be a NumPy array of integers, got {found}")
+        raise DTypeError(f"{op}: {what} {array_of('integers')}, got {found}")
     check_token_range(f"{op}: {what}", value, end, None if ignored is None else value != ignored)
     return np.asarray(value, dtype=np.int32, order="C")
 

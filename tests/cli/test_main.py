@@ -125,6 +125,9 @@ def test_help_takes_less_than_a_fifth_of_a_second_of_processor_time() -> None:
         (["perplexity", "no-such-file"], 3, "no-such-file"),
         (["perplexity", "-", "-"], 2, "once"),
         (["info", "--model", "no/such/model"], 3, "no/such/model"),
+        (["info", "--model", __file__], 3, "test_main.py: it is neither a directory nor a .gguf file"),
+        (["generate", "x", "--model", __file__], 3, "test_main.py: it is neither a directory nor a .gguf file"),
+        (["generate", "x", "--model", ""], 3, "the path of a model is empty"),
     ],
 )
 def test_a_mistake_is_one_line_and_an_exit_code(arguments: list[str], code: int, message: str, run: Run) -> None:

@@ -51,11 +51,21 @@ def test_set_num_threads_is_what_new_backends_get() -> None:
 def test_a_number_of_threads_that_makes_no_sense_is_an_error(threads: Any) -> None:
     before = llama_ext.get_num_threads()
     if threads is not None:
-        with pytest.raises(OptionError, match="threads"):
+        words = rf"threads must be a whole number in \[1, 256\], got {threads!r}\. Leave it out for the default"
+        with pytest.raises(OptionError, match=words):
             llama_ext.set_num_threads(threads)
-        with pytest.raises(OptionError, match="threads"):
+        with pytest.raises(OptionError, match=words):
             llama_ext.ops.softmax(np.zeros((1, 2), np.float32), threads=threads)
+        with pytest.raises(OptionError, match=words):
+            llama_ext.LlamaForCausalLM.from_pretrained("demo", threads=threads)
     assert llama_ext.get_num_threads() == before
+
+
+def test_the_most_threads_of_the_message_are_the_most_of_the_core() -> None:
+    llama_ext.set_num_threads(256)
+    assert llama_ext.get_num_threads() == 256
+    with pytest.raises(OptionError, match="got 257"):
+        _core.set_default_threads(257)
 
 
 @pytest.mark.parametrize("threads", [-1, 257, 2**31 - 1])

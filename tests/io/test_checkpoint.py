@@ -359,6 +359,8 @@ def test_a_directory_that_is_not_there_is_a_format_error(tmp_path: Path) -> None
     for name in ("nowhere", "x" * 5000, "\0"):
         with pytest.raises(FormatError, match="no such directory"):
             open_checkpoint(tmp_path / name)
+    with pytest.raises(FormatError, match="path of a checkpoint is empty"):
+        open_checkpoint("")
 
 
 def test_a_missing_shard_with_an_endless_name_is_named(tmp_path: Path) -> None:

@@ -85,7 +85,6 @@ def test_a_failed_download_is_a_format_error(failure: Exception, monkeypatch: py
     "name",
     [
         "gpt2",
-        "",
         "a/b/c",
         "../x/y",
         "/no/such/path",
@@ -103,6 +102,12 @@ def test_a_failed_download_is_a_format_error(failure: Exception, monkeypatch: py
 def test_anything_else_says_what_was_looked_for(name: str, fake_hub: Calls) -> None:
     with pytest.raises(FormatError, match="neither 'demo' nor a Hub id"):
         hub.resolve(name)
+    assert fake_hub == []
+
+
+def test_an_empty_name_is_told_to_be_empty(fake_hub: Calls) -> None:
+    with pytest.raises(FormatError, match="the path of a model is empty"):
+        hub.resolve("")
     assert fake_hub == []
 
 

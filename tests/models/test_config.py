@@ -333,6 +333,8 @@ def test_a_missing_config_is_a_format_error(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere", tmp_path / "file.json"):
         with pytest.raises(FormatError, match="no such file"):
             LlamaConfig.from_pretrained(path)
+    with pytest.raises(FormatError, match=r"path of a model's config\.json is empty"):
+        LlamaConfig.from_pretrained("")
     (tmp_path / "config.json").mkdir()
     with pytest.raises(FormatError, match="found a directory"):
         LlamaConfig.from_pretrained(tmp_path)

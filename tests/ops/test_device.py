@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -147,6 +148,46 @@ def test_what_cannot_be_taken_is_a_typed_error_and_still_freed_once(
         ops.from_dlpack(theirs)
     gc.collect()
     assert theirs.deleted == len(theirs.asked)
+
+
+def refused(call: Callable[[], object]) -> str:
+    """The message of a DTypeError. The error itself is gone: its frames would hold arrays longer than who made their memory."""
+    try:
+        call()
+    except DTypeError as error:
+        return str(error)
+    raise AssertionError("it was taken")
+
+
+def test_the_advice_about_a_dtype_is_of_the_library_that_it_is_from() -> None:
+    weight, bits = normal(4), np.zeros((2, 4), np.uint16)
+    half = Producer(bits.ctypes.data, (2, 4), dtype=(4, 16, 1), keep=bits)
+    said = refused(lambda: ops.rms_norm(half, weight, 1e-5))
+    assert said.startswith("rms_norm: x must be float32, got bfloat16. ")
+    assert "x.float() in torch" in said
+    assert "numpy" not in said, "which has no bfloat16"
+    wide = np.zeros((2, 4))
+    double = Producer(wide.ctypes.data, (2, 4), dtype=(2, 64, 1), keep=wide)
+    said = refused(lambda: ops.rms_norm(double, weight, 1e-5))
+    assert said.startswith("rms_norm: x must be float32, got float64. ")
+    assert "x.float() in torch" in said
+    said = refused(lambda: ops.matmul(normal(2, 4), double))
+    assert said.startswith("matmul: weight must be float32, float16 or bfloat16, got float64. ")
+    assert "weight.float() in torch" in said
+    assert half.deleted == 1
+    assert double.deleted == 2
+
+
+def test_what_is_no_array_is_told_which_arrays_are_taken() -> None:
+    taken = r"must be a NumPy array of {}, or one with __dlpack__ \(torch, JAX, CuPy\)"
+    with pytest.raises(DTypeError, match=f"rms_norm: x {taken.format('float32')}, got list"):
+        ops.rms_norm([[1.0, 2.0]], normal(2), 1e-5)
+    with pytest.raises(DTypeError, match=f"embedding: ids {taken.format('integers')}, got list"):
+        ops.embedding([1], normal(2, 4))
+    with pytest.raises(DTypeError, match=f"matmul: weight {taken.format('float32, float16 or bfloat16')}, or a packed"):
+        ops.matmul(normal(2, 4), [[1.0] * 4])
+    with pytest.raises(DTypeError, match=f"pack_blocks: blocks {taken.format('uint8')}, got bytes"):
+        ops.pack_blocks(b"", "Q8_0", 32)
 
 
 def test_what_has_no_dlpack_or_refuses_is_a_typed_error() -> None:
@@ -384,7 +425,7 @@ class TestGpu:
             ops.softmax(ops.to_device(np.zeros((2, 2))))
         with pytest.raises(DTypeError, match="cannot be uint32"):
             ops.to_device(np.zeros(3, np.uint32))
-        with pytest.raises(DTypeError, match="embedding: ids must be a NumPy array of integers, got float32"):
+        with pytest.raises(DTypeError, match=r"embedding: ids must be a NumPy array of integers, .* got float32"):
             ops.embedding(ops.to_device(normal(3)), ops.pack(normal(4, 8), device="cuda"))
 
     def test_weights_of_a_gpu_are_packed_for_it(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,35 @@ def test_a_wrong_option_is_an_error(options: dict[str, Any], error: type[Excepti
 def test_a_path_that_is_not_there_is_a_format_error(tmp_path: Path) -> None:
     with pytest.raises(llama_ext.FormatError, match="no such"):
         Model.from_pretrained(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("name", ["README.md", "model.bin", "weights"])
+def test_a_file_that_is_no_model_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / name).write_text("# A text\n")
+    monkeypatch.chdir(tmp_path)
+    for path in (name, tmp_path / name):
+        for load in (
+            Model.from_pretrained,
+            llama_ext.TextClassifier,
+            llama_ext.LlamaForSequenceClassification.from_pretrained,
+        ):
+            with pytest.raises(llama_ext.FormatError, match=r"it is neither a directory nor a \.gguf file") as caught:
+                load(path)
+            assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_a_file_beside_the_weights_points_to_their_directory(tmp_path: Path) -> None:
+    Model.from_pretrained(LETTERS).save_pretrained(tmp_path)
+    with pytest.raises(llama_ext.FormatError, match=rf"Give the directory: {re.escape(str(tmp_path))}"):
+        Model.from_pretrained(tmp_path / "config.json")
+    ids = np.array([[1, 2, 3]])
+    found = Model.from_pretrained(tmp_path / "model.safetensors")(ids)
+    assert np.array_equal(found, Model.from_pretrained(tmp_path)(ids))
+
+
+def test_an_empty_path_is_a_format_error() -> None:
+    with pytest.raises(llama_ext.FormatError, match=r"^the path of a model is empty\. Expected a directory"):
+        Model.from_pretrained("")
 
 
 def test_a_tied_head_that_differs_is_a_checkpoint_error(tmp_path: Path) -> None:

@@ -100,6 +100,51 @@ def test_the_same_seed_gives_the_same_classifier() -> None:
     assert not np.array_equal(scores(1), scores(2))
 
 
+def test_an_untrained_head_is_told_once_and_a_trained_one_is_not(tmp_path: Path) -> None:
+    base().save_pretrained(tmp_path / "base")
+    model = base()
+    words = r"head \(labels positive, negative\) is still random, so its predictions mean nothing: train it with fit"
+    for given in (model, tmp_path / "base"):
+        classifier = TextClassifier(given, LABELS)
+        classifier.evaluate(["great"], [0])  # of chance, without a word
+        with pytest.warns(UserWarning, match=words) as caught:
+            classifier.predict(["great"])
+        assert [warning.filename for warning in caught] == [__file__]
+        classifier.predict(["great"])  # warnings are errors here
+        classifier.predict_proba(["great"])
+    with pytest.warns(UserWarning, match=words):
+        TextClassifier(model, LABELS).predict_proba(["great"])
+    with pytest.warns(UserWarning, match=words):
+        TextClassifier(llama_ext.LlamaForSequenceClassification.from_base(model, LABELS)).predict(["great"])
+
+    whole = TextClassifier(model, LABELS)
+
+    class Asks(llama_ext.training.Callback):
+        def on_step_end(self, *_: Any) -> None:
+            whole.predict(["great"])
+
+    whole.fit(*unzipped(TRAIN[:16]), epochs=1, verbose=0, callbacks=[Asks()])
+    whole.predict(["great"])
+    whole.save(tmp_path / "whole")
+    TextClassifier.load(tmp_path / "whole").predict(["great"])
+
+    adapted = TextClassifier(model, LABELS)
+    adapted.fit(*unzipped(TRAIN[:16]), adapter=LoRA(r=2), epochs=1, verbose=0)
+    adapted.predict(["great"])
+    adapted.save(tmp_path / "adapter")
+    TextClassifier.load(tmp_path / "adapter", base=model).predict(["great"])
+    adapted.save(tmp_path / "merged", merge=True)
+    adapted.predict(["great"])
+
+
+def test_a_forgotten_adapter_leaves_a_random_head() -> None:
+    classifier = TextClassifier(base(), LABELS)
+    classifier.fit(*unzipped(TRAIN[:16]), adapter=LoRA(r=2), epochs=1, verbose=0)
+    classifier.model.delete_adapter(classifier.adapter)
+    with pytest.warns(UserWarning, match="still random"):
+        classifier.predict(["great"])
+
+
 def test_rare_labels_are_repeated() -> None:
     from llama_ext.tasks.text_classifier import _repeats
 

@@ -11,7 +11,7 @@ import pytest
 
 import llama_ext
 from bigram_runs import MakeRun, documents
-from llama_ext.training import PRESETS, History
+from llama_ext.training import PRESETS, History, LearningRates
 from llama_ext.training.history import StepRecord, smoothed
 from llama_ext.training.options import TrainOptions
 from llama_ext.training.schedules import learning_rate
@@ -126,6 +126,19 @@ def test_a_history_can_be_drawn(make_run: MakeRun, tmp_path: Any) -> None:
     assert labels == ["loss", "loss, smoothed", "validation"]
 
 
+def test_rates_and_their_losses_can_be_drawn(tmp_path: Any) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra `plot`")
+    found = LearningRates([1e-3, 1e-2, 1e-1, 1.0], [3.0, 2.0, 1.0, 5.0], 1e-2)
+    figure = found.plot()
+    figure.savefig(tmp_path / "rates.png")
+    assert (tmp_path / "rates.png").read_bytes()[:4] == b"\x89PNG"
+    (axes,) = figure.axes
+    assert axes.get_xscale() == "log"
+    assert axes.lines[0].get_xydata().tolist() == [list(pair) for pair in zip(found.lr, found.loss, strict=True)]
+    assert axes.lines[2].get_xdata() == [1e-2, 1e-2]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["loss", "loss, smoothed", "suggestion 0.01"]
+
+
 def test_drawing_without_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
@@ -137,6 +150,8 @@ def test_drawing_without_matplotlib_says_what_to_install(monkeypatch: pytest.Mon
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(llama_ext.UnsupportedError, match=r"llama_ext\[plot\]"):
         History().plot()
+    with pytest.raises(llama_ext.UnsupportedError, match=r"llama_ext\[plot\]"):
+        LearningRates([1.0], [1.0], 1.0).plot()
 
 
 def test_presets_are_settings_that_are_accepted() -> None:

@@ -160,6 +160,8 @@ def open_checkpoint(directory: str | os.PathLike[str], limits: Limits = DEFAULT_
         CheckpointError: The index and the files contradict each other.
         LimitError: A file or a count is beyond the limits.
     """
+    if not os.fspath(directory):
+        raise FormatError("the path of a checkpoint is empty. Expected its directory, or a .safetensors file.")
     path = Path(directory)
     # os.path rather than Path's methods: those raise for a name that is too long.
     if os.path.isfile(path):

@@ -34,6 +34,10 @@ def resolve(path_or_id: str | os.PathLike[str], revision: str | None = None) -> 
         UnsupportedError: A Hub id, and huggingface_hub is not installed.
     """
     name = os.fspath(path_or_id)
+    if not name:
+        raise FormatError(
+            "the path of a model is empty. Expected a directory, a .gguf file, 'demo' or a Hub id like 'organisation/name'."
+        )
     path = Path(name)
     found: Path | None = None
     if os.path.exists(name):

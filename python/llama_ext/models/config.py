@@ -175,6 +175,8 @@ class LlamaConfig:
             LimitError: The file is too large, or as for `from_dict`.
             UnsupportedError: As for `from_dict`.
         """
+        if not os.fspath(path):
+            raise FormatError("the path of a model's config.json is empty. Expected its directory, or the file.")
         file = Path(path)
         if os.path.isdir(file):
             file = file / "config.json"

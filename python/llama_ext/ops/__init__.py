@@ -14,7 +14,7 @@ are a ShapeError, and arrays on different devices a DeviceError. `to_device` and
 
 Options that all operations share:
     out: A float32 array of the result's shape to write to, of any such library. It may be one of the inputs.
-    threads: A whole number >= 1; None is the default, `llama_ext.get_num_threads()`.
+    threads: A whole number in [1, 256]; None is the default, `llama_ext.get_num_threads()`.
     isa: An instruction set from `llama_ext.info().available_isas`; None is the best, or what LLAMA_EXT_ISA says.
     device: "cpu"; "cuda", the first NVIDIA GPU, or "cuda:1" and so on; or "reference" for the float64 loops that the fast kernels are
         tested against. Arrays on a GPU say it themselves.

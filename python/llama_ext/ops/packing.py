@@ -6,7 +6,18 @@ import numpy as np
 import numpy.typing as npt
 
 from llama_ext import _core
-from llama_ext._arrays import Array, Bfloat16Bits, FloatArray, as_whole, is_bfloat16, on_gpu, vector, widen_bfloat16
+from llama_ext._arrays import (
+    Array,
+    Bfloat16Bits,
+    FloatArray,
+    array_of,
+    as_whole,
+    conversion,
+    is_bfloat16,
+    on_gpu,
+    vector,
+    widen_bfloat16,
+)
 from llama_ext.errors import DTypeError, OptionError, ShapeError
 from llama_ext.ops.backends import backend_for
 from llama_ext.ops.device import takes_dlpack
@@ -141,7 +152,7 @@ def pack_blocks(
     given: object = blocks if on_gpu(blocks) is None else blocks.numpy()  # type: ignore[attr-defined]
     if not isinstance(given, np.ndarray) or given.dtype != np.uint8:
         found = given.dtype if isinstance(given, np.ndarray) else type(given).__name__
-        raise DTypeError(f"{op}: blocks must be a NumPy array of uint8, got {found}")
+        raise DTypeError(f"{op}: blocks {array_of('uint8')}, got {found}")
     width = as_whole(columns)
     if width is None:
         raise DTypeError(f"{op}: columns must be a whole number, got {columns!r}")
@@ -254,7 +265,8 @@ def _weight_array(op: str, what: str, value: object, dtype: str) -> Array:
         # The layout is made by the CPU.
         value = array.numpy().view(Bfloat16Bits) if array.dtype == "bfloat16" else array.numpy()
     if not isinstance(value, np.ndarray):
-        raise DTypeError(f"{op}: {what} must be a NumPy array or a packed Matrix, got {type(value).__name__}")
+        kinds = "float32, float16 or bfloat16"
+        raise DTypeError(f"{op}: {what} {array_of(kinds)}, or a packed Matrix, got {type(value).__name__}")
     if value.ndim != 2:
         raise ShapeError(f"{op}: {what} must have shape (rows, columns), got {value.shape}")
     if value.dtype in (np.float32, np.float16):
@@ -268,10 +280,7 @@ def _weight_array(op: str, what: str, value: object, dtype: str) -> Array:
         if dtype == "bfloat16":
             return np.ascontiguousarray(value)
         raise DTypeError(f"{op}: {what} is {value.dtype}; pass dtype='bfloat16' if these are bfloat16 numbers")
-    raise DTypeError(
-        f"{op}: {what} must be float32, float16 or bfloat16, got {value.dtype}. "
-        f"Convert it first: {what}.astype(numpy.float32)"
-    )
+    raise DTypeError(f"{op}: {what} must be float32, float16 or bfloat16, got {value.dtype}. {conversion(what, value)}")
 
 
 def _encoding(

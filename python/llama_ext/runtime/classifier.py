@@ -48,11 +48,13 @@ class LlamaForSequenceClassification(LoadedModel):
 
     _base_head: FloatArray | None  # while the core has an adapter's; else None
     _one_at_a_time: threading.RLock
+    _random_head: FloatArray | None  # the base's as it was drawn; None: it was read from a file
     _trained: str | None  # the adapter whose head in the core is being trained
 
     def _prepare(self, *args: Any, **options: Any) -> None:
         super()._prepare(*args, **options)
         self._base_head = None
+        self._random_head = None
         self._one_at_a_time = threading.RLock()
         self._trained = None
 
@@ -116,7 +118,7 @@ class LlamaForSequenceClassification(LoadedModel):
                     **options,
                 )
                 if not is_classifier:
-                    _load_head(model._core, config, seed)
+                    model._random_head = _load_head(model._core, config, seed)
                     files.tensors = [tensor for tensor in files.tensors if tensor.slot != "head"]
             files.load_into(model._core)
         return model
@@ -151,7 +153,7 @@ class LlamaForSequenceClassification(LoadedModel):
             "kv_dtype": "auto",
         }
         model._prepare(config, base.tokenizer, base.generation_defaults, types=types, **options)
-        _load_head(model._core, config, seed)
+        model._random_head = _load_head(model._core, config, seed)
         missing = set(model._core.missing())
         for slot, _, _ in source.slots():
             if slot in missing:
@@ -278,6 +280,20 @@ class LlamaForSequenceClassification(LoadedModel):
             found = self._core.logits([rows[index] for index in part], cores, "last")
             result[part] = np.concatenate([each.reshape(1, -1) for each in found])
 
+    def _is_untrained(self) -> bool:
+        """Whether the head of the active adapter, or the base's, is still as it was drawn.
+
+        Told by its values: training, merging an adapter and forgetting one change the head in use, each in its own way.
+        """
+        if self._random_head is None:
+            return False
+        with self._one_at_a_time:
+            adapter = None if self.active_adapter is None else self._loaded(self.active_adapter)
+            if adapter is not None and adapter.head is not None:
+                return False
+            head = self._core.read("head") if self._base_head is None else self._base_head
+            return np.array_equal(head, self._random_head)
+
     @contextlib.contextmanager
     def _training_head_of(self, name: str) -> Iterator[None]:
         """Has the head of an adapter in the core while it is trained there; the base's comes back afterwards."""
@@ -375,7 +391,7 @@ def _config(files: ModelFiles, labels: list[str] | None) -> LlamaConfig:
     return files.config.as_classifier(labels)
 
 
-def _load_head(core: _core.Model, config: LlamaConfig, seed: int) -> None:
+def _load_head(core: _core.Model, config: LlamaConfig, seed: int) -> FloatArray:
     number = as_whole(seed)
     if number is None or not 0 <= number < 2**64:
         raise OptionError(f"seed must be a whole number in [0, 2^64), got {seed!r}")
@@ -384,7 +400,9 @@ def _load_head(core: _core.Model, config: LlamaConfig, seed: int) -> None:
     values = np.random.Generator(np.random.Philox(key=key)).standard_normal(
         (config.num_labels, config.hidden_size), dtype=np.float32
     )
-    core.load("head", values * np.float32(config.initializer_range), "float32")
+    head: FloatArray = values * np.float32(config.initializer_range)
+    core.load("head", head, "float32")
+    return head
 
 
 def _ids(what: str, values: object, vocabulary: int) -> IntArray:

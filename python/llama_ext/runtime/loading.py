@@ -11,7 +11,8 @@ import numpy as np
 
 from llama_ext import _core
 from llama_ext._arrays import is_whole
-from llama_ext.errors import OptionError
+from llama_ext.errors import FormatError, OptionError
+from llama_ext.io.checkpoint import INDEX_FILE, SINGLE_FILE
 from llama_ext.io.gguf import find_gguf
 from llama_ext.io.gguf_file import GgufFile
 from llama_ext.io.hub import resolve
@@ -72,7 +73,25 @@ def read_configs(path: Path, limits: Limits = DEFAULT_LIMITS) -> tuple[LlamaConf
 
 
 def _folder(path: Path) -> Path:
-    return path.parent if path.is_file() else path
+    """The directory of a model that is none of GGUF: of a .safetensors file the one that it lies in.
+
+    Raises:
+        FormatError: Another file.
+    """
+    if not path.is_file():
+        return path
+    if path.suffix == ".safetensors":
+        return path.parent
+    expected = "a directory with config.json, a .gguf file, or a .safetensors file beside its config.json"
+    advice = ""
+    if path.suffix == ".json" and any(os.path.lexists(path.parent / name) for name in (SINGLE_FILE, INDEX_FILE)):
+        advice = f" Give the directory: {path.parent}"
+    raise FormatError(
+        f"it is neither a directory nor a .gguf file. Expected {expected}.{advice}",
+        path=str(path),
+        expected=expected,
+        got=path.suffix or "no suffix",
+    )
 
 
 def load_random(core: _core.Model, config: LlamaConfig, seed: int) -> None:

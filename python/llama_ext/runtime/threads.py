@@ -8,6 +8,9 @@ from llama_ext.errors import OptionError
 
 __all__ = ["get_num_threads", "set_num_threads"]
 
+# The core's bound. It is checked here, where 0 is not yet the word for "the default".
+_MOST_THREADS = 256
+
 
 def get_num_threads() -> int:
     """The number of threads that a model or an operation gets when it is not given one.
@@ -24,10 +27,10 @@ def set_num_threads(threads: int) -> None:
     Results do not depend on it: they are bit-identical for every number of threads.
 
     Args:
-        threads: A number >= 1.
+        threads: A number in [1, 256].
 
     Raises:
-        OptionError: `threads` is not a positive integer, or is more than the core allows.
+        OptionError: `threads` is no such number.
     """
     _core.set_default_threads(checked_threads(threads))
 
@@ -36,11 +39,13 @@ def checked_threads(threads: object) -> int:
     """The number for the core: 0 stands for None, "the default".
 
     Raises:
-        OptionError: `threads` is neither None nor a positive integer.
+        OptionError: `threads` is neither None nor an integer in [1, 256].
     """
     if threads is None:
         return 0
     number = as_whole(threads)
-    if number is None or number < 1:
-        raise OptionError(f"threads must be a whole number >= 1 or None for the default, got {threads!r}")
+    if number is None or not 1 <= number <= _MOST_THREADS:
+        raise OptionError(
+            f"threads must be a whole number in [1, {_MOST_THREADS}], got {threads!r}. Leave it out for the default"
+        )
     return number

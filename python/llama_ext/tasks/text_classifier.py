@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,7 @@ class TextClassifier:
         dtype: str = "auto",
     ) -> None:
         self._base = base if isinstance(base, (str, os.PathLike)) else None
+        self._has_warned = False
         if isinstance(base, LlamaForSequenceClassification):
             if labels is not None and checked_labels(labels) != base.labels:
                 raise OptionError(f"the classifier has the labels {shown(base.labels)}, not {shown(labels)}")
@@ -153,10 +155,15 @@ class TextClassifier:
         Returns:
             Names.
 
+        Warns:
+            UserWarning: Once: the head is still random, since nothing was learned or loaded.
+
         Raises:
             DTypeError, OptionError, ContextLengthError: As `LlamaForSequenceClassification.scores`.
         """
-        return self.model.predict(texts)
+        labels = self.model.predict(texts)
+        self._warn_if_untrained()
+        return labels
 
     def predict_proba(self, texts: Sequence[str]) -> FloatArray:
         """The probability of each label.
@@ -167,10 +174,15 @@ class TextClassifier:
         Returns:
             (texts, labels) float32, each row sums to 1.
 
+        Warns:
+            UserWarning: As `predict`.
+
         Raises:
             DTypeError, OptionError, ContextLengthError: As `predict`.
         """
-        return np.exp(_log_softmax(self.model.scores(texts))).astype(np.float32)
+        scores = self.model.scores(texts)
+        self._warn_if_untrained()
+        return np.exp(_log_softmax(scores)).astype(np.float32)
 
     def evaluate(self, texts: Sequence[str], labels: Sequence[Label]) -> ClassificationReport:
         """How good it is on texts whose labels are known.
@@ -248,6 +260,18 @@ class TextClassifier:
         result = cls(found, labels)
         result.model.load_adapter(folder, cls.adapter)
         return result
+
+    def _warn_if_untrained(self) -> None:
+        # Not of `evaluate`: how good chance is, is a fair question.
+        if self._has_warned or not self.model._is_untrained():
+            return
+        self._has_warned = True
+        warnings.warn(
+            f"the classifier's head (labels {', '.join(self.labels[:8])}{', ...' if len(self.labels) > 8 else ''}) is still random, so its "
+            "predictions mean nothing: train it with fit, or read a trained one with TextClassifier.load",
+            UserWarning,
+            stacklevel=3,
+        )
 
     # -- labels --------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from llama_ext import _core
 from llama_ext._arrays import FloatArray, IntArray
-from llama_ext.errors import ContextLengthError, NumericError, OptionError
+from llama_ext.errors import ContextLengthError, NumericError, OptionError, UnsupportedError
 from llama_ext.runtime.logits import id_block
 from llama_ext.training.batches import IGNORED, Batch, Row, Source, collate
 from llama_ext.training.data import Reading, block_examples, read_data
@@ -23,6 +23,8 @@ from llama_ext.training.settings import RunSettings
 from llama_ext.training.tuning import TunedWeights, tuning_trainer
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from llama_ext.runtime.model import LlamaForCausalLM
 
 __all__ = [
@@ -38,6 +40,8 @@ __all__ = [
 
 # Logits that are in memory at once, in bytes.
 _LOGITS = 64 << 20
+# Of the losses that `lr_find` saw: few steps, each with another rate.
+_SMOOTHING = 0.8
 # A loss so many times the best one ends `lr_find`.
 _DIVERGED = 4.0
 
@@ -234,6 +238,34 @@ class LearningRates:
     loss: list[float]
     suggestion: float
 
+    def plot(self) -> Figure:
+        """Draws losses over learning rates, and where the suggestion lies.
+
+        Returns:
+            The figure: `figure.savefig("lr.png")`.
+
+        Raises:
+            UnsupportedError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise UnsupportedError(
+                f"LearningRates.plot needs the package matplotlib, which cannot be imported ({error}). "
+                "Install it: pip install 'llama_ext[plot]'"
+            ) from error
+        # As `History.plot`: not pyplot.
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot(self.lr, self.loss, color="tab:blue", alpha=0.3, label="loss")
+        axes.plot(self.lr, smoothed(self.loss, _SMOOTHING), color="tab:blue", label="loss, smoothed")
+        axes.axvline(self.suggestion, color="tab:green", linestyle="--", label=f"suggestion {self.suggestion:.2g}")
+        axes.set_xscale("log")
+        axes.set_xlabel("learning rate")
+        axes.set_ylabel("nats a token")
+        axes.legend()
+        return figure
+
 
 def lr_find(
     model: LlamaForCausalLM,
@@ -274,5 +306,5 @@ def lr_find(
         trainer.step(lr=rates[-1], gradient_scale=clip_scale(result.grad_norm, options.clip_norm))
     if len(rates) < 2:
         raise NumericError(f"the loss is not finite from the start, at a learning rate of {start:g}")
-    curve = smoothed(losses, 0.8)
+    curve = smoothed(losses, _SMOOTHING)
     return LearningRates(rates, losses, rates[int(np.argmin(curve))] / 10)
