@@ -295,7 +295,11 @@ def test_commands_work_from_a_pipe(run: Run, chat_model: Path, tmp_path: Path) -
         ("/save", 2, "needs the name of a file"),
         ("/load", 2, "needs the name of a file"),
         ("/load /no/such/file", 3, "/no/such/file"),
-        ("/save /no/such/folder/file", 1, "/no/such/folder/file: the directory /no/such/folder does not exist: create it first"),
+        (
+            "/save /no/such/folder/file",
+            1,
+            "/no/such/folder/file: the directory /no/such/folder does not exist: create it first",
+        ),
         ("/regen", 2, "nothing to answer"),
         ("x" * 2000, 4, "/reset"),
     ],
