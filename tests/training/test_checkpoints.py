@@ -22,7 +22,6 @@ from bigram_runs import Made, MakeRun, bigram_run, documents
 from llama_ext.training import Callback, EarlyStopping
 from llama_ext.training.batches import Stream
 from llama_ext.training.checkpoints import load_checkpoint, restore, save_best
-from llama_ext.training.history import Validation
 from llama_ext.training.token_file import ArrayReader
 
 COMMON: dict[str, Any] = {
@@ -194,9 +193,7 @@ def test_an_infinite_perplexity_is_saved_and_comes_back(make_run: MakeRun, folde
         return made
 
     run(checkpoint_dir=folder, save_every=1).run.go()
-    text = (folder / "step-00000010" / "training.json").read_text()
-    assert [each["perplexity"] for each in json.loads(text)["state"]["validations"]] == [None, None]
-    assert "Infinity" not in text
+    assert "Infinity" not in (folder / "step-00000010" / "training.json").read_text()
     whole, ended = run(callbacks=[StopAt()]), run(callbacks=[StopAt()], checkpoint_dir=folder, resume=True)
     whole.run.go()
     history = ended.run.go()
@@ -204,18 +201,6 @@ def test_an_infinite_perplexity_is_saved_and_comes_back(make_run: MakeRun, folde
     assert history.validations == whole.run.history.validations
     assert [each.perplexity == math.inf for each in history.validations] == [True, True, False, False]
     assert [each.accuracy for each in history.validations] == [None] * 4
-
-
-def test_a_validation_comes_back_from_json_as_it_was() -> None:
-    for validation, metrics in [
-        (Validation(3, 0.1 + 0.2), ()),
-        (Validation(3, 0.1 + 0.2, 1 / 3, math.exp(0.1 + 0.2)), ("accuracy", "perplexity")),
-        (Validation(3, 1e6, None, math.inf), ("perplexity",)),
-        (Validation(3, 1e6), ()),
-        (Validation(3, math.nan, math.nan, math.nan), ("accuracy", "perplexity")),
-    ]:
-        text = json.dumps(validation.to_json(), allow_nan=False)
-        assert repr(Validation.from_json(json.loads(text), metrics)) == repr(validation)
 
 
 class Lowest(Callback):

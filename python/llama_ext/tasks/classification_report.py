@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from llama_ext.errors import OptionError, ShapeError, UnsupportedError
+from llama_ext._plots import new_figure
+from llama_ext.errors import OptionError, ShapeError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -145,12 +146,8 @@ class ClassificationReport:
         Raises:
             UnsupportedError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise UnsupportedError("a plot needs matplotlib: pip install matplotlib") from error
         size = max(3.0, 0.7 * len(self.labels) + 1.5)
-        figure = Figure(figsize=(size, size), layout="constrained")
+        figure = new_figure("ClassificationReport.plot", (size, size))
         axes = figure.add_subplot()
         share = _share(self.confusion, self.confusion.sum(axis=1, keepdims=True))
         axes.imshow(share, cmap="Blues", vmin=0.0, vmax=1.0)

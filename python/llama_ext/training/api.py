@@ -11,7 +11,8 @@ import numpy as np
 
 from llama_ext import _core
 from llama_ext._arrays import FloatArray, IntArray
-from llama_ext.errors import ContextLengthError, NumericError, OptionError, UnsupportedError
+from llama_ext._plots import new_figure
+from llama_ext.errors import ContextLengthError, NumericError, OptionError
 from llama_ext.runtime.logits import id_block
 from llama_ext.training.batches import IGNORED, Batch, Row, Source, collate
 from llama_ext.training.data import Reading, block_examples, read_data
@@ -247,15 +248,7 @@ class LearningRates:
         Raises:
             UnsupportedError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise UnsupportedError(
-                f"LearningRates.plot needs the package matplotlib, which cannot be imported ({error}). "
-                "Install it: pip install 'llama_ext[plot]'"
-            ) from error
-        # As `History.plot`: not pyplot.
-        figure = Figure(figsize=(8, 5), layout="constrained")
+        figure = new_figure("LearningRates.plot", (8, 5))
         axes = figure.add_subplot()
         axes.plot(self.lr, self.loss, color="tab:blue", alpha=0.3, label="loss")
         axes.plot(self.lr, smoothed(self.loss, _SMOOTHING), color="tab:blue", label="loss, smoothed")

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from llama_ext.errors import CheckpointError, OptionError
 from llama_ext.training.history import History, StepRecord, Validation
+from llama_ext.training.json_numbers import packed
 from llama_ext.training.options import number, whole
 
-__all__ = ["Callback", "EarlyStopping", "RunView", "load_states", "states_of"]
-
-# JSON has no number that is not finite: an object with this one key, and the number's name.
-_NOT_FINITE = "llama_ext.float"
-_NAMES = ("inf", "-inf", "nan")
+__all__ = ["Callback", "EarlyStopping", "RunView", "states_of"]
 
 
 class RunView(Protocol):
@@ -97,7 +93,7 @@ class EarlyStopping(Callback):
 
 
 def states_of(callbacks: Sequence[Callback]) -> list[Any]:
-    """The states of callbacks, as a checkpoint keeps them.
+    """The states of callbacks, for a checkpoint.
 
     Raises:
         OptionError: One is nothing that JSON can hold.
@@ -105,8 +101,8 @@ def states_of(callbacks: Sequence[Callback]) -> list[Any]:
     states = []
     for callback in callbacks:
         try:
-            state = _packed(dict(callback.state()))
-            json.dumps(state, allow_nan=False)
+            state = dict(callback.state())
+            json.dumps(packed(state), allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise OptionError(
                 f"callbacks: what {type(callback).__name__}.state() returns cannot be saved ({error}); it must be a dict of None, "
@@ -114,29 +110,3 @@ def states_of(callbacks: Sequence[Callback]) -> list[Any]:
             ) from error
         states.append(state)
     return states
-
-
-def load_states(callbacks: Sequence[Callback], states: Sequence[Any]) -> None:
-    """Gives callbacks back what `states_of` found.
-
-    Raises:
-        ValueError: There are more or fewer of them.
-    """
-    for callback, state in zip(callbacks, states, strict=True):
-        callback.load_state(_unpacked(state))
-
-
-def _packed(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return {_NOT_FINITE: str(float(value))}
-    if isinstance(value, dict):
-        return {name: _packed(each) for name, each in value.items()}
-    return [_packed(each) for each in value] if isinstance(value, (list, tuple)) else value
-
-
-def _unpacked(value: Any) -> Any:
-    if isinstance(value, dict):
-        if value.keys() == {_NOT_FINITE} and value[_NOT_FINITE] in _NAMES:
-            return float(value[_NOT_FINITE])
-        return {name: _unpacked(each) for name, each in value.items()}
-    return [_unpacked(each) for each in value] if isinstance(value, list) else value

@@ -27,6 +27,7 @@ from llama_ext.io.checkpoint import TensorSource, write_safetensors
 from llama_ext.io.json_file import read_json_object
 from llama_ext.io.safetensors_file import SafetensorsFile
 from llama_ext.training.driver import Trainer, Weights
+from llama_ext.training.json_numbers import packed, unpacked
 
 __all__ = [
     "Arrays",
@@ -148,7 +149,7 @@ def save_best(folder: Path, weights: Weights, step: int) -> Path:
 
 def _write_state(checkpoint: Checkpoint) -> None:
     values = {name: value for name, value in vars(checkpoint).items() if name != "path"}
-    text = json.dumps({"format": _FORMAT, **values}, allow_nan=False, sort_keys=True)
+    text = json.dumps({"format": _FORMAT, **values, "state": packed(checkpoint.state)}, allow_nan=False, sort_keys=True)
     with atomic_write(checkpoint.path / _STATE_FILE) as file:
         file.write((text + "\n").encode("utf-8"))
 
@@ -304,7 +305,7 @@ def _read_state(path: Path) -> Checkpoint:
         value = values.get(name)
         if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
             raise CheckpointError(f"{name} is missing or malformed.", path=str(file), field=name, expected=kind)
-    return Checkpoint(path, **{name: values[name] for name in kinds})
+    return Checkpoint(path, **{**{name: values[name] for name in kinds}, "state": unpacked(values["state"])})
 
 
 def check_same(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from llama_ext.errors import UnsupportedError
+from llama_ext._plots import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,37 +76,18 @@ class Validation:
     accuracy: float | None = None
     perplexity: float | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """Its fields as JSON can have them: a number that is not finite is null."""
-        return {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in vars(self).items()
-        }
-
     @classmethod
-    def from_json(cls, values: Mapping[str, Any], metrics: Collection[str]) -> Validation:
-        """What `to_json` was called on.
-
-        Args:
-            values: What it gave.
-            metrics: What `compile` asked for: null stands for None where a metric was not wanted, and for a number that is not
-                finite where it was.
+    def of(cls, fields: Mapping[str, Any]) -> Validation:
+        """The validation with these fields, as a checkpoint has them.
 
         Raises:
             TypeError: A field is unknown, missing or no number.
         """
-        found = cls(**values)
-        numbers: dict[str, Any] = {name: getattr(found, name) for name in ("loss", "accuracy", "perplexity")}
-        for name, value in numbers.items():
-            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        for name, value in fields.items():
+            may_miss = name in ("accuracy", "perplexity") and value is None
+            if not may_miss and (isinstance(value, bool) or not isinstance(value, (int, float))):
                 raise TypeError(f"{name} of a validation is {str(value)[:40]!r}, expected a number")
-        if numbers["loss"] is None:
-            numbers["loss"] = math.nan
-        if numbers["accuracy"] is None and "accuracy" in metrics:
-            numbers["accuracy"] = math.nan
-        if numbers["perplexity"] is None and "perplexity" in metrics:
-            numbers["perplexity"] = perplexity_of(numbers["loss"])
-        return cls(found.step, **numbers)
+        return cls(**fields)
 
 
 @dataclasses.dataclass
@@ -205,15 +186,7 @@ class History:
         Raises:
             UnsupportedError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise UnsupportedError(
-                f"History.plot needs the package matplotlib, which cannot be imported ({error}). "
-                "Install it: pip install 'llama_ext[plot]'"
-            ) from error
-        # Not pyplot: no window, no backend of a desktop, nothing that stays open.
-        figure = Figure(figsize=(8, 6), layout="constrained")
+        figure = new_figure("History.plot", (8, 6))
         losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         steps = [record.step for record in self.steps]
         losses.plot(steps, self.loss, color="tab:blue", alpha=0.3, label="loss")

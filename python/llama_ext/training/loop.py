@@ -14,7 +14,7 @@ from typing import Any
 from llama_ext.errors import CheckpointError, NumericError, OptionError
 from llama_ext.training import checkpoints
 from llama_ext.training.batches import Batch, Row, Source, collate
-from llama_ext.training.callbacks import load_states, states_of
+from llama_ext.training.callbacks import states_of
 from llama_ext.training.driver import Trainer, Weights
 from llama_ext.training.history import Evaluation, History, StepRecord, Validation, perplexity_of
 from llama_ext.training.interrupts import Abandoned, Interrupts
@@ -302,7 +302,7 @@ class Run:
             return
         history = self.history
         state = {
-            "validations": [each.to_json() for each in history.validations],
+            "validations": [vars(each) for each in history.validations],
             "callbacks": states_of(self._settings.callbacks),
             "unfinished": self._unfinished,
             "position": {
@@ -350,12 +350,13 @@ class Run:
         arrays = checkpoints.restore(checkpoint, self._trainer, self._weights)
         try:
             self.history.steps = History.records(arrays["history"])
-            metrics = self._options.metrics
-            self.history.validations = [Validation.from_json(each, metrics) for each in checkpoint.state["validations"]]
+            self.history.validations = [Validation.of(each) for each in checkpoint.state["validations"]]
             self._unfinished = bool(checkpoint.state["unfinished"])
             if len(self.history.steps) != checkpoint.step:
                 raise ValueError(f"a history of {len(self.history.steps)} steps after {checkpoint.step}")
-            load_states(self._settings.callbacks, checkpoint.state["callbacks"])
+            states = checkpoint.state["callbacks"]
+            for callback, state in zip(self._settings.callbacks, states, strict=True):
+                callback.load_state(state)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, CheckpointError):
                 raise
