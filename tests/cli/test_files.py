@@ -138,7 +138,7 @@ def test_a_gguf_file_in_a_missing_directory_names_both(run: Run, tmp_path: Path)
     path = tmp_path / "new" / "sub" / "x.gguf"
     code, out, err = run("convert", SHARED / "stories260K", path)
     assert (code, out) == (2, "")
-    assert f"{path}: there is no directory {path.parent}. Make it first" in err
+    assert f"{path}: the directory {path.parent} does not exist: create it first" in err
 
 
 def test_wrong_usage(run: Run, tmp_path: Path) -> None:

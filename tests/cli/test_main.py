@@ -89,7 +89,8 @@ def test_help_takes_less_than_a_fifth_of_a_second_of_processor_time() -> None:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return float(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
-    assert min(spent() for _ in range(3)) < 0.2
+    # The least of some runs: what else runs on the machine only ever adds.
+    assert any(spent() < 0.2 for _ in range(10))
 
 
 # Errors.

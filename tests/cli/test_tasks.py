@@ -106,7 +106,11 @@ def test_mistakes_are_told_in_one_line(run: Run, tmp_path: Path) -> None:
             2,
             "is not empty: name another",
         ),
-        (("translate", "train", two, *languages, "--model", "demo", "--out", data), 2, "is a file: name a directory"),
+        (
+            ("translate", "train", two, *languages, "--model", "demo", "--out", data),
+            2,
+            f"{data}: no files can be written into this directory: {data} is a file",
+        ),
         (("classify", "predict", tmp_path / "none", "text"), 3, "no such directory"),
         (("translate", "run", tmp_path, "text"), 3, "translator.json"),
     ):

@@ -160,10 +160,10 @@ def test_a_plot_is_drawn(run: Run, file: Path, tmp_path: Path) -> None:
             "2,480 tokens, 2,232 of them to learn from, and a row of --context 2232 needs",
         ),
         (["--out", "x", "--context", "2232"], 2, "2,233. Give a longer text, or --context 2231 or less"),
-        (["--out", "text.txt"], 2, "text.txt is a file: name a directory"),
-        (["--out", "text.txt/x"], 2, "text.txt is a file"),
-        (["--prepare", "nowhere/x"], 2, "there is no directory nowhere"),
-        (["--prepare", "."], 2, "is a directory: name a file"),
+        (["--out", "text.txt"], 2, "text.txt: no files can be written into this directory: text.txt is a file"),
+        (["--out", "text.txt/x"], 2, "text.txt/x: no files can be written into this directory: text.txt is a file"),
+        (["--prepare", "nowhere/x"], 2, "nowhere does not exist: create it first"),
+        (["--prepare", "."], 2, "this is a directory: name a file"),
     ],
 )
 def test_mistakes_have_exit_codes(
@@ -180,7 +180,7 @@ def test_mistakes_have_exit_codes(
 @pytest.mark.parametrize(
     ("plot", "words"),
     [
-        ("nowhere/x.png", "there is no directory nowhere"),
+        ("nowhere/x.png", "nowhere does not exist: create it first"),
         ("x.foo", "does not write .foo files"),
         (".", "is a directory"),
     ],

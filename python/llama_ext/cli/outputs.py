@@ -36,10 +36,13 @@ def check_directory(
         advice: What to do instead of naming another directory.
 
     Raises:
-        OptionError: It is not empty, a file, or cannot be made.
+        OptionError: It is not empty, a file, or cannot be made or written into.
     """
+    from llama_ext.io import atomic
+
     target = Path(path)
-    _check_folder(target, path)
+    with _as_option_error():
+        atomic.check_folder(target)
     if overwrite or not target.is_dir():
         return
     if any(entry.name not in besides for entry in target.iterdir()):
@@ -54,14 +57,15 @@ def check_file(path: str | os.PathLike[str], overwrite: bool) -> None:
         overwrite: Whether it may be replaced.
 
     Raises:
-        OptionError: It is there and not empty, it is a directory, or its directory does not exist.
+        OptionError: It is there and not empty, it is a directory, or it cannot be made.
     """
+    from llama_ext.io import atomic
+
     target = Path(path)
-    if target.is_dir():
-        raise OptionError(f"{os.fspath(path)} is a directory: name a file")
-    if not target.parent.is_dir():
-        raise OptionError(f"{os.fspath(path)}: there is no directory {target.parent}. Make it first")
-    # What is not a regular file, such as a pipe, holds nothing that could be lost.
+    if target.exists() and not target.is_file() and not target.is_dir():
+        return  # a pipe or a device: nothing that could be lost, nor made beforehand
+    with _as_option_error():
+        atomic.check_file(target)
     if not overwrite and target.is_file() and target.stat().st_size > 0:
         raise OptionError(f"{os.fspath(path)} exists: name another file, or say --overwrite")
 
@@ -85,17 +89,13 @@ def check_plot(path: str) -> None:
         )
 
 
-def _check_folder(target: Path, path: str | os.PathLike[str]) -> None:
-    """That a directory is there, or can be made."""
-    there = next(each for each in (target, *target.absolute().parents) if each.exists())
-    if not there.is_dir():
-        raise OptionError(
-            f"{os.fspath(path)} is a file: name a directory"
-            if there == target
-            else f"{os.fspath(path)} cannot be made: {there} is a file"
-        )
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise OptionError(f"{os.fspath(path)} cannot be written: there is no permission to write in {there}")
+@contextlib.contextmanager
+def _as_option_error() -> Iterator[None]:
+    """A path that cannot be written to is wrong usage, as it was named on the command line."""
+    try:
+        yield
+    except OSError as error:
+        raise OptionError(f"{error.filename}: {error.strerror}") from error
 
 
 @contextlib.contextmanager

@@ -66,6 +66,9 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
     missing = [each for each in (path, *path.parents) if not os.path.lexists(each)]
     made: list[Path] = []
     try:
+        there = next(each for each in (path, *path.parents) if each not in missing)
+        if there.exists() and not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{there} is a file")
         for each in reversed(missing):
             # Another process may be as far.
             with contextlib.suppress(FileExistsError):
