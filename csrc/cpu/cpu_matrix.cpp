@@ -107,13 +107,6 @@ void visit_dtype(DType dtype, const Visit& visit) {
   }
 }
 
-void check_map(const Matrix& matrix, const RowMap& map, int64_t rows, const char* what) {
-  if (rows == 0) return;
-  const int64_t last = map(rows - 1);
-  require(map.begin >= 0 && last >= 0 && last < matrix.rows(), ErrorKind::kShape, "matrix: ", what, " has ", rows,
-          " rows, the last of which would be row ", last, " of ", matrix.rows());
-}
-
 void check_rows(const Matrix& matrix, const RowMap& map, const TensorView& rows, const char* what) {
   require_shape(rows, {-1, matrix.cols()}, "matrix", what);
   require(rows.is_contiguous(), ErrorKind::kShape, "matrix: ", what, " must be contiguous");

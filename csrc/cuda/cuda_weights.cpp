@@ -54,15 +54,6 @@ void for_each_row(int64_t rows, int64_t cols, const Work& work) {
   if (error) std::rethrow_exception(error);
 }
 
-void check_map(const Matrix& matrix, const RowMap& map, int64_t rows, const char* what) {
-  require(map.begin >= 0 && map.group > 0 && map.stride >= 0 && rows >= 0, ErrorKind::kShape, "matrix: the row map of ",
-          what, " must not be negative");
-  if (rows == 0) return;
-  const int64_t last = map(rows - 1);
-  require(last >= 0 && last < matrix.rows(), ErrorKind::kShape, "matrix: ", what, " has ", rows,
-          " rows, the last of which would be row ", last, " of ", matrix.rows());
-}
-
 void check_rows(const Matrix& matrix, const RowMap& map, const TensorView& rows, const char* what) {
   require_shape(rows, {-1, matrix.cols()}, "matrix", what);
   require(rows.is_contiguous(), ErrorKind::kShape, "matrix: ", what, " must be contiguous");

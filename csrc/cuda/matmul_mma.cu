@@ -1,10 +1,11 @@
 // y = x W^T on the tensor cores (mma.sync, so one source for sm_80 and later), for more rows than decoding has. x has been
-// rounded to 16 bits (prepare_rows.cu). A block of 4 warps makes 128 x 128 numbers, or 32 x 32 of few rows; both operands pass through shared memory 64 k at a time in two stages: the next one is on its way while this one is multiplied. Rows there are
+// rounded to 16 bits (prepare_rows.cu). A block of 4 warps makes 128 x 128 numbers, or 32 x 32 of few rows; both operands pass
+// through shared memory 64 k at a time in two stages: the next one is on its way while this one is multiplied. Rows there are
 // 144 bytes apart, so that neither fragments nor 16-byte stores meet in a bank.
 //
-// Codes, which come with few rows, are multiplied as whole numbers, which bfloat16 holds exactly, and every 32 k (16 of q6_k) the sum of a group
-// is scaled into the float32 sums; minima meet the sums of x, which a product with ones gives. A number's order of summation
-// depends on nothing but k: its bits do not depend on M, N or the size of the block. Bound by the tensor cores.
+// Codes, which come with few rows, are multiplied as whole numbers, which bfloat16 holds exactly, and every 32 k (16 of q6_k) the
+// sum of a group is scaled into the float32 sums; minima meet the sums of x, which a product with ones gives. A number's order of
+// summation depends on nothing but k: its bits do not depend on M, N or the size of the block. Bound by the tensor cores.
 #include "cuda/kernels.h"
 #include "cuda/mma.h"
 #include "cuda/weight_codes.h"

@@ -152,4 +152,11 @@ __device__ __forceinline__ int kv_code(float x, float inverse) {
   return static_cast<int>(fminf(fmaxf(code, -127.0f), 127.0f));
 }
 
+/// 2^n that brings `largest` to [2^14, 2^15), or as near as float32 can; 1 for what is zero or not finite.
+__device__ __forceinline__ float power_for_f16(float largest) {
+  if (!(largest > 0.0f && largest <= 3.4028235e38f)) return 1.0f;
+  const int wanted = 14 - (static_cast<int>(__float_as_uint(largest) >> 23) - 127);
+  return __uint_as_float(static_cast<uint32_t>(min(wanted, 100) + 127) << 23);
+}
+
 }  // namespace llama_ext::cuda

@@ -17,14 +17,6 @@ __global__ void normalize_rows_kernel(Rows x, int width, NormView norm, Rows y) 
   }
 }
 
-/// 2^n that brings `largest` to [2^14, 2^15), or as near as float32 can; 1 for what is zero or not finite.
-__device__ __forceinline__ float power_for_f16(float largest) {
-  if (!(largest > 0.0f && largest <= 3.4028235e38f)) return 1.0f;
-  const int exponent = static_cast<int>(__float_as_uint(largest) >> 23) - 127;
-  const int wanted = 14 - exponent;
-  return __uint_as_float(static_cast<uint32_t>(min(wanted, 100) + 127) << 23);
-}
-
 __global__ void prepare_rows_kernel(Rows x, int width, int stride, NormView norm, bool to_half, uint16_t* y,
                                     float* row_scales) {
   auto* place = reinterpret_cast<float*>(shared_memory());

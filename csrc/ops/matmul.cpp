@@ -66,14 +66,7 @@ int64_t check_tensor_rows(const Matrix& matrix, const RowMap& map, const TensorV
     require_tensor(tensor, DType::kF32, {-1, matrix.cols()}, Rows::kStrided, op, "the tensor");
   }
   const int64_t rows = tensor.dim(transposes ? 1 : 0);
-  require(map.begin >= 0 && map.group > 0 && map.stride >= 0, ErrorKind::kShape, op,
-          ": the row map must not be negative, got begin ", map.begin, ", group ", map.group, ", stride ", map.stride);
-  if (rows == 0) return 0;
-  require(rows <= map.group || map.stride >= map.group, ErrorKind::kShape, op, ": the row map has groups of ",
-          map.group, " rows that start ", map.stride, " apart");
-  const int64_t last = map(rows - 1);
-  require(last >= 0 && last < matrix.rows(), ErrorKind::kShape, op, ": row ", rows - 1,
-          " of the tensor belongs at row ", last, " of a matrix with ", matrix.rows(), " rows");
+  check_map(matrix, map, rows, op);
   return rows;
 }
 

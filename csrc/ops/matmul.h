@@ -30,8 +30,8 @@ void check(const MatmulArgs& args);
 /// The gradients of y = x W^T + bias, as many as are given; d_y is read only:
 ///   d_x = d_y W, or d_x += d_y W with `accumulate`;   d_weight += d_y^T x;   d_bias += the sum of d_y's rows
 /// d_y: (M, N) f32, rows may be strided. weight: Matrix (N, K) of any type, for d_x: gradients pass through frozen quantised
-/// weights, as float32 numbers (rounded to bfloat16, as d_y, by a GPU with kBF16). x: (M, K) f32, rows may be strided, for d_weight. d_x: (M, K) f32, rows may be strided, must not
-/// overlap d_y. d_weight: Matrix (N, K) f32. d_bias: (N) f32. Sums run in one fixed order that does not depend on threads.
+/// weights, as float32 numbers (rounded to bfloat16, as d_y, by a GPU with kBF16). x: (M, K) f32, rows may be strided, for
+/// d_weight. d_x: (M, K) f32, rows may be strided, must not overlap d_y. d_weight: Matrix (N, K) f32. d_bias: (N) f32. Sums run in one fixed order that does not depend on threads.
 /// Throws ShapeError, DTypeError.
 struct MatmulBackwardArgs {
   TensorView d_y;

@@ -40,6 +40,9 @@ struct RowMap {
   }
 };
 
+/// Throws ShapeError, which names `op`, unless `rows` rows have places in the matrix, no two the same.
+void check_map(const Matrix& matrix, const RowMap& map, int64_t rows, const char* op);
+
 /// Calls move(first row of the tensor, its place in the matrix, how many) for each run of rows that stays together.
 template <typename Move>
 void for_each_run(const RowMap& rows, int64_t count, Move&& move) {

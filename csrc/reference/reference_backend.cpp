@@ -21,19 +21,6 @@ void copy_bytes(void* target, const void* source, size_t nbytes) {
   if (nbytes > 0) std::memcpy(target, source, nbytes);
 }
 
-/// `map` sends `count` rows into the matrix.
-void check_map(const Matrix& matrix, const RowMap& map, int64_t count, const char* op) {
-  require(map.begin >= 0 && map.group > 0 && map.stride >= 0, ErrorKind::kShape, op,
-          ": the row map must not be negative, got begin ", map.begin, ", group ", map.group, ", stride ", map.stride);
-  if (count == 0) return;
-  const int64_t groups = (count - 1) / map.group;
-  checked_add(checked_add(map.begin, checked_mul(groups, map.stride, op), op), count, op);
-  for (int64_t i = 0; i < count; ++i) {
-    require(map(i) < matrix.rows(), ErrorKind::kShape, op, ": row ", i, " belongs at row ", map(i),
-            " of a matrix with ", matrix.rows(), " rows");
-  }
-}
-
 /// `rows` is (n, K), contiguous, and `map` sends each of its rows into the matrix.
 void check_rows(const Matrix& matrix, const RowMap& map, const TensorView& rows, const char* op) {
   require_shape(rows, {-1, matrix.cols()}, op, "rows");

@@ -9,6 +9,7 @@
 #include "core/interrupt.h"
 #include "model/scaled.h"
 #include "train/optimizer.h"
+#include "train/pass_parts.h"
 
 namespace llama_ext {
 namespace {
@@ -20,8 +21,6 @@ constexpr int kIterations = 5;
 constexpr double kA = 3.4445;
 constexpr double kB = -4.7750;
 constexpr double kC = 2.0315;
-// Weights of the largest tensor up to which each worker has memory of its own: as where passes go in parts (pass_parts.cpp).
-constexpr int64_t kMostOfAWorker = int64_t{1} << 18;
 // Every part of the memory begins at a cache line.
 constexpr int64_t kRegionFloats = 16;
 
@@ -58,7 +57,7 @@ Muon::Muon(Backend& backend, const Parameters& parameters, Compute compute) : ba
   const WeightType type{Encoding::kF32};
   int64_t bytes = memory;
   for (const int64_t width : widths) bytes = checked_add(bytes, backend.matrix_nbytes(width, width, type), "muon");
-  const int64_t workers = most <= kMostOfAWorker ? int64_t{backend.threads()} : 1;
+  const int64_t workers = most <= kMostWeightsOfSmall ? int64_t{backend.threads()} : 1;
   backend.require_memory(checked_mul(workers, bytes, "muon"), "train: the steps of muon");
   for (int64_t worker = 0; worker < workers; ++worker) {
     Scratch& scratch = scratch_.emplace_back();

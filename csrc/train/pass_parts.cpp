@@ -7,8 +7,6 @@ namespace {
 
 constexpr int64_t kPartRows = 64;
 constexpr size_t kLeastParts = 4;
-// Of a matrix: the transposed ones are one more copy of the weights, and a part reads all of a block's.
-constexpr int64_t kMostWeights = int64_t{1} << 18;
 
 /// Calls visit(matrix) for each matrix of a block.
 template <typename Visit>
@@ -27,7 +25,7 @@ bool may_go_in_parts(const Model& model) {
   bool may = true;
   for (int64_t layer = 0; layer < model.config().layers; ++layer) {
     for_each_matrix(model.weights().block(layer), [&](const Matrix& matrix) {
-      may = may && matrix.type() == WeightType{Encoding::kF32} && matrix.rows() * matrix.cols() <= kMostWeights;
+      may = may && matrix.type() == WeightType{Encoding::kF32} && matrix.rows() * matrix.cols() <= kMostWeightsOfSmall;
     });
   }
   return may;

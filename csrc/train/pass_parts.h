@@ -10,6 +10,9 @@
 
 namespace llama_ext {
 
+/// Of a matrix of a model that is small: a part reads all of a block's, and a thread may have memory for one of them to itself.
+inline constexpr int64_t kMostWeightsOfSmall = int64_t{1} << 18;
+
 struct PassPart {
   int64_t row = 0;  // of the pass
   int64_t rows = 0;

@@ -53,8 +53,8 @@ class Trainer {
   LossSum evaluate(const TrainingBatch& batch);
 
   double gradient_norm() const { return parameters_.gradient_norm(); }
-  /// One step with gradient_scale * gradients, which are zero then, also after a throw. Throws NumericError and Interrupted (with muon, whose
-  /// velocities may have moved then) before a weight is changed; OptionError.
+  /// One step with gradient_scale * gradients, which are zero then, also after a throw. Throws NumericError and Interrupted (with
+  /// muon, whose velocities may have moved then) before a weight is changed; OptionError.
   void step(double lr, double gradient_scale);
   void zero_gradients() { parameters_.zero_gradients(); }
 

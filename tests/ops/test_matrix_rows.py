@@ -103,7 +103,7 @@ def test_rows_that_are_not_there_and_tensors_of_other_shapes_are_refused(device:
     backend = device.backend
     matrix = backend.matrix(numbers((100, 33)))
     for call in (backend.load_rows, backend.store_rows):
-        with pytest.raises(ShapeError, match=r"row 10 of the tensor belongs at row 100 of a matrix with 100 rows"):
+        with pytest.raises(ShapeError, match=r"row 10 belongs at row 100 of a matrix with 100 rows"):
             call(matrix, np.zeros((11, 33), np.float32), False, 90)
         with pytest.raises(ShapeError, match=r"belongs at row 100 of a matrix with 100 rows"):
             call(matrix, np.zeros((33, 11), np.float32), True, 90)

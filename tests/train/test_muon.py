@@ -10,15 +10,14 @@ import pytest
 
 import numpy_ops
 import random_models
-from devices import ISAS, REFERENCE, Device, each_isa, requires_cuda
+import trainers
+from devices import ISAS, each_isa, requires_cuda
 from llama_ext import _core
 from llama_ext.errors import NumericError
 from tolerances import assert_same_bits, relative_rms
+from trainers import backend, each_backend, on_cuda
 
 Array = npt.NDArray[Any]
-
-on_cuda = pytest.param("cuda", marks=[pytest.mark.gpu, requires_cuda])
-each_backend = pytest.mark.parametrize("isa", ["", *ISAS, on_cuda], ids=lambda isa: isa or "reference")
 
 # Of one layer: q (60, 20), k and v (20, 20), slices of one matrix that no panel begins with; o (20, 60), gate and up (45, 20), down (20, 45).
 SMALL: dict[str, Any] = {"width": 20, "ffn_width": 45, "layers": 1, "heads": 6, "kv_heads": 2, "head_dim": 10}
@@ -29,7 +28,7 @@ COEFFICIENTS = (3.4445, -4.775, 2.0315)
 
 
 def build(isa: str, threads: int = 2, **changes: Any) -> _core.Model:
-    model = random_models.build((Device(isa, threads) if isa else REFERENCE).backend, **{**SMALL, **changes})
+    model = random_models.build(backend(isa, threads), **{**SMALL, **changes})
     return model.converted({"": ("float32", 0)}, True)
 
 
@@ -125,6 +124,24 @@ def test_steps_are_those_of_numpy(isa: str, sizes: dict[str, Any], nesterov: boo
             expected = (1 - 0.02 * 0.1) * before[name] - 0.02 * update
             # A gradient has singular values near zero: float32's noise in their directions grows 3.4445^5 = 485 times.
             assert relative_rms(model.read(name) - before[name], expected - before[name]) < 485 * 2**-20, name
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_steps_of_wider_tensors_are_those_of_numpy(nesterov: bool) -> None:
+    model = trainers.build(ISAS[-1])
+    trainer = _core.Trainer(model, optimizer={"kind": "muon", "nesterov": nesterov, "weight_decay": 0.1})
+    velocity: dict[str, Array] = {}
+    for step in range(3):
+        before = {name: model.read(name).astype(np.float64) for name, _, _ in model.slots()}
+        found = trainers.run(trainer, trainers.batch([40], seed=step))
+        trainer.step(lr=0.02, gradient_scale=0.5)
+        for name, shape in matrices(trainer):
+            gradient = 0.5 * found[name].astype(np.float64)
+            velocity[name] = 0.95 * velocity.get(name, 0.0) + gradient
+            direction = gradient + 0.95 * velocity[name] if nesterov else velocity[name]
+            update = 0.2 * max(shape) ** 0.5 * newton_schulz(direction)
+            expected = (1 - 0.02 * 0.1) * before[name] - 0.02 * update
+            assert relative_rms(model.read(name) - before[name], expected - before[name]) < 2e-3, name
 
 
 @pytest.mark.parametrize("sizes", [SMALL, THIN], ids=["small", "thin"])

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from safetensors.numpy import load_file
 
 import random_models
-from devices import ISAS, REFERENCE, Device, each_isa, requires_cuda
+from devices import ISAS, each_isa
 from llama_ext import _core
 from llama_ext.errors import (
     ContextLengthError,
@@ -24,108 +23,8 @@ from llama_ext.errors import (
     TokenIdError,
     UnsupportedError,
 )
-from llama_ext.models import llama
-from llama_ext.models.config import LlamaConfig
-from shared_data import SHARED, requires_shared
 from tolerances import assert_same_bits, relative_rms
-
-Batch = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int64]]
-
-ADAMW: dict[str, Any] = {"kind": "adamw", "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
-on_cuda = pytest.param("cuda", marks=[pytest.mark.gpu, requires_cuda])
-each_backend = pytest.mark.parametrize("isa", ["", *ISAS, on_cuda], ids=lambda isa: isa or "reference")
-
-
-def backend(isa: str, threads: int = 2) -> _core.Backend:
-    return (Device(isa, threads) if isa else REFERENCE).backend
-
-
-def build(isa: str, threads: int = 2, **changes: Any) -> _core.Model:
-    """A random model of awkward sizes, as training wants it."""
-    model = random_models.build(backend(isa, threads), **{"layers": 2, "heads": 6, **changes})
-    return model.converted({"": ("float32", 0)}, True)
-
-
-def batch(lengths: list[int], seed: int = 0, vocabulary: int = 501) -> Batch:
-    """Random sequences; about a third of the labels is ignored."""
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, vocabulary, sum(lengths)).astype(np.int32)
-    labels = rng.integers(0, vocabulary, sum(lengths)).astype(np.int32)
-    labels[rng.random(len(labels)) < 0.3] = -100
-    return tokens, labels, np.array(lengths, np.int64)
-
-
-def gradients(trainer: _core.Trainer) -> dict[str, npt.NDArray[np.float32]]:
-    return {name: trainer.gradient(name) for name, _ in trainer.parameters()}
-
-
-def run(trainer: _core.Trainer, data: Batch, scale: float = 1.0, seed: int = 0) -> dict[str, npt.NDArray[np.float32]]:
-    trainer.zero_gradients()
-    trainer.accumulate(*data, scale=scale, seed=seed)
-    return gradients(trainer)
-
-
-# -- transformers and torch, in float64 ------------------------------------------------------------------------------
-
-
-@functools.cache
-def golden() -> dict[str, Any]:
-    return load_file(SHARED / "golden" / "train-gqa-tied" / "golden.safetensors")
-
-
-def golden_model(isa: str, threads: int = 2) -> tuple[_core.Model, dict[str, str]]:
-    folder = SHARED / "golden" / "train-gqa-tied"
-    config = LlamaConfig.from_pretrained(folder)
-    model = _core.Model(backend(isa, threads), llama.core_config(config), {"": ("float32", 0)})
-    weights = load_file(folder / "model.safetensors")
-    names = {spec.slot: spec.name for spec in llama.tensor_specs(config)}
-    for slot, name in names.items():
-        model.load(slot, weights[name], "float32")
-    return model.converted({"": ("float32", 0)}, True), names
-
-
-def golden_batch(step: int) -> Batch:
-    """Labels of transformers are those of the same position; the model predicts the next one's."""
-    tokens = golden()["batches"][step][:, :-1]
-    labels = golden()["labels"][step][:, 1:]
-    lengths = np.full(len(tokens), tokens.shape[1], np.int64)
-    return tokens.astype(np.int32).ravel(), labels.astype(np.int32).ravel(), lengths
-
-
-@requires_shared
-@each_backend
-def test_loss_and_gradients_are_those_of_torch(isa: str) -> None:
-    model, names = golden_model(isa)
-    trainer = _core.Trainer(model, optimizer=ADAMW)
-    tokens, labels, lengths = golden_batch(0)
-    counted = int((labels != -100).sum())
-    loss, found = trainer.accumulate(tokens, labels, lengths, scale=1 / counted)
-    assert found == counted
-    assert abs(loss / counted - golden()["losses"][0]) < 1e-6
-    assert abs(trainer.gradient_norm() / golden()["grad_norms"][0] - 1) < 1e-5
-    for slot, name in names.items():
-        assert relative_rms(trainer.gradient(slot), golden()[f"grad.{name}"]) < 5e-6, name
-
-
-@requires_shared
-@each_backend
-def test_ten_steps_of_adamw_are_those_of_torch(isa: str) -> None:
-    model, names = golden_model(isa)
-    trainer = _core.Trainer(model, optimizer={**ADAMW, "weight_decay": 0.1, "decay": "all"})
-    for step in range(10):
-        tokens, labels, lengths = golden_batch(step)
-        counted = int((labels != -100).sum())
-        loss, _ = trainer.accumulate(tokens, labels, lengths, scale=1 / counted)
-        assert abs(loss / counted - golden()["losses"][step]) < 1e-5
-        norm = trainer.gradient_norm()
-        assert abs(norm / golden()["grad_norms"][step] - 1) < 1e-4
-        trainer.step(lr=1e-3, gradient_scale=min(1.0, 1.0 / (norm + 1e-6)))
-    assert trainer.steps == 10
-    for slot, name in names.items():
-        assert relative_rms(model.read(slot), golden()[f"final.{name}"]) < 1e-4, name
-
-
-# -- the reference is the oracle for awkward sizes -------------------------------------------------------------------
+from trainers import ADAMW, backend, batch, build, each_backend, gradients, on_cuda, run
 
 
 @functools.cache
@@ -320,9 +219,6 @@ def test_bfloat16_products_are_close(isa: str) -> None:
             assert 1e-5 < relative_rms(found[name], exact[name]) < 3e-2, name
 
 
-# -- what is trained -------------------------------------------------------------------------------------------------
-
-
 @each_isa
 def test_only_what_is_named_is_trained(isa: str) -> None:
     model = build(isa)
@@ -387,9 +283,6 @@ def test_no_labels_are_no_loss() -> None:
     assert trainer.gradient_norm() == 0.0
 
 
-# -- optimisers ------------------------------------------------------------------------------------------------------
-
-
 def test_moments_can_be_moved_to_another_trainer() -> None:
     data = batch([30, 12])
     whole, part = build(ISAS[-1]), build(ISAS[-1])
@@ -415,36 +308,6 @@ def test_moments_can_be_moved_to_another_trainer() -> None:
         assert_same_bits(model.read(name), whole.read(name))
 
 
-def newton_schulz(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    if x.shape[0] > x.shape[1]:
-        return newton_schulz(x.T).T
-    x = x / (np.linalg.norm(x) + 1e-7)
-    for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
-    return x
-
-
-@pytest.mark.parametrize("nesterov", [False, True])
-def test_muon_steps_are_those_of_numpy(nesterov: bool) -> None:
-    model = build(ISAS[-1])
-    trainer = _core.Trainer(model, optimizer={"kind": "muon", "nesterov": nesterov, "weight_decay": 0.1})
-    velocity: dict[str, npt.NDArray[np.float64]] = {}
-    for step in range(3):
-        before = {name: model.read(name).astype(np.float64) for name, _, _ in model.slots()}
-        found = run(trainer, batch([40], seed=step))
-        trainer.step(lr=0.02, gradient_scale=0.5)
-        for name, shape in trainer.parameters():
-            if not name.startswith("layers.") or len(shape) != 2:
-                continue
-            gradient = 0.5 * found[name].astype(np.float64)
-            velocity[name] = 0.95 * velocity.get(name, 0.0) + gradient
-            direction = gradient + 0.95 * velocity[name] if nesterov else velocity[name]
-            update = 0.2 * max(shape) ** 0.5 * newton_schulz(direction)
-            expected = (1 - 0.02 * 0.1) * before[name] - 0.02 * update
-            assert relative_rms(model.read(name) - before[name], expected - before[name]) < 2e-3, name
-
-
 def test_unknown_optimisers_and_options_are_refused() -> None:
     model = build(ISAS[-1])
     with pytest.raises(OptionError, match="kind must be adamw, adam, sgd or muon, got 'lion'"):
@@ -453,150 +316,6 @@ def test_unknown_optimisers_and_options_are_refused() -> None:
         _core.Trainer(model, optimizer={"kind": "adam", "beta3": 1})
     with pytest.raises(OptionError, match="dropout must be in"):
         _core.Trainer(model, optimizer=ADAMW, dropout=1.0)
-
-
-# -- adapters --------------------------------------------------------------------------------------------------------
-
-TARGETS = {f"layers.{i}.{name}": (4, 0.5) for i in range(2) for name in ("q", "k", "v", "o", "gate", "up", "down")}
-
-
-def adapter_of(model: _core.Model, seed: int, b_is_zero: bool = False) -> _core.Adapter:
-    adapter = _core.Adapter(model, TARGETS)
-    rng = np.random.default_rng(seed)
-    for slot, _, _ in adapter.slots():
-        for which in ("A",) if b_is_zero else ("A", "B"):
-            shape = adapter.read(slot, which).shape
-            adapter.write(slot, which, rng.standard_normal(shape, np.float32) * np.float32(0.1))
-    return adapter
-
-
-@each_backend
-def test_an_adapter_whose_b_is_zero_changes_no_bit(isa: str) -> None:
-    model = build(isa)
-    tokens = batch([20])[0]
-    plain = model.logits([tokens])[0]
-    adapted = model.logits([tokens], [adapter_of(model, 0, b_is_zero=True)])[0]
-    np.testing.assert_allclose(adapted, plain, rtol=0, atol=0 if isa else 1e-5)
-
-
-@each_isa
-def test_rows_of_a_batch_have_adapters_of_their_own(isa: str) -> None:
-    model = build(isa)
-    one, two = adapter_of(model, 1), adapter_of(model, 2)
-    sequences = [batch([length], seed=length)[0] for length in (12, 7, 30, 12)]
-    adapters = [one, None, two, one]
-    together = model.logits(sequences, adapters)
-    for found, tokens, adapter in zip(together, sequences, adapters, strict=True):
-        alone = model.logits([tokens], [adapter])[0]
-        assert relative_rms(found, alone) < 2e-6
-    assert relative_rms(together[0], model.logits([sequences[0]])[0]) > 1e-3
-
-
-@each_isa
-def test_adapted_logits_are_those_of_merged_weights(isa: str) -> None:
-    model = build(isa)
-    adapter = adapter_of(model, 3)
-    merged = build(isa)
-    for slot, _, scale in adapter.slots():
-        addition = scale * adapter.read(slot, "B").astype(np.float64) @ adapter.read(slot, "A")
-        merged.load(slot, (merged.read(slot) + addition).astype(np.float32), "float32")
-    tokens = batch([40])[0]
-    assert relative_rms(model.logits([tokens], [adapter])[0], merged.logits([tokens])[0]) < 1e-5
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@each_isa
-def test_adapter_gradients_match_the_reference(isa: str, dropout: float) -> None:
-    data = batch([37, 5])
-
-    def of(name: str) -> dict[str, npt.NDArray[np.float32]]:
-        model = build(name)
-        adapter = adapter_of(model, 4)
-        trainer = _core.Trainer(model, optimizer=ADAMW, adapter=adapter, adapter_dropout=dropout, dropout=dropout)
-        assert {slot for slot, _ in trainer.parameters()} == {f"{s}.lora_{m}" for s in TARGETS for m in "AB"}
-        return run(trainer, data, scale=0.1, seed=2)
-
-    expected = of("")
-    for name, found in of(isa).items():
-        assert relative_rms(found, expected[name]) < 2e-5, name
-
-
-@each_isa
-def test_the_adapters_gradient_is_that_of_the_weight_it_adds_to(isa: str) -> None:
-    """d_B = scale d_W A^T and d_A = scale B^T d_W, with d_W the gradient of the merged weights."""
-    model = build(isa)
-    adapter = adapter_of(model, 5)
-    merged = build(isa)
-    for slot, _, scale in adapter.slots():
-        addition = scale * adapter.read(slot, "B").astype(np.float64) @ adapter.read(slot, "A")
-        merged.load(slot, (merged.read(slot) + addition).astype(np.float32), "float32")
-    data = batch([50, 20])
-    found = run(_core.Trainer(model, optimizer=ADAMW, adapter=adapter), data)
-    whole = run(_core.Trainer(merged, optimizer=ADAMW), data)
-    for slot, _, scale in adapter.slots():
-        d_weight = whole[slot].astype(np.float64)
-        assert relative_rms(found[f"{slot}.lora_B"], scale * d_weight @ adapter.read(slot, "A").T) < 1e-4
-        assert relative_rms(found[f"{slot}.lora_A"], scale * adapter.read(slot, "B").T @ d_weight) < 1e-4
-
-
-@pytest.mark.parametrize(
-    "types", [{"": ("int8", 32)}, {"": ("int4", 32), "embedding": ("int8", 32)}, {"": ("bfloat16", 0)}]
-)
-@each_isa
-def test_adapters_are_trained_on_frozen_weights_of_any_type(isa: str, types: dict[str, tuple[str, int]]) -> None:
-    """The gradient is that of the numbers which the codes stand for."""
-    frozen = build(isa, attention_bias=False, ffn_bias=False).converted(types, True)
-    widened = frozen.converted({"": ("float32", 0)}, True)
-    data = batch([30, 9])
-    found = run(_core.Trainer(frozen, optimizer=ADAMW, adapter=adapter_of(frozen, 6)), data)
-    expected = run(_core.Trainer(widened, optimizer=ADAMW, adapter=adapter_of(widened, 6)), data)
-    for name in expected:
-        assert relative_rms(found[name], expected[name]) < 2e-5, name
-
-
-@pytest.mark.gpu
-@requires_cuda
-@pytest.mark.parametrize("types", [{"": ("int8", 32)}, {"": ("int4", 64)}, {"": ("int4_min", 32)}], ids=str)
-@pytest.mark.parametrize(("compute", "limit"), [("float32", 2e-5), ("bfloat16", 3e-2)])
-def test_a_gpu_trains_adapters_on_frozen_codes(types: dict[str, tuple[str, int]], compute: str, limit: float) -> None:
-    """In float32 the gradient is that of the numbers which the codes stand for; with bfloat16 products as near as with float weights."""
-    frozen = build("cuda", attention_bias=False, ffn_bias=False).converted(types, True)
-    widened = frozen.converted({"": ("float32", 0)}, True)
-    data = batch([70, 9])  # more rows than meet codes as they are
-    trainer = _core.Trainer(frozen, optimizer=ADAMW, adapter=adapter_of(frozen, 6), compute=compute)
-    found = run(trainer, data)
-    expected = run(_core.Trainer(widened, optimizer=ADAMW, adapter=adapter_of(widened, 6)), data)
-    for name in expected:
-        assert relative_rms(found[name], expected[name]) < limit, name
-    for name, again in run(trainer, data).items():
-        assert_same_bits(again, found[name], name)
-
-
-@each_isa
-def test_bfloat16_training_on_frozen_codes_multiplies_them_in_float32_on_a_cpu(isa: str) -> None:
-    """Attention and an adapter's own products are float32 there in either mode."""
-    frozen = build(isa, attention_bias=False, ffn_bias=False).converted({"": ("int8", 32)}, True)
-    data = batch([30, 9])
-    found, expected = (
-        run(_core.Trainer(frozen, optimizer=ADAMW, adapter=adapter_of(frozen, 6), compute=compute), data)
-        for compute in ("bfloat16", "float32")
-    )
-    for name in expected:
-        assert_same_bits(found[name], expected[name], name)
-
-
-def test_an_adapter_of_another_model_is_refused() -> None:
-    model = build(ISAS[-1])
-    other = build(ISAS[-1], ffn_width=64)
-    with pytest.raises(ShapeError, match="a model of other shapes"):
-        model.logits([batch([3])[0]], [adapter_of(other, 0)])
-    with pytest.raises(OptionError, match=r"'layers\.0\.norm' is no matrix of a block"):
-        _core.Adapter(model, {"layers.0.norm": (4, 1.0)})
-    with pytest.raises(OptionError, match=r"the rank of 'layers\.0\.q' must be in"):
-        _core.Adapter(model, {"layers.0.q": (0, 1.0)})
-
-
-# -- classifiers -----------------------------------------------------------------------------------------------------
 
 
 @each_isa
@@ -623,9 +342,6 @@ def test_a_classifier_does_not_generate() -> None:
     model = build(ISAS[-1], labels=3)
     with pytest.raises(UnsupportedError, match="a classifier of 3 labels"):
         model.score(batch([4])[0], 1)
-
-
-# -- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("uncovered")

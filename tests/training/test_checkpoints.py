@@ -1,16 +1,10 @@
-"""Checkpoints: whole or absent, and a run that goes on from one ends with the same bits as one that was not interrupted."""
+"""A run that goes on from a checkpoint ends with the same bits as one that was not interrupted."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import random
-import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,41 +12,12 @@ import numpy as np
 import pytest
 
 import llama_ext
-from bigram_runs import Made, MakeRun, bigram_run, documents
+from bigram_runs import Made, MakeRun, documents
+from checkpoint_runs import COMMON, StopAt, begin_unfinished, same
 from llama_ext.training import Callback, EarlyStopping
 from llama_ext.training.batches import Stream
-from llama_ext.training.checkpoints import load_checkpoint, restore, save_best
+from llama_ext.training.checkpoints import load_checkpoint
 from llama_ext.training.token_file import ArrayReader
-
-COMMON: dict[str, Any] = {
-    "options": {"warmup": 4, "skip_outliers": 6},
-    "trainer": {"dropout": 0.2},
-    "grad_accum": 2,
-    "batch_size": 2,
-    "max_steps": 20,
-}
-
-
-class StopAt(Callback):
-    """Ends a run after a step; a run without has the same callbacks' names when it never stops."""
-
-    def __init__(self, step: int = -1) -> None:
-        self._step = step
-
-    def on_step_end(self, run: Any, record: Any) -> None:
-        if record.step == self._step:
-            run.stop("here")
-
-
-def same(first: Made, second: Made) -> None:
-    assert first.weights.bits() == second.weights.bits()
-    assert first.trainer.moment_bits() == second.trainer.moment_bits()
-    assert first.trainer.steps == second.trainer.steps
-    histories = [made.run.history for made in (first, second)]
-    for name in ("loss", "lr", "grad_norm", "val_loss"):
-        ours, theirs = (getattr(history, name) for history in histories)
-        assert ours == theirs, name
-    assert [each.epoch for each in histories[0].steps] == [each.epoch for each in histories[1].steps]
 
 
 @pytest.mark.parametrize("at", [1, 5, 6, 10, 19])
@@ -114,21 +79,6 @@ def test_a_validation_that_was_interrupted_is_made_up_for(make_run: MakeRun, fol
     assert stopping.state() == whole.run._settings.callbacks[0].state()
 
 
-def begin_unfinished(folder: Path, **settings: Any) -> None:
-    """A run of 20 steps that is interrupted in the validation after its last step."""
-    begun = bigram_run(None, documents(seed=7), **COMMON, **settings, checkpoint_dir=folder)
-    validate = begun.trainer.evaluate
-
-    def interrupted(*arguments: Any) -> Any:
-        if begun.run.step == 20:
-            os.kill(os.getpid(), signal.SIGINT)
-        return validate(*arguments)
-
-    begun.trainer.evaluate = interrupted  # type: ignore[method-assign]
-    assert begun.run.go().stopped == "interrupted"
-    assert load_checkpoint(folder).state["unfinished"] is True
-
-
 def test_a_checkpoint_whose_validation_was_made_up_for_says_so(make_run: MakeRun, folder: Path) -> None:
     settings: dict[str, Any] = {"save_every": 5, "validate_every": 10, "keep_last": 1}
     begin_unfinished(folder, **settings)
@@ -144,36 +94,6 @@ def test_a_checkpoint_whose_validation_was_made_up_for_says_so(make_run: MakeRun
     whole = make_run(None, documents(seed=7), **COMMON, validate_every=10)
     whole.run.go()
     same(whole, ended)
-
-
-def test_a_checkpoint_that_is_finished_is_never_lost_in_doing_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The only one that the run has: a kill at any moment must leave it, as it was or finished.
-    settings: dict[str, Any] = {"save_every": 100, "keep_last": 1}
-    found = []
-    for count in range(20):
-        folder = tmp_path / str(count)
-        begin_unfinished(folder, **settings)
-        made = bigram_run(None, documents(seed=7), **COMMON, **settings, checkpoint_dir=folder, resume=True)
-        ended = True
-        with monkeypatch.context() as patched:
-            Crash(count, patched)
-            try:
-                made.run.go()
-            except OSError:
-                ended = False
-        again = bigram_run()
-        restore(load_checkpoint(folder), again.trainer, again.weights)
-        assert again.weights.bits() == made.weights.bits()
-        assert load_checkpoint(folder).step == 20
-        found.append(load_checkpoint(folder).state["unfinished"])
-        if ended:
-            break
-    assert list(dict.fromkeys(found)) == [True, False]
-
-
-# -- numbers that are not finite --------------------------------------------------------------------------------------
 
 
 def test_an_infinite_perplexity_is_saved_and_comes_back(make_run: MakeRun, folder: Path) -> None:
@@ -257,155 +177,6 @@ def test_early_stopping_goes_on_counting(make_run: MakeRun, folder: Path) -> Non
         same(whole, ended)
 
 
-def test_the_last_checkpoints_stay_and_the_best_weights(make_run: MakeRun, folder: Path) -> None:
-    made = make_run(None, documents(seed=7), epochs=5, checkpoint_dir=folder, save_every=4, keep_last=2, keep_best=True)
-    history = made.run.go()
-    best = history.validations[int(np.argmin(history.val_loss))].step
-    assert sorted(os.listdir(folder)) == [f"best-{best:08d}", "step-00000028", "step-00000030"]
-    assert load_checkpoint(folder).step == 30
-    assert load_checkpoint(folder / "step-00000028").step == 28
-
-
-def test_a_run_may_go_on_elsewhere_and_from_an_earlier_checkpoint(make_run: MakeRun, folder: Path) -> None:
-    whole = make_run(**COMMON, checkpoint_dir=folder, save_every=5, keep_last=10)
-    whole.run.go()
-    for source in sorted(folder.glob("step-*")):
-        other = make_run(**COMMON, resume=source, checkpoint_dir=folder.with_name("other-" + source.name), save_every=5)
-        other.run.go()
-        same(whole, other)
-        assert load_checkpoint(folder.with_name("other-" + source.name)).step == 20
-    again = make_run(**COMMON, resume=folder / "step-00000010", checkpoint_dir=folder, save_every=5, keep_last=10)
-    again.run.go()
-    same(whole, again)
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(os.listdir(folder))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-CONSTANT: dict[str, Any] = {"options": {"schedule": "constant", "warmup": 2}, "batch_size": 2}
-
-
-def test_a_run_that_went_back_keeps_its_new_checkpoint_and_its_later_ones(make_run: MakeRun, folder: Path) -> None:
-    make_run(**CONSTANT, max_steps=6, checkpoint_dir=folder, save_every=2).run.go()
-    assert names(folder) == ["step-00000002", "step-00000004", "step-00000006"]
-    back: dict[str, Any] = {**CONSTANT, "checkpoint_dir": folder, "save_every": 1, "keep_last": 1}
-    make_run(**back, max_steps=3, resume=folder / "step-00000002").run.go()
-    assert names(folder) == ["step-00000003", "step-00000004", "step-00000006"]
-    # The last step is the last step: what went back ended earlier, and says what to do.
-    with pytest.raises(llama_ext.CheckpointError, match=r"6 steps are done, this run has 3\. .*resume="):
-        make_run(**back, max_steps=3, resume=True).run.go()
-    # Where it comes to steps that are there, they are its own, and the older ones go as ever.
-    make_run(**back, max_steps=5, resume=folder / "step-00000003").run.go()
-    assert names(folder) == ["step-00000005", "step-00000006"]
-    ended = make_run(**back, max_steps=8, resume=True)
-    ended.run.go()
-    assert names(folder) == ["step-00000008"]
-    whole = make_run(**CONSTANT, max_steps=8)
-    whole.run.go()
-    same(whole, ended)
-
-
-def test_a_run_goes_back_to_before_a_damaged_checkpoint_and_replaces_it(make_run: MakeRun, folder: Path) -> None:
-    settings: dict[str, Any] = {**CONSTANT, "max_steps": 6, "checkpoint_dir": folder, "save_every": 2}
-    make_run(**settings).run.go()
-    for name, damaged in [("bigram.safetensors", "step-00000004"), ("training.json", "step-00000006")]:
-        path = folder / damaged / name
-        path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(llama_ext.FormatError, match="step-00000006"):
-        make_run(**settings, resume=True).run.go()
-    make_run(**settings, resume=folder / "step-00000002").run.go()
-    for step in (2, 4, 6):
-        whole, made = make_run(**CONSTANT, max_steps=step), make_run()
-        whole.run.go()
-        restore(load_checkpoint(folder / f"step-{step:08d}"), made.trainer, made.weights)
-        assert made.weights.bits() == whole.weights.bits()
-
-
-def test_another_runs_folder_is_refused_and_nothing_in_it_is_touched(make_run: MakeRun, folder: Path) -> None:
-    other = folder.with_name("other")
-    make_run(**COMMON, checkpoint_dir=folder, save_every=5).run.go()
-    make_run(**{**COMMON, "seed": 1}, checkpoint_dir=other, save_every=5).run.go()
-    before = contents(other)
-    made = make_run(**COMMON, checkpoint_dir=other, save_every=5, keep_last=1, resume=folder / "step-00000010")
-    bits = made.weights.bits()
-    with pytest.raises(
-        llama_ext.OptionError, match=r"not of the run of .*step-00000010, such as step-.*: name another"
-    ):
-        made.run.go()
-    assert made.weights.bits() == bits
-    # Nor is one that nobody can tell the run of.
-    for path in other.glob("*/training.json"):
-        path.write_text("{}")
-    with pytest.raises(llama_ext.OptionError, match="not of the run of"):
-        make_run(**COMMON, checkpoint_dir=other, resume=folder / "step-00000010").run.go()
-    assert set(contents(other)) == set(before)
-    # A copy of the run's own folder is its own.
-    shutil.rmtree(other)
-    shutil.copytree(folder, other)
-    make_run(**COMMON, checkpoint_dir=other, save_every=5, keep_last=1, resume=folder / "step-00000010").run.go()
-    assert names(other) == ["step-00000020"]
-    assert names(folder) == ["step-00000010", "step-00000015", "step-00000020"]
-
-
-def test_what_comes_into_the_folder_meanwhile_is_not_removed(make_run: MakeRun, folder: Path) -> None:
-    other = folder.with_name("other")
-    make_run(**{**COMMON, "seed": 1}, checkpoint_dir=other, save_every=3, keep_last=10).run.go()
-
-    class Copy(Callback):
-        def on_step_end(self, run: Any, record: Any) -> None:
-            if record.step == 8:
-                shutil.copytree(other / "step-00000003", folder / "step-00000003")
-                (folder / "step-00000001").mkdir()
-
-    make_run(**COMMON, checkpoint_dir=folder, save_every=5, keep_last=2, callbacks=[Copy()]).run.go()
-    assert names(folder) == ["step-00000001", "step-00000003", "step-00000015", "step-00000020"]
-    assert contents(folder / "step-00000003") == contents(other / "step-00000003")
-
-
-def test_the_best_weights_are_this_runs(make_run: MakeRun, folder: Path) -> None:
-    # Of a run that was killed before its first checkpoint.
-    stale = make_run(seed=9, max_steps=1)
-    stale.run.go()
-    save_best(folder, stale.weights, 6)
-    bits: dict[int, bytes] = {}
-
-    class Note(Callback):
-        def on_validation(self, run: Any, validation: Any) -> None:
-            bits[validation.step] = made.weights.bits()
-
-    made = make_run(None, documents(seed=7), max_steps=6, checkpoint_dir=folder, keep_best=True, callbacks=[Note()])
-    made.run.go()
-    assert names(folder) == ["best-00000006", "step-00000006"]
-    best = make_run()
-    best.weights.load(folder / "best-00000006")
-    assert best.weights.bits() == bits[6] != stale.weights.bits()
-
-
-def test_a_replacement_that_fails_leaves_what_was_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = bigram_run(max_steps=1), bigram_run(max_steps=2)
-    for made in (first, second):
-        made.run.go()
-    path = save_best(folder, first.weights, 6)
-    before = contents(folder)
-    rename = os.rename
-
-    def refused(source: Any, target: Any) -> None:
-        if target == path and failures:
-            raise OSError(failures.pop())
-        rename(source, target)
-
-    failures = ["no"]
-    monkeypatch.setattr(os, "rename", refused)
-    with pytest.raises(OSError, match="no"):
-        save_best(folder, second.weights, 6)
-    assert contents(folder) == before
-
-
 def test_resume_true_begins_where_there_is_nothing(make_run: MakeRun, folder: Path) -> None:
     made = make_run(**COMMON, checkpoint_dir=folder, resume=True)
     assert len(made.run.go().steps) == 20
@@ -468,214 +239,9 @@ def test_another_model_is_refused(make_run: MakeRun, folder: Path) -> None:
         made.run.go()
 
 
-def test_a_folder_with_checkpoints_of_another_run_is_not_mixed_with_this_one(make_run: MakeRun, folder: Path) -> None:
-    make_run(**COMMON, checkpoint_dir=folder).run.go()
-    with pytest.raises(llama_ext.OptionError, match="resume=True"):
-        make_run(**COMMON, checkpoint_dir=folder).run.go()
-
-
 def test_no_checkpoint_is_an_error(make_run: MakeRun, tmp_path: Path) -> None:
     with pytest.raises(llama_ext.CheckpointError, match="no checkpoint here"):
         make_run(**COMMON, resume=tmp_path).run.go()
     (tmp_path / "file").write_text("x")
     with pytest.raises(llama_ext.FormatError, match="found a file"):
         make_run(**COMMON, resume=tmp_path / "file").run.go()
-
-
-# -- damage -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def saved(folder: Path) -> Path:
-    bigram_run(**{**COMMON, "max_steps": 3}, checkpoint_dir=folder).run.go()
-    return folder / "step-00000003"
-
-
-def _resume(saved: Path) -> None:
-    bigram_run(**{**COMMON, "max_steps": 3}, resume=saved).run.go()
-
-
-def test_every_truncation_of_a_checkpoint_is_a_typed_error(saved: Path) -> None:
-    for name in ("training.json", "training.safetensors"):
-        data = (saved / name).read_bytes()
-        for size in {0, 1, 7, 8, 9, *range(10, len(data) - 2, max(1, len(data) // 60)), len(data) - 2}:
-            (saved / name).write_bytes(data[:size])
-            with pytest.raises((llama_ext.FormatError, llama_ext.LimitError)):
-                _resume(saved)
-        (saved / name).unlink()
-        with pytest.raises((llama_ext.FormatError, llama_ext.LimitError)):
-            _resume(saved)
-        (saved / name).write_bytes(data)
-    _resume(saved)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"format": 2},
-        {"step": -1},
-        {"step": "3"},
-        {"step": True},
-        {"step": 10**30},
-        {"step": 2},
-        {"optimizer_steps": None},
-        {"run": 5},
-        {"settings": []},
-        {"state": {}},
-        {"state": {"validations": 3, "callbacks": [], "unfinished": False}},
-        {"state": {"validations": [{"loss": 1}], "callbacks": [], "unfinished": False}},
-        {"state": {"validations": [{"step": 1, "loss": "1"}], "callbacks": [], "unfinished": False}},
-        {"state": {"validations": [{"step": 1, "loss": 1.0, "bleu": 1.0}], "callbacks": [], "unfinished": False}},
-        {"state": {"validations": [], "callbacks": [{}], "unfinished": False}},
-        {"state": {"validations": [], "unfinished": False}},
-    ],
-)
-def test_a_malformed_state_is_a_typed_error(saved: Path, change: dict[str, Any]) -> None:
-    path = saved / "training.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(llama_ext.CheckpointError):
-        _resume(saved)
-
-
-def test_moments_of_other_names_or_shapes_are_refused(saved: Path) -> None:
-    from safetensors.numpy import load_file, save_file
-
-    path = saved / "training.safetensors"
-    tensors = load_file(path)
-    checkpoint = load_checkpoint(saved)
-    for change, words in [
-        ({"first/bias": None}, "first/bias is missing"),
-        ({"third/bias": np.zeros(11, np.float32)}, "third/bias is not one"),
-        ({"second/bias": np.zeros(12, np.float32)}, r"second/bias must be F32 \(11,\), got F32 \(12,\)"),
-        ({"second/bias": np.zeros(11, np.float64)}, "got F64"),
-    ]:
-        changed = {name: each for name, each in {**tensors, **change}.items() if each is not None}
-        save_file(changed, path)
-        made = bigram_run()
-        with pytest.raises(llama_ext.CheckpointError, match=words):
-            restore(checkpoint, made.trainer, made.weights)
-
-
-# -- kills ------------------------------------------------------------------------------------------------------------
-
-_SAVER = """
-import sys
-import numpy as np
-sys.path[:0] = {paths!r}
-from bigram_runs import bigram_run
-made = bigram_run(max_steps=100000, checkpoint_dir=sys.argv[1], save_every=1, keep_last=2, resume=True,
-                  options={{"schedule": "constant"}})
-print("begun", flush=True)
-made.run.go()
-"""
-
-
-@pytest.mark.slow
-def test_a_kill_while_saving_leaves_whole_checkpoints(folder: Path) -> None:
-    """kill -9 at random moments of a run that does little else than save: what is there can be gone on from, step after step."""
-    paths = [str(Path(__file__).parents[1]), *[path for path in sys.path if path]]
-    rng = random.Random(0)
-    step = 0
-    for _ in range(25):
-        process = subprocess.Popen(
-            [sys.executable, "-c", _SAVER.format(paths=paths), str(folder)], stdout=subprocess.PIPE
-        )
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(rng.uniform(0.0, 0.12))
-        process.kill()
-        process.wait()
-        process.stdout.close()
-        if not folder.exists() or not list(folder.glob("step-*")):
-            assert step == 0
-            continue
-        # Each one that is visible is whole, and none was lost.
-        for path in folder.glob("step-*"):
-            made = bigram_run()
-            restore(load_checkpoint(path), made.trainer, made.weights)
-            assert made.trainer.steps == load_checkpoint(path).step
-        assert load_checkpoint(folder).step >= step
-        step = load_checkpoint(folder).step
-    assert step > 25
-    straight = bigram_run(max_steps=step, options={"schedule": "constant"})
-    straight.run.go()
-    made = bigram_run()
-    restore(load_checkpoint(folder), made.trainer, made.weights)
-    assert made.weights.bits() == straight.weights.bits()
-    # What kills left behind goes with the next save.
-    bigram_run(
-        max_steps=step + 1, checkpoint_dir=folder, resume=True, keep_last=2, options={"schedule": "constant"}
-    ).run.go()
-    assert all(name.startswith("step-") for name in os.listdir(folder))
-
-
-class Crash:
-    """Lets a number of renames and removals happen; from then on none does, as if the process had been killed."""
-
-    def __init__(self, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._left = steps
-        for name in ("replace", "rename", "unlink", "rmdir", "mkdir"):
-            monkeypatch.setattr(os, name, self._counted(getattr(os, name)))
-
-    def _counted(self, function: Any) -> Any:
-        def call(*arguments: Any, **options: Any) -> Any:
-            self._left -= 1
-            if self._left < 0:
-                raise OSError("killed")
-            return function(*arguments, **options)
-
-        return call
-
-
-def test_a_save_that_is_cut_short_at_any_step_leaves_the_older_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = []
-    for count in range(60):
-        folder = tmp_path / str(count)
-        begun = bigram_run(**COMMON, checkpoint_dir=folder, callbacks=[StopAt(4)], keep_last=1, save_every=100)
-        begun.run.go()
-        made = bigram_run(
-            **COMMON, checkpoint_dir=folder, resume=True, callbacks=[StopAt(8)], keep_last=1, save_every=100
-        )
-        ended = True
-        with monkeypatch.context() as patched:
-            Crash(count, patched)
-            try:
-                made.run.go()
-            except OSError:
-                ended = False
-        checkpoint = load_checkpoint(folder)
-        again = bigram_run()
-        restore(checkpoint, again.trainer, again.weights)
-        found.append(checkpoint.step)
-        if ended:
-            break
-    assert list(dict.fromkeys(found)) == [4, 8]
-
-
-def test_a_run_that_went_back_is_cut_short_at_any_step_and_still_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings: dict[str, Any] = {**CONSTANT, "max_steps": 6, "save_every": 2}
-    whole = bigram_run(**settings, checkpoint_dir=tmp_path / "whole")
-    whole.run.go()
-    for count in range(200):
-        folder = tmp_path / str(count)
-        shutil.copytree(tmp_path / "whole", folder)
-        settings = {**settings, "checkpoint_dir": folder, "keep_last": 1}
-        ended = True
-        with monkeypatch.context() as patched:
-            Crash(count, patched)
-            try:
-                bigram_run(**settings, resume=folder / "step-00000002").run.go()
-            except OSError:
-                ended = False
-        again = bigram_run(**settings, resume=True)
-        again.run.go()
-        same(whole, again)
-        if ended:
-            break
-    assert count > 20
-    assert ended
-    assert [name for name in names(folder) if name[0] != "."] == ["step-00000006"]
