@@ -367,7 +367,7 @@ void test_blocks_of_any_bytes_are_refused_or_kept() {
     CHECK_ERROR(ErrorKind::kShape, "bytes, got", write(bytes, kRows));
     CHECK_ERROR(ErrorKind::kShape, "bytes, got", write({}, kRows));
     bytes.resize(row_bytes * (kRows + 1));
-    CHECK_ERROR(ErrorKind::kShape, "would be row 33 of 33", write(bytes, kRows + 1));
+    CHECK_ERROR(ErrorKind::kShape, "row 33 belongs at row 33 of a matrix with 33 rows", write(bytes, kRows + 1));
     write({}, 0);
     for (const int64_t wrong : {int64_t{1}, type.block - 1, type.block + 1}) {
       const auto odd = backend->create_matrix(1, wrong, type.type);

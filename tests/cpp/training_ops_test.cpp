@@ -295,7 +295,8 @@ void test_refusals() {
   CHECK_ERROR(ErrorKind::kDType, "only float32", backend->values(*bf16));
   CHECK_ERROR(ErrorKind::kDType, "bfloat16", backend->copy_rows(*f32, {}, *bf16, {}, 1));
   CHECK_ERROR(ErrorKind::kShape, "columns", backend->copy_rows(*f32, {}, *wide, {}, 1));
-  CHECK_ERROR(ErrorKind::kShape, "would be row 4", backend->copy_rows(*f32, {.begin = 1}, *f32, {}, 4));
+  CHECK_ERROR(ErrorKind::kShape, "row 3 belongs at row 4 of a matrix with 4 rows",
+              backend->copy_rows(*f32, {.begin = 1}, *f32, {}, 4));
   CHECK(backend->values(*f32).size() == 32 * 5);
 }
 
