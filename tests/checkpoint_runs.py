@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bigram_runs import Made, bigram_run, documents
-from llama_ext.training import Callback
+from llama_ext.training import Callback, checkpoints
 from llama_ext.training.checkpoints import load_checkpoint
 
 COMMON: dict[str, Any] = {
@@ -77,6 +77,7 @@ class Crash:
         self._left = steps
         for name in ("replace", "rename", "unlink", "rmdir", "mkdir"):
             monkeypatch.setattr(os, name, self._counted(getattr(os, name)))
+        monkeypatch.setattr(checkpoints, "exchange", self._counted(checkpoints.exchange))
 
     def _counted(self, function: Any) -> Any:
         def call(*arguments: Any, **options: Any) -> Any:

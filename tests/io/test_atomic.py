@@ -6,13 +6,14 @@ import errno
 import itertools
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import llama_ext
-from llama_ext.io.atomic import atomic_write, check_file, check_folder
+from llama_ext.io.atomic import atomic_write, check_file, check_folder, exchange
 from llama_ext.io.checkpoint import write_sharded
 from llama_ext.models.generation_config import GenerationDefaults
 
@@ -195,3 +196,17 @@ def test_what_cannot_be_written_is_refused_before_anything_is_replaced(tmp_path:
     with pytest.raises(llama_ext.FormatError, match="generation defaults"):
         model.save_pretrained(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges names in one step")
+def test_names_are_exchanged_of_directories_that_hold_something(tmp_path: Path) -> None:
+    for name in ("a", "ü"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "was").write_text(name)
+    if not exchange(tmp_path / "a", tmp_path / "ü"):
+        pytest.skip("this file system cannot exchange names")
+    assert (tmp_path / "a" / "was").read_text() == "ü"
+    assert (tmp_path / "ü" / "was").read_text() == "a"
+    with pytest.raises(FileNotFoundError) as caught:
+        exchange(tmp_path / "a", tmp_path / "none")
+    assert caught.value.filename == str(tmp_path / "a")

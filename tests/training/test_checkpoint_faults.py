@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 import llama_ext
-from bigram_runs import bigram_run, documents
+from bigram_runs import Made, bigram_run, documents
 from checkpoint_runs import COMMON, CONSTANT, Crash, StopAt, begin_unfinished, names, same
-from llama_ext.training.checkpoints import load_checkpoint, restore
+from llama_ext.training import checkpoints
+from llama_ext.training.checkpoints import load_checkpoint, restore, save_checkpoint
 
 
 def test_a_checkpoint_that_is_finished_is_never_lost_in_doing_so(
@@ -195,6 +196,40 @@ def test_a_save_that_is_cut_short_at_any_step_leaves_the_older_checkpoint(
         if ended:
             break
     assert list(dict.fromkeys(found)) == [4, 8]
+
+
+def _save_third_step(folder: Path, made: Made, *, run: str) -> None:
+    save_checkpoint(folder, made.trainer, made.weights, step=3, run=run, settings={}, state={}, arrays={}, keep_last=1)
+
+
+def test_a_step_saved_again_is_there_whatever_cuts_the_save_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for count in range(60):
+        folder = tmp_path / str(count)
+        ended = True
+        made = bigram_run()
+        _save_third_step(folder, made, run="first")
+        with monkeypatch.context() as patched:
+            Crash(count, patched)
+            try:
+                _save_third_step(folder, made, run="second")
+            except OSError:
+                ended = False
+        restore(load_checkpoint(folder), made.trainer, made.weights)
+        found.append(load_checkpoint(folder).run)
+        if ended:
+            break
+    assert list(dict.fromkeys(found)) == ["first", "second"]
+
+
+def test_a_step_is_saved_again_where_names_cannot_be_exchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "exchange", lambda *paths: False)
+    for run in ("first", "second"):
+        _save_third_step(tmp_path, bigram_run(), run=run)
+        assert load_checkpoint(tmp_path).run == run
+        assert names(tmp_path) == ["step-00000003"]
 
 
 def test_a_run_that_went_back_is_cut_short_at_any_step_and_still_goes_on(

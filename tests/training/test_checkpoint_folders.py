@@ -13,7 +13,7 @@ import pytest
 import llama_ext
 from bigram_runs import MakeRun, bigram_run, documents
 from checkpoint_runs import COMMON, CONSTANT, contents, names, same
-from llama_ext.training import Callback
+from llama_ext.training import Callback, checkpoints
 from llama_ext.training.checkpoints import load_checkpoint, restore, save_best
 
 
@@ -135,21 +135,30 @@ def test_the_best_weights_are_this_runs(make_run: MakeRun, folder: Path) -> None
     assert best.weights.bits() == bits[6] != stale.weights.bits()
 
 
-def test_a_replacement_that_fails_leaves_what_was_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_replacement_that_fails_leaves_what_was_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool
+) -> None:
     first, second = bigram_run(max_steps=1), bigram_run(max_steps=2)
     for made in (first, second):
         made.run.go()
     path = save_best(folder, first.weights, 6)
     before = contents(folder)
     rename = os.rename
+    failures = ["no"]
 
     def refused(source: Any, target: Any) -> None:
         if target == path and failures:
             raise OSError(failures.pop())
         rename(source, target)
 
-    failures = ["no"]
+    def exchange(source: Any, target: Any) -> bool:
+        if exchanges:
+            raise OSError(failures.pop())
+        return False
+
     monkeypatch.setattr(os, "rename", refused)
+    monkeypatch.setattr(checkpoints, "exchange", exchange)
     with pytest.raises(OSError, match="no"):
         save_best(folder, second.weights, 6)
     assert contents(folder) == before

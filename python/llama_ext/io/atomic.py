@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import secrets
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["atomic_write", "check_file", "check_folder", "remove", "sync_folder"]
+__all__ = ["atomic_write", "check_file", "check_folder", "exchange", "remove", "sync_folder"]
 
 # What writing bytes may raise.
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+# What exchanging names raises where the kernel or the file system cannot.
+_NOT_OFFERED = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
+# From linux/fcntl.h and linux/fs.h.
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
 # O_EXCL and an unguessable name: nobody can place a link there beforehand.
 _NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 
@@ -49,6 +56,33 @@ def remove(path: str | os.PathLike[str]) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
         sync_folder(Path(path).parent)
+
+
+def exchange(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> bool:
+    """Let two paths of one file system name each what the other named, in one step: the way to replace a directory.
+
+    Args:
+        first: A file or directory.
+        second: Another.
+
+    Returns:
+        Whether it was done. Linux alone has such a step (renameat2), and not on every file system (NFS).
+
+    Raises:
+        OSError: A path does not exist, or may not be renamed.
+    """
+    if sys.platform != "linux":
+        return False
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:  # a C library from before 2018
+        return False
+    names = (os.fsencode(first), os.fsencode(second))
+    if rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], ctypes.c_uint(_RENAME_EXCHANGE)) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NOT_OFFERED:
+        return False
+    raise OSError(code, os.strerror(code), os.fspath(first), None, os.fspath(second))
 
 
 def check_folder(folder: str | os.PathLike[str]) -> None:

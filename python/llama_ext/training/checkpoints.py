@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llama_ext.errors import CheckpointError, FormatError, LimitError
-from llama_ext.io.atomic import atomic_write, sync_folder
+from llama_ext.io.atomic import atomic_write, exchange, sync_folder
 from llama_ext.io.checkpoint import TensorSource, write_safetensors
 from llama_ext.io.json_file import read_json_object
 from llama_ext.io.safetensors_file import SafetensorsFile
@@ -100,7 +100,7 @@ def save_checkpoint(
 
     Everything goes into a temporary directory beside it, is synced and renamed in one step: a kill at any moment leaves every
     older checkpoint as it was, and the new one whole or not at all. One of this step that is there already, because the run
-    went back to before it, is replaced: it may be damaged, which can be why. Those of later steps stay, and so do those of
+    went back to before it, is exchanged for it: it may be damaged, which can be why. Those of later steps stay, and so do those of
     other runs and those that cannot be read. The one that a run has just gone on from is for `finish_checkpoint`: there may be
     no older one.
 
@@ -181,10 +181,12 @@ def _whole_directory(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         sync_folder(temporary)
-        if path.exists():
-            # A directory cannot be renamed over another one. A kill right here leaves neither of the two, and the older ones.
-            os.rename(path, replaced)
-        os.rename(temporary, path)
+        # A directory cannot be renamed over another one.
+        if not (path.exists() and exchange(temporary, path)):
+            if path.exists():
+                # A file system without exchange: a kill right here leaves neither of the two, and the older ones.
+                os.rename(path, replaced)
+            os.rename(temporary, path)
     except BaseException:
         if replaced.exists() and not path.exists():
             with contextlib.suppress(OSError):
@@ -192,7 +194,8 @@ def _whole_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(path.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    for old in (temporary, replaced):
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _leftover(path: Path) -> Path:
