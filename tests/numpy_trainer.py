@@ -10,6 +10,7 @@ import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 
 IGNORED = -100
+_MOMENTS = ("first", "second")
 
 
 class BigramWeights:
@@ -68,7 +69,7 @@ class BigramTrainer:
         self._betas = (beta1, beta2)
         self._gradients = {slot: np.zeros_like(value) for slot, value in weights.values.items()}
         self._moments = {
-            name: {slot: np.zeros_like(value) for slot, value in weights.values.items()} for name in self.moments()
+            name: {slot: np.zeros_like(value) for slot, value in weights.values.items()} for name in _MOMENTS
         }
 
     def _logits(self, tokens: Any) -> npt.NDArray[np.float64]:
@@ -134,8 +135,8 @@ class BigramTrainer:
     def gradient(self, slot: str) -> npt.NDArray[np.float32]:
         return self._gradients[slot].copy()
 
-    def moments(self) -> list[str]:
-        return ["first", "second"]
+    def moments(self, slot: str) -> list[str]:
+        return list(_MOMENTS)
 
     def read_moment(self, name: str, slot: str) -> npt.NDArray[np.float32]:
         return self._moments[name][slot].copy()
@@ -144,4 +145,4 @@ class BigramTrainer:
         self._moments[name][slot][...] = array
 
     def moment_bits(self) -> bytes:
-        return b"".join(self._moments[name][slot].tobytes() for name in self.moments() for slot in self.weights.values)
+        return b"".join(self._moments[name][slot].tobytes() for name in _MOMENTS for slot in self.weights.values)

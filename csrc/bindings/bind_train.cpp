@@ -112,10 +112,16 @@ py::array read_tensor(PyTrainer& self, const std::string& name, int moment) {
   return values;
 }
 
-int moment_index(const PyTrainer& self, const std::string& name) {
-  const std::vector<std::string> names = moment_names(self.trainer->optimizer());
+std::vector<std::string> moments(const PyTrainer& self, const std::string& slot) {
+  const Parameters& parameters = self.trainer->parameters();
+  return moment_names(self.trainer->optimizer(), parameters.all()[parameters.slot(slot).parameter].is_block_matrix);
+}
+
+int moment_index(const PyTrainer& self, const std::string& name, const std::string& slot) {
+  const std::vector<std::string> names = moments(self, slot);
   const auto found = std::find(names.begin(), names.end(), name);
-  require(found != names.end(), ErrorKind::kCheckpoint, "trainer: this optimiser keeps no '", name, "'");
+  require(found != names.end(), ErrorKind::kCheckpoint, "trainer: this optimiser keeps no '", name, "' of '", slot,
+          "'");
   return static_cast<int>(found - names.begin());
 }
 
@@ -127,7 +133,7 @@ void write_moment(PyTrainer& self, const std::string& moment, const std::string&
   require(source.shape_text() == expected.shape_text() && source.is_contiguous(), ErrorKind::kShape, "trainer: '",
           moment, "' of '", name, "' must be contiguous, of shape ", expected.shape_text(), ", got ",
           source.shape_text());
-  const int index = moment_index(self, moment);
+  const int index = moment_index(self, moment, name);
   without_gil([&] { self.trainer->parameters().write_moment(slot, index, source); });
 }
 
@@ -173,11 +179,11 @@ void bind_train(py::module_& module) {
       .def(
           "gradient", [](PyTrainer& self, const std::string& name) { return read_tensor(self, name, -1); },
           py::arg("slot"))
-      .def("moments", [](const PyTrainer& self) { return moment_names(self.trainer->optimizer()); })
+      .def("moments", &moments, py::arg("slot"))
       .def(
           "read_moment",
           [](PyTrainer& self, const std::string& moment, const std::string& name) {
-            return read_tensor(self, name, moment_index(self, moment));
+            return read_tensor(self, name, moment_index(self, moment, name));
           },
           py::arg("moment"), py::arg("slot"))
       .def("write_moment", &write_moment, py::arg("moment"), py::arg("slot"), py::arg("array"))

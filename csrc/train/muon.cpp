@@ -25,7 +25,7 @@ constexpr double kC = 2.0315;
 constexpr int64_t kRegionFloats = 16;
 
 bool takes(const Parameters& parameters, const ParameterSlot& slot) {
-  return parameters.all()[slot.parameter].is_matrix() && slot.name.starts_with("layers.");
+  return parameters.all()[slot.parameter].is_block_matrix;
 }
 
 int64_t longer_side(const ParameterSlot& slot) { return std::max(slot.shape[0], slot.shape[1]); }

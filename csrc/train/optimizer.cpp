@@ -22,7 +22,8 @@ void check(const OptimizerOptions& options) {
           "optimizer: nesterov needs a momentum");
 }
 
-std::vector<std::string> moment_names(const OptimizerOptions& options) {
+std::vector<std::string> moment_names(const OptimizerOptions& options, bool is_block_matrix) {
+  if (options.kind == OptimizerKind::kMuon && is_block_matrix) return {"velocity"};
   if (options.kind != OptimizerKind::kSgd) return {"first", "second"};
   if (options.momentum > 0.0) return {"velocity"};
   return {};

@@ -27,8 +27,8 @@ struct OptimizerOptions {
 /// Throws OptionError.
 void check(const OptimizerOptions& options);
 
-/// What it remembers of each parameter, by name.
-std::vector<std::string> moment_names(const OptimizerOptions& options);
+/// What it remembers of a matrix of the blocks, or of another parameter, by name.
+std::vector<std::string> moment_names(const OptimizerOptions& options, bool is_block_matrix);
 
 /// One step, counted from 1, with gradient_scale * gradients, which are undefined then. muon: what steps of that kind need.
 /// Throws OptionError; NumericError (muon.h) and Interrupted, before a weight is changed.

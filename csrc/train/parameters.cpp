@@ -13,8 +13,8 @@ const WeightType kFloat32{Encoding::kF32};
 
 }  // namespace
 
-Parameters::Parameters(Model& model, Adapter* adapter, const Trainable& trainable, int moments)
-    : backend_(model.backend()), moments_(moments) {
+Parameters::Parameters(Model& model, Adapter* adapter, const Trainable& trainable, const MomentCount& moments)
+    : backend_(model.backend()) {
   const std::set<std::string, std::less<>> wanted(trainable.slots.begin(), trainable.slots.end());
   std::set<std::string, std::less<>> found;
   std::set<const void*> frozen;
@@ -33,7 +33,8 @@ Parameters::Parameters(Model& model, Adapter* adapter, const Trainable& trainabl
             "train an adapter");
     require(!place.is_packed, ErrorKind::kCheckpoint, "train: '", slot.name,
             "' lies in a mapped file, and cannot be changed. Convert the model first");
-    const size_t parameter = slot.is_matrix ? add_matrix(*place.matrix) : add_vector(place.vector);
+    const size_t parameter = slot.is_matrix ? add_matrix(*place.matrix, slot.name.starts_with("layers."), moments)
+                                            : add_vector(place.vector, moments);
     slots_.push_back({slot.name, slot.shape, parameter, place.rows});
   }
   for (const std::string& name : wanted) {
@@ -48,27 +49,29 @@ Parameters::Parameters(Model& model, Adapter* adapter, const Trainable& trainabl
   if (adapter == nullptr) return;
   for (const Adapter::Entry& entry : adapter->entries()) {
     LowRank& part = *entry.part;
-    slots_.push_back({entry.slot + ".lora_A", {part.a->rows(), part.a->cols()}, add_matrix(*part.a), {}});
-    slots_.push_back({entry.slot + ".lora_B", {part.b->rows(), part.b->cols()}, add_matrix(*part.b), {}});
+    for (const auto& [name, matrix] : {std::pair(".lora_A", part.a.get()), std::pair(".lora_B", part.b.get())}) {
+      slots_.push_back({entry.slot + name, {matrix->rows(), matrix->cols()}, add_matrix(*matrix, true, moments), {}});
+    }
   }
 }
 
-size_t Parameters::add_matrix(Matrix& matrix) {
+size_t Parameters::add_matrix(Matrix& matrix, bool is_block_matrix, const MomentCount& moments) {
   const auto [place, is_new] = index_.try_emplace(&matrix, parameters_.size());
   if (!is_new) return place->second;
   Parameter& made = parameters_.emplace_back();
   made.matrix = &matrix;
+  made.is_block_matrix = is_block_matrix;
   made.value = backend_.values(matrix);
   made.matrix_gradient = backend_.create_matrix(matrix.rows(), matrix.cols(), kFloat32);
   made.gradient = backend_.values(*made.matrix_gradient);
-  for (int i = 0; i < moments_; ++i) {
+  for (size_t count = moments(is_block_matrix); count > 0; --count) {
     made.matrix_moments.push_back(backend_.create_matrix(matrix.rows(), matrix.cols(), kFloat32));
     made.moments.push_back(backend_.values(*made.matrix_moments.back()));
   }
   return place->second;
 }
 
-size_t Parameters::add_vector(const TensorView& vector) {
+size_t Parameters::add_vector(const TensorView& vector, const MomentCount& moments) {
   const auto [place, is_new] = index_.try_emplace(vector.data(), parameters_.size());
   if (!is_new) return place->second;
   Parameter& made = parameters_.emplace_back();
@@ -80,7 +83,7 @@ size_t Parameters::add_vector(const TensorView& vector) {
   const auto view = [&](const Buffer& buffer) { return TensorView(buffer.data(), DType::kF32, {vector.size()}); };
   made.vector_gradient = fresh();
   made.gradient = view(*made.vector_gradient);
-  for (int i = 0; i < moments_; ++i) {
+  for (size_t count = moments(/*is_block_matrix=*/false); count > 0; --count) {
     made.vector_moments.push_back(fresh());
     made.moments.push_back(view(*made.vector_moments.back()));
   }
@@ -150,7 +153,9 @@ double Parameters::gradient_norm() const {
 
 int64_t Parameters::nbytes() const {
   int64_t floats = 0;
-  for (const Parameter& parameter : parameters_) floats += parameter.gradient.size() * (1 + moments_);
+  for (const Parameter& parameter : parameters_) {
+    floats += parameter.gradient.size() * static_cast<int64_t>(1 + parameter.moments.size());
+  }
   return floats * static_cast<int64_t>(sizeof(float));
 }
 

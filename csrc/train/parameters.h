@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -25,6 +26,7 @@ struct Parameter {
   TensorView value;
   TensorView gradient;
   std::vector<TensorView> moments;
+  bool is_block_matrix = false;  // a layer's, or an adapter's
   bool is_matrix() const { return matrix != nullptr; }
 };
 
@@ -42,12 +44,15 @@ struct Trainable {
   std::vector<std::string> slots;  // those that are, when not all
 };
 
+/// How many tensors an optimiser keeps of a matrix of the blocks, and of anything else.
+using MomentCount = std::function<size_t(bool is_block_matrix)>;
+
 /// The trained tensors of a model and of an adapter, "layers.0.q.lora_A" and so on.
 class Parameters {
  public:
-  /// moments: how many tensors the optimiser keeps of each. Throws DTypeError for a trained matrix that is not float32, OptionError for
+  /// Throws DTypeError for a trained matrix that is not float32, OptionError for
   /// a slot that is not there, or that shares its matrix with one that is not trained, OutOfMemoryError.
-  Parameters(Model& model, Adapter* adapter, const Trainable& trainable, int moments);
+  Parameters(Model& model, Adapter* adapter, const Trainable& trainable, const MomentCount& moments);
 
   std::vector<Parameter>& all() { return parameters_; }
   const std::vector<Parameter>& all() const { return parameters_; }
@@ -57,7 +62,8 @@ class Parameters {
   TensorView gradient_of(const TensorView& vector) const;
 
   const ParameterSlot& slot(std::string_view name) const;
-  /// (shape of the slot) f32 in host memory. moment: an index, or -1 for the gradient.
+  size_t moments(const ParameterSlot& slot) const { return parameters_[slot.parameter].moments.size(); }
+  /// (shape of the slot) f32 in host memory. moment: an index, below moments(slot), or -1 for the gradient.
   void read(const ParameterSlot& slot, int moment, const TensorView& target) const;
   void write_moment(const ParameterSlot& slot, int moment, const TensorView& source);
 
@@ -67,14 +73,13 @@ class Parameters {
   int64_t nbytes() const;
 
  private:
-  size_t add_matrix(Matrix& matrix);
-  size_t add_vector(const TensorView& vector);
+  size_t add_matrix(Matrix& matrix, bool is_block_matrix, const MomentCount& moments);
+  size_t add_vector(const TensorView& vector, const MomentCount& moments);
   /// What holds a slot's gradient or moment.
   const Matrix* matrix_of(const Parameter& parameter, int moment) const;
   TensorView vector_of(const Parameter& parameter, int moment) const;
 
   Backend& backend_;
-  int moments_;
   std::vector<Parameter> parameters_;
   std::vector<ParameterSlot> slots_;
   std::map<const void*, size_t> index_;  // by matrix, or by the vector's data

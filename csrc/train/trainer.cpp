@@ -91,7 +91,7 @@ Trainer::Trainer(std::shared_ptr<Model> model, std::shared_ptr<Adapter> adapter,
       adapter_(std::move(adapter)),
       options_(checked(options)),
       parameters_(*model_, adapter_.get(), what_is_trained(options.trainable, adapter_.get()),
-                  static_cast<int>(moment_names(options.optimizer).size())),
+                  [&](bool is_block_matrix) { return moment_names(options.optimizer, is_block_matrix).size(); }),
       muon_(options.optimizer.kind == OptimizerKind::kMuon
                 ? std::make_unique<Muon>(model_->backend(), parameters_, options_.compute)
                 : nullptr),

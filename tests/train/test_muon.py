@@ -13,7 +13,7 @@ import random_models
 import trainers
 from devices import ISAS, each_isa, requires_cuda
 from llama_ext import _core
-from llama_ext.errors import NumericError
+from llama_ext.errors import CheckpointError, NumericError
 from tolerances import assert_same_bits, relative_rms
 from trainers import backend, each_backend, on_cuda
 
@@ -92,7 +92,7 @@ def updates(
         if rank is not None:
             direction = rng.standard_normal((shape[0], rank)) @ rng.standard_normal((rank, shape[1]))
         directions[name] = direction.astype(np.float32)
-        trainer.write_moment("first", name, directions[name])
+        trainer.write_moment("velocity", name, directions[name])
         before[name] = model.read(name).astype(np.float64)
     trainer.step(lr=1.0)
     return [
@@ -118,7 +118,7 @@ def test_steps_are_those_of_numpy(isa: str, sizes: dict[str, Any], nesterov: boo
         for name, shape in matrices(trainer):
             gradient = 0.5 * found[name]
             velocity[name] = 0.95 * velocity.get(name, 0.0) + gradient
-            assert relative_rms(trainer.read_moment("first", name), velocity[name]) < 1e-6, name
+            assert relative_rms(trainer.read_moment("velocity", name), velocity[name]) < 1e-6, name
             direction = gradient + 0.95 * velocity[name] if nesterov else velocity[name]
             update = 0.2 * max(shape) ** 0.5 * newton_schulz(direction)
             expected = (1 - 0.02 * 0.1) * before[name] - 0.02 * update
@@ -209,7 +209,7 @@ def test_fused_slices_do_not_touch_each_other(isa: str) -> None:
     trainer = _core.Trainer(model, optimizer={"kind": "muon"})
     before = {name: model.read(name) for name in ("layers.0.q", "layers.0.k", "layers.0.v")}
     rng = np.random.default_rng(1)
-    trainer.write_moment("first", "layers.0.k", rng.standard_normal((20, 20)).astype(np.float32))
+    trainer.write_moment("velocity", "layers.0.k", rng.standard_normal((20, 20)).astype(np.float32))
     trainer.step(lr=0.1)
     assert_same_bits(model.read("layers.0.q"), before["layers.0.q"])
     assert_same_bits(model.read("layers.0.v"), before["layers.0.v"])
@@ -233,7 +233,7 @@ def test_a_direction_that_is_not_finite_is_refused_and_no_weight_follows(isa: st
     before = {name: model.read(name) for name, _, _ in model.slots()}
     velocity = np.zeros((20, 45), np.float32)
     velocity[3, 7] = np.inf
-    trainer.write_moment("first", "layers.0.down", velocity)
+    trainer.write_moment("velocity", "layers.0.down", velocity)
     trainer.accumulate(*batch(), scale=1.0)
     with pytest.raises(NumericError, match=r"the direction of 'layers\.0\.down' has the norm -?(inf|nan)"):
         trainer.step(lr=0.1)
@@ -253,12 +253,24 @@ def test_adapters_are_stepped_too_down_to_rank_one(isa: str) -> None:
     assert {shape for _, shape in trainer.parameters()} == {(1, 20), (60, 1), (3, 45), (20, 3)}
     before = {name: adapter.read(*name.split(".lora_")) for name in directions}
     for name, direction in directions.items():
-        trainer.write_moment("first", name, direction)
+        trainer.write_moment("velocity", name, direction)
     trainer.step(lr=1.0)
     for name, direction in directions.items():
         update = 0.2 * max(direction.shape) ** 0.5 * newton_schulz(direction.astype(np.float64))
         change = before[name].astype(np.float64) - adapter.read(*name.split(".lora_"))
         assert relative_rms(change, update) < 1e-5, name
+
+
+def test_a_velocity_is_all_that_is_kept_of_a_matrix_of_a_block() -> None:
+    muon = _core.Trainer(build(ISAS[-1]), optimizer=MUON)
+    directed = {name for name, _ in matrices(muon)}
+    for name, shape in muon.parameters():
+        assert muon.moments(name) == (["velocity"] if name in directed else ["first", "second"])
+        for moment in muon.moments(name):
+            assert muon.read_moment(moment, name).shape == shape
+    name = min(directed)
+    with pytest.raises(CheckpointError, match=f"keeps no 'second' of '{name}'"):
+        muon.read_moment("second", name)
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
@@ -271,7 +283,7 @@ def test_a_run_that_goes_on_elsewhere_has_the_same_bits(isa: str, compute: str) 
     run(two, 0)
     for name, _ in two.parameters():
         model.load(name, part.read(name), "float32")
-        for moment in two.moments():
+        for moment in two.moments(name):
             three.write_moment(moment, name, two.read_moment(moment, name))
     three.steps = two.steps
     run(three, 1)
@@ -299,16 +311,22 @@ def test_the_number_of_threads_changes_no_bit(isa: str, compute: str, sizes: dic
             assert_same_bits(found, alone[name], name)
 
 
-def test_memory_is_that_of_the_largest_tensor_and_does_not_grow() -> None:
-    trainer = _core.Trainer(build(""), optimizer=MUON)
-    plain = _core.Trainer(build(""), optimizer={"kind": "adamw"})
+def test_memory_is_one_state_of_each_matrix_and_that_of_the_largest_one_and_does_not_grow() -> None:
+    model = build("")
+    trainer, adamw = (_core.Trainer(model, optimizer=each) for each in (MUON, {"kind": "adamw"}))
+    names = [name for name, _ in matrices(trainer)]
+    one, none = (
+        _core.Trainer(model, optimizer={"kind": "sgd", "momentum": momentum}, trainable=names)
+        for momentum in (0.5, 0.0)
+    )
+    state = one.nbytes - none.nbytes
 
     def lines(count: int) -> int:
         return -(-count // 16) * 16
 
     # Two tensors of q's size, two products of their columns; and those as a matrix of each width.
     floats = 2 * lines(60 * 20) + lines(20 * 20) + 20 * 20 + 20 * 20
-    assert trainer.nbytes - plain.nbytes == 4 * floats
-    for each in (trainer, plain):
-        run(each, 0)
-    assert trainer.nbytes - plain.nbytes == 4 * floats
+    for _ in range(2):
+        assert trainer.nbytes == adamw.nbytes - state + 4 * floats
+        for each in (trainer, adamw):
+            run(each, 0)

@@ -298,7 +298,7 @@ def test_moments_can_be_moved_to_another_trainer() -> None:
     three = _core.Trainer(model, optimizer={**ADAMW, "weight_decay": 0.1})
     for name, _ in two.parameters():
         model.load(name, part.read(name), "float32")
-        for moment in two.moments():
+        for moment in two.moments(name):
             three.write_moment(moment, name, two.read_moment(moment, name))
     three.steps = two.steps
     for seed in range(2, 4):

@@ -155,8 +155,8 @@ def _write_state(checkpoint: Checkpoint) -> None:
 
 
 def _moments(trainer: Trainer) -> Iterator[TensorSource]:
-    for name in trainer.moments():
-        for slot, shape in trainer.parameters():
+    for slot, shape in trainer.parameters():
+        for name in trainer.moments(slot):
             yield f"{name}/{slot}", "float32", shape, _moment(trainer, name, slot)
 
 
@@ -359,7 +359,7 @@ def restore(checkpoint: Checkpoint, trainer: Trainer, weights: Weights) -> dict[
         FormatError: A file is missing, truncated or malformed.
     """
     wanted = {
-        f"{name}/{slot}": (name, slot, shape) for name in trainer.moments() for slot, shape in trainer.parameters()
+        f"{name}/{slot}": (name, slot, shape) for slot, shape in trainer.parameters() for name in trainer.moments(slot)
     }
     path = checkpoint.path / _MOMENTS_FILE
     with SafetensorsFile(path) as file:

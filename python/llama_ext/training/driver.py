@@ -54,8 +54,8 @@ class Trainer(Protocol):
         """The gradient of a parameter."""
         ...
 
-    def moments(self) -> list[str]:
-        """The names of the optimiser's states."""
+    def moments(self, slot: str) -> list[str]:
+        """The names of the optimiser's states of a parameter."""
         ...
 
     def read_moment(self, name: str, slot: str) -> FloatArray:
