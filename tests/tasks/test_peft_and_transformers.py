@@ -16,6 +16,9 @@ torch = pytest.importorskip("torch", reason="torch is not installed: golden file
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: golden files stand for it")
 peft = pytest.importorskip("peft", reason="peft is not installed: golden files stand for it")
 
+# What peft calls of transformers is not this package's to mend.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+
 IDS = np.array([[5, 9, 2, 17, 30, 8], [1, 1, 40, 3, 22, 63]])
 CONFIG = llama_ext.LlamaConfig(
     vocab_size=64,
