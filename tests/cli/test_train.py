@@ -18,6 +18,7 @@ import llama_ext
 from command_line import Run, command
 from llama_ext.cli.train_checks import warmup_of
 from llama_ext.training import PRESETS, TokenFile
+from shared_data import LETTERS
 
 TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\n" * 40
 SMALL = ["--layers", 1, "--width", 16, "--heads", 2, "--context", 16, "--batch-size", 4, "--warmup", 2]
@@ -112,6 +113,21 @@ def test_a_model_is_trained_further(run: Run, file: Path, tmp_path: Path) -> Non
     result = run("train", file, "--model", "demo", "--out", tmp_path / "other", "--layers", 3)
     assert result.code == 2
     assert "--layers is for a new model" in result.err
+
+
+def test_a_wide_model_is_trained_further_at_a_lower_learning_rate(run: Run, file: Path, tmp_path: Path) -> None:
+    config = llama_ext.LlamaConfig(
+        vocab_size=66, hidden_size=384, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
+    )
+    tokenizer = llama_ext.Tokenizer.from_pretrained(LETTERS)
+    llama_ext.LlamaForCausalLM(config, tokenizer=tokenizer, seed=1).save_pretrained(tmp_path / "wide")
+    options = ("--steps", 2, "--context", 32, "--batch-size", 2)
+    for given, lr in (((), 5e-4), (("--lr", 2e-3), 2e-3)):
+        log = tmp_path / f"log-{lr}"
+        out = tmp_path / f"out-{lr}"
+        result = run("train", file, "--model", tmp_path / "wide", "--out", out, *options, *given, "--log-file", log)
+        assert result.code == 0, result.err
+        assert json.loads(log.read_text().splitlines()[0])["compile"]["lr"] == lr
 
 
 def test_a_preset_is_nanogpts_and_options_go_before_it(run: Run, file: Path, tmp_path: Path) -> None:

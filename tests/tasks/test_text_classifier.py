@@ -100,6 +100,15 @@ def test_the_same_seed_gives_the_same_classifier() -> None:
     assert not np.array_equal(scores(1), scores(2))
 
 
+@pytest.mark.parametrize(("adapter", "lr"), [(None, 5e-4), (LoRA(r=2), 1e-3)])
+def test_a_wide_model_begins_with_a_lower_learning_rate_but_for_an_adapter(adapter: LoRA | None, lr: float) -> None:
+    wide = base(width=384, layers=1)
+    history = TextClassifier(wide, LABELS).fit(*unzipped(TRAIN[:32]), adapter=adapter, epochs=1, verbose=0)
+    assert max(history.lr) == lr
+    history = TextClassifier(wide, LABELS).fit(*unzipped(TRAIN[:32]), adapter=adapter, lr=2e-3, epochs=1, verbose=0)
+    assert max(history.lr) == 2e-3
+
+
 def test_an_untrained_head_is_told_once_and_a_trained_one_is_not(tmp_path: Path) -> None:
     base().save_pretrained(tmp_path / "base")
     model = base()

@@ -14,7 +14,7 @@ from bigram_runs import MakeRun, documents
 from llama_ext.training import PRESETS, History, LearningRates
 from llama_ext.training.history import StepRecord, smoothed
 from llama_ext.training.options import TrainOptions
-from llama_ext.training.schedules import learning_rate
+from llama_ext.training.schedules import learning_rate, usual_lr
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,13 @@ def test_momentum_has_a_default_for_each_optimiser_that_has_one() -> None:
 def rates(total: int, **options: Any) -> list[float]:
     checked = TrainOptions(lr=1.0, **options)
     return [learning_rate(checked, step, total) for step in range(total)]
+
+
+def test_the_usual_learning_rate_falls_with_the_width() -> None:
+    assert usual_lr(64, adapts=False) == usual_lr(192, adapts=False) == usual_lr(192, adapts=True) == 1e-3
+    assert usual_lr(2048, adapts=False) == pytest.approx(9.375e-5)
+    assert usual_lr(4096, adapts=False) == pytest.approx(4.6875e-5)
+    assert usual_lr(4096, adapts=True) == pytest.approx(4.6875e-4)
 
 
 def test_schedules_have_their_shapes() -> None:

@@ -17,7 +17,12 @@ def add_fit_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     group.add_argument("--validation", metavar="FILE", help="examples that are scored after each epoch")
     group.add_argument("--epochs", type=int, default=3, metavar="N", help="how often the data is seen (default: 3)")
-    group.add_argument("--lr", type=float, default=1e-3, metavar="X", help="highest learning rate (default: 0.001)")
+    group.add_argument(
+        "--lr",
+        type=float,
+        metavar="X",
+        help="highest learning rate (default: 0.001, less for wide models; an adapter's is up to ten times as high)",
+    )
     group.add_argument("--batch-size", type=int, default=16, metavar="N", help="examples of a step (default: 16)")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of order and new weights (default: 0)")
     group.add_argument("--lora", type=int, metavar="R", help="train an adapter of rank R instead of all weights")

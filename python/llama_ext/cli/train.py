@@ -97,7 +97,9 @@ def add_to(commands: Commands) -> None:
     train.add_argument("--epochs", type=int, metavar="N", help="instead of --steps: so many times the text's tokens")
     train.add_argument("--batch-size", type=int, metavar="N", help="rows of a step (default: 12)")
     train.add_argument("--grad-accum", type=int, metavar="N", default=1, help="batches of a step (default: 1)")
-    train.add_argument("--lr", type=float, metavar="X", help="highest learning rate (default: 0.001)")
+    train.add_argument(
+        "--lr", type=float, metavar="X", help="highest learning rate (default: 0.001; less for a wide --model)"
+    )
     train.add_argument("--optimizer", choices=("adamw", "adam", "sgd", "muon"), help="(default: adamw)")
     train.add_argument("--schedule", choices=("cosine", "linear", "constant", "wsd"), help="(default: cosine)")
     train.add_argument(
@@ -271,8 +273,10 @@ def _model(args: argparse.Namespace, text: str | None) -> LlamaForCausalLM:
 
 def _compile(args: argparse.Namespace, model: LlamaForCausalLM, steps: int) -> None:
     from llama_ext.training.presets import PRESETS
+    from llama_ext.training.schedules import usual_lr
 
-    options: dict[str, Any] = {"betas": (0.9, 0.99), "lr": _RUN["lr"]}
+    lr = _RUN["lr"] if args.model is None else usual_lr(model.config.hidden_size, adapts=False)
+    options: dict[str, Any] = {"betas": (0.9, 0.99), "lr": lr}
     if args.preset:
         options.update(PRESETS[args.preset].compile)
     for name, option in _COMPILE_OPTIONS.items():

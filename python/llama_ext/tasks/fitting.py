@@ -30,9 +30,10 @@ def fit_whole(
     """Trains all weights, which become float32 first. Arguments and errors: as `fit_adapter`."""
     from llama_ext.training.model import trainable_copy
     from llama_ext.training.options import TrainOptions
+    from llama_ext.training.schedules import usual_lr
     from llama_ext.training.tuning import tuning_trainer
 
-    checked = TrainOptions(**options)
+    checked = TrainOptions(**{"lr": usual_lr(model.config.hidden_size, adapts=False), **options})
     model._refuse_adapters("training all weights")
     core = model._core
     if core.dtype != "float32" or not core.separate_gate_up:
@@ -59,7 +60,7 @@ def fit_adapter(
         lora: What to adapt, where there is no adapter of this name yet.
         examples: Sequences and their labels.
         validation: To be scored after each epoch, or None.
-        options: Of `LlamaForCausalLM.compile`.
+        options: Of `LlamaForCausalLM.compile`; without lr it is `usual_lr`.
         settings: Of `LlamaForCausalLM.fit`: batch_size, epochs, max_steps, grad_accum, seed, checkpoint_dir, ...
 
     Returns:
@@ -71,9 +72,10 @@ def fit_adapter(
         CheckpointError: A checkpoint to go on from is of another run.
     """
     from llama_ext.training.options import TrainOptions
+    from llama_ext.training.schedules import usual_lr
     from llama_ext.training.tuning import tuning_trainer
 
-    checked = TrainOptions(**options)
+    checked = TrainOptions(**{"lr": usual_lr(model.config.hidden_size, adapts=True), **options})
     if name not in model.adapters:
         if lora is None:
             raise OptionError(f"there is no adapter {name!r} yet: pass adapter=llama_ext.LoRA(...)")

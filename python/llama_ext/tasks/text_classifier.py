@@ -91,7 +91,7 @@ class TextClassifier:
         *,
         adapter: LoRA | None = None,
         epochs: int = 3,
-        lr: float = 1e-3,
+        lr: float | None = None,
         batch_size: int = 16,
         validation_data: tuple[Sequence[str], Sequence[Label]] | None = None,
         class_weights: Mapping[Label, float] | str | None = None,
@@ -107,7 +107,8 @@ class TextClassifier:
             adapter: Train this adapter and the head (the base stays as it is), instead of all weights. After the first call the
                 adapter is there, and None goes on with it.
             epochs: How often the data is seen.
-            lr: The highest learning rate, reached after a tenth of the steps; from there it falls as a cosine.
+            lr: The highest learning rate, reached after a tenth of the steps; from there it falls as a cosine. None:
+                `llama_ext.training.usual_lr`, which is 1e-3 for small models and adapters, and less for wide models.
             batch_size: Texts of a step.
             validation_data: Texts and labels that are scored after each epoch.
             class_weights: How often a text of each label is seen in an epoch, relative to the others: {label: weight > 0}, where
@@ -136,7 +137,7 @@ class TextClassifier:
         if validation_data is not None:
             held_out, answers = validation_data
             validation = self._examples(held_out, self._indices("validation_data's labels", answers, len(held_out)))
-        given = {"lr": lr, "warmup": 0.1, "weight_decay": 0.01, **(options or {})}
+        given = {"warmup": 0.1, "weight_decay": 0.01, **({} if lr is None else {"lr": lr}), **(options or {})}
         run = {"epochs": epochs, "batch_size": batch_size, "seed": seed, **settings}
         chosen = [examples[index] for index in order]
         there = self.model.adapters.get(self.adapter)

@@ -95,7 +95,7 @@ class Translator:
         *,
         adapter: LoRA | None = None,
         epochs: int = 3,
-        lr: float = 1e-3,
+        lr: float | None = None,
         batch_size: int = 16,
         validation_data: Sequence[Pair] | None = None,
         seed: int = 0,
@@ -109,7 +109,8 @@ class Translator:
             adapter: Train this adapter (the base stays as it is), instead of all weights. After the first call the adapter is
                 there, and None goes on with it.
             epochs: How often the data is seen.
-            lr: The highest learning rate, reached after a tenth of the steps; from there it falls as a cosine.
+            lr: The highest learning rate, reached after a tenth of the steps; from there it falls as a cosine. None:
+                `llama_ext.training.usual_lr`, which is 1e-3 for small models and adapters, and less for wide models.
             batch_size: Pairs of a step.
             validation_data: Pairs that are scored after each epoch.
             seed: Of the order, of dropout and of the adapter, in [0, 2^64).
@@ -130,7 +131,7 @@ class Translator:
         if not examples:
             raise OptionError("there is nothing to learn: no pair was given")
         validation = None if validation_data is None else self._examples("validation_data", validation_data)
-        given = {"lr": lr, "warmup": 0.1, "weight_decay": 0.01, **(options or {})}
+        given = {"warmup": 0.1, "weight_decay": 0.01, **({} if lr is None else {"lr": lr}), **(options or {})}
         run = {"epochs": epochs, "batch_size": batch_size, "seed": seed, **settings}
         there = self.model.adapters.get(self.adapter)
         if adapter is not None and there is not None and there != adapter:

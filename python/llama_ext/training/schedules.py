@@ -6,7 +6,28 @@ import math
 
 from llama_ext.training.options import TrainOptions
 
-__all__ = ["learning_rate", "warmup_steps"]
+__all__ = ["learning_rate", "usual_lr", "warmup_steps"]
+
+# What a narrow model bears; from which width on it is too much; and how much more an adapter bears.
+_HIGHEST = 1e-3
+_NARROW = 192
+_OF_AN_ADAPTER = 10
+
+
+def usual_lr(width: int, *, adapts: bool) -> float:
+    """The highest learning rate to begin with when a model that is there is trained further, with AdamW and some thousand tokens a step.
+
+    1e-3 up to a width of 192, and 0.192 / width beyond: 9e-5 at 2,048 and 5e-5 at 4,096. Ten times that for an adapter, but 1e-3 at
+    most. `LlamaForCausalLM.lr_find` measures instead.
+
+    Args:
+        width: The model's hidden_size, >= 1.
+        adapts: Whether an adapter is trained, and the weights stay as they are.
+
+    Sources: that the best rate falls with the width, Yang et al., "Tensor Programs V: Tuning Large Neural Networks via Zero-Shot
+    Hyperparameter Transfer", 2022; the ten times, Schulman et al., "LoRA Without Regret", 2025.
+    """
+    return min(_HIGHEST, _HIGHEST * _NARROW / width * (_OF_AN_ADAPTER if adapts else 1))
 
 
 def warmup_steps(options: TrainOptions, total: int) -> int:
