@@ -2,9 +2,13 @@
 #include <sched.h>
 
 #include <atomic>
+#include <charconv>
 #include <cmath>
+#include <cstdlib>
 #include <set>
 #include <sstream>
+#include <string_view>
+#include <system_error>
 
 #include "core/errors.h"
 #include "cpu/cgroup.h"
@@ -13,7 +17,21 @@
 namespace llama_ext {
 namespace {
 
+constexpr const char* kVariable = "LLAMA_EXT_NUM_THREADS";
+
 std::atomic<int> chosen{0};
+
+/// What the environment asks for; 0 when it does not.
+int threads_of_environment() {
+  const char* text = std::getenv(kVariable);
+  if (text == nullptr || *text == '\0') return 0;
+  const std::string_view digits(text);
+  int threads = 0;
+  const auto [rest, error] = std::from_chars(digits.data(), digits.data() + digits.size(), threads);
+  require(error == std::errc() && rest == digits.data() + digits.size() && threads >= 1 && threads <= kMaxThreads,
+          ErrorKind::kOption, kVariable, " must be a whole number in [1, ", kMaxThreads, "], got '", digits, "'");
+  return threads;
+}
 
 /// Distinct physical cores among the CPUs this process may run on. Without topology files every CPU counts.
 int physical_cores() {
@@ -58,6 +76,7 @@ double cgroup_quota() {
 
 ThreadDefault default_threads() {
   if (const int set = chosen.load(); set > 0) return {set, "set by set_num_threads"};
+  if (const int asked = threads_of_environment(); asked > 0) return {asked, cat(kVariable, " asks for it")};
   const int cores = physical_cores();
   const double quota = cgroup_quota();
   if (quota < cores) {

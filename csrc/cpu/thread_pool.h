@@ -12,7 +12,8 @@ struct ThreadDefault {
   std::string reason;  // "2 physical cores", "cgroup quota of 1.5 CPUs", ...
 };
 
-/// What threads=0 means: min(physical cores in the affinity mask, whole CPUs of the cgroup quota), unless set.
+/// What threads=0 means: what was set, or else LLAMA_EXT_NUM_THREADS, or else min(physical cores in the affinity mask, whole CPUs of the
+/// cgroup quota). Throws OptionError for a variable that is no number in [1, kMaxThreads].
 ThreadDefault default_threads();
 /// Sets the default for backends made later. 1 <= threads <= kMaxThreads, or 0 for the machine's. Throws OptionError.
 void set_default_threads(int threads);

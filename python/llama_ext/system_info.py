@@ -73,6 +73,7 @@ def info() -> Info:
 
     Raises:
         DeviceError: LLAMA_EXT_ISA names an instruction set that this machine or this build lacks.
+        OptionError: LLAMA_EXT_NUM_THREADS is no number of threads.
     """
     available = tuple(_core.available_isas())
     forced = os.environ.get("LLAMA_EXT_ISA", "")

@@ -47,6 +47,31 @@ def test_set_num_threads_is_what_new_backends_get() -> None:
     assert llama_ext.get_num_threads() == machine
 
 
+def test_the_environment_says_how_many_until_the_program_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = llama_ext.get_num_threads()
+    monkeypatch.setenv("LLAMA_EXT_NUM_THREADS", "7")
+    assert llama_ext.get_num_threads() == _core.Backend().threads == llama_ext.info().threads == 7
+    assert llama_ext.info().threads_reason == "LLAMA_EXT_NUM_THREADS asks for it"
+    assert _core.Backend("cpu", 2).threads == 2
+    llama_ext.set_num_threads(5)
+    assert llama_ext.get_num_threads() == 5
+    _core.set_default_threads(0)
+    monkeypatch.setenv("LLAMA_EXT_NUM_THREADS", "")
+    assert llama_ext.get_num_threads() == machine
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "257", "99999999999999999999", "4.0", " 4", "4 ", "four"])
+def test_an_environment_that_makes_no_sense_is_an_error_where_it_counts(
+    monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setenv("LLAMA_EXT_NUM_THREADS", text)
+    words = rf"LLAMA_EXT_NUM_THREADS must be a whole number in \[1, 256\], got '{text}'"
+    for ask in (llama_ext.get_num_threads, llama_ext.info, _core.Backend):
+        with pytest.raises(OptionError, match=words):
+            ask()
+    assert _core.Backend("cpu", 2).threads == 2
+
+
 @pytest.mark.parametrize("threads", [0, -1, 257, 2**31 - 1, True, 1.0, "2", None], ids=repr)
 def test_a_number_of_threads_that_makes_no_sense_is_an_error(threads: Any) -> None:
     before = llama_ext.get_num_threads()

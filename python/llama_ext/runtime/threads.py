@@ -16,7 +16,11 @@ def get_num_threads() -> int:
     """The number of threads that a model or an operation gets when it is not given one.
 
     Returns:
-        A number >= 1. Before `set_num_threads`: the physical cores that the affinity mask and the cgroup quota allow.
+        A number >= 1. Before `set_num_threads`: what the environment variable LLAMA_EXT_NUM_THREADS says, or else the physical cores
+        that the affinity mask and the cgroup quota allow.
+
+    Raises:
+        OptionError: LLAMA_EXT_NUM_THREADS is no number in [1, 256].
     """
     return _core.default_threads()[0]
 
