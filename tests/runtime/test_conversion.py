@@ -38,7 +38,7 @@ def test_the_greedy_text_is_the_same(tmp_path: Path) -> None:
 
 # Relative root mean squares of the logits of a trained model.
 @requires_shared
-@pytest.mark.parametrize(("dtype", "most"), [("f16", 2e-3), ("bf16", 2e-2), ("q8_0", 2e-2), ("q4_0", 0.3)])
+@pytest.mark.parametrize(("dtype", "most"), [("float16", 2e-3), ("bfloat16", 2e-2), ("q8_0", 2e-2), ("q4_0", 0.3)])
 def test_smaller_types_stay_close(dtype: str, most: float, tmp_path: Path) -> None:
     llama_ext.convert(STORIES, tmp_path / "x.gguf", dtype=dtype)
     model, original = Model.from_pretrained(tmp_path / "x.gguf"), Model.from_pretrained(STORIES)
@@ -62,18 +62,18 @@ def test_floats_survive_both_ways_bit_for_bit(name: str, tmp_path: Path) -> None
     np.testing.assert_array_equal(Model.from_pretrained(tmp_path / "back")(ids), expected)
 
 
-@pytest.mark.parametrize("dtype", [None, "f32", "f16", "bf16"])
+@pytest.mark.parametrize("dtype", [None, "float32", "f16", "bfloat16"])
 def test_blocks_become_floats(dtype: str | None, tmp_path: Path) -> None:
     config = gguf_models.config(rope_scaling=LLAMA3)
     gguf_models.write(tmp_path / "x.gguf", config, {"": "Q4_K", ".v": "Q6_K", "up": "F16"})
     llama_ext.convert(tmp_path / "x.gguf", tmp_path / "new", dtype=dtype)
     model = Model.from_pretrained(tmp_path / "new", dtype="float32")
     exact = Model.from_pretrained(tmp_path / "x.gguf", dtype="float32")
-    most = {"f16": 2e-3, "bf16": 2e-2}.get(dtype or "", 0.0)
+    most = {"f16": 2e-3, "bfloat16": 2e-2}.get(dtype or "", 0.0)
     assert relative_rms(model(IDS), exact(IDS)) <= most
     assert model.config.rope_parameters == config.rope_parameters
     said = json.loads((tmp_path / "new" / "config.json").read_text())["dtype"]
-    assert said == {"f16": "float16", "bf16": "bfloat16"}.get(dtype or "", "float32")
+    assert said == {"f16": "float16", "bfloat16": "bfloat16"}.get(dtype or "", "float32")
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
@@ -120,7 +120,7 @@ def test_the_file_is_what_the_package_reads(tmp_path: Path) -> None:
 
 def test_what_cannot_be_written_is_said_before_anything_is(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(OptionError, match="dtype must be one of f32"):
+    with pytest.raises(OptionError, match="dtype must be one of float32, float16, bfloat16, q8_0, q4_0, got 'q4_k'"):
         llama_ext.convert(LETTERS, out, dtype="q4_k")
     with pytest.raises(OptionError, match=r"end in \.gguf"):
         llama_ext.convert(LETTERS, out, dtype="q8_0")

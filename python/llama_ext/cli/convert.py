@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
 __all__ = ["add_to", "run"]
 
-DTYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
-
 _DESCRIPTION = """\
 Writes a model in another format, with its tokenizer and chat template: as a GGUF
 file when OUT ends in .gguf, else as a directory of safetensors."""
@@ -23,7 +21,7 @@ file when OUT ends in .gguf, else as a directory of safetensors."""
 _EPILOG = """
 examples:
   llama-ext convert path/to/llama llama-q8_0.gguf --dtype q8_0
-  llama-ext convert llama-q8_0.gguf llama-again --dtype bf16
+  llama-ext convert llama-q8_0.gguf llama-again --dtype bfloat16
 """
 
 
@@ -41,8 +39,8 @@ def add_to(commands: Commands) -> None:
     parser.add_argument("out", metavar="OUT", help="a file that ends in .gguf, or a directory")
     parser.add_argument(
         "--dtype",
-        choices=DTYPES,
-        help="of the matrices; the last two are for GGUF (default: as they are, quantised ones as f32)",
+        metavar="float32|float16|bfloat16|q8_0|q4_0",
+        help="of the matrices; the last two are for GGUF (default: as they are, quantised ones as float32)",
     )
     add_overwrite_option(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -27,7 +27,9 @@ from llama_ext.runtime.saving import save_files
 
 __all__ = ["DTYPES", "convert"]
 
-DTYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
+DTYPES = ("float32", "float16", "bfloat16", "q8_0", "q4_0")
+# GGUF's words for the first three, which are taken as well.
+_SHORT = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 _QUANTIZED = ("q8_0", "q4_0")
 # What a floating-point tensor is called by the core and by GGUF -> GGUF's word.
 _FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "F32": "F32", "F16": "F16", "BF16": "BF16"}
@@ -54,8 +56,9 @@ def convert(
         path_or_hub_id: As `LlamaForCausalLM.from_pretrained`.
         out: A path that ends in .gguf for a GGUF file, in a directory that exists; anything else is a directory of safetensors,
             created if need be.
-        dtype: Of the matrices: "f32", "f16", "bf16", and of GGUF files also "q8_0" and "q4_0", whose tables (embedding and
-            head) are Q8_0. Norms and biases are kept as they are. None: as they are stored, and quantised ones as f32.
+        dtype: Of the matrices: "float32", "float16", "bfloat16" (or "f32", "f16", "bf16"), and of GGUF files also "q8_0" and "q4_0",
+            whose tables (embedding and head) are Q8_0. Norms and biases are kept as they are. None: as they are stored, and quantised
+            ones as float32.
         revision: Of the Hub: a branch, tag or commit.
         limits: What a file may ask for.
 
@@ -76,6 +79,7 @@ def convert(
         )
     target = Path(out)
     to_gguf = target.suffix == ".gguf"
+    dtype = dtype if dtype is None else _SHORT.get(dtype, dtype)
     if dtype is not None and dtype not in DTYPES:
         raise OptionError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if dtype in _QUANTIZED and not to_gguf:
@@ -96,7 +100,7 @@ def _kind(tensor: StoredTensor, dtype: str | None) -> GgmlType:
         return BY_NAME[_FLOATS.get(tensor.type, "F32")]
     if dtype == "q4_0" and tensor.slot in _TABLES:
         dtype = "q8_0"
-    return BY_NAME[dtype.upper()]
+    return BY_NAME[_FLOATS.get(dtype, dtype.upper())]
 
 
 def _chunks(
