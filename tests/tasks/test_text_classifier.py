@@ -154,6 +154,36 @@ def test_a_forgotten_adapter_leaves_a_random_head() -> None:
         classifier.predict(["great"])
 
 
+def test_a_fit_that_is_refused_leaves_the_classifier_as_it_was() -> None:
+    classifier = TextClassifier(base(), LABELS)
+    data = unzipped(TRAIN[:16])
+    for settings, words in (
+        ({"batch_size": 0}, "batch_size"),
+        ({"seed": 1.5}, "seed"),
+        ({"validate_every": 2}, "validation_data"),
+        ({"context": 20}, "fit of a task has no 'context'"),
+        ({"options": {"learning_rate": 1}}, "options: compile has no 'learning_rate', only attention_dropout, betas"),
+    ):
+        with pytest.raises(OptionError, match=words):
+            classifier.fit(*data, adapter=LoRA(r=2), verbose=0, **settings)  # type: ignore[arg-type]
+        with pytest.raises(OptionError, match=words):
+            classifier.fit(*data, verbose=0, **settings)  # type: ignore[arg-type]
+        assert not classifier.model.adapters
+    classifier.fit(*data, adapter=LoRA(r=4), epochs=1, verbose=0)
+
+
+def test_an_adapter_whose_training_failed_at_once_leaves_a_random_head() -> None:
+    class Fails(llama_ext.training.Callback):
+        def on_start(self, *_: Any) -> None:
+            raise ValueError("no")
+
+    classifier = TextClassifier(base(), LABELS)
+    with pytest.raises(ValueError, match="no"):
+        classifier.fit(*unzipped(TRAIN[:16]), adapter=LoRA(r=2), verbose=0, callbacks=[Fails()])
+    with pytest.warns(UserWarning, match="still random"):
+        classifier.predict(["great"])
+
+
 def test_rare_labels_are_repeated() -> None:
     from llama_ext.tasks.text_classifier import _repeats
 

@@ -92,13 +92,17 @@ def test_every_truncation_of_a_checkpoint_is_a_typed_error(saved: Path) -> None:
         {"state": {"validations": [{"step": 1, "loss": 1.0, "bleu": 1.0}], "callbacks": [], "unfinished": False}},
         {"state": {"validations": [], "callbacks": [{}], "unfinished": False}},
         {"state": {"validations": [], "unfinished": False}},
+        {"state": {"validations": [], "callbacks": [], "unfinished": False, "stop": 3}},
     ],
 )
 def test_a_malformed_state_is_a_typed_error(saved: Path, change: dict[str, Any]) -> None:
     path = saved / "training.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    made = bigram_run(**{**COMMON, "max_steps": 3}, resume=saved)
+    before = made.weights.bits()
     with pytest.raises(llama_ext.CheckpointError):
-        _resume(saved)
+        made.run.go()
+    assert made.weights.bits() == before
 
 
 def test_moments_of_other_names_or_shapes_are_refused(saved: Path) -> None:

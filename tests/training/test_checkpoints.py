@@ -150,7 +150,7 @@ def test_a_callback_may_remember_an_infinity(make_run: MakeRun, folder: Path) ->
 
 def test_a_callback_that_cannot_be_saved_is_refused_before_the_first_step(make_run: MakeRun, folder: Path) -> None:
     lowest = Lowest()
-    for state in ({"array": np.zeros(2)}, {"complex": 1j}, None):
+    for state in ({"array": np.zeros(2)}, {"complex": 1j}, {"seen": {1: 2}}, {"seen": {1: 2, "a": 3}}, None):
         lowest.seen = state  # type: ignore[assignment]
         lowest.on_step_end = lambda run, record: None  # type: ignore[method-assign]
         made = make_run(**COMMON, callbacks=[lowest], checkpoint_dir=folder)
@@ -175,6 +175,50 @@ def test_early_stopping_goes_on_counting(make_run: MakeRun, folder: Path) -> Non
         ended = make_run(None, noise, **settings, callbacks=[EarlyStopping(3)], resume=path)
         assert ended.run.go().stopped == stopped.stopped
         same(whole, ended)
+
+
+@pytest.mark.parametrize("save_every", [None, 2])
+def test_a_run_that_ended_early_has_ended_when_it_is_resumed(
+    make_run: MakeRun, folder: Path, save_every: int | None
+) -> None:
+    rng = np.random.default_rng(0)
+    noise = Stream(ArrayReader(rng.integers(0, 11, 200).astype(np.int32)), 20)
+    settings: dict[str, Any] = {"epochs": 50, "options": {"lr": 0.3, "schedule": "constant"}}
+    saves: dict[str, Any] = {"checkpoint_dir": folder, "save_every": save_every}
+    ended = make_run(None, noise, **settings, **saves, callbacks=[EarlyStopping(2)])
+    stopped = ended.run.go().stopped
+    assert stopped.startswith("early: ")
+    for _ in range(2):
+        again = make_run(None, noise, **settings, **saves, callbacks=[EarlyStopping(2)], resume=True)
+        assert again.run.go().stopped == stopped
+        assert again.trainer.calls == 0
+        same(ended, again)
+    # With more patience it goes on as if it had had that from the beginning.
+    settings["epochs"] = 8
+    whole = make_run(None, noise, **settings, callbacks=[EarlyStopping(40)])
+    whole.run.go()
+    longer = make_run(None, noise, **settings, **saves, callbacks=[EarlyStopping(40)], resume=True)
+    assert longer.run.go().stopped == "done"
+    same(whole, longer)
+
+
+def test_a_stop_before_a_validation_that_was_interrupted_is_not_forgotten(make_run: MakeRun, folder: Path) -> None:
+    settings: dict[str, Any] = {**COMMON, "validate_every": 5}
+    whole = make_run(None, documents(seed=7), **settings, callbacks=[StopAt(10)])
+    assert whole.run.go().stopped == "here"
+    begun = make_run(None, documents(seed=7), **settings, callbacks=[StopAt(10)], checkpoint_dir=folder)
+    validate = begun.trainer.evaluate
+
+    def interrupted(*arguments: Any) -> Any:
+        if begun.run.step == 10:
+            os.kill(os.getpid(), signal.SIGINT)
+        return validate(*arguments)
+
+    begun.trainer.evaluate = interrupted  # type: ignore[method-assign]
+    assert begun.run.go().stopped == "interrupted"
+    ended = make_run(None, documents(seed=7), **settings, callbacks=[StopAt(10)], checkpoint_dir=folder, resume=True)
+    assert ended.run.go().stopped == "here"
+    same(whole, ended)
 
 
 def test_resume_true_begins_where_there_is_nothing(make_run: MakeRun, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,22 @@ def test_padding_that_no_label_sees_may_be_anything() -> None:
 def test_what_is_none_of_that_is_a_typed_error(x: Any, y: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         read_data(x, y, reading())
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "words"),
+    [
+        ([], None, "^the rest is empty"),
+        ([("ab", "c"), ("ab", 3)], None, "^pair 1 of the rest must be"),
+        (["ab", [1, 2]], None, r"^the rest\[1\] must be like the rest\[0\]"),
+        (["ab", "cd"], ["e"], "^its answers must be a list of 2 answers"),
+        ([1, 2, 99], None, "the rest"),
+        (np.zeros((2, 3), int), np.zeros((2, 2), int), "^its answers must have the shape of the rest"),
+    ],
+)
+def test_an_error_calls_data_what_the_caller_does(x: Any, y: Any, words: str) -> None:
+    with pytest.raises(llama_ext.LlamaExtError, match=words):
+        read_data(x, y, dataclasses.replace(reading(), x="the rest", y="its answers"))
 
 
 def test_texts_need_a_tokenizer() -> None:

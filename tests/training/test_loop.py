@@ -146,6 +146,16 @@ def test_a_run_ends_early_when_validation_no_longer_falls(make_run: MakeRun) -> 
     assert len(history.val_loss) == best + 3 < 50
 
 
+def test_a_callback_may_be_used_again(make_run: MakeRun) -> None:
+    rng = np.random.default_rng(0)
+    noise = Stream(ArrayReader(rng.integers(0, VOCABULARY, 200).astype(np.int32)), 20)
+    stopping = EarlyStopping(patience=2)
+    settings: dict[str, Any] = {"epochs": 50, "options": {"lr": 0.3}}
+    fresh = make_run(None, noise, **settings, callbacks=[EarlyStopping(patience=2)]).run.go()
+    for _ in range(2):
+        assert make_run(None, noise, **settings, callbacks=[stopping]).run.go().val_loss == fresh.val_loss
+
+
 def test_a_loss_that_is_no_number_in_validation_raises(make_run: MakeRun) -> None:
     made = make_run(None, documents(), max_steps=1)
     made.weights.values["bias"][0] = np.nan
@@ -241,6 +251,9 @@ def test_callbacks_are_called_in_order_and_may_stop(make_run: MakeRun) -> None:
     calls: list[Any] = []
 
     class Note(Callback):
+        def on_start(self, run: Any, resumed: bool) -> None:
+            calls.append(("start", run.step, run.total_steps, resumed))
+
         def on_step_end(self, run: Any, record: Any) -> None:
             calls.append(("step", run.step, record.step))
             if record.step == 8:
@@ -255,7 +268,7 @@ def test_callbacks_are_called_in_order_and_may_stop(make_run: MakeRun) -> None:
     history = make_run(None, documents(), epochs=3, callbacks=[Note()]).run.go()
     assert history.stopped == "enough"
     steps = [("step", step, step) for step in range(1, 9)]
-    assert calls == [*steps[:6], ("validation", 6), ("epoch", 1), *steps[6:]]
+    assert calls == [("start", 0, 18, False), *steps[:6], ("validation", 6), ("epoch", 1), *steps[6:]]
 
 
 def test_callbacks_of_a_generator_are_called_as_those_of_a_list(make_run: MakeRun) -> None:
@@ -302,6 +315,11 @@ def test_the_log_has_a_json_object_for_each_event(make_run: MakeRun, tmp_path: P
         ({"callbacks": [print]}, "callbacks"),
         ({"callbacks": None}, "callbacks must be a list"),
         ({"peak_flops": 0}, "peak_flops"),
+        ({"overfit_batch": "false"}, "overfit_batch must be True or False, got 'false'"),
+        ({"keep_best": 1, "checkpoint_dir": "x"}, "keep_best must be True or False, got 1"),
+        ({"resume": 0}, "resume must be True, False or the path of a checkpoint, got 0"),
+        ({"checkpoint_dir": 5}, "checkpoint_dir must be a path, got 5"),
+        ({"log_file": True}, "log_file must be a path, got True"),
     ],
 )
 def test_settings_are_checked(settings: dict[str, Any], words: str) -> None:

@@ -75,6 +75,9 @@ def test_schedules_have_their_shapes() -> None:
     assert rates(4, schedule="constant") == [1.0] * 4
     assert rates(5, schedule="constant", warmup=4) == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rates(4, schedule="constant", warmup=0.5) == [0.5, 1.0, 1.0, 1.0]
+    # 0.07 * 100 is a little more than 7.
+    assert rates(100, schedule="constant", warmup=0.07)[6:8] == [1.0, 1.0]
+    assert rates(100, schedule="constant", warmup=0.07)[5] < 1.0
     assert rates(4, schedule="linear", min_lr=0.0) == [1.0, 0.75, 0.5, 0.25]
     assert rates(10, schedule="wsd", warmup=2, min_lr=0.0, decay_fraction=0.4) == pytest.approx(
         [0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0.0]

@@ -290,8 +290,9 @@ class LlamaForSequenceClassification(LoadedModel):
         with self._one_at_a_time:
             adapter = None if self.active_adapter is None else self._loaded(self.active_adapter)
             if adapter is not None and adapter.head is not None:
-                return False
-            head = self._core.read("head") if self._base_head is None else self._base_head
+                head = adapter.head
+            else:
+                head = self._core.read("head") if self._base_head is None else self._base_head
             return np.array_equal(head, self._random_head)
 
     @contextlib.contextmanager

@@ -141,7 +141,7 @@ class Trainable:
         Args:
             x: One of
                 a text, a 1-D array or list of token ids, or a `TokenFile`: a long stream, seen in random crops of `context` tokens
-                  (an epoch has as many crops as the stream has tokens);
+                  (an epoch has as many as fit into the stream side by side);
                 a list of texts or of lists of ids: documents. Texts end with the tokenizer's EOS if it has one; one that is longer
                   than `context` becomes several rows;
                 a list of (prompt, answer) pairs of texts, or a list of prompts with `y` as the list of answers: only answers and
@@ -153,8 +153,8 @@ class Trainable:
             epochs: How often the data is seen.
             max_steps: Steps of the optimiser, instead of `epochs`.
             grad_accum: Batches of a step. Memory is that of one.
-            validation_data: As `x`, or a tuple (x, y); scored whole after each epoch, and at the end. A stream is cut into
-                consecutive windows of `context`.
+            validation_data: As `x`, or a tuple (x, y); scored whole after each epoch, and after the last step (not where a callback
+                ends the run before it). A stream is cut into consecutive windows of `context`.
             seed: Of order, crops and dropout, in [0, 2^64). Nothing else is random.
             checkpoint_dir: Where to save after each epoch and at the end: `step-00000010/`, a model that `from_pretrained`
                 loads and what is needed to go on. It holds one run.
@@ -170,7 +170,8 @@ class Trainable:
             validate_every: Steps between validations, instead of an epoch.
             save_every: Steps between checkpoints, instead of an epoch.
             keep_last: How many checkpoints stay, of this run and up to the step that is saved; others are not touched.
-            keep_best: Keep also the weights with the lowest validation loss, as `best-00000010/` in `checkpoint_dir`.
+            keep_best: Keep also the weights with the lowest validation loss, as `best-00000010/` in `checkpoint_dir`. One in the
+                directory that a run goes on from, where that is another one, stays there.
             overfit_batch: Every step sees the first batch: a model that cannot learn it by heart is broken.
             log_file: A file to which a line of JSON is added for each step, validation and checkpoint.
             peak_flops: What the machine can do, in floating-point operations a second: progress then shows the share in use.

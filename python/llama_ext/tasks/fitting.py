@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from llama_ext.training.batches import Example
     from llama_ext.training.history import History
     from llama_ext.training.options import TrainOptions
+    from llama_ext.training.settings import RunSettings
 
 __all__ = ["fit_adapter", "fit_whole"]
 
@@ -28,19 +30,14 @@ def fit_whole(
     settings: Mapping[str, Any],
 ) -> History:
     """Trains all weights, which become float32 first. Arguments and errors: as `fit_adapter`."""
-    from llama_ext.training.model import trainable_copy
-    from llama_ext.training.options import TrainOptions
-    from llama_ext.training.schedules import usual_lr
+    from llama_ext.training.model import use_trainable_core
     from llama_ext.training.tuning import tuning_trainer
 
-    checked = TrainOptions(**{"lr": usual_lr(model.config.hidden_size, adapts=False), **options})
+    checked, run = _checked(model, options, settings, validates=validation is not None, adapts=False)
     model._refuse_adapters("training all weights")
-    core = model._core
-    if core.dtype != "float32" or not core.separate_gate_up:
-        model._core = trainable_copy(core)
-    model._fingerprint = None
+    use_trainable_core(model)
     trainer = tuning_trainer(model, checked, None)
-    return _run(model, trainer, None, examples, validation, checked, settings)
+    return _run(model, trainer, None, examples, validation, checked, run)
 
 
 def fit_adapter(
@@ -71,19 +68,35 @@ def fit_adapter(
         NumericError: The loss is not finite.
         CheckpointError: A checkpoint to go on from is of another run.
     """
-    from llama_ext.training.options import TrainOptions
-    from llama_ext.training.schedules import usual_lr
     from llama_ext.training.tuning import tuning_trainer
 
-    checked = TrainOptions(**{"lr": usual_lr(model.config.hidden_size, adapts=True), **options})
+    checked, run = _checked(model, options, settings, validates=validation is not None, adapts=True)
     if name not in model.adapters:
         if lora is None:
             raise OptionError(f"there is no adapter {name!r} yet: pass adapter=llama_ext.LoRA(...)")
-        model.add_adapter(name, lora, seed=int(settings.get("seed", 0)))
+        model.add_adapter(name, lora, seed=run.seed)
     model.set_adapter(name)
     head = contextlib.nullcontext()
     with model._training_head_of(name) if isinstance(model, LlamaForSequenceClassification) else head:
-        return _run(model, tuning_trainer(model, checked, name), name, examples, validation, checked, settings)
+        return _run(model, tuning_trainer(model, checked, name), name, examples, validation, checked, run)
+
+
+def _checked(
+    model: LoadedModel, options: Mapping[str, Any], settings: Mapping[str, Any], *, validates: bool, adapts: bool
+) -> tuple[TrainOptions, RunSettings]:
+    """All arguments, before anything of the model is changed."""
+    from llama_ext.training.options import TrainOptions
+    from llama_ext.training.schedules import usual_lr
+    from llama_ext.training.settings import RunSettings
+
+    for kind, given, what in ((TrainOptions, options, "options: compile"), (RunSettings, settings, "fit of a task")):
+        known = {field.name for field in dataclasses.fields(kind)}
+        unknown = next((name for name in given if name not in known), None)
+        if unknown is not None:
+            raise OptionError(f"{what} has no {unknown!r}, only {', '.join(sorted(known))}")
+    run = RunSettings(**settings)
+    run.check(validates=validates)
+    return TrainOptions(**{"lr": usual_lr(model.config.hidden_size, adapts=adapts), **options}), run
 
 
 def _run(
@@ -93,14 +106,13 @@ def _run(
     examples: Sequence[Example],
     validation: Sequence[Example] | None,
     options: TrainOptions,
-    settings: Mapping[str, Any],
+    settings: RunSettings,
 ) -> History:
     from llama_ext.training.batches import Examples
     from llama_ext.training.loop import Run
-    from llama_ext.training.settings import RunSettings
     from llama_ext.training.tuning import TunedWeights
 
     source = Examples([(example,) for example in examples])
     held_out = None if validation is None else Examples([(example,) for example in validation])
     weights = TunedWeights(model, adapter)
-    return Run(trainer, weights, options, RunSettings(**settings), source, held_out).go()
+    return Run(trainer, weights, options, settings, source, held_out).go()

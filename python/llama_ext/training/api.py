@@ -15,7 +15,7 @@ from llama_ext._plots import new_figure
 from llama_ext.errors import ContextLengthError, NumericError, OptionError
 from llama_ext.runtime.logits import id_block
 from llama_ext.training.batches import IGNORED, Batch, Row, Source, collate
-from llama_ext.training.data import Reading, block_examples, read_data
+from llama_ext.training.data import Reading, block_examples, is_pair, read_data
 from llama_ext.training.history import Evaluation, History, perplexity_of, smoothed
 from llama_ext.training.loop import Run, StepResult, accumulate, clip_scale
 from llama_ext.training.model import ModelWeights, new_trainer, parameter_names, trainable_copy, use_trainable_core
@@ -100,8 +100,15 @@ def fit(
     if validation_data is not None:
         held_out, answers = validation_data, None
         if isinstance(validation_data, tuple) and len(validation_data) == 2:
+            if all(is_pair(each) for each in validation_data):
+                raise OptionError(
+                    "validation_data: two pairs in a tuple could be prompts and answers as well: give a list of pairs"
+                )
             held_out, answers = validation_data
-        validation = read_data(held_out, answers, dataclasses.replace(reading, pack=False))
+        named = dataclasses.replace(reading, pack=False, x="validation_data", y="the labels of validation_data")
+        validation = read_data(held_out, answers, named)
+    # Before the weights become float32.
+    checked.check(validates=validation is not None)
     # Its moments would be those of other weights.
     training.trainer = training.core = training.adapter = None
     name = model.active_adapter
@@ -232,7 +239,7 @@ class LearningRates:
     Attributes:
         lr: The learning rates that were tried, rising.
         loss: The loss of the step with each, before the weights changed.
-        suggestion: A tenth of the rate with the lowest smoothed loss, or the last rate where that is lower.
+        suggestion: A tenth of the rate whose step led to the lowest smoothed loss.
     """
 
     lr: list[float]
@@ -300,4 +307,5 @@ def lr_find(
     if len(rates) < 2:
         raise NumericError(f"the loss is not finite from the start, at a learning rate of {start:g}")
     curve = smoothed(losses, _SMOOTHING)
-    return LearningRates(rates, losses, rates[int(np.argmin(curve))] / 10)
+    # The loss of a step is that of the weights which the rate before it made.
+    return LearningRates(rates, losses, rates[max(0, int(np.argmin(curve)) - 1)] / 10)

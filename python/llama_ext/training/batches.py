@@ -166,7 +166,7 @@ class TokenReader(Protocol):
 class Stream:
     """Crops of a long run of tokens, each of `context` tokens that predict the next one, at random places.
 
-    An epoch has so many crops as the run has tokens. For validation the windows lie one after the other, and each token but the
+    An epoch has so many crops as fit into the run side by side. For validation the windows lie one after the other, and each token but the
     first is predicted once.
 
     Args:

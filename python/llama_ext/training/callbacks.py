@@ -40,6 +40,12 @@ class RunView(Protocol):
 class Callback:
     """Called by `fit`; subclasses override what they need. An exception ends the run and reaches the caller of `fit`."""
 
+    def on_start(self, run: RunView, resumed: bool) -> None:
+        """Before the first step of a call of `fit`; `resumed`: it goes on from a checkpoint, and `load_state` has been called.
+
+        What is left of another run is forgotten here. A run that was to end before it was interrupted is ended here once more.
+        """
+
     def on_step_end(self, run: RunView, record: StepRecord) -> None:
         """After each step, the skipped ones included."""
 
@@ -74,11 +80,19 @@ class EarlyStopping(Callback):
         self.best: float | None = None
         self.waited = 0
 
+    def on_start(self, run: RunView, resumed: bool) -> None:
+        if not resumed:
+            self.best, self.waited = None, 0
+        self._stop(run)
+
     def on_validation(self, run: RunView, validation: Validation) -> None:
         if self.best is None or validation.loss < self.best - self.min_delta:
             self.best, self.waited = validation.loss, 0
             return
         self.waited += 1
+        self._stop(run)
+
+    def _stop(self, run: RunView) -> None:
         if self.waited >= self.patience:
             run.stop(f"early: the validation loss has not fallen below {self.best:.4f} {self.waited} times")
 
@@ -106,7 +120,7 @@ def states_of(callbacks: Sequence[Callback]) -> list[Any]:
         except (TypeError, ValueError, RecursionError) as error:
             raise OptionError(
                 f"callbacks: what {type(callback).__name__}.state() returns cannot be saved ({error}); it must be a dict of None, "
-                "bool, int, float, str, and lists and dicts of them"
+                "bool, int, float, str, and lists and dicts (with str keys) of them"
             ) from error
         states.append(state)
     return states

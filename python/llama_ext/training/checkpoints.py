@@ -42,6 +42,7 @@ __all__ = [
     "restore",
     "save_best",
     "save_checkpoint",
+    "tables",
 ]
 
 # Tables that would be too long for JSON, by name.
@@ -346,13 +347,21 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def restore(checkpoint: Checkpoint, trainer: Trainer, weights: Weights) -> dict[str, npt.NDArray[np.float64]]:
+def tables(checkpoint: Checkpoint) -> dict[str, npt.NDArray[np.float64]]:
+    """The tables that were saved, by name.
+
+    Raises:
+        FormatError: The file is missing, truncated or malformed.
+    """
+    with SafetensorsFile(checkpoint.path / _MOMENTS_FILE) as file:
+        names = [name for name in file.tensors if name.startswith(_ARRAY)]
+        return {name.removeprefix(_ARRAY): np.array(file.read(name), dtype=np.float64) for name in names}
+
+
+def restore(checkpoint: Checkpoint, trainer: Trainer, weights: Weights) -> None:
     """Sets weights, moments and the optimiser's count to the checkpoint's.
 
     The moments are compared before anything is set.
-
-    Returns:
-        The tables that were saved with them.
 
     Raises:
         CheckpointError: A tensor is missing, unexpected or wrongly shaped.
@@ -363,8 +372,7 @@ def restore(checkpoint: Checkpoint, trainer: Trainer, weights: Weights) -> dict[
     }
     path = checkpoint.path / _MOMENTS_FILE
     with SafetensorsFile(path) as file:
-        tables = {name for name in file.tensors if name.startswith(_ARRAY)}
-        different = sorted(set(wanted) ^ (set(file.tensors) - tables))
+        different = sorted(set(wanted) ^ {name for name in file.tensors if not name.startswith(_ARRAY)})
         if different:
             problem = "is missing" if different[0] in wanted else "is not one of this optimiser's"
             raise CheckpointError(f"the state {different[0][:120]} {problem}.", path=str(path), field=different[0])
@@ -381,6 +389,4 @@ def restore(checkpoint: Checkpoint, trainer: Trainer, weights: Weights) -> dict[
         weights.load(checkpoint.path)
         for key, (name, slot, _) in wanted.items():
             trainer.write_moment(name, slot, np.array(file.read(key), dtype=np.float32))
-        arrays = {name.removeprefix(_ARRAY): np.array(file.read(name), dtype=np.float64) for name in tables}
     trainer.steps = checkpoint.optimizer_steps
-    return arrays

@@ -16,7 +16,7 @@ from llama_ext.runtime.tokenizer import Tokenizer
 from llama_ext.training.batches import IGNORED, Example, Examples, Row, Source, Stream, stream_of
 from llama_ext.training.token_file import ArrayReader, TokenFile, TokenSlice
 
-__all__ = ["Reading", "block_examples", "document_examples", "packed", "pair_example", "read_data"]
+__all__ = ["Reading", "block_examples", "document_examples", "is_pair", "packed", "pair_example", "read_data"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Reading:
         context: Tokens of a row at most.
         pack: Put documents together into rows of the context.
         shuffle: Change the order each epoch.
+        x, y: What the data and its labels are called in messages.
     """
 
     tokenizer: Tokenizer | None
@@ -38,6 +39,13 @@ class Reading:
     context: int
     pack: bool = False
     shuffle: bool = True
+    x: str = "x"
+    y: str = "y"
+
+
+def is_pair(value: object) -> bool:
+    """Whether it is a (prompt, answer) pair of texts."""
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(each, str) for each in value)
 
 
 def read_data(x: object, y: object, reading: Reading) -> Source:
@@ -55,16 +63,16 @@ def read_data(x: object, y: object, reading: Reading) -> Source:
     if isinstance(x, np.ndarray) and x.ndim == 2:
         return Examples(_rows(block_examples(x, y, reading), reading), shuffle=reading.shuffle)
     if isinstance(x, str):
-        _no_labels(y, "a text")
+        _no_labels(y, "a text", reading)
         return _stream(encode_text(x, reading.tokenizer, reading.bos, reading.vocabulary, what="the text"), reading)
     if isinstance(x, np.ndarray):
         if x.ndim != 1:
-            raise ShapeError(f"x must be an array of shape (T,) or (B, T), got {x.shape}")
-        _no_labels(y, "a stream of tokens")
-        return _stream(token_ids("x", x, reading.vocabulary), reading)
+            raise ShapeError(f"{reading.x} must be an array of shape (T,) or (B, T), got {x.shape}")
+        _no_labels(y, "a stream of tokens", reading)
+        return _stream(token_ids(reading.x, x, reading.vocabulary), reading)
     if isinstance(x, (bytes, bytearray)) or not isinstance(x, Sequence):
         raise DTypeError(
-            "x must be a text, texts, (prompt, answer) pairs, token ids, an array of them or a TokenFile, "
+            f"{reading.x} must be a text, texts, (prompt, answer) pairs, token ids, an array of them or a TokenFile, "
             f"got {type(x).__name__}"
         )
     return _sequence(x, y, reading)
@@ -72,38 +80,44 @@ def read_data(x: object, y: object, reading: Reading) -> Source:
 
 def _sequence(x: Sequence[Any], y: object, reading: Reading) -> Source:
     if not x:
-        raise OptionError("there is nothing to train on: x is empty")
+        raise OptionError(f"{reading.x} is empty: there is nothing in it to learn or to score")
     first = x[0]
     if isinstance(first, str):
         if y is not None:
             return Examples(_rows(_pairs(x, y, reading), reading), shuffle=reading.shuffle)
-    elif isinstance(first, (tuple, list)) and len(first) == 2 and all(isinstance(each, str) for each in first):
-        _no_labels(y, "(prompt, answer) pairs")
-        prompts, answers = _unzipped(x)
+    elif is_pair(first):
+        _no_labels(y, "(prompt, answer) pairs", reading)
+        prompts, answers = _unzipped(x, reading)
         return Examples(_rows(_pairs(prompts, answers, reading), reading), shuffle=reading.shuffle)
     elif not isinstance(first, (Sequence, np.ndarray)):
-        _no_labels(y, "a stream of tokens")
-        return _stream(token_ids("x", x, reading.vocabulary), reading)
-    _no_labels(y, "documents")
+        _no_labels(y, "a stream of tokens", reading)
+        return _stream(token_ids(reading.x, x, reading.vocabulary), reading)
+    _no_labels(y, "documents", reading)
     examples: list[Example] = []
     for index, each in enumerate(x):
         if isinstance(first, str) != isinstance(each, str):
-            raise DTypeError(f"x[{index}] must be like x[0], {type(first).__name__}, got {type(each).__name__}")
-        name = f"x[{index}]"
+            raise DTypeError(
+                f"{reading.x}[{index}] must be like {reading.x}[0], {type(first).__name__}, got {type(each).__name__}"
+            )
+        name = f"{reading.x}[{index}]"
         ids = _document(each, name, reading) if isinstance(each, str) else token_ids(name, each, reading.vocabulary)
         examples += document_examples(ids, reading)
     return Examples(_rows(examples, reading), shuffle=reading.shuffle)
 
 
-def _no_labels(y: object, what: str) -> None:
+def _no_labels(y: object, what: str, reading: Reading) -> None:
     if y is not None:
-        raise OptionError(f"y goes with a list of prompts or an array (B, T) of ids; {what} has its labels in itself")
+        raise OptionError(
+            f"{reading.y} goes with a list of prompts or an array (B, T) of ids; {what} has its labels in itself"
+        )
 
 
-def _unzipped(pairs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+def _unzipped(pairs: Sequence[Any], reading: Reading) -> tuple[list[Any], list[Any]]:
     for index, pair in enumerate(pairs):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise DTypeError(f"x[{index}] must be a pair (prompt, answer) like x[0], got {str(pair)[:80]!r}")
+            raise DTypeError(
+                f"{reading.x}[{index}] must be a pair (prompt, answer) like {reading.x}[0], got {str(pair)[:80]!r}"
+            )
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
@@ -115,7 +129,7 @@ def _stream(tokens: IntArray, reading: Reading) -> Stream:
 
 
 def _file(tokens: TokenFile | TokenSlice, y: object, reading: Reading) -> Stream:
-    _no_labels(y, "a token file")
+    _no_labels(y, "a token file", reading)
     file = tokens.file if isinstance(tokens, TokenSlice) else tokens
     if file.vocabulary > reading.vocabulary:
         raise LimitError(
@@ -153,12 +167,13 @@ def document_examples(ids: IntArray, reading: Reading) -> list[Example]:
 def _pairs(prompts: Sequence[Any], answers: object, reading: Reading) -> list[Example]:
     if isinstance(answers, str) or not isinstance(answers, Sequence) or len(answers) != len(prompts):
         got = f"{len(answers)}" if isinstance(answers, Sequence) else type(answers).__name__
-        raise ShapeError(f"y must be a list of {len(prompts)} answers, one for each prompt, got {got}")
+        raise ShapeError(f"{reading.y} must be a list of {len(prompts)} answers, one for each prompt, got {got}")
     examples = []
     for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        what = f"pair {index} of {reading.x}"
         if not isinstance(prompt, str) or not isinstance(answer, str):
-            raise DTypeError(f"pair {index} must be two texts, got {type(prompt).__name__} and {type(answer).__name__}")
-        examples.append(pair_example(prompt, answer, reading, what=f"pair {index}"))
+            raise DTypeError(f"{what} must be two texts, got {type(prompt).__name__} and {type(answer).__name__}")
+        examples.append(pair_example(prompt, answer, reading, what=what))
     return examples
 
 
@@ -202,13 +217,13 @@ def block_examples(x: Array, y: object, reading: Reading) -> list[Example]:
     What comes after the last label of a row, such as padding, influences nothing and is cut; rows without labels are left out.
     """
     if x.dtype.kind not in "iu":
-        raise DTypeError(f"x must be integers, got {x.dtype}")
+        raise DTypeError(f"{reading.x} must be integers, got {x.dtype}")
     labels = x if y is None else np.asarray(y)
     if labels.shape != x.shape:
-        raise ShapeError(f"y must have the shape of x, {x.shape}, got {labels.shape}")
+        raise ShapeError(f"{reading.y} must have the shape of {reading.x}, {x.shape}, got {labels.shape}")
     if labels.dtype.kind not in "iu":
-        raise DTypeError(f"y must be integers, got {labels.dtype}")
-    check_token_range("y", labels, reading.vocabulary, labels != IGNORED)
+        raise DTypeError(f"{reading.y} must be integers, got {labels.dtype}")
+    check_token_range(reading.y, labels, reading.vocabulary, labels != IGNORED)
     examples = []
     for index, (row, targets) in enumerate(zip(x, labels, strict=True)):
         counted = np.flatnonzero(targets[1:] != IGNORED)
@@ -217,9 +232,9 @@ def block_examples(x: Array, y: object, reading: Reading) -> list[Example]:
         end = int(counted[-1]) + 1
         if end > reading.context:
             raise ContextLengthError(
-                f"x[{index}] has {end + 1} tokens up to its last label, a row has room for {reading.context + 1}"
+                f"{reading.x}[{index}] has {end + 1} tokens up to its last label, a row has room for {reading.context + 1}"
             )
-        tokens = token_ids(f"x[{index}]", row[:end], reading.vocabulary)
+        tokens = token_ids(f"{reading.x}[{index}]", row[:end], reading.vocabulary)
         examples.append(Example(tokens, np.ascontiguousarray(targets[1 : end + 1], dtype=np.int32)))
     return examples
 

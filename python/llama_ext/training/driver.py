@@ -70,14 +70,6 @@ class Trainer(Protocol):
 class Weights(Protocol):
     """Where the trained parameters are, and how they become files."""
 
-    def read(self, slot: str) -> FloatArray:
-        """A copy of a parameter."""
-        ...
-
-    def write(self, slot: str, array: FloatArray) -> None:
-        """Sets a parameter."""
-        ...
-
     def save(self, folder: Path) -> None:
         """Writes them, exactly, with what is needed to use them, into a folder that exists."""
         ...

@@ -13,10 +13,17 @@ _NAMES = ("inf", "-inf", "nan")
 
 
 def packed(value: Any) -> Any:
-    """Values for JSON, with an object in place of every float that is not finite."""
+    """Values for JSON, with an object in place of every float that is not finite.
+
+    Raises:
+        TypeError: A key is no text: JSON would make it one.
+    """
     if isinstance(value, float) and not math.isfinite(value):
         return {_NOT_FINITE: str(float(value))}
     if isinstance(value, dict):
+        for name in value:
+            if not isinstance(name, str):
+                raise TypeError(f"the key {name!r} is no str")
         return {name: packed(each) for name, each in value.items()}
     return [packed(each) for each in value] if isinstance(value, (list, tuple)) else value
 

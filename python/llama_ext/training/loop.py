@@ -24,7 +24,7 @@ from llama_ext.training.reporting import Log, TrainingBar
 from llama_ext.training.schedules import learning_rate
 from llama_ext.training.settings import RunSettings
 
-__all__ = ["Run", "StepResult", "clip_scale", "dropout_seed", "evaluate"]
+__all__ = ["Run", "StepResult", "accumulate", "clip_scale", "dropout_seed", "evaluate"]
 
 # torch's clip_grad_norm_ adds this to the norm.
 _CLIP_EPS = 1e-6
@@ -125,14 +125,15 @@ class Run:
         self._source = source
         self._validation = validation
         self._folder = None if settings.checkpoint_dir is None else Path(settings.checkpoint_dir)
-        if validation is None and (settings.validate_every is not None or settings.keep_best):
-            raise OptionError("validate_every and keep_best need validation_data")
+        settings.check(validates=validation is not None)
         per_epoch = 1 if settings.overfit_batch else source.steps_per_epoch(settings.batch_size * settings.grad_accum)
         self.history = History(steps_per_epoch=per_epoch)
         self.total_steps = settings.max_steps or settings.epochs * per_epoch
         self.step = 0
         self._name = secrets.token_hex(16)
+        # What a callback said; an interrupt goes before it, in this call of `fit`.
         self._stop: str | None = None
+        self._interrupted = False
         # A step whose validation was interrupted.
         self._unfinished = False
         self._saved: int | None = None
@@ -161,6 +162,8 @@ class Run:
             # What cannot be saved is told now, and not after the first epoch.
             states_of(self._settings.callbacks)
         resumed = self._resume()
+        for callback in self._settings.callbacks:
+            callback.on_start(self, resumed)
         self._rule = OutlierRule(self._options.skip_outliers, self.history.steps)
         for record in self.history.steps:
             self._smooth(record)
@@ -173,9 +176,10 @@ class Run:
                     self.total_steps, self.step, flops, self._settings.peak_flops, shown=self._settings.verbose > 0
                 ) as bar,
             ):
-                log.write("resume" if resumed else "start", step=self.step, **self._described(flops))
+                if self._settings.log_file is not None:
+                    log.write("resume" if resumed else "start", step=self.step, **self._described(flops))
                 self._loop(bar, log)
-                self.history.stopped = self._stop or "done"
+                self.history.stopped = "interrupted" if self._interrupted else self._stop or "done"
                 if self._folder is not None and self._saved != self.step:
                     self._save(log)
                 log.write("end", step=self.step, stopped=self.history.stopped)
@@ -197,7 +201,7 @@ class Run:
             # The first Ctrl-C may also arrive on the way into or out of what it abandons.
             if isinstance(stop, KeyboardInterrupt) and not self._interrupts.is_first():
                 raise
-            self._stop = "interrupted"
+            self._interrupted = True
 
     def _one_step(self) -> StepRecord:
         settings = self._settings
@@ -305,6 +309,8 @@ class Run:
             "validations": [vars(each) for each in history.validations],
             "callbacks": states_of(self._settings.callbacks),
             "unfinished": self._unfinished,
+            # Said in a step that is finished only when the run goes on; of a finished one it is the callbacks' to say again.
+            "stop": self._stop if self._unfinished else None,
             "position": {
                 "epoch": self.step // history.steps_per_epoch + 1,
                 "step_of_epoch": self.step % history.steps_per_epoch,
@@ -347,11 +353,14 @@ class Run:
                 "checkpoint with resume=.",
                 path=str(checkpoint.path),
             )
-        arrays = checkpoints.restore(checkpoint, self._trainer, self._weights)
+        arrays = checkpoints.tables(checkpoint)
         try:
             self.history.steps = History.records(arrays["history"])
             self.history.validations = [Validation.of(each) for each in checkpoint.state["validations"]]
             self._unfinished = bool(checkpoint.state["unfinished"])
+            self._stop = checkpoint.state.get("stop")
+            if not (self._stop is None or isinstance(self._stop, str)):
+                raise ValueError(f"the stop {self._stop!r}")
             if len(self.history.steps) != checkpoint.step:
                 raise ValueError(f"a history of {len(self.history.steps)} steps after {checkpoint.step}")
             states = checkpoint.state["callbacks"]
@@ -361,6 +370,8 @@ class Run:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"the state of the run is malformed: {error}", path=str(checkpoint.path)) from error
+        # Last, as all the rest may be malformed.
+        checkpoints.restore(checkpoint, self._trainer, self._weights)
         self.step = checkpoint.step
         self._name = checkpoint.run
         if self._folder is not None:

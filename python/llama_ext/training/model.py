@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from llama_ext import _core
-from llama_ext._arrays import FloatArray
 from llama_ext.errors import CheckpointError, UnsupportedError
 from llama_ext.models import ARCHITECTURES
+from llama_ext.models.config import LlamaConfig
 from llama_ext.models.llama import EMBEDDING
 from llama_ext.runtime import loading, saving
+from llama_ext.runtime.loaded_model import LoadedModel
 from llama_ext.runtime.weight_types import float_types, is_quantized
 from llama_ext.training.options import TrainOptions
 from llama_ext.training.token_file import tokenizer_hash
@@ -20,7 +19,15 @@ from llama_ext.training.token_file import tokenizer_hash
 if TYPE_CHECKING:
     from llama_ext.runtime.model import LlamaForCausalLM
 
-__all__ = ["ModelWeights", "fill", "new_trainer", "parameter_names", "trainable_copy", "use_trainable_core"]
+__all__ = [
+    "ModelWeights",
+    "fill",
+    "flops_per_token",
+    "new_trainer",
+    "parameter_names",
+    "trainable_copy",
+    "use_trainable_core",
+]
 
 
 class ModelWeights:
@@ -32,12 +39,6 @@ class ModelWeights:
 
     def __init__(self, model: LlamaForCausalLM) -> None:
         self._model = model
-
-    def read(self, slot: str) -> FloatArray:
-        return np.asarray(self._model._core.read(slot), dtype=np.float32)
-
-    def write(self, slot: str, array: FloatArray) -> None:
-        self._model._core.load(slot, np.ascontiguousarray(array), "float32")
 
     def save(self, folder: Path) -> None:
         saving.save_model(self._model, folder)
@@ -52,17 +53,28 @@ class ModelWeights:
         return {"config": config, "tokenizer": tokenizer_hash(self._model.tokenizer).hex()}
 
     def flops_per_token(self, context: int) -> float:
-        """6 for each weight of a product, forward and backward, and 12 L H D T for attention as if nothing were masked."""
-        config = self._model.config
-        specs = ARCHITECTURES[config.model_type].tensor_specs(config)
-        # The embedding is looked up; where it is tied, it is the head as well.
-        products: int = sum(
-            spec.shape[0] * spec.shape[1]
-            for spec in specs
-            if len(spec.shape) == 2 and (spec.name != EMBEDDING or config.tie_word_embeddings)
-        )
-        attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * context
-        return 6.0 * products + 12.0 * attention
+        return flops_per_token(self._model.config, context, adapts=False)
+
+
+def flops_per_token(config: LlamaConfig, context: int, *, adapts: bool) -> float:
+    """6 for each weight of a product, forward and backward, and 12 L H D T for attention as if nothing were masked.
+
+    Args:
+        config: Of the model.
+        context: T.
+        adapts: Only an adapter is trained: 4 for a weight, which has no gradient of its own. The adapter's own are not counted.
+    """
+    # The embedding is looked up; where it is tied, it is the head as well. A classifier's head is used once a sequence.
+    is_classifier = config.is_classifier
+    products: int = sum(
+        spec.shape[0] * spec.shape[1]
+        for spec in ARCHITECTURES[config.model_type].tensor_specs(config)
+        if len(spec.shape) == 2
+        and (spec.name != EMBEDDING or (config.tie_word_embeddings and not is_classifier))
+        and not (is_classifier and spec.slot == "head")
+    )
+    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * context
+    return (4.0 if adapts else 6.0) * products + 12.0 * attention
 
 
 def fill(core: _core.Model, folder: Path) -> None:
@@ -106,7 +118,7 @@ def trainable_copy(core: _core.Model) -> _core.Model:
     return core.converted(float_types("float32"), True)
 
 
-def use_trainable_core(model: LlamaForCausalLM) -> _core.Model:
+def use_trainable_core(model: LoadedModel) -> _core.Model:
     """Gives a model float32 weights to be trained, if it has others. Sessions that were opened before keep the old ones."""
     core = model._core
     if core.dtype != "float32" or not core.separate_gate_up or is_quantized(core.types()):

@@ -41,7 +41,8 @@ def warmup_steps(options: TrainOptions, total: int) -> int:
         In [0, total].
     """
     warmup = options.warmup
-    return min(total, warmup if isinstance(warmup, int) else math.ceil(warmup * total))
+    # Not a step more because 0.07 * 100 is a little more than 7.
+    return min(total, warmup if isinstance(warmup, int) else math.ceil(round(warmup * total, 6)))
 
 
 def learning_rate(options: TrainOptions, step: int, total: int) -> float:

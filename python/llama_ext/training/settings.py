@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from llama_ext.errors import OptionError
@@ -45,6 +46,13 @@ class RunSettings:
         for name in ("max_steps", "save_every", "validate_every"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, whole(name, getattr(self, name), 1))
+        for name in ("keep_best", "overfit_batch"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        for name in ("checkpoint_dir", "log_file"):
+            _check_path(name, getattr(self, name), "a path")
+        if not isinstance(self.resume, bool):
+            _check_path("resume", self.resume, "True, False or the path of a checkpoint")
         object.__setattr__(self, "seed", whole("seed", self.seed, 0, 2**64 - 1))
         object.__setattr__(
             self,
@@ -64,6 +72,26 @@ class RunSettings:
             raise OptionError("resume=True goes on from the last checkpoint in checkpoint_dir, which is not given")
         if self.checkpoint_dir is None and (self.save_every is not None or self.keep_best):
             raise OptionError("save_every and keep_best need checkpoint_dir")
+
+    def check(self, *, validates: bool) -> None:
+        """What else can be told before anything is changed.
+
+        Args:
+            validates: Whether there is validation data.
+
+        Raises:
+            OptionError: An argument needs validation data.
+            OSError: log_file cannot be written.
+        """
+        if not validates and (self.validate_every is not None or self.keep_best):
+            raise OptionError("validate_every and keep_best need validation_data")
+        if self.log_file is not None:
+            Path(self.log_file).open("a", encoding="utf-8").close()
+
+
+def _check_path(name: str, value: object, expected: str) -> None:
+    if value is not None and not isinstance(value, (str, os.PathLike)):
+        raise OptionError(f"{name} must be {expected}, got {value!r}")
 
 
 def _listed(callbacks: object) -> tuple[Any, ...]:

@@ -5,17 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from llama_ext import _core
-from llama_ext._arrays import FloatArray
+from llama_ext.errors import CheckpointError
 from llama_ext.io.peft import AdapterFiles
-from llama_ext.models.llama import EMBEDDING, tensor_specs
 from llama_ext.runtime import saving
 from llama_ext.runtime.classifier import LlamaForSequenceClassification
 from llama_ext.runtime.loaded_model import LoadedModel
 from llama_ext.runtime.session_file import weights_hash
-from llama_ext.training.model import fill
+from llama_ext.training.model import fill, flops_per_token
 from llama_ext.training.options import TrainOptions
 
 __all__ = ["TunedWeights", "tuning_trainer"]
@@ -36,20 +33,6 @@ class TunedWeights:
         self._model = model
         self._adapter = adapter
 
-    def read(self, slot: str) -> FloatArray:
-        matrix = self._matrix(slot)
-        if matrix is not None:
-            return matrix[0].read(*matrix[1:])
-        return np.asarray(self._model._core.read(slot), dtype=np.float32)
-
-    def write(self, slot: str, array: FloatArray) -> None:
-        values = np.ascontiguousarray(array)
-        matrix = self._matrix(slot)
-        if matrix is not None:
-            matrix[0].write(*matrix[1:], values)
-        else:
-            self._model._core.load(slot, values, "float32")
-
     def save(self, folder: Path) -> None:
         if self._adapter is None:
             saving.save_model(self._model, folder)
@@ -64,6 +47,12 @@ class TunedWeights:
             return
         core = self._model._loaded(self._adapter).core
         with AdapterFiles(folder, self._model.config) as files:
+            different = sorted({slot for slot, *_ in core.slots()} ^ set(files.slots))
+            if different or files.has_head != self._model.config.is_classifier:
+                raise CheckpointError(
+                    f"the checkpoint's tensors are not this adapter's: {', '.join(different[:4]) or 'the head'}.",
+                    path=str(folder),
+                )
             for slot in files.slots:
                 for which in ("A", "B"):
                     core.write(slot, which, files.read(slot, which))
@@ -84,23 +73,8 @@ class TunedWeights:
         slots = [list(slot) for slot in loaded.core.slots()]
         return {"config": config, "adapter": {"slots": slots, "dropout": loaded.lora.dropout}, "base_weights": base}
 
-    def flops_per_token(self, context: int) -> float | None:
-        """6 for each weight of a product, 4 where it is frozen and has no gradient of its own; attention as if unmasked."""
-        config = self._model.config
-        products = sum(
-            spec.shape[0] * spec.shape[1]
-            for spec in tensor_specs(config)
-            if len(spec.shape) == 2 and spec.name != EMBEDDING and spec.slot != "head"
-        )
-        attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * context
-        return (4.0 if self._adapter is not None else 6.0) * products + 12.0 * attention
-
-    def _matrix(self, slot: str) -> tuple[_core.Adapter, str, str] | None:
-        """The adapter's matrix of a trainer's parameter "layers.0.q.lora_A"; None: it is the model's own."""
-        base, _, which = slot.rpartition(".lora_")
-        if not base or self._adapter is None:
-            return None
-        return self._model._loaded(self._adapter).core, base, which
+    def flops_per_token(self, context: int) -> float:
+        return flops_per_token(self._model.config, context, adapts=self._adapter is not None)
 
 
 def tuning_trainer(model: LoadedModel, options: TrainOptions, adapter: str | None) -> _core.Trainer:
