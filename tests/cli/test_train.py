@@ -101,6 +101,29 @@ def test_tokens_are_prepared_and_trained_on(run: Run, file: Path, tmp_path: Path
     assert run("train", tokens, "--out", tmp_path / "four", *options).code == 3
 
 
+def test_tokens_are_prepared_with_a_models_tokenizer(run: Run, file: Path, tmp_path: Path) -> None:
+    tokens = tmp_path / "text.tokens"
+    result = run("train", file, "--prepare", tokens, "--model", "demo")
+    assert result.code == 0, result.err
+    # And no tokenizer beside them: the model has it.
+    assert sorted(os.listdir(tmp_path)) == [tokens.name, file.name]
+    demo = llama_ext.LlamaForCausalLM.from_pretrained("demo")
+    assert demo.tokenizer is not None
+    with TokenFile(tokens) as opened:
+        assert opened.read(0, len(opened)).tolist() == demo.tokenizer.encode(TEXT)
+    result = run("train", tokens, "--model", "demo", "--out", tmp_path / "x", "--steps", 1, "--context", 16)
+    assert result.code == 0, result.err
+    result = run("train", file, "--prepare", tmp_path / "y", "--model", "demo", "--tokenizer", "bpe")
+    assert result.code == 2
+    assert "--tokenizer is for a new model; --model demo has its own" in result.err
+    demo.tokenizer = None
+    demo.save_pretrained(tmp_path / "bare")
+    result = run("train", file, "--prepare", tmp_path / "y", "--model", tmp_path / "bare")
+    assert result.code == 2
+    assert "bare has no tokenizer" in result.err
+    assert not (tmp_path / "y").exists()
+
+
 def test_a_model_is_trained_further(run: Run, file: Path, tmp_path: Path) -> None:
     out = tmp_path / "tuned"
     result = run("train", file, "--model", "demo", "--out", out, "--steps", 3, "--lr", 1e-4, "--context", 32)
@@ -151,6 +174,46 @@ def test_a_plot_is_drawn(run: Run, file: Path, tmp_path: Path) -> None:
     assert plot.read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.parametrize(("out", "where"), [("model", "model"), ("runs/model", "runs/model"), ("runs/model", "runs")])
+def test_a_log_and_a_plot_may_lie_where_the_model_goes(
+    run: Run, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, where: str
+) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra `plot`")
+    monkeypatch.chdir(tmp_path)
+    files = ["--log-file", f"{where}/log.jsonl", "--plot", f"{where}/p.png"]
+    result = run("train", file, "--out", out, *SMALL, "--steps", 3, *files)
+    assert result.code == 0, result.err
+    assert Path(where, "log.jsonl").read_text().count('"step"') >= 3
+    assert Path(where, "p.png").read_bytes()[:4] == b"\x89PNG"
+    assert Path(out, "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [
+        ("nowhere/log", "nowhere/log: the directory nowhere does not exist: create it first"),
+        ("model/deeper/log", "deeper does not exist: create it first"),
+        ("model", "model: this is a directory: name a file"),
+        (".", ".: this is a directory: name a file"),
+    ],
+)
+def test_a_log_that_cannot_be_written_is_told_before_anything_is_read(
+    run: Run, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run("train", "no text", "--out", "model", "--log-file", log)
+    assert result.code == 2
+    assert words in result.err.replace(f"{tmp_path}{os.sep}", "")
+    assert os.listdir() == ["text.txt"]
+
+
+def test_a_log_is_added_to(run: Run, file: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("mine\n")
+    assert run("train", file, "--out", tmp_path / "x", *SMALL, "--steps", 2, "--log-file", log).code == 0
+    assert log.read_text().startswith('mine\n{"event": "start"')
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -176,6 +239,18 @@ def test_a_plot_is_drawn(run: Run, file: Path, tmp_path: Path) -> None:
             "2,480 tokens, 2,232 of them to learn from, and a row of --context 2232 needs",
         ),
         (["--out", "x", "--context", "2232"], 2, "2,233. Give a longer text, or --context 2231 or less"),
+        (["--out", "x", "--eval-every", "0"], 2, "--eval-every must be a whole number >= 1, got 0"),
+        (["--out", "x", "--eval-every", "0", "--val-fraction", "0"], 2, "--eval-every must be a whole number >= 1"),
+        (["--out", "x", "--save-every", "0"], 2, "--save-every must be a whole number >= 1, got 0"),
+        (["--out", "x", "--log-file", "x/log", "--save-every", "0"], 2, "--save-every must"),
+        (["--out", "x", "--ffn-width", "0"], 2, "--ffn-width must be a whole number >= 1, got 0"),
+        (["--out", "x", "--ffn-width", "-8", "--preset", "cpu"], 2, "--ffn-width must be a whole number >= 1, got -8"),
+        (["--out", "x", "--model", "demo", "--context", "0"], 2, "--context must be a whole number >= 1, got 0"),
+        (["--out", "x", "--patience", "0"], 2, "--patience must be a whole number >= 1, got 0"),
+        (["--out", "x", "--patience", "0", "--val-fraction", "0"], 2, "--patience must be a whole number >= 1"),
+        (["--out", "x", "--patience", "2", "--val-fraction", "0"], 2, "--patience needs validation"),
+        (["--out", "x", "--patience", "2", "--val-fraction", "0.0001"], 2, "and 1 are held out: --val-fraction holds"),
+        (["--out", "x", "--tokenizer", ""], 3, "there is no tokenizer here"),
         (["--out", "text.txt"], 2, "text.txt: no files can be written into this directory: text.txt is a file"),
         (["--out", "text.txt/x"], 2, "text.txt/x: no files can be written into this directory: text.txt is a file"),
         (["--prepare", "nowhere/x"], 2, "nowhere does not exist: create it first"),

@@ -7,10 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_ext.cli.common import MODEL_HELP, Spinner, read_text, report, write
-from llama_ext.cli.outputs import add_overwrite_option, check_directory, check_file, check_plot, replaced_checkpoints
+from llama_ext.cli.outputs import (
+    add_overwrite_option,
+    check_directory,
+    check_file,
+    check_log,
+    check_plot,
+    made_directory,
+    replaced_checkpoints,
+)
 from llama_ext.cli.train_checks import (
     CHECKPOINTS,
     check_lengths,
+    check_new_model_options,
+    check_numbers,
     check_out,
     check_sample,
     steps_per_epoch,
@@ -47,7 +57,7 @@ A file that --prepare wrote is mapped and may be larger than memory. --preset cp
 
 # What is neither given nor in a preset.
 _SHAPE = {"layers": 4, "heads": 4, "width": 128, "context": 64}
-_RUN = {"batch_size": 12, "steps": 2000, "lr": 1e-3, "dropout": 0.0}
+_RUN = {"batch_size": 12, "steps": 2000, "lr": 1e-3}
 # At most, where --warmup is not given.
 _WARMUP = 100
 _COMPILE_OPTIONS = {
@@ -138,15 +148,14 @@ def run(args: argparse.Namespace) -> int:
     """Runs the subcommand."""
     if (args.out is None) == (args.prepare is None):
         raise OptionError("name one of --out (a model directory) and --prepare (a file of tokens)")
-    if not 0.0 <= args.val_fraction < 1.0:
-        raise OptionError(f"--val-fraction must be in [0, 1), got {args.val_fraction}")
-    if args.steps is not None and args.epochs is not None:
-        raise OptionError("--steps and --epochs both say how long the run is: give one of them")
+    check_numbers(args)
     if args.prepare is not None:
         return _prepare(args)
     check_out(args)
     if args.plot is not None:
-        check_plot(args.plot)
+        check_plot(args.plot, args.out)
+    if args.log_file is not None:
+        check_log(args.log_file, args.out)
     return _train(args)
 
 
@@ -160,10 +169,10 @@ def _is_token_file(path: str) -> bool:
 
 
 def _tokenizer(args: argparse.Namespace, text: str | None) -> Tokenizer:
-    """What --tokenizer names, or the one of the run that is to be resumed."""
+    """What --tokenizer names, or one that is learned from the text; a run that is resumed learns it anew."""
     from llama_ext.runtime.tokenizer import Tokenizer
 
-    kind = args.tokenizer or "char"
+    kind = "char" if args.tokenizer is None else args.tokenizer
     if kind not in ("bpe", "char"):
         if args.vocab_size is not None:
             raise OptionError("--vocab-size is for a tokenizer that is learned: --tokenizer bpe")
@@ -176,17 +185,28 @@ def _tokenizer(args: argparse.Namespace, text: str | None) -> Tokenizer:
         return Tokenizer.train(text, 1024 if args.vocab_size is None else args.vocab_size, eos_token=_END)
 
 
+def _model_tokenizer(model: str) -> Tokenizer:
+    from llama_ext.runtime.loading import open_model
+
+    with open_model(model) as files:
+        if files.tokenizer is None:
+            raise OptionError(f"--model {model} has no tokenizer, so it cannot read texts")
+        return files.tokenizer
+
+
 def _prepare(args: argparse.Namespace) -> int:
     from llama_ext.training import write_token_file
 
+    if args.model is not None:
+        check_new_model_options(args)
     target = Path(args.prepare)
     check_file(target, args.overwrite)
     folder = target.with_name(target.name + ".tokenizer")
-    learned = args.tokenizer in (None, "bpe", "char")
+    learned = args.model is None and args.tokenizer in (None, "bpe", "char")
     if learned:
         check_directory(folder, args.overwrite)
     text = _text(args.text)
-    tokenizer = _tokenizer(args, text)
+    tokenizer = _tokenizer(args, text) if args.model is None else _model_tokenizer(args.model)
     with Spinner("Encoding"):
         ids = tokenizer.encode(text)
     count = write_token_file(target, [ids], vocabulary=len(tokenizer), tokenizer=tokenizer)
@@ -241,12 +261,14 @@ def _new_model(args: argparse.Namespace, tokenizer: Tokenizer) -> LlamaForCausal
 
     preset = vars(PRESETS[args.preset]) if args.preset else {}
     shape = {name: _given(args, preset, name, default) for name, default in _SHAPE.items()}
-    # A preset's feed-forward belongs to its width.
-    ffn = args.ffn_width or (preset.get("ffn_width") if args.width is None else None)
+    ffn = args.ffn_width
+    if ffn is None and args.width is None:
+        # A preset's feed-forward belongs to its width.
+        ffn = preset.get("ffn_width")
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=shape["width"],
-        intermediate_size=ffn or -(-shape["width"] * 8 // 3 // 8) * 8,
+        intermediate_size=-(-shape["width"] * 8 // 3 // 8) * 8 if ffn is None else ffn,
         num_hidden_layers=shape["layers"],
         num_attention_heads=shape["heads"],
         num_key_value_heads=args.kv_heads,
@@ -265,9 +287,7 @@ def _model(args: argparse.Namespace, text: str | None) -> LlamaForCausalLM:
 
     if args.model is None:
         return _new_model(args, _tokenizer(args, text))
-    for name in ("layers", "width", "heads", "kv_heads", "ffn_width", "vocab_size", "tokenizer"):
-        if getattr(args, name) is not None:
-            raise OptionError(f"--{name.replace('_', '-')} is for a new model; --model {args.model} has its own")
+    check_new_model_options(args)
     return LlamaForCausalLM.from_pretrained(resolve(args.model), dtype="float32", threads=args.threads)
 
 
@@ -304,7 +324,7 @@ def _train(args: argparse.Namespace) -> int:
     _compile(args, model, steps if args.epochs is None else args.epochs * steps_per_epoch(args, model, learned, rows))
     validates = len(held_out) > 1
     checkpoints = Path(args.out) / CHECKPOINTS
-    with replaced_checkpoints(checkpoints, args.overwrite):
+    with made_directory(args.out), replaced_checkpoints(checkpoints, args.overwrite):
         history = model.fit(
             learned,
             batch_size=batch_size,
@@ -312,8 +332,8 @@ def _train(args: argparse.Namespace) -> int:
             max_steps=None if args.epochs is not None else steps,
             epochs=1 if args.epochs is None else args.epochs,
             validation_data=held_out if validates else None,
-            validate_every=(args.eval_every or 250) if validates else None,
-            save_every=args.save_every or 500,
+            validate_every=(250 if args.eval_every is None else args.eval_every) if validates else None,
+            save_every=500 if args.save_every is None else args.save_every,
             keep_last=args.keep_last,
             keep_best=validates,
             checkpoint_dir=checkpoints,

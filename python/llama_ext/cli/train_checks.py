@@ -7,30 +7,73 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_ext.cli.common import report
-from llama_ext.cli.outputs import check_directory
+from llama_ext.cli.outputs import check_directory, has_replaced, settle_replaced
 from llama_ext.errors import OptionError
 
 if TYPE_CHECKING:
     from llama_ext.runtime.model import LlamaForCausalLM
 
-__all__ = ["CHECKPOINTS", "check_lengths", "check_out", "check_sample", "steps_per_epoch", "warmup_of"]
+__all__ = [
+    "CHECKPOINTS",
+    "check_lengths",
+    "check_new_model_options",
+    "check_numbers",
+    "check_out",
+    "check_sample",
+    "steps_per_epoch",
+    "warmup_of",
+]
 
 # In --out.
 CHECKPOINTS = "checkpoints"
+_SHAPE = ("layers", "width", "heads", "kv_heads", "ffn_width")
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Numbers that the library has other names for, or does not see in a run without validation."""
+    if not 0.0 <= args.val_fraction < 1.0:
+        raise OptionError(f"--val-fraction must be in [0, 1), got {args.val_fraction}")
+    for name in (*_SHAPE, "context", "eval_every", "patience"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise OptionError(f"{_option(name)} must be a whole number >= 1, got {value}")
+    if args.steps is not None and args.epochs is not None:
+        raise OptionError("--steps and --epochs both say how long the run is: give one of them")
+    if args.patience is not None and args.val_fraction == 0:
+        raise OptionError("--patience needs validation, and --val-fraction 0 holds nothing out: leave out one of them")
+
+
+def check_new_model_options(args: argparse.Namespace) -> None:
+    """That nothing is said of a new model where --model names one."""
+    for name in (*_SHAPE, "vocab_size", "tokenizer"):
+        if getattr(args, name) is not None:
+            raise OptionError(f"{_option(name)} is for a new model; --model {args.model} has its own")
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def check_out(args: argparse.Namespace) -> None:
-    """That nothing in --out is lost, unless --overwrite says so."""
+    """That nothing in --out is lost, unless --overwrite says so; what a kill has left there is brought in order."""
     from llama_ext.training.checkpoints import has_checkpoints
 
     check_directory(args.out, overwrite=True)
-    begun = has_checkpoints(Path(args.out) / CHECKPOINTS)
-    if not args.resume:
-        advice = "say --resume to go on with the run in it, or --overwrite"
-        check_directory(args.out, args.overwrite, advice=advice if begun else "say --overwrite")
-        return
-    if args.overwrite:
+    if args.resume and args.overwrite:
         raise OptionError("--resume goes on with the run in --out and --overwrite replaces it: give one of them")
+    folder = Path(args.out) / CHECKPOINTS
+    if (args.resume or args.overwrite) and settle_replaced(folder):
+        report(
+            f"note: a run that was to replace the one in {args.out} was killed before its first checkpoint: the earlier "
+            "checkpoints are back"
+        )
+    begun = has_checkpoints(folder)
+    if not args.resume:
+        # Those of a run that is replaced come back with --resume, where the new one has none.
+        resumable = begun or has_replaced(folder)
+        advice = "say --resume to go on with the run in it, or --overwrite" if resumable else "say --overwrite"
+        check_directory(args.out, args.overwrite, advice=advice)
+        return
     # A run that was killed before its first checkpoint has left no more than these, and begins anew.
     check_directory(
         args.out,
@@ -60,7 +103,7 @@ def check_sample(args: argparse.Namespace, model: LlamaForCausalLM) -> None:
 
 
 def check_lengths(args: argparse.Namespace, model: LlamaForCausalLM, learned: int, held_out: int) -> None:
-    """That a row fits into what is learned from; and what is not validated is said."""
+    """That a row fits into what is learned from, and --patience has validations; where there are none, it is said."""
     most = model.config.max_position_embeddings
     context = args.context or most
     # `fit` tells what is wrong with a context.
@@ -69,6 +112,10 @@ def check_lengths(args: argparse.Namespace, model: LlamaForCausalLM, learned: in
         raise OptionError(
             f"{'the text' if args.text == '-' else args.text} has {learned + held_out:,} tokens, {learned:,} of them to learn "
             f"from, and a row of --context {context} needs {context + 1:,}. {way_out}"
+        )
+    if held_out < 2 and args.patience is not None:
+        raise OptionError(
+            f"--patience needs validation, which needs 2 tokens, and {held_out} are held out: --val-fraction holds out more"
         )
     if held_out < 2 and args.val_fraction > 0:
         report(
