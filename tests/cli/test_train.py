@@ -18,6 +18,7 @@ import llama_ext
 from command_line import Run, command
 from llama_ext.cli.train_checks import warmup_of
 from llama_ext.training import PRESETS, TokenFile
+from llama_ext.training.checkpoints import locked
 from shared_data import LETTERS
 
 TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n\n" * 40
@@ -165,6 +166,46 @@ def test_a_preset_is_nanogpts_and_options_go_before_it(run: Run, file: Path, tmp
     assert start["compile"]["betas"] == [0.9, 0.99]
     assert start["compile"]["min_lr"] == 0.1
     assert start["fit"]["batch_size"] == 12
+
+
+@pytest.mark.parametrize("option", ["--prepare", "--log-file", "--plot"])
+def test_the_text_is_not_what_is_written_whatever_is_said(run: Run, file: Path, tmp_path: Path, option: str) -> None:
+    (tmp_path / "link.png").symlink_to(file)
+    out = () if option == "--prepare" else ("--out", tmp_path / "model")
+    for path in (file, tmp_path / "link.png"):
+        result = run("train", file, *out, *SMALL, "--overwrite", option, path)
+        assert result.code == 2
+        assert f"{option} {path}: this is also the text that is learned" in result.err
+    assert file.read_text() == TEXT
+
+
+def test_a_log_is_no_plot(run: Run, file: Path, tmp_path: Path) -> None:
+    files = ("--log-file", tmp_path / "x.png", "--plot", tmp_path / "x.png")
+    result = run("train", file, "--out", tmp_path / "model", *SMALL, *files)
+    assert result.code == 2
+    assert "--plot" in result.err
+    assert "this is also --log-file" in result.err
+
+
+def test_two_runs_do_not_share_a_directory(run: Run, file: Path, tmp_path: Path) -> None:
+    for options in ((), ("--overwrite",), ("--resume",)):
+        with locked(tmp_path / "model" / "checkpoints"):
+            result = run("train", file, "--out", tmp_path / "model", *SMALL, "--steps", 3, *options)
+        assert result.code == 2
+        assert "another run is saving there now" in result.err
+        assert not (tmp_path / "model").exists()
+
+
+def test_an_empty_out_is_not_the_current_directory(
+    run: Run, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    for option in (("--out", ""), ("--out", "", "--overwrite"), ("--prepare", "")):
+        result = run("train", file, *SMALL, *option)
+        assert result.code == 2
+        assert "is empty" in result.err
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_plot_is_drawn(run: Run, file: Path, tmp_path: Path) -> None:

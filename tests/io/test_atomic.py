@@ -210,3 +210,26 @@ def test_names_are_exchanged_of_directories_that_hold_something(tmp_path: Path) 
     with pytest.raises(FileNotFoundError) as caught:
         exchange(tmp_path / "a", tmp_path / "none")
     assert caught.value.filename == str(tmp_path / "a")
+
+
+def test_an_empty_path_is_not_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = _model(letters="abcdefgh")
+    model.add_adapter("a", llama_ext.LoRA(r=1))
+    model.set_adapter(None)
+    assert model.tokenizer is not None
+    for save in (
+        model.save_pretrained,
+        model.config.save_pretrained,
+        model.tokenizer.save_pretrained,
+        lambda path: model.save_adapter(path, "a"),
+        lambda path: llama_ext.convert("demo", path),
+        lambda path: llama_ext.quantize("demo", path, dtype="int8"),
+        lambda path: write_sharded(path, []),
+    ):
+        with pytest.raises(llama_ext.OptionError, match="the path to save into is empty"):
+            save("")
+    for check in (check_folder, check_file):
+        with pytest.raises(FileNotFoundError, match="is empty"):
+            check("")
+    assert list(tmp_path.iterdir()) == []

@@ -115,3 +115,14 @@ def test_a_missing_path_object_is_never_a_hub_id(fake_hub: Calls) -> None:
     with pytest.raises(FormatError):
         hub.resolve(Path("some-org/some-model"))
     assert fake_hub == []
+
+
+def test_a_file_or_something_in_a_directory_that_is_here_is_asked_of_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "_download", lambda *_: pytest.fail("the Hub was asked"))
+    (tmp_path / "models").mkdir()
+    for name in ("nowhere/x.gguf", "nowhere/model.safetensors", "models/llama"):
+        with pytest.raises(FormatError, match="there is no such directory or file"):
+            hub.resolve(name)

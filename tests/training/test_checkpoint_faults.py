@@ -76,7 +76,8 @@ def test_every_truncation_of_a_checkpoint_is_a_typed_error(saved: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"format": 2},
+        {"format": 1},
+        {"crc32": []},
         {"step": -1},
         {"step": "3"},
         {"step": True},
@@ -101,6 +102,20 @@ def test_a_malformed_state_is_a_typed_error(saved: Path, change: dict[str, Any])
     made = bigram_run(**{**COMMON, "max_steps": 3}, resume=saved)
     before = made.weights.bits()
     with pytest.raises(llama_ext.CheckpointError):
+        made.run.go()
+    assert made.weights.bits() == before
+
+
+@pytest.mark.parametrize("name", ["bigram.safetensors", "training.safetensors"])
+def test_a_byte_that_has_changed_is_told_and_nothing_is_taken(saved: Path, name: str) -> None:
+    data = bytearray((saved / name).read_bytes())
+    data[len(data) * 3 // 4] ^= 1
+    (saved / name).write_bytes(data)
+    made = bigram_run(**{**COMMON, "max_steps": 3}, resume=saved)
+    before = made.weights.bits()
+    with pytest.raises(
+        llama_ext.CheckpointError, match=f"{name} is damaged: its checksum is [0-9a-f]{{8}}. Name an earlier"
+    ):
         made.run.go()
     assert made.weights.bits() == before
 

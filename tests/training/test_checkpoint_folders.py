@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import llama_ext
 from bigram_runs import MakeRun, bigram_run, documents
 from checkpoint_runs import COMMON, CONSTANT, contents, names, same
 from llama_ext.training import Callback, checkpoints
-from llama_ext.training.checkpoints import load_checkpoint, restore, save_best
+from llama_ext.training.checkpoints import load_checkpoint, locked, restore, save_best
 
 
 def test_the_last_checkpoints_stay_and_the_best_weights(make_run: MakeRun, folder: Path) -> None:
@@ -162,6 +165,35 @@ def test_a_replacement_that_fails_leaves_what_was_there(
     with pytest.raises(OSError, match="no"):
         save_best(folder, second.weights, 6)
     assert contents(folder) == before
+
+
+def test_a_folder_has_one_run_at_a_time_and_a_kill_lets_the_next_one_in(make_run: MakeRun, folder: Path) -> None:
+    words = f"checkpoint_dir {folder}: another run is saving there now"
+    with locked(folder), pytest.raises(llama_ext.OptionError, match=words):
+        make_run(**COMMON, checkpoint_dir=folder).run.go()
+    assert not folder.exists()
+    script = """
+    import sys, time
+    from pathlib import Path
+    from llama_ext.training.checkpoints import locked
+    with locked(Path(sys.argv[1])):
+        print("locked", flush=True)
+        time.sleep(60)
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script), str(folder)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"locked\n"
+    with pytest.raises(llama_ext.OptionError, match=words):
+        make_run(**COMMON, checkpoint_dir=folder).run.go()
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    make_run(**COMMON, checkpoint_dir=folder).run.go()
+    assert names(folder)[-1] == "step-00000020"
 
 
 def test_a_folder_with_checkpoints_of_another_run_is_not_mixed_with_this_one(make_run: MakeRun, folder: Path) -> None:

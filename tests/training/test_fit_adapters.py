@@ -54,6 +54,9 @@ def test_a_checkpoint_of_an_adapter_that_lacks_a_matrix_is_refused(tmp_path: Pat
     )
     config = json.loads((saved / "adapter_config.json").read_text())
     (saved / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["q_proj"]}))
+    # And nothing says that this is not what was saved.
+    state = json.loads((saved / "training.json").read_text())
+    (saved / "training.json").write_text(json.dumps({**state, "crc32": {}}))
     other = adapted()
     with pytest.raises(llama_ext.CheckpointError, match=r"not this adapter's: layers\.0\.v, layers\.1\.v"):
         other.fit(documents(), **settings, resume=True)

@@ -319,6 +319,7 @@ def test_the_log_has_a_json_object_for_each_event(make_run: MakeRun, tmp_path: P
         ({"keep_best": 1, "checkpoint_dir": "x"}, "keep_best must be True or False, got 1"),
         ({"resume": 0}, "resume must be True, False or the path of a checkpoint, got 0"),
         ({"checkpoint_dir": 5}, "checkpoint_dir must be a path, got 5"),
+        ({"checkpoint_dir": ""}, "checkpoint_dir must be a path, got ''"),
         ({"log_file": True}, "log_file must be a path, got True"),
     ],
 )
@@ -377,7 +378,7 @@ def test_a_second_ctrl_c_raises(make_run: MakeRun, folder: Path) -> None:
     made.weights.save = interrupted  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         made.run.go()
-    assert os.listdir(folder) == []
+    assert not folder.exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

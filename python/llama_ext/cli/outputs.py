@@ -20,7 +20,6 @@ __all__ = [
     "check_log",
     "check_plot",
     "has_replaced",
-    "made_directory",
     "replaced_checkpoints",
     "settle_replaced",
 ]
@@ -55,7 +54,7 @@ def check_directory(
 
     target = Path(path)
     with _as_option_error():
-        atomic.check_folder(target)
+        atomic.check_folder(path)
     if overwrite or not target.is_dir():
         return
     if any(entry.name not in besides for entry in target.iterdir()):
@@ -86,7 +85,7 @@ def check_file(path: str | os.PathLike[str], overwrite: bool, *, made: str | os.
         if place.parent in directories and not place.parent.exists():
             return
     with _as_option_error():
-        atomic.check_file(target)
+        atomic.check_file(path)
     if not overwrite and target.is_file() and target.stat().st_size > 0:
         raise OptionError(f"{os.fspath(path)} exists: name another file, or say --overwrite")
 
@@ -126,24 +125,9 @@ def check_plot(path: str, made: str) -> None:
     canvas = History().plot().canvas
     known = sorted(canvas.get_supported_filetypes())
     suffix = Path(path).suffix.lower().removeprefix(".")
-    if suffix and suffix not in known:
-        raise OptionError(
-            f"--plot {path}: matplotlib does not write .{suffix} files, expected one of {', '.join(known)}"
-        )
-
-
-@contextlib.contextmanager
-def made_directory(path: str | os.PathLike[str]) -> Iterator[None]:
-    """A block of code that writes into a directory, which is made for it, and goes again where nothing was written."""
-    folder = Path(path)
-    missing = [each for each in (folder, *folder.parents) if not each.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    finally:
-        for each in missing:
-            with contextlib.suppress(OSError):  # it is not empty
-                each.rmdir()
+    if suffix not in known:
+        kind = f"matplotlib does not write .{suffix} files" if suffix else "the name does not say what kind of picture"
+        raise OptionError(f"--plot {path}: {kind}, expected one of {', '.join(known)}")
 
 
 @contextlib.contextmanager
@@ -152,7 +136,7 @@ def _as_option_error() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OptionError(f"{error.filename}: {error.strerror}") from error
+        raise OptionError(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)) from error
 
 
 # -- an earlier run's checkpoints -------------------------------------------------------------------------------------

@@ -13,12 +13,12 @@ from llama_ext.cli.outputs import (
     check_file,
     check_log,
     check_plot,
-    made_directory,
     replaced_checkpoints,
 )
 from llama_ext.cli.train_checks import (
     CHECKPOINTS,
     check_lengths,
+    check_names,
     check_new_model_options,
     check_numbers,
     check_out,
@@ -149,6 +149,7 @@ def run(args: argparse.Namespace) -> int:
     if (args.out is None) == (args.prepare is None):
         raise OptionError("name one of --out (a model directory) and --prepare (a file of tokens)")
     check_numbers(args)
+    check_names(args)
     if args.prepare is not None:
         return _prepare(args)
     check_out(args)
@@ -200,7 +201,7 @@ def _prepare(args: argparse.Namespace) -> int:
     if args.model is not None:
         check_new_model_options(args)
     target = Path(args.prepare)
-    check_file(target, args.overwrite)
+    check_file(args.prepare, args.overwrite)
     folder = target.with_name(target.name + ".tokenizer")
     learned = args.model is None and args.tokenizer in (None, "bpe", "char")
     if learned:
@@ -309,6 +310,7 @@ def _compile(args: argparse.Namespace, model: LlamaForCausalLM, steps: int) -> N
 
 
 def _train(args: argparse.Namespace) -> int:
+    from llama_ext.io.atomic import folder_for
     from llama_ext.training import EarlyStopping
     from llama_ext.training.presets import PRESETS
 
@@ -324,7 +326,7 @@ def _train(args: argparse.Namespace) -> int:
     _compile(args, model, steps if args.epochs is None else args.epochs * steps_per_epoch(args, model, learned, rows))
     validates = len(held_out) > 1
     checkpoints = Path(args.out) / CHECKPOINTS
-    with made_directory(args.out), replaced_checkpoints(checkpoints, args.overwrite):
+    with folder_for(args.out), replaced_checkpoints(checkpoints, args.overwrite):
         history = model.fit(
             learned,
             batch_size=batch_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CHECKPOINTS",
     "check_lengths",
+    "check_names",
     "check_new_model_options",
     "check_numbers",
     "check_out",
@@ -43,6 +45,18 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise OptionError("--patience needs validation, and --val-fraction 0 holds nothing out: leave out one of them")
 
 
+def check_names(args: argparse.Namespace) -> None:
+    """That no file which is written is the text, or another one that is written; not even --overwrite wants that."""
+    named = {"--prepare": args.prepare, "--log-file": args.log_file, "--plot": args.plot}
+    taken = {} if args.text == "-" else {os.path.realpath(args.text): "the text that is learned"}
+    for name, path in named.items():
+        if path is None:
+            continue
+        other = taken.setdefault(os.path.realpath(path), name)
+        if other != name:
+            raise OptionError(f"{name} {path}: this is also {other}. Name another file")
+
+
 def check_new_model_options(args: argparse.Namespace) -> None:
     """That nothing is said of a new model where --model names one."""
     for name in (*_SHAPE, "vocab_size", "tokenizer"):
@@ -56,12 +70,14 @@ def _option(name: str) -> str:
 
 def check_out(args: argparse.Namespace) -> None:
     """That nothing in --out is lost, unless --overwrite says so; what a kill has left there is brought in order."""
-    from llama_ext.training.checkpoints import has_checkpoints
+    from llama_ext.training.checkpoints import has_checkpoints, locked
 
     check_directory(args.out, overwrite=True)
+    folder = Path(args.out) / CHECKPOINTS
+    with locked(folder):
+        pass  # before anything is moved; the run itself holds the lock
     if args.resume and args.overwrite:
         raise OptionError("--resume goes on with the run in --out and --overwrite replaces it: give one of them")
-    folder = Path(args.out) / CHECKPOINTS
     if (args.resume or args.overwrite) and settle_replaced(folder):
         report(
             f"note: a run that was to replace the one in {args.out} was killed before its first checkpoint: the earlier "

@@ -13,7 +13,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["atomic_write", "check_file", "check_folder", "exchange", "remove", "sync_folder"]
+from llama_ext.errors import OptionError
+
+__all__ = [
+    "atomic_write",
+    "check_file",
+    "check_folder",
+    "exchange",
+    "folder_for",
+    "made_folder",
+    "named",
+    "remove",
+    "sync_folder",
+]
 
 # What writing bytes may raise.
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -42,6 +54,52 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def named(path: str | os.PathLike[str]) -> Path:
+    """The path that a caller names to save into; an empty one, such as that of an unset variable, would be the current directory.
+
+    Raises:
+        OptionError: It is empty.
+    """
+    if not os.fspath(path):
+        raise OptionError("the path to save into is empty: name one, or '.' for this directory")
+    return Path(path)
+
+
+def made_folder(path: str | os.PathLike[str]) -> Path:
+    """Makes a directory that is to be saved into, with those above it.
+
+    Args:
+        path: It may be there.
+
+    Returns:
+        It.
+
+    Raises:
+        OptionError: As `named`.
+        OSError: It cannot be made.
+    """
+    folder = named(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def folder_for(path: str | os.PathLike[str]) -> Iterator[None]:
+    """A block of code that writes into a directory, which is made for it, and goes again where nothing was written.
+
+    Raises:
+        OptionError, OSError: As `made_folder`.
+    """
+    missing = [each for each in (Path(path), *Path(path).parents) if not each.exists()]
+    made_folder(path)
+    try:
+        yield
+    finally:
+        for each in missing:
+            with contextlib.suppress(OSError):  # it is not empty
+                each.rmdir()
 
 
 def remove(path: str | os.PathLike[str]) -> None:
@@ -96,6 +154,8 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
     Raises:
         OSError: It cannot be written into; `filename` is `folder`.
     """
+    if not os.fspath(folder):
+        raise FileNotFoundError(errno.ENOENT, "the path of a directory is empty: name one, or '.' for this one", "")
     path = Path(folder)
     missing = [each for each in (path, *path.parents) if not os.path.lexists(each)]
     made: list[Path] = []
@@ -127,6 +187,8 @@ def check_file(path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: It cannot be written; `filename` is `path`.
     """
+    if not os.fspath(path):
+        raise FileNotFoundError(errno.ENOENT, "the path of a file is empty", "")
     target = Path(os.path.realpath(path))
     try:
         _refuse_folder(target)

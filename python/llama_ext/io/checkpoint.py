@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy.typing as npt
 
 from llama_ext.errors import CheckpointError, DTypeError, FormatError, LimitError, OptionError, ShapeError
-from llama_ext.io.atomic import atomic_write, remove
+from llama_ext.io.atomic import atomic_write, made_folder, remove
 from llama_ext.io.json_file import read_json_object
 from llama_ext.io.safetensors_file import DTYPES, SafetensorsFile, TensorInfo
 from llama_ext.limits import DEFAULT_LIMITS, Limits
@@ -377,8 +377,7 @@ def write_sharded(
         shards[-1].append(source)
         used += nbytes[source[0]]
 
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = made_folder(directory)
     if len(shards) == 1:
         with atomic_write(folder / SINGLE_FILE, replacing=replacing) as file:
             _write(file, _planned(shards[0]), metadata)

@@ -15,6 +15,7 @@ DEMO = "demo"
 
 # Weights only as safetensors: pickled ones are never read, so they are not worth the download either.
 _PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+_FILES = (".gguf", ".safetensors", ".json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 
 
@@ -51,7 +52,8 @@ def resolve(path_or_id: str | os.PathLike[str], revision: str | None = None) -> 
             raise OptionError(f"{name} is a local path: it has no revision {revision!r}.")
         return found
     looks_like_id = isinstance(path_or_id, str) and _HUB_ID.fullmatch(name) and ".." not in name and "--" not in name
-    if not looks_like_id:
+    # A file of a name like that, or something in a directory that is here, was mistyped: nothing to ask others about.
+    if not looks_like_id or path.suffix in _FILES or path.parent.is_dir():
         raise FormatError(
             "there is no such directory or file, and it is neither 'demo' nor a Hub id like 'organisation/name'.",
             path=name,

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llama_ext.errors import CheckpointError, FormatError, LimitError, OptionError, UnsupportedError
-from llama_ext.io.atomic import atomic_write, remove
+from llama_ext.io.atomic import atomic_write, made_folder, remove
 from llama_ext.io.checkpoint import TensorSource, write_safetensors
 from llama_ext.io.json_file import read_json_object
 from llama_ext.io.safetensors_file import SafetensorsFile, TensorInfo
@@ -402,8 +402,7 @@ def write_adapter(
     ]
     if head is not None:
         tensors.append((_PREFIX + CLASSIFIER_HEAD, "float32", head.shape, lambda: [np.ascontiguousarray(head)]))
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = made_folder(directory)
     text = json.dumps(_config_of(lora, config, head is not None, base), indent=2, sort_keys=True, allow_nan=False)
     remove(folder / CONFIG_FILE)
     write_safetensors(folder / WEIGHTS_FILE, tensors)

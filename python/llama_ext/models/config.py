@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_ext.errors import FormatError, OptionError
-from llama_ext.io.atomic import atomic_write
+from llama_ext.io.atomic import atomic_write, made_folder
 from llama_ext.io.json_file import read_json_object
 from llama_ext.limits import DEFAULT_LIMITS, Limits
 from llama_ext.models.fields import FieldReader, shown
@@ -233,8 +233,7 @@ class LlamaConfig:
             OSError: The directory cannot be written.
         """
         text = self.to_json()
-        path = Path(directory) / "config.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = made_folder(directory) / "config.json"
         with atomic_write(path) as file:
             file.write(text.encode("utf-8"))
         return path

@@ -14,7 +14,7 @@ from onnx import helper
 
 from llama_ext._version import __version__
 from llama_ext.errors import LlamaExtError, NumericError, OptionError
-from llama_ext.io.atomic import remove
+from llama_ext.io.atomic import named, remove
 from llama_ext.limits import DEFAULT_LIMITS, Limits
 from llama_ext.models.config import LlamaConfig
 from llama_ext.onnx.components.attention import is_grouped
@@ -116,7 +116,7 @@ def export(
     chosen = checked_profile(profile, dtype)
     if max_file_bytes is not None and (isinstance(max_file_bytes, bool) or max_file_bytes < 1):
         raise OptionError(f"max_file_bytes must be a whole number above 0, got {max_file_bytes!r}")
-    folder = Path(out_dir)
+    folder = named(out_dir)
     with _weights(model_or_path, dtype, group_size, symmetric, limits) as weights:
         checked_profile(profile, weights.dtype)  # what the model decided
         replaces = _check_folder(folder, model_or_path, weights, overwrite)

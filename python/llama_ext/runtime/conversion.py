@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llama_ext.errors import OptionError
+from llama_ext.io.atomic import named
 from llama_ext.io.checkpoint import TensorSource
 from llama_ext.io.gguf_types import BY_NAME, GgmlType, quantize
 from llama_ext.io.gguf_writer import TensorToWrite, write_gguf
@@ -77,8 +78,8 @@ def convert(
             f"convert reads the files of a model: path_or_hub_id must be a path or a Hub id, got {type(path_or_hub_id).__name__}. "
             "Save a loaded model first: model.save_pretrained(directory), then convert(directory, ...)"
         )
-    target = Path(out)
-    to_gguf = target.suffix == ".gguf"
+    target = named(out)
+    to_gguf = target.suffix.lower() == ".gguf"
     dtype = dtype if dtype is None else _SHORT.get(dtype, dtype)
     if dtype is not None and dtype not in DTYPES:
         raise OptionError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")

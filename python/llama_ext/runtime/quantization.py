@@ -13,7 +13,7 @@ import numpy as np
 from llama_ext import _core
 from llama_ext._arrays import FloatArray
 from llama_ext.errors import NumericError, OptionError
-from llama_ext.io.atomic import check_folder
+from llama_ext.io.atomic import check_folder, named
 from llama_ext.limits import DEFAULT_LIMITS, Limits
 from llama_ext.runtime.calibration import Activations, calibration_ids
 from llama_ext.runtime.feedback import Feedback, round_with_feedback
@@ -168,7 +168,7 @@ def quantize(
         ids = None if calibration is None else calibration_ids(files.tokenizer, calibration, config)
         # Through the base class: the types of a packed model are to be made anew.
         types = ModelFiles.types(files, dtype, group_size, symmetric)
-        check_folder(directory)
+        check_folder(named(directory))
         core = _core.Model(_core.Backend("cpu", checked_threads(threads)), core_config(config), types)
         tensors = {tensor.slot: tensor for tensor in files.tensors}
         found: list[QuantizedTensor] = []

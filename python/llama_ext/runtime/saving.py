@@ -14,7 +14,7 @@ import numpy as np
 
 from llama_ext import _core
 from llama_ext.errors import FormatError
-from llama_ext.io.atomic import atomic_write, remove
+from llama_ext.io.atomic import atomic_write, named, remove
 from llama_ext.io.checkpoint import BYTES, TensorSource, write_sharded
 from llama_ext.models import ARCHITECTURES
 from llama_ext.models.config import LlamaConfig
@@ -83,7 +83,7 @@ def save_files(
     object.__setattr__(config, "dtype", dtype)
     extra = {name: value for name, value in config.extra.items() if name != KEY}
     object.__setattr__(config, "extra", extra if quantization is None else {**extra, KEY: dict(quantization)})
-    folder = Path(directory)
+    folder = named(directory)
     # What may be refused is so before anything is written.
     config.to_json()
     said = _generation_json(defaults, folder / GENERATION_FILE)

@@ -301,6 +301,8 @@ class Tokenizer:
             TokenIdError: An id is outside the vocabulary.
             OptionError: An id is not an integer.
         """
+        if not isinstance(ids, Iterable):
+            raise OptionError(f"ids must be a list of token ids, got {type(ids).__name__}")
         indices = [self._index(token) for token in ids]
         with typed_errors("the tokenizer fails on these ids"):
             text: str = self.backend.decode(indices, skip_special_tokens=skip_special_tokens)

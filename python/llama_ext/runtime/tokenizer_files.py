@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_ext.errors import FormatError, LimitError, LlamaExtError, UnsupportedError
-from llama_ext.io.atomic import atomic_write
+from llama_ext.io.atomic import atomic_write, made_folder
 from llama_ext.io.gguf import find_gguf
 from llama_ext.io.gguf_file import GgufFile
 from llama_ext.io.json_file import open_regular, parse_json_object, read_json_object
@@ -361,8 +361,7 @@ def save_tokenizer(
     directory: str | os.PathLike[str],
 ) -> None:
     """The body of `Tokenizer.save_pretrained`."""
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = made_folder(directory)
     kept = {name: config[name] for name in (*_KEPT, *_ALSO_SPECIAL) if config.get(name) is not None}
     # Null, not left out: a special_tokens_map.json that is already there must not fill the gap.
     # The class that takes tokenizer.json as it is; others rebuild the pipeline from the vocabulary.

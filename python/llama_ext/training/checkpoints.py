@@ -14,6 +14,8 @@ import os
 import re
 import secrets
 import shutil
+import sys
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,23 +23,28 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llama_ext.errors import CheckpointError, FormatError, LimitError
-from llama_ext.io.atomic import atomic_write, exchange, sync_folder
+from llama_ext.errors import CheckpointError, FormatError, LimitError, OptionError
+from llama_ext.io.atomic import atomic_write, exchange, folder_for, sync_folder
 from llama_ext.io.checkpoint import TensorSource, write_safetensors
 from llama_ext.io.json_file import read_json_object
 from llama_ext.io.safetensors_file import SafetensorsFile
 from llama_ext.training.driver import Trainer, Weights
 from llama_ext.training.json_numbers import packed, unpacked
 
+if sys.platform != "win32":
+    import fcntl
+
 __all__ = [
     "Arrays",
     "Checkpoint",
     "check_same",
+    "check_whole",
     "checkpoint_path",
     "find_checkpoint",
     "finish_checkpoint",
     "has_checkpoints",
     "load_checkpoint",
+    "locked",
     "of_other_runs",
     "restore",
     "save_best",
@@ -50,8 +57,10 @@ Arrays = Mapping[str, npt.NDArray[np.float64]]
 
 _STATE_FILE = "training.json"
 _MOMENTS_FILE = "training.safetensors"
-_FORMAT = 1
+_FORMAT = 2
 _ARRAY = "array/"
+# Bytes of a file that are read at a time.
+_BLOCK = 1 << 22
 _NAME = re.compile(r"(step|best)-(\d{8,})")
 _LEFTOVER = re.compile(r"\.(step|best)-\d{8,}\.[0-9a-f]{16}\.tmp")
 
@@ -67,6 +76,7 @@ class Checkpoint:
         run: Tells this run from others; a resumed run keeps it.
         settings: What has to be the same for the run to go on, by topic.
         state: The rest: history, callbacks.
+        crc32: Of the other files, by name, as eight hexadecimal digits.
     """
 
     path: Path
@@ -75,6 +85,42 @@ class Checkpoint:
     run: str
     settings: dict[str, Any]
     state: dict[str, Any]
+    crc32: dict[str, str]
+
+
+# -- one run at a time -------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """A block of code that alone saves into a folder, which is made for it, and goes again where nothing was saved.
+
+    A kill ends the lock. Where the system or the file system has none (Windows, some network file systems), there is none.
+
+    Raises:
+        OptionError: Another run has it.
+        OSError: The folder cannot be made.
+    """
+    with folder_for(folder):
+        if sys.platform == "win32":
+            yield
+            return
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OptionError(
+                    f"checkpoint_dir {folder}: another run is saving there now. Wait for its end, or name another directory"
+                ) from None
+            except OSError:
+                pass
+            yield
+        finally:
+            # Not by closing alone: a process that was forked meanwhile has it open, too.
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+            os.close(descriptor)
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -117,7 +163,9 @@ def save_checkpoint(
     with _whole_directory(path) as temporary:
         weights.save(temporary)
         write_safetensors(temporary / _MOMENTS_FILE, [*_moments(trainer), *_tables(arrays)], {"format": "llama_ext"})
-        _write_state(Checkpoint(temporary, step, trainer.steps, run, dict(settings), dict(state)))
+        _write_state(
+            Checkpoint(temporary, step, trainer.steps, run, dict(settings), dict(state), _checksums(temporary))
+        )
     _remove_old(folder, run, step, keep_last)
     return path
 
@@ -153,6 +201,19 @@ def _write_state(checkpoint: Checkpoint) -> None:
     text = json.dumps({"format": _FORMAT, **values, "state": packed(checkpoint.state)}, allow_nan=False, sort_keys=True)
     with atomic_write(checkpoint.path / _STATE_FILE) as file:
         file.write((text + "\n").encode("utf-8"))
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """Of all files but the one that says them."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != _STATE_FILE and path.is_file():
+            value = 0
+            with path.open("rb") as file:
+                while block := file.read(_BLOCK):
+                    value = zlib.crc32(block, value)
+            found[path.name] = f"{value:08x}"
+    return found
 
 
 def _moments(trainer: Trainer) -> Iterator[TensorSource]:
@@ -304,7 +365,7 @@ def _read_state(path: Path) -> Checkpoint:
             expected=_FORMAT,
             got=values.get("format"),
         )
-    kinds = {"step": int, "optimizer_steps": int, "run": str, "settings": dict, "state": dict}
+    kinds = {"step": int, "optimizer_steps": int, "run": str, "settings": dict, "state": dict, "crc32": dict}
     for name, kind in kinds.items():
         value = values.get(name)
         if not isinstance(value, kind) or isinstance(value, bool) or (isinstance(value, int) and value < 0):
@@ -345,6 +406,25 @@ def _differences(name: str, was: Any, now: Any) -> Iterator[tuple[str, Any, Any]
 def _shown(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def check_whole(checkpoint: Checkpoint) -> None:
+    """Checks that the files of a checkpoint are those that were saved.
+
+    Raises:
+        CheckpointError: A byte has changed; what is missing is for others to tell.
+    """
+    found = _checksums(checkpoint.path)
+    damaged = [name for name, value in checkpoint.crc32.items() if found.get(name, value) != value]
+    if damaged:
+        raise CheckpointError(
+            f"{damaged[0]} is damaged: its checksum is {found[damaged[0]]}. Name an earlier checkpoint with resume=, or remove this "
+            "one to go on from the one before it.",
+            path=str(checkpoint.path / damaged[0]),
+            field=damaged[0],
+            expected=checkpoint.crc32[damaged[0]],
+            got=found[damaged[0]],
+        )
 
 
 def tables(checkpoint: Checkpoint) -> dict[str, npt.NDArray[np.float64]]:

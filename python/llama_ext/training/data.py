@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +89,12 @@ def _sequence(x: Sequence[Any], y: object, reading: Reading) -> Source:
         _no_labels(y, "(prompt, answer) pairs", reading)
         prompts, answers = _unzipped(x, reading)
         return Examples(_rows(_pairs(prompts, answers, reading), reading), shuffle=reading.shuffle)
+    elif isinstance(first, (tuple, list)) and any(isinstance(each, str) for each in first):
+        raise DTypeError(f"{reading.x}[0] must be a pair (prompt, answer) of texts, got {str(first)[:80]}")
+    elif isinstance(first, Mapping):
+        raise DTypeError(
+            f"{reading.x} must be texts, (prompt, answer) pairs or lists of token ids; {reading.x}[0] is a {type(first).__name__}"
+        )
     elif not isinstance(first, (Sequence, np.ndarray)):
         _no_labels(y, "a stream of tokens", reading)
         return _stream(token_ids(reading.x, x, reading.vocabulary), reading)

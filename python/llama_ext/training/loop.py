@@ -158,9 +158,14 @@ class Run:
             CheckpointError and others: As `LlamaForCausalLM.fit`.
             KeyboardInterrupt: A second Ctrl-C.
         """
-        if self._folder is not None:
-            # What cannot be saved is told now, and not after the first epoch.
-            states_of(self._settings.callbacks)
+        if self._folder is None:
+            return self._go()
+        # What cannot be saved is told now, and not after the first epoch.
+        states_of(self._settings.callbacks)
+        with checkpoints.locked(self._folder):
+            return self._go()
+
+    def _go(self) -> History:
         resumed = self._resume()
         for callback in self._settings.callbacks:
             callback.on_start(self, resumed)
@@ -353,6 +358,7 @@ class Run:
                 "checkpoint with resume=.",
                 path=str(checkpoint.path),
             )
+        checkpoints.check_whole(checkpoint)
         arrays = checkpoints.tables(checkpoint)
         try:
             self.history.steps = History.records(arrays["history"])

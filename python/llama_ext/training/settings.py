@@ -90,7 +90,7 @@ class RunSettings:
 
 
 def _check_path(name: str, value: object, expected: str) -> None:
-    if value is not None and not isinstance(value, (str, os.PathLike)):
+    if value is not None and (not isinstance(value, (str, os.PathLike)) or not os.fspath(value)):
         raise OptionError(f"{name} must be {expected}, got {value!r}")
 
 
