@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 from contextlib import closing
@@ -310,8 +311,24 @@ def test_a_mistake_ends_a_pipe(line: str, code: int, message: str, run: Run) -> 
     assert message in result.err
 
 
-def test_what_is_piped_in_must_be_text(run: Run) -> None:
-    assert run("chat", stdin=b"\xff\n").code == 3
+@pytest.mark.parametrize("handler", ["strict", "surrogateescape"])
+def test_what_is_piped_in_must_be_text(handler: str) -> None:
+    # The second is how Python reads standard input where LC_ALL is C or not set.
+    done = subprocess.run(
+        command("chat"),
+        input=b"ROM\xff\n",
+        env={**os.environ, "PYTHONIOENCODING": f"utf-8:{handler}"},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (3, b"")
+    assert b"llama-ext: standard input: this is not UTF-8 text: invalid start byte\n" in done.stderr
+
+
+def test_a_byte_order_mark_before_the_first_line_is_no_part_of_it(run: Run) -> None:
+    given = ("chat", "--greedy", "--max-new-tokens", 3)
+    assert run(*given, stdin="\ufeffROMEO:\n") == run(*given, stdin="ROMEO:\n")
 
 
 def test_an_answer_that_is_cut_says_so(run: Run, chat_model: Path) -> None:

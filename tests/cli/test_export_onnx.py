@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -81,8 +82,41 @@ def test_messages_speak_of_the_options_of_the_command(run: Run, tmp_path: Path) 
 def test_a_report_that_cannot_be_written_is_refused_before_the_work(run: Run, tmp_path: Path) -> None:
     # There is no graph: that would be said next.
     code, out, err = run("verify-onnx", "demo", tmp_path / "out", "--json", tmp_path / "nodir" / "x.json")
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert f"{tmp_path / 'nodir' / 'x.json'}: the directory {tmp_path / 'nodir'} does not exist: create it first" in err
+
+
+def test_a_report_replaces_a_file_only_when_it_is_asked_for(run: Run, tmp_path: Path) -> None:
+    notes = tmp_path / "notes.md"
+    notes.write_text("mine")
+    assert run("export-onnx", "demo", tmp_path / "out", "--no-verify").code == 0
+    line = ("verify-onnx", "demo", tmp_path / "out", "--steps", 2, "--json", notes)
+    code, out, err = run(*line)
+    assert (code, out) == (2, "")
+    assert f"{notes} exists: name another file, or say --overwrite" in err
+    assert notes.read_text() == "mine"
+    assert run(*line, "--overwrite").code == 0
+    assert json.loads(notes.read_text())["passed"] is True
+
+
+def test_ctrl_c_while_it_proves_says_what_is_there(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    line = ("export-onnx", "demo", tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr("llama_ext.onnx.verification.verify", interrupt)
+        for more in ((), ("--overwrite",)):
+            code, out, err = run(*line, *more)
+            assert (code, out) == (130, "")
+            (graph,) = (tmp_path / "out" / "onnx").glob("*.onnx")
+            assert err == (
+                f"llama-ext: interrupted: {graph} is written and not verified: `llama-ext verify-onnx` does that\n"
+            )
+    assert run("verify-onnx", "demo", tmp_path / "out", "--steps", 2).code == 0
+    # Nothing of this run is there.
+    monkeypatch.setattr("llama_ext.onnx.exporting.write_model", interrupt)
+    assert run(*line, "--dtype", "float16") == (130, "", "")
 
 
 def test_mistakes_have_their_exit_codes(run: Run, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import gguf_models
 import llama_ext
 from command_line import Run
+from llama_ext.cli.common import read_text
 from shared_data import LETTERS, SHARED, requires_shared
 
 TEXT = "ROMEO: what is it that you would have of me? " * 30
@@ -139,6 +140,30 @@ def test_a_gguf_file_in_a_missing_directory_names_both(run: Run, tmp_path: Path)
     code, out, err = run("convert", SHARED / "stories260K", path)
     assert (code, out) == (2, "")
     assert f"{path}: the directory {path.parent} does not exist: create it first" in err
+
+
+def test_capitals_name_a_gguf_file_as_well(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "X.GGUF"
+    assert run("convert", "demo", path).code == 0
+    assert path.read_bytes().startswith(b"GGUF")
+    code, _, err = run("convert", "demo", path)
+    assert code == 2
+    assert f"{path} exists: name another file, or say --overwrite" in err
+    assert run("convert", "demo", path, "--overwrite").code == 0
+
+
+def test_a_byte_order_mark_is_no_letter_of_a_text(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    (tmp_path / "marked.txt").write_text(TEXT, encoding="utf-8-sig")
+    plain, marked = (run("perplexity", tmp_path / name).out.splitlines() for name in ("text.txt", "marked.txt"))
+    assert plain[0].startswith("perplexity ")
+    assert marked[:3] == plain[:3]
+    given = ("generate", "--max-new-tokens", 3, "--greedy")
+    assert run(*given, stdin="\ufeffROMEO:") == run(*given, stdin="ROMEO:")
+    # There is one at most: a second one is a letter, if a strange one.
+    assert read_text(str(tmp_path / "marked.txt")) == TEXT
+    (tmp_path / "marked.txt").write_text("\ufeffx\ufeff", encoding="utf-8-sig")
+    assert read_text(str(tmp_path / "marked.txt")) == "\ufeffx\ufeff"
 
 
 def test_wrong_usage(run: Run, tmp_path: Path) -> None:

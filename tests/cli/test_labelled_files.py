@@ -55,7 +55,7 @@ def test_named_columns_come_in_any_order_and_the_likelier_name_wins(
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("heading", ["phrase,mood", "review,stars", "utterance,label", "1,label", "text,"])
+@pytest.mark.parametrize("heading", ["phrase,mood", "review,stars", "utterance,label", "1,label"])
 def test_a_label_of_the_first_line_alone_is_refused(tmp_path: Path, heading: str) -> None:
     lines = [heading, *(f"{text},{label}" for text, label in REVIEWS)]
     with pytest.raises(
@@ -105,6 +105,30 @@ def test_names_of_columns_are_no_translation(tmp_path: Path, heading: str) -> No
 def test_a_translation_is_not_taken_for_names(tmp_path: Path, first: tuple[str, str]) -> None:
     pairs = [first, ("one", "un"), ("two", "deux"), ("three", "trois")]
     assert read_pairs(written(tmp_path, [",".join(pair) for pair in pairs]), "source", "target") == pairs
+
+
+@pytest.mark.parametrize(("pair", "name"), [(" ,deux", "source"), ("two,", "target")])
+def test_there_is_nothing_to_translate_in_an_empty_text(tmp_path: Path, pair: str, name: str) -> None:
+    for lines in (["one,un", pair], ["source,target", pair]):
+        with pytest.raises(FormatError, match=f"line 2: its {name} is empty"):
+            read_pairs(written(tmp_path, lines), "source", "target")
+
+
+def test_space_around_a_label_is_no_part_of_it_and_that_around_a_translation_is(tmp_path: Path) -> None:
+    lines = ["good , pos", "bad,neg ", "superb,pos"]
+    assert read_pairs(written(tmp_path, lines), "text", "label") == [
+        ("good ", "pos"),
+        ("bad", "neg"),
+        ("superb", "pos"),
+    ]
+    assert read_pairs(written(tmp_path, lines), "source", "target")[0] == ("good ", " pos")
+
+
+def test_a_text_of_json_lines_may_have_any_separator_in_it(tmp_path: Path) -> None:
+    texts = ["one\u2028two", "one\u2029two", "one\x85two"]
+    lines = [f'{{"text": "{text}", "label": "{place}"}}' for place, text in enumerate(texts)]
+    found = read_pairs(written(tmp_path, lines, "data.jsonl"), "text", "label")
+    assert [text for text, _ in found] == texts
 
 
 def test_names_alone_are_no_example(tmp_path: Path) -> None:

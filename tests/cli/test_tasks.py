@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +14,10 @@ from command_line import Run
 from grammars import example
 from llama_ext.cli.labelled_files import read_pairs
 from llama_ext.errors import FormatError
+from llama_ext.tasks.text_classifier import TextClassifier
+from llama_ext.tasks.translator import Translator
+from llama_ext.training.callbacks import Callback, RunView
+from llama_ext.training.history import StepRecord
 
 GRAMMARS, SMALL = example("template_grammars"), example("small_model")
 
@@ -84,6 +90,75 @@ def test_a_classifier_replaces_an_adapter_only_when_it_is_asked_for(run: Run, tm
     assert list(json.loads(found.out)["probabilities"]) == ["positive", "negative"]
 
 
+class CtrlC(Callback):
+    """Presses Ctrl-C after the second step."""
+
+    def on_step_end(self, run: RunView, record: StepRecord) -> None:
+        if record.step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("command", ["classify", "translate"])
+def test_ctrl_c_leaves_what_was_trained_before_and_says_so(
+    command: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if command == "classify":
+        pairs, languages = GRAMMARS.sentiment()[0][::9], ()
+        texts = [text for text, _ in pairs]
+    else:
+        pairs, languages = GRAMMARS.number_pairs(range(12)), ("--source", "English", "--target", "Chinese")
+        texts = [*(text for pair in pairs for text in pair), "Translate this from English to Chinese:\n"]
+    SMALL.small_model(texts, width=16).save_pretrained(tmp_path / "base")
+    heading = ("text", "label") if command == "classify" else ("source", "target")
+    data, out = write_csv(tmp_path / "train.csv", pairs, heading), tmp_path / "out"
+    options = (command, "train", data, *languages, "--model", tmp_path / "base", "--batch-size", 2, "--epochs", 1)
+    found = run(*options, "--out", out)
+    assert found.code == 0, found.err
+    before = bytes_of(out)
+    for task in (TextClassifier, Translator):
+
+        def interrupted(self: Any, *given: Any, fit: Any = task.fit, **settings: Any) -> Any:
+            return fit(self, *given, **settings, callbacks=[CtrlC()])
+
+        monkeypatch.setattr(task, "fit", interrupted)
+    for where, more in ((out, ("--overwrite",)), (tmp_path / "new", ("--validation", data))):
+        found = run(*options, "--out", where, *more)
+        assert (found.code, found.out) == (130, "")
+        assert "llama-ext: interrupted after 2 steps: nothing was written\n" in found.err
+        assert "saved" not in found.err
+    assert bytes_of(out) == before
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "line", [("classify", "train", "x.csv"), ("translate", "train", "x.csv"), ("translate", "run")]
+)
+def test_a_mistake_names_a_help_that_there_is(run: Run, line: tuple[str, ...]) -> None:
+    found = run(*line)
+    assert found.code == 2
+    command = " ".join(("llama-ext", *line[:2], "--help"))
+    assert f"See `{command}`.\n" in found.err
+    assert run(*line[:2], "--help").code == 0
+
+
+def test_texts_from_standard_input_end_at_newlines_alone(run: Run, tmp_path: Path) -> None:
+    train, _ = GRAMMARS.sentiment()
+    characters = "\u2028\x85\x0c\x1c"
+    SMALL.small_model([*(text for text, _ in train), characters], width=16).save_pretrained(tmp_path / "base")
+    data, out = write_csv(tmp_path / "train.csv", train[::9]), tmp_path / "out"
+    assert run("classify", "train", data, "--out", out, "--model", tmp_path / "base", "--epochs", 1).code == 0
+    found = run(
+        "classify", "predict", out, "--json", stdin=f"\ufeffthe film\r\n\r\na{characters}book\nthe end".encode()
+    )
+    assert found.code == 0, found.err
+    texts = [json.loads(line)["text"] for line in found.out.removesuffix("\n").split("\n")]
+    assert texts == ["the film", f"a{characters}book", "the end"]
+
+
 def test_mistakes_are_told_in_one_line(run: Run, tmp_path: Path) -> None:
     data = write_csv(tmp_path / "one.csv", [("a", "x"), ("b", "x")])
     two = write_csv(tmp_path / "two.csv", [("a", "x"), ("b", "y")])
@@ -130,6 +205,8 @@ def test_mistakes_are_told_in_one_line(run: Run, tmp_path: Path) -> None:
         ("e.tsv", "label\ttext\nx\tone, two\n\ny\tthree\n"),
         ("f.jsonl", '{"text": "one, two", "label": "x"}\n\n{"label": "y", "text": "three"}\n'),
         ("g.csv", '\ufefftext,label\r\n"one, two",x\r\nthree,y\r\n'),
+        ("h.csv", 'text,label\n"one, two", x\nthree,y\t\n'),
+        ("i.jsonl", '\ufeff{"text": "one, two", "label": " x\\n"}\r\n{"label": "y", "text": "three"}\r\n'),
     ],
 )
 def test_files_of_each_kind_are_read(tmp_path: Path, name: str, text: str) -> None:
@@ -148,6 +225,18 @@ def test_files_of_each_kind_are_read(tmp_path: Path, name: str, text: str) -> No
         ("f.jsonl", "[1, 2]\n", "line 1 must be"),
         ("g.jsonl", '{"text": "a", "label": true}\n', "line 1 must be"),
         ("h.xml", "", "expected a .csv"),
+        (
+            "j.csv",
+            "text,label\nfine,good\nI liked it, really,good\n",
+            "line 3 has 3 values, and line 1 names 2. Put texts",
+        ),
+        ("k.csv", "I liked it, really,good\nbad,poor\n", "line 2 has 2 values, and line 1 has 3. Put texts"),
+        ("l.csv", "bad,poor\nI liked it, really,good\n", "line 2 has 3 values, and line 1 has 2. Put texts"),
+        ("m.tsv", "text\tlabel\nI liked it\treally\tgood\n", "line 2 has 3 values, and line 1 names 2. No text may"),
+        ("n.txt", "bad\tpoor\nI liked it\treally\tgood\n", "line 2 has 3 values, and line 1 has 2. No text may"),
+        ("o.csv", "text,label\na,x\nb, \n", "line 3: its label is empty"),
+        ("p.tsv", "a\tx\nb\t\n", "line 2: its label is empty"),
+        ("q.jsonl", '{"text": "a", "label": " "}\n', "line 1: its label is empty"),
         ("i.tsv", "", "no example"),
     ],
 )

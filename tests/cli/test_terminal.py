@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -87,6 +88,20 @@ def test_an_error_in_a_terminal_does_not_end_the_conversation(chat_model: Path) 
         assert "/reset begins a new one" in terminal.read_until(PROMPT)
         terminal.type("Who?\n")
         terminal.read_until(PROMPT)
+        terminal.type("/quit\n")
+        assert terminal.read_to_end()[1] == 0
+
+
+def test_a_line_in_a_terminal_that_is_no_text_does_not_end_the_conversation(
+    chat_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:surrogateescape")
+    with Terminal("chat", "--model", chat_model, "--greedy", "--max-new-tokens", 3) as terminal:
+        terminal.read_until(PROMPT)
+        os.write(terminal._master, b"Wh\xff\n")  # no str has these bytes
+        assert "standard input: this is not UTF-8 text" in terminal.read_until(PROMPT)
+        terminal.type("Who?\n")
+        assert "standard input" not in terminal.read_until(PROMPT)
         terminal.type("/quit\n")
         assert terminal.read_to_end()[1] == 0
 

@@ -287,3 +287,13 @@ def test_names_and_choices_are_checked(three: llama_ext.LlamaForCausalLM, tmp_pa
     assert list(three.adapters) == ["a", "b", "c"]
     with pytest.raises(ContextLengthError):
         three(np.zeros((1, 65), np.int64), adapter="a")
+
+
+def test_an_adapter_that_is_loaded_as_a_model_is_called_one(tmp_path: Path) -> None:
+    model = llama_ext.LlamaForCausalLM.from_pretrained("demo")
+    model.add_adapter("a", llama_ext.LoRA(r=1))
+    model.save_adapter(tmp_path / "a", "a")
+    with pytest.raises(
+        llama_ext.FormatError, match="is an adapter's, not a model's: load its base, and this with load_adapter"
+    ):
+        llama_ext.LlamaForCausalLM.from_pretrained(tmp_path / "a")

@@ -133,6 +133,10 @@ class _Chat:
         if self.is_interactive:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  importing it gives input() its history
+        if hasattr(sys.stdin, "reconfigure"):
+            # In some locales Python would let bytes through that are no text, as halves of surrogate pairs. What a terminal
+            # sends is encoded as its locale says; a pipe is UTF-8, as in the other commands.
+            sys.stdin.reconfigure(errors="strict", encoding=None if self.is_interactive else "utf-8-sig")
         while True:
             try:
                 line = self._read_line()
@@ -140,6 +144,11 @@ class _Chat:
                 if not self.is_interactive:
                     raise
                 line = None
+            except FormatError as error:
+                if not self.is_interactive:
+                    raise
+                report(str(error))
+                continue
             if line is None:
                 if self.is_interactive:
                     write("\n")

@@ -56,7 +56,9 @@ def add_to(commands: Commands) -> None:
         description=_DESCRIPTION,
         epilog=_EPILOG,
     )
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
+    actions = parser.add_subparsers(
+        prog="llama-ext classify", title="actions", metavar="ACTION", dest="action", required=True
+    )
     _add_train(actions)
     predict = actions.add_parser(
         "predict",
@@ -127,10 +129,10 @@ def _train(args: argparse.Namespace) -> int:
         class_weights=args.class_weights,
         **fit_settings(args),
     )
-    save_and_tell(classifier, history, args)
-    if held_out is not None:
+    code = save_and_tell(classifier, history, args)
+    if code == 0 and held_out is not None:
         write(f"{classifier.evaluate([text for text, _ in held_out], [label for _, label in held_out])}\n")
-    return 0
+    return code
 
 
 def _predict(args: argparse.Namespace) -> int:

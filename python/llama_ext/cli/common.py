@@ -93,6 +93,9 @@ _FLAGS = {
     "dtype='": "--dtype '",
 }
 
+# What some editors begin a file with; it is no part of the text.
+_BYTE_ORDER_MARK = "\ufeff"
+
 _ESCAPES = {"\\n": "\n", "\\t": "\t", "\\r": "\r", "\\\\": "\\"}
 
 
@@ -324,7 +327,7 @@ def load_draft_model(args: argparse.Namespace, plan: GenerationPlan, options: di
 
 
 def read_text(path: str) -> str:
-    """A file as text, exactly as it is; "-" is standard input.
+    """A file as text, exactly as it is but for a byte order mark at its beginning; "-" is standard input.
 
     Raises:
         FormatError: It cannot be read, or is not UTF-8.
@@ -339,7 +342,7 @@ def read_text(path: str) -> str:
 
 
 def read_stdin(what: str) -> str:
-    """Standard input up to its end, as text.
+    """Standard input up to its end, as text, without a byte order mark at its beginning.
 
     Raises:
         FormatError: It is not UTF-8.
@@ -348,7 +351,7 @@ def read_stdin(what: str) -> str:
         return ""
     buffer = getattr(sys.stdin, "buffer", None)
     if buffer is None:  # replaced by something that only gives text
-        return sys.stdin.read()
+        return sys.stdin.read().removeprefix(_BYTE_ORDER_MARK)
     if sys.stdin.isatty():
         report(f"note: type {what}, and Ctrl-D after it")
     elif not _is_ready():
@@ -366,7 +369,7 @@ def _is_ready() -> bool:
 
 def _decoded(data: bytes, path: str) -> str:
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8").removeprefix(_BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
         raise FormatError(f"this is not UTF-8 text: {error.reason}", path=path, offset=error.start) from error
 

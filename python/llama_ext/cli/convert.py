@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from llama_ext.cli.info import describe_model
     from llama_ext.runtime.conversion import convert
 
-    check = check_file if Path(args.out).suffix == ".gguf" else check_directory
+    check = check_file if Path(args.out).suffix.lower() == ".gguf" else check_directory
     check(args.out, args.overwrite)
     out = convert(args.model, args.out, dtype=args.dtype)
     written = describe_model(str(out))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_ext.cli.common import MODEL_HELP, report, shown_bytes, write
@@ -70,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the subcommand."""
     from llama_ext.onnx import export
 
-    with warnings.catch_warnings(record=True) as caught:
+    with _told_when_interrupted(args.out), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = export(
             args.model,
@@ -91,3 +94,24 @@ def run(args: argparse.Namespace) -> int:
     if result.not_verified is not None:
         write(f"not verified: {result.not_verified}\n")
     return 0
+
+
+@contextlib.contextmanager
+def _told_when_interrupted(out: str) -> Iterator[None]:
+    """A block of code that exports, which Ctrl-C may end when the graph is whole and nothing is proven yet."""
+    before = _graphs(out)
+    try:
+        yield
+    except KeyboardInterrupt:
+        # A graph is the last file that is written, and an earlier one goes before the first.
+        for path in sorted(path for path, state in _graphs(out).items() if before.get(path) != state):
+            report(f"interrupted: {path} is written and not verified: `llama-ext verify-onnx` does that")
+        raise
+
+
+def _graphs(out: str) -> dict[Path, tuple[int, int]]:
+    """By graph of an export, which file it is and since when."""
+    from llama_ext.onnx.directory import GRAPH_FOLDER
+
+    found = {path: path.stat() for path in Path(out, GRAPH_FOLDER).glob("*.onnx")}
+    return {path: (status.st_ino, status.st_mtime_ns) for path, status in found.items()}

@@ -59,13 +59,13 @@ def read_pairs(path: str, first: str, second: str) -> list[tuple[str, str]]:
         The pairs, in order.
 
     Raises:
-        FormatError: It cannot be read, a line has too few values, there is no line, or the first line of a table looks like names
-            of columns that are not known.
+        FormatError: It cannot be read, a line has too few values or more than there are columns, what may not be empty is, there
+            is no line, or the first line of a table looks like names of columns that are not known.
     """
     suffix = ".jsonl" if path == "-" else Path(path).suffix.lower()
     if suffix not in (".csv", ".tsv", ".txt", ".jsonl"):
         raise FormatError(f"expected a .csv, .tsv, .txt or .jsonl file, got {suffix or 'no suffix'}.", path=path)
-    text = read_text(path).removeprefix("\ufeff")
+    text = read_text(path)
     rows = _json_lines(text, path, first, second) if suffix == ".jsonl" else _table(text, path, suffix, first, second)
     if not rows:
         raise FormatError("there is no example in it.", path=path)
@@ -74,7 +74,8 @@ def read_pairs(path: str, first: str, second: str) -> list[tuple[str, str]]:
 
 def _json_lines(text: str, path: str, first: str, second: str) -> list[tuple[str, str]]:
     rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Not splitlines: JSON allows other separators inside of its texts, like U+2028.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -84,7 +85,7 @@ def _json_lines(text: str, path: str, first: str, second: str) -> list[tuple[str
         found = [value.get(name) for name in (first, second)] if isinstance(value, dict) else [None, None]
         if not all(isinstance(each, (str, int)) and not isinstance(each, bool) for each in found):
             raise FormatError(f'line {number} must be {{"{first}": ..., "{second}": ...}} with texts.', path=path)
-        rows.append((str(found[0]), str(found[1])))
+        rows.append(_pair(str(found[0]), str(found[1]), number, path, first, second))
     return rows
 
 
@@ -107,7 +108,17 @@ def _table(text: str, path: str, suffix: str, first: str, second: str) -> list[t
     for number, row in lines[named is not None :]:
         if len(row) <= max(columns):
             raise FormatError(f"line {number} has {len(row)} value(s), two are needed.", path=path)
-        rows.append((row[columns[0]], row[columns[1]]))
+        if len(row) > len(heading) or (named is None and len(row) < len(heading)):
+            reference = f"line {lines[0][0]} {'has' if named is None else 'names'} {len(heading)}"
+            if suffix == ".csv":
+                advice = 'Put texts that have commas into quotation marks: "yes, really",good'
+            else:
+                advice = (
+                    "No text may have a tab: CSV (.csv) with quotation marks and JSON lines (.jsonl) have room for them"
+                )
+            # Another column than the one that is meant might be read.
+            raise FormatError(f"line {number} has {len(row)} values, and {reference}. {advice}.", path=path)
+        rows.append(_pair(row[columns[0]], row[columns[1]], number, path, first, second))
     if named is None and second == "label":
         _refuse_unknown_heading(rows, path)
     elif named is not None and rows and [_plain(heading[column]) for column in named] != [first, second]:
@@ -116,6 +127,18 @@ def _table(text: str, path: str, suffix: str, first: str, second: str) -> list[t
             f"{path}: {first}s are in column {heading[named[0]].strip()!r}, {second}s in {heading[named[1]].strip()!r}"
         )
     return rows
+
+
+def _pair(one: str, other: str, number: int, path: str, first: str, second: str) -> tuple[str, str]:
+    """An example, whose label is without white space around it.
+
+    Raises:
+        FormatError: There is nothing in what has to be learned, or translated.
+    """
+    for name, value in ((first, one), (second, other)):
+        if name != "text" and not value.strip():
+            raise FormatError(f"line {number}: its {name} is empty.", path=path)
+    return one, other.strip() if second == "label" else other
 
 
 def _plain(name: str) -> str:
@@ -143,7 +166,7 @@ def _is_heading(lines: Sequence[tuple[int, Sequence[str]]], columns: tuple[int, 
     names = [lines[0][1][column] for column in columns]
     if second != "label" or [_plain(name) for name in names] == [first, second]:
         return True
-    return all(len(row) <= columns[1] or row[columns[1]] != names[1] for _, row in lines[1:])
+    return all(len(row) <= columns[1] or row[columns[1]].strip() != names[1].strip() for _, row in lines[1:])
 
 
 def _refuse_unknown_heading(rows: Sequence[tuple[str, str]], path: str) -> None:

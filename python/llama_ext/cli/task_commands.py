@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from llama_ext.cli.common import read_stdin, report, write
 from llama_ext.cli.fitting import add_fit_options, lora_of, told
 from llama_ext.cli.labelled_files import read_pairs
+from llama_ext.cli.main import EXIT_INTERRUPTED, EXIT_OK
 from llama_ext.cli.outputs import add_overwrite_option, check_directory
 from llama_ext.errors import OptionError
 
@@ -97,16 +98,25 @@ def read_examples(args: argparse.Namespace, columns: tuple[str, str]) -> tuple[P
     return pairs, None if args.validation is None else read_pairs(args.validation, *columns)
 
 
-def save_and_tell(task: _Task, history: History, args: argparse.Namespace) -> None:
-    """Saves what was trained in --out, and says in a line how it went."""
+def save_and_tell(task: _Task, history: History, args: argparse.Namespace) -> int:
+    """Saves what was trained in --out, and says in a line how it went. After Ctrl-C nothing is saved.
+
+    Returns:
+        What the process exits with.
+    """
     from llama_ext.io.atomic import remove
     from llama_ext.io.peft import CONFIG_FILE
 
+    if history.stopped == "interrupted":
+        # There is nothing here that could be gone on from, and half of it must not take the place of a whole one.
+        report(f"interrupted after {len(history.steps)} steps: nothing was written")
+        return EXIT_INTERRUPTED
     task.save(args.out, merge=args.merge)
     if args.overwrite and (args.lora is None or args.merge):
         # An adapter that was there would be read instead of the model.
         remove(Path(args.out) / CONFIG_FILE)
     report(f"{told(history)}; saved in {args.out}")
+    return EXIT_OK
 
 
 def texts_of(args: argparse.Namespace) -> list[str]:
@@ -115,7 +125,11 @@ def texts_of(args: argparse.Namespace) -> list[str]:
     Raises:
         OptionError: There is none.
     """
-    texts: list[str] = args.texts or [line for line in read_stdin("texts, one a line").splitlines() if line]
+    texts: list[str] = args.texts
+    if not texts:
+        # Not splitlines: a text may have other separators in it, like U+2028.
+        lines = [line.removesuffix("\r") for line in read_stdin("texts, one a line").split("\n")]
+        texts = [line for line in lines if line]
     if not texts:
         raise OptionError("there is no text")
     return texts

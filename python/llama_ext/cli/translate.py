@@ -53,7 +53,9 @@ def add_to(commands: Commands) -> None:
         description=_DESCRIPTION,
         epilog=_EPILOG,
     )
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
+    actions = parser.add_subparsers(
+        prog="llama-ext translate", title="actions", metavar="ACTION", dest="action", required=True
+    )
     train = actions.add_parser(
         "train",
         usage="llama-ext translate train [OPTIONS] FILE --source LANGUAGE --target LANGUAGE --out DIRECTORY",
@@ -105,8 +107,7 @@ def _train(args: argparse.Namespace) -> int:
 
     translator = Translator(args.model, args.source, args.target, dtype=base_dtype(args))
     history = translator.fit(pairs, validation_data=held_out, **fit_settings(args))
-    save_and_tell(translator, history, args)
-    return 0
+    return save_and_tell(translator, history, args)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from llama_ext.cli.common import MODEL_HELP, read_text, write
+from llama_ext.cli.outputs import add_overwrite_option, check_file
 from llama_ext.errors import OptionError
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def add_to(commands: Commands) -> None:
         help="others to compare as well, which have to be installed: onnxruntime-genai, openvino",
     )
     parser.add_argument("--json", metavar="FILE", help="write the report there as well, as JSON; - prints it instead")
+    add_overwrite_option(parser)
     parser.add_argument(
         "--no-record",
         action="store_true",
@@ -84,12 +86,12 @@ def _text(path: str) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the subcommand."""
-    from llama_ext.io.atomic import atomic_write, check_file
+    from llama_ext.io.atomic import atomic_write
     from llama_ext.onnx.verification import verify
 
     to_file = args.json is not None and args.json != "-"
     if to_file:
-        check_file(args.json)
+        check_file(args.json, args.overwrite)
     report = verify(
         args.model,
         args.out,

@@ -156,7 +156,7 @@ def _write_gguf(files: ModelFiles, path: Path, dtype: str | None) -> None:
 
 def _name(files: ModelFiles) -> str:
     path = files.path.resolve()
-    return path.stem if path.suffix in (".gguf", ".safetensors") else path.name
+    return path.stem if path.suffix.lower() in (".gguf", ".safetensors") else path.name
 
 
 def _tokenizer(files: ModelFiles) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from llama_ext.io.checkpoint import INDEX_FILE, SINGLE_FILE
 from llama_ext.io.gguf import find_gguf
 from llama_ext.io.gguf_file import GgufFile
 from llama_ext.io.hub import resolve
+from llama_ext.io.peft import CONFIG_FILE as ADAPTER_CONFIG
 from llama_ext.limits import DEFAULT_LIMITS, Limits
 from llama_ext.models import ARCHITECTURES
 from llama_ext.models.config import LlamaConfig
@@ -79,6 +80,12 @@ def _folder(path: Path) -> Path:
         FormatError: Another file.
     """
     if not path.is_file():
+        if (path / ADAPTER_CONFIG).is_file() and not os.path.lexists(path / "config.json"):
+            raise FormatError(
+                "this directory is an adapter's, not a model's: load its base, and this with load_adapter; or, of a task, with "
+                "TextClassifier.load or Translator.load",
+                path=str(path),
+            )
         return path
     if path.suffix == ".safetensors":
         return path.parent
