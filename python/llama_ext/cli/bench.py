@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -108,6 +107,8 @@ def measure(model: LlamaForCausalLM, name: str, prompt_tokens: int | None, new_t
     Raises:
         ContextLengthError: They are more than the model's context.
     """
+    import statistics
+
     from llama_ext.runtime.progress import ProgressBar
 
     if prompt_tokens is None:

@@ -6,8 +6,6 @@ import argparse
 import contextlib
 import os
 import re
-import secrets
-import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -160,6 +158,8 @@ def replaced_checkpoints(folder: Path, overwrite: bool) -> Iterator[None]:
     if not old:
         yield
         return
+    import secrets
+
     aside = folder / f"replaced-{secrets.token_hex(8)}"
     part = aside.with_suffix(_PART)
     try:
@@ -191,6 +191,8 @@ def settle_replaced(folder: Path) -> bool:
         OptionError: Something else has their name by now.
         OSError: They cannot be moved.
     """
+    import shutil
+
     from llama_ext.training.checkpoints import has_checkpoints
 
     begun = has_checkpoints(folder)
