@@ -6,6 +6,7 @@ import json
 import math
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -321,6 +322,25 @@ def test_a_step_that_failed_leaves_nothing_to_the_next_train_step() -> None:
     assert training.trainer.gradient_norm() == 0.0
     assert model.train_step(x) == other.train_step(x)
     same(model, other)
+
+
+def test_another_thread_may_ask_a_model_that_is_trained_but_not_train_it() -> None:
+    model, alone = make(), make()
+
+    class Asks(Callback):
+        def on_step_end(self, run: Any, record: Any) -> None:
+            for each in (lambda: model.fit(documents()), lambda: model.train_step([[1, 2, 3]])):
+                with (
+                    ThreadPoolExecutor(1) as pool,
+                    pytest.raises(llama_ext.LlamaExtError, match="trained by another call"),
+                ):
+                    pool.submit(each).result()
+            with ThreadPoolExecutor(1) as pool:
+                assert pool.submit(model.evaluate, documents()).result().loss > 0
+
+    assert model.fit(documents(), callbacks=[Asks()]).loss == alone.fit(documents()).loss
+    same(model, alone)
+    model.train_step([[1, 2, 3]])
 
 
 def test_fit_without_compile_has_the_defaults_of_compile() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import threading
+from collections.abc import Iterator
 
 from llama_ext import _core
-from llama_ext.errors import OptionError
+from llama_ext.errors import LlamaExtError, OptionError
 from llama_ext.models.config import LlamaConfig
 from llama_ext.models.generation_config import GenerationDefaults
 from llama_ext.runtime import loading, saving
@@ -29,6 +32,7 @@ class LoadedModel(Adapted):
     tokenizer: Tokenizer | None
     generation_defaults: GenerationDefaults
     _config_ends: tuple[int, ...]
+    _training_turn: threading.RLock
 
     def _prepare(
         self,
@@ -59,9 +63,26 @@ class LoadedModel(Adapted):
         self._fingerprint = None
         self._adapters = {}
         self._active = None
+        self._training_turn = threading.RLock()
         backend = _core.Backend(device, checked_threads(threads))
         packed = {} if files is None else files.packed(backend.matrix_layout, types)
         self._core = _core.Model(backend, loading.core_config(config), types, packed, compute=compute)
+
+    @contextlib.contextmanager
+    def _trained_alone(self) -> Iterator[None]:
+        """A block of code that changes weights, an adapter's or the model's. A callback of it may train, too.
+
+        Raises:
+            LlamaExtError: Another thread is in such a block: both would get a mixture.
+        """
+        if not self._training_turn.acquire(blocking=False):
+            raise LlamaExtError(
+                "this model is being trained by another call: one thread at a time may train it. Give each thread its own"
+            )
+        try:
+            yield
+        finally:
+            self._training_turn.release()
 
     @property
     def dtype(self) -> str:

@@ -34,10 +34,11 @@ def fit_whole(
     from llama_ext.training.tuning import tuning_trainer
 
     checked, run = _checked(model, options, settings, validates=validation is not None, adapts=False)
-    model._refuse_adapters("training all weights")
-    use_trainable_core(model)
-    trainer = tuning_trainer(model, checked, None)
-    return _run(model, trainer, None, examples, validation, checked, run)
+    with model._trained_alone():
+        model._refuse_adapters("training all weights")
+        use_trainable_core(model)
+        trainer = tuning_trainer(model, checked, None)
+        return _run(model, trainer, None, examples, validation, checked, run)
 
 
 def fit_adapter(
@@ -71,13 +72,15 @@ def fit_adapter(
     from llama_ext.training.tuning import tuning_trainer
 
     checked, run = _checked(model, options, settings, validates=validation is not None, adapts=True)
-    if name not in model.adapters:
-        if lora is None:
-            raise OptionError(f"there is no adapter {name!r} yet: pass adapter=llama_ext.LoRA(...)")
-        model.add_adapter(name, lora, seed=run.seed)
-    model.set_adapter(name)
-    head = contextlib.nullcontext()
-    with model._training_head_of(name) if isinstance(model, LlamaForSequenceClassification) else head:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(model._trained_alone())
+        if name not in model.adapters:
+            if lora is None:
+                raise OptionError(f"there is no adapter {name!r} yet: pass adapter=llama_ext.LoRA(...)")
+            model.add_adapter(name, lora, seed=run.seed)
+        model.set_adapter(name)
+        if isinstance(model, LlamaForSequenceClassification):
+            stack.enter_context(model._training_head_of(name))
         return _run(model, tuning_trainer(model, checked, name), name, examples, validation, checked, run)
 
 

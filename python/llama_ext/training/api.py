@@ -109,16 +109,17 @@ def fit(
         validation = read_data(held_out, answers, named)
     # Before the weights become float32.
     checked.check(validates=validation is not None)
-    # Its moments would be those of other weights.
-    training.trainer = training.core = training.adapter = None
-    name = model.active_adapter
-    if name is not None:
-        trainer, weights = tuning_trainer(model, training.options, name), TunedWeights(model, name)
-        return Run(trainer, weights, training.options, checked, source, validation).go()
-    model._refuse_adapters("training all weights")
-    core = use_trainable_core(model)
-    trainer = new_trainer(core, training.options)
-    return Run(trainer, ModelWeights(model), training.options, checked, source, validation).go()
+    with model._trained_alone():
+        # Its moments would be those of other weights.
+        training.trainer = training.core = training.adapter = None
+        name = model.active_adapter
+        if name is not None:
+            trainer, weights = tuning_trainer(model, training.options, name), TunedWeights(model, name)
+            return Run(trainer, weights, training.options, checked, source, validation).go()
+        model._refuse_adapters("training all weights")
+        core = use_trainable_core(model)
+        trainer = new_trainer(core, training.options)
+        return Run(trainer, ModelWeights(model), training.options, checked, source, validation).go()
 
 
 def evaluate(model: LlamaForCausalLM, x: object, y: object, *, batch_size: int, context: int | None) -> Evaluation:
@@ -177,6 +178,11 @@ def _block(model: LlamaForCausalLM, input_ids: object, labels: object) -> Batch:
 
 def train_step(model: LlamaForCausalLM, input_ids: object, labels: object) -> StepResult:
     """The body of `train_step`."""
+    with model._trained_alone():
+        return _step(model, input_ids, labels)
+
+
+def _step(model: LlamaForCausalLM, input_ids: object, labels: object) -> StepResult:
     training = _training(model)
     options = training.options
     batch = _block(model, input_ids, labels)
