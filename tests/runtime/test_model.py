@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -434,3 +436,10 @@ def test_a_run_in_the_middle_is_taken_as_well(tiny: Model) -> None:
 def test_logits_do_not_depend_on_the_number_of_threads(threads: int, tiny: Model) -> None:
     ids = np.arange(40)[None]
     np.testing.assert_array_equal(Model(tiny.config, seed=3, threads=threads)(ids), tiny(ids))
+
+
+def test_a_model_says_what_to_do_instead_of_pickling_it() -> None:
+    model = llama_ext.LlamaForCausalLM.from_pretrained("demo")
+    for copied in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match=r"cannot be pickled or copied\. Give another process the path"):
+            copied(model)

@@ -7,6 +7,7 @@ import math
 import os
 import threading
 from collections.abc import Iterator
+from typing import NoReturn
 
 from llama_ext import _core
 from llama_ext.errors import LlamaExtError, OptionError
@@ -67,6 +68,13 @@ class LoadedModel(Adapted):
         backend = _core.Backend(device, checked_threads(threads))
         packed = {} if files is None else files.packed(backend.matrix_layout, types)
         self._core = _core.Model(backend, loading.core_config(config), types, packed, compute=compute)
+
+    def __reduce__(self) -> NoReturn:
+        # What pickle and copy.deepcopy call, and expect.
+        raise TypeError(
+            f"a {type(self).__name__} cannot be pickled or copied. Give another process the path of the model, to load it there; "
+            "threads may share one; save_pretrained and from_pretrained make a copy"
+        )
 
     @contextlib.contextmanager
     def _trained_alone(self) -> Iterator[None]:
