@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bigram_runs import Made, bigram_run, documents
-from llama_ext.training import Callback, checkpoints
+from llama_ext.training import checkpoints
 from llama_ext.training.checkpoints import load_checkpoint
 
 COMMON: dict[str, Any] = {
@@ -20,17 +21,6 @@ COMMON: dict[str, Any] = {
     "batch_size": 2,
     "max_steps": 20,
 }
-
-
-class StopAt(Callback):
-    """Ends a run after a step; a run without has the same callbacks' names when it never stops."""
-
-    def __init__(self, step: int = -1) -> None:
-        self._step = step
-
-    def on_step_end(self, run: Any, record: Any) -> None:
-        if record.step == self._step:
-            run.stop("here")
 
 
 def same(first: Made, second: Made) -> None:
@@ -44,17 +34,22 @@ def same(first: Made, second: Made) -> None:
     assert [each.epoch for each in histories[0].steps] == [each.epoch for each in histories[1].steps]
 
 
-def begin_unfinished(folder: Path, **settings: Any) -> None:
-    """A run of 20 steps that is interrupted in the validation after its last step."""
-    begun = bigram_run(None, documents(seed=7), **COMMON, **settings, checkpoint_dir=folder)
-    validate = begun.trainer.evaluate
+def interrupt_validation(made: Made, step: int) -> None:
+    """Has Ctrl-C come in the validation after a step."""
+    validate = made.trainer.evaluate
 
     def interrupted(*arguments: Any) -> Any:
-        if begun.run.step == 20:
+        if made.run.step == step:
             os.kill(os.getpid(), signal.SIGINT)
         return validate(*arguments)
 
-    begun.trainer.evaluate = interrupted  # type: ignore[method-assign]
+    made.trainer.evaluate = interrupted  # type: ignore[method-assign]
+
+
+def begin_unfinished(folder: Path, **settings: Any) -> None:
+    """A run of 20 steps that is interrupted in the validation after its last step."""
+    begun = bigram_run(None, documents(seed=7), **COMMON, **settings, checkpoint_dir=folder)
+    interrupt_validation(begun, 20)
     assert begun.run.go().stopped == "interrupted"
     assert load_checkpoint(folder).state["unfinished"] is True
 
@@ -87,3 +82,14 @@ class Crash:
             return function(*arguments, **options)
 
         return call
+
+
+def ends_within(steps: int, work: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether something ends with so many renames and removals; otherwise it is cut short at the next one."""
+    with monkeypatch.context() as patched:
+        Crash(steps, patched)
+        try:
+            work()
+        except OSError:
+            return False
+    return True

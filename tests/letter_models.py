@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 import llama_ext
-from llama_ext.training import Callback
 
 TEXT = "the quick brown fox jumps over the lazy dog. "
 Model = llama_ext.LlamaForCausalLM
@@ -49,12 +48,3 @@ def same(first: Model, second: Model) -> None:
 def documents() -> list[str]:
     rng = np.random.default_rng(0)
     return [TEXT[begin : begin + size] for begin, size in rng.integers(2, 20, (24, 2)).tolist()]
-
-
-class StopAt(Callback):
-    def __init__(self, step: int = -1) -> None:
-        self._step = step
-
-    def on_step_end(self, run: Any, record: Any) -> None:
-        if record.step == self._step:
-            run.stop("here")

@@ -50,14 +50,20 @@ def test_rows_of_a_batch_have_adapters_of_their_own(isa: str) -> None:
     assert relative_rms(together[0], model.logits([sequences[0]])[0]) > 1e-3
 
 
-@each_isa
-def test_adapted_logits_are_those_of_merged_weights(isa: str) -> None:
-    model = build(isa)
-    adapter = adapter_of(model, 3)
+def merged_with(adapter: _core.Adapter, isa: str) -> _core.Model:
+    """The base with the adapter's part added to its weights."""
     merged = build(isa)
     for slot, _, scale in adapter.slots():
         addition = scale * adapter.read(slot, "B").astype(np.float64) @ adapter.read(slot, "A")
         merged.load(slot, (merged.read(slot) + addition).astype(np.float32), "float32")
+    return merged
+
+
+@each_isa
+def test_adapted_logits_are_those_of_merged_weights(isa: str) -> None:
+    model = build(isa)
+    adapter = adapter_of(model, 3)
+    merged = merged_with(adapter, isa)
     tokens = batch([40])[0]
     assert relative_rms(model.logits([tokens], [adapter])[0], merged.logits([tokens])[0]) < 1e-5
 
@@ -84,10 +90,7 @@ def test_the_adapters_gradient_is_that_of_the_weight_it_adds_to(isa: str) -> Non
     """d_B = scale d_W A^T and d_A = scale B^T d_W, with d_W the gradient of the merged weights."""
     model = build(isa)
     adapter = adapter_of(model, 5)
-    merged = build(isa)
-    for slot, _, scale in adapter.slots():
-        addition = scale * adapter.read(slot, "B").astype(np.float64) @ adapter.read(slot, "A")
-        merged.load(slot, (merged.read(slot) + addition).astype(np.float32), "float32")
+    merged = merged_with(adapter, isa)
     data = batch([50, 20])
     found = run(_core.Trainer(model, optimizer=ADAMW, adapter=adapter), data)
     whole = run(_core.Trainer(merged, optimizer=ADAMW), data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -17,10 +18,11 @@ import pytest
 
 import llama_ext
 from bigram_runs import Made, bigram_run, documents
-from checkpoint_runs import COMMON, CONSTANT, Crash, StopAt, begin_unfinished, names, same
+from checkpoint_runs import COMMON, CONSTANT, begin_unfinished, ends_within, names, same
 from llama_ext.io.atomic import exchange
 from llama_ext.training import checkpoints
 from llama_ext.training.checkpoints import load_checkpoint, restore, save_checkpoint
+from stop_at import StopAt
 
 
 def test_a_checkpoint_that_is_finished_is_never_lost_in_doing_so(
@@ -33,13 +35,7 @@ def test_a_checkpoint_that_is_finished_is_never_lost_in_doing_so(
         folder = tmp_path / str(count)
         begin_unfinished(folder, **settings)
         made = bigram_run(None, documents(seed=7), **COMMON, **settings, checkpoint_dir=folder, resume=True)
-        ended = True
-        with monkeypatch.context() as patched:
-            Crash(count, patched)
-            try:
-                made.run.go()
-            except OSError:
-                ended = False
+        ended = ends_within(count, made.run.go, monkeypatch)
         again = bigram_run()
         restore(load_checkpoint(folder), again.trainer, again.weights)
         assert again.weights.bits() == made.weights.bits()
@@ -157,8 +153,11 @@ def test_a_kill_while_saving_leaves_whole_checkpoints(folder: Path) -> None:
     """kill -9 at random moments of a run that does little else than save: what is there can be gone on from, step after step."""
     paths = [str(Path(__file__).parents[1]), *[path for path in sys.path if path]]
     rng = random.Random(0)
-    step = 0
-    for _ in range(25):
+    step = kills = 0
+    # On a busy machine a process does not come far before it is killed: there are more of them then.
+    while kills < 25 or step <= 25:
+        kills += 1
+        assert kills < 250
         process = subprocess.Popen(
             [sys.executable, "-c", _SAVER.format(paths=paths), str(folder)], stdout=subprocess.PIPE
         )
@@ -178,7 +177,6 @@ def test_a_kill_while_saving_leaves_whole_checkpoints(folder: Path) -> None:
             assert made.trainer.steps == load_checkpoint(path).step
         assert load_checkpoint(folder).step >= step
         step = load_checkpoint(folder).step
-    assert step > 25
     straight = bigram_run(max_steps=step, options={"schedule": "constant"})
     straight.run.go()
     made = bigram_run()
@@ -202,13 +200,7 @@ def test_a_save_that_is_cut_short_at_any_step_leaves_the_older_checkpoint(
         made = bigram_run(
             **COMMON, checkpoint_dir=folder, resume=True, callbacks=[StopAt(8)], keep_last=1, save_every=100
         )
-        ended = True
-        with monkeypatch.context() as patched:
-            Crash(count, patched)
-            try:
-                made.run.go()
-            except OSError:
-                ended = False
+        ended = ends_within(count, made.run.go, monkeypatch)
         checkpoint = load_checkpoint(folder)
         again = bigram_run()
         restore(checkpoint, again.trainer, again.weights)
@@ -232,15 +224,9 @@ def test_a_step_saved_again_is_there_whatever_cuts_the_save_short(
     found = []
     for count in range(60):
         folder = tmp_path / str(count)
-        ended = True
         made = bigram_run()
         _save_third_step(folder, made, run="first")
-        with monkeypatch.context() as patched:
-            Crash(count, patched)
-            try:
-                _save_third_step(folder, made, run="second")
-            except OSError:
-                ended = False
+        ended = ends_within(count, functools.partial(_save_third_step, folder, made, run="second"), monkeypatch)
         restore(load_checkpoint(folder), made.trainer, made.weights)
         found.append(load_checkpoint(folder).run)
         if ended:
@@ -266,13 +252,8 @@ def test_a_run_that_went_back_is_cut_short_at_any_step_and_still_goes_on(
         folder = tmp_path / str(count)
         shutil.copytree(tmp_path / "whole", folder)
         settings = {**settings, "checkpoint_dir": folder, "keep_last": 1}
-        ended = True
-        with monkeypatch.context() as patched:
-            Crash(count, patched)
-            try:
-                bigram_run(**settings, resume=folder / "step-00000002").run.go()
-            except OSError:
-                ended = False
+        made = bigram_run(**settings, resume=folder / "step-00000002")
+        ended = ends_within(count, made.run.go, monkeypatch)
         again = bigram_run(**settings, resume=True)
         again.run.go()
         same(whole, again)

@@ -13,11 +13,12 @@ import pytest
 
 import llama_ext
 from bigram_runs import Made, MakeRun, documents
-from checkpoint_runs import COMMON, StopAt, begin_unfinished, same
+from checkpoint_runs import COMMON, begin_unfinished, interrupt_validation, same
 from llama_ext.training import Callback, EarlyStopping
 from llama_ext.training.batches import Stream
 from llama_ext.training.checkpoints import load_checkpoint
 from llama_ext.training.token_file import ArrayReader
+from stop_at import StopAt
 
 
 @pytest.mark.parametrize("at", [1, 5, 6, 10, 19])
@@ -62,14 +63,7 @@ def test_a_validation_that_was_interrupted_is_made_up_for(make_run: MakeRun, fol
     whole = make_run(None, documents(seed=7), **settings, callbacks=[EarlyStopping(100)])
     whole.run.go()
     begun = make_run(None, documents(seed=7), **settings, callbacks=[EarlyStopping(100)], checkpoint_dir=folder)
-    validate = begun.trainer.evaluate
-
-    def interrupted(*arguments: Any) -> Any:
-        if begun.run.step == 10:
-            os.kill(os.getpid(), signal.SIGINT)
-        return validate(*arguments)
-
-    begun.trainer.evaluate = interrupted  # type: ignore[method-assign]
+    interrupt_validation(begun, 10)
     history = begun.run.go()
     assert (history.stopped, len(history.steps), len(history.validations)) == ("interrupted", 10, 1)
     stopping = EarlyStopping(100)
@@ -207,14 +201,7 @@ def test_a_stop_before_a_validation_that_was_interrupted_is_not_forgotten(make_r
     whole = make_run(None, documents(seed=7), **settings, callbacks=[StopAt(10)])
     assert whole.run.go().stopped == "here"
     begun = make_run(None, documents(seed=7), **settings, callbacks=[StopAt(10)], checkpoint_dir=folder)
-    validate = begun.trainer.evaluate
-
-    def interrupted(*arguments: Any) -> Any:
-        if begun.run.step == 10:
-            os.kill(os.getpid(), signal.SIGINT)
-        return validate(*arguments)
-
-    begun.trainer.evaluate = interrupted  # type: ignore[method-assign]
+    interrupt_validation(begun, 10)
     assert begun.run.go().stopped == "interrupted"
     ended = make_run(None, documents(seed=7), **settings, callbacks=[StopAt(10)], checkpoint_dir=folder, resume=True)
     assert ended.run.go().stopped == "here"

@@ -15,9 +15,10 @@ import pytest
 from safetensors.numpy import load_file
 
 import llama_ext
-from letter_models import TEXT, Model, StopAt, documents, make, same, weights
+from letter_models import TEXT, Model, documents, make, same, weights
 from llama_ext.training import Callback, TokenFile, write_token_file
 from shared_data import SHARED, requires_shared
+from stop_at import StopAt
 
 GOLDEN = SHARED / "golden" / "train-gqa-tied"
 

@@ -12,8 +12,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import llama_ext
-from letter_models import Model, StopAt, documents, make
+from letter_models import Model, documents, make
 from llama_ext.training.model import flops_per_token
+from stop_at import StopAt
 
 
 def test_a_checkpoint_of_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
