@@ -111,7 +111,7 @@ def test_a_byte_that_has_changed_is_told_and_nothing_is_taken(saved: Path, name:
     made = bigram_run(**{**COMMON, "max_steps": 3}, resume=saved)
     before = made.weights.bits()
     with pytest.raises(
-        llama_ext.CheckpointError, match=f"{name} is damaged: its checksum is [0-9a-f]{{8}}. Name an earlier"
+        llama_ext.CheckpointError, match=f"{name} is damaged: its checksum is [0-9a-f]{{8}}. Remove this checkpoint"
     ):
         made.run.go()
     assert made.weights.bits() == before

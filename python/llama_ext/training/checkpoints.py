@@ -418,8 +418,8 @@ def check_whole(checkpoint: Checkpoint) -> None:
     damaged = [name for name, value in checkpoint.crc32.items() if found.get(name, value) != value]
     if damaged:
         raise CheckpointError(
-            f"{damaged[0]} is damaged: its checksum is {found[damaged[0]]}. Name an earlier checkpoint with resume=, or remove this "
-            "one to go on from the one before it.",
+            f"{damaged[0]} is damaged: its checksum is {found[damaged[0]]}. Remove this checkpoint, and the "
+            "run goes on from the one before it.",
             path=str(checkpoint.path / damaged[0]),
             field=damaged[0],
             expected=checkpoint.crc32[damaged[0]],
