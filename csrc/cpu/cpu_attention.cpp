@@ -231,8 +231,7 @@ void CpuBackend::attention(const AttentionArgs& args) {
     for (int64_t row = 0; row < unit.tokens * group; ++row) {
       float* y =
           args.y.row<float>(unit.segment->row + unit.token + row / group) + (unit.kv_head * group + row % group) * dim;
-      const float* sums = o + row * padded;
-      for (int64_t d = 0; d < dim; ++d) y[d] = sums[d] / l[row];
+      kernels_.divide_row(o + row * padded, dim, l[row], y);
     }
   };
 
@@ -251,7 +250,7 @@ void CpuBackend::attention(const AttentionArgs& args) {
     for (int64_t row = 0; row < rows; ++row) {
       const float* q =
           args.q.row<float>(unit.segment->row + unit.token + row / group) + (unit.kv_head * group + row % group) * dim;
-      for (int64_t d = 0; d < dim; ++d) scaled[row * dim + d] = q[d] * static_cast<float>(args.scale);
+      kernels_.multiply_row(q, dim, static_cast<float>(args.scale), scaled + row * dim);
       limits[row] = first_position + row / group + 1;
     }
     for (int64_t row = 0; row < rows; row += kernel.tile_rows) {

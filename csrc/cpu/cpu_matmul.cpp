@@ -206,7 +206,7 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
   const int64_t sums = std::min(count, block_rows) * kPanel;
   // Sums of a single block of k are finished at once.
   const int64_t kept_panels = k_padded > k_block ? group_panels : 1;
-  const int64_t finished_rows = weight.type().is_quantized()
+  const int64_t finished_rows = weight.type().is_quantized() && product.compute != Compute::kAuto
                                     ? block_rows  // some of these kernels widen the panel for all their rows
                                     : std::max<int64_t>(1, kFinishedRows / kernel.tile_rows) * kernel.tile_rows;
   const int64_t normed_size = normed_floats(product, kernel);

@@ -35,6 +35,10 @@ struct CodeFormat {
 
   constexpr int64_t strip_bytes() const { return 4 * kStrip * bits; }
   constexpr int64_t unit(int64_t matrix_group) const { return has_superblocks ? 256 : matrix_group; }
+  constexpr int64_t smallest_group() const { return group > 0 ? group : kStrip; }
+  constexpr int64_t groups_of_unit(int64_t matrix_group) const {
+    return has_superblocks ? unit(matrix_group) / group : 1;
+  }
   constexpr int64_t halves_bytes() const { return 2 * kPanel * (has_min ? 2 : 1); }
   constexpr int64_t sub_bytes() const { return has_superblocks ? kPanel * (256 / group) : 0; }
   constexpr int64_t header_bytes() const { return halves_bytes() + sub_bytes() * (has_min ? 2 : 1); }
@@ -159,6 +163,10 @@ struct KernelTable {
   /// Folds a later partial result into (o, m, l): the same arithmetic as between the tiles of one job.
   void (*attention_merge)(int64_t rows, int64_t padded_dim, float* o, float* m, float* l, const float* o2,
                           const float* m2, const float* l2);
+  /// y = x * factor
+  void (*multiply_row)(const float* x, int64_t size, float factor, float* y);
+  /// y = x / divisor
+  void (*divide_row)(const float* x, int64_t size, float divisor, float* y);
   void (*rms_norm)(const float* x, const float* weight, int64_t size, float eps, float* y, float* inv_rms);
   void (*rope)(float* x, int64_t half, const float* cos, const float* sin);
   void (*softmax)(const float* x, int64_t size, float* y);

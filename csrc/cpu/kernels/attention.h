@@ -55,10 +55,9 @@ struct ProductsF32 {
   static constexpr int64_t kStep = 1;  // k that lie together in a panel
 
   static void multiply(const PanelProduct& p) { panel<PanelF32>(p); }
-  /// Row r of a tile of `height` rows.
-  static void pack_row(const float* row, int64_t depth, int64_t height, int64_t r, void* tile) {
-    float* to = static_cast<float*>(tile) + r;
-    for (int64_t j = 0; j < depth; ++j) to[j * height] = row[j];
+  /// Rows of weights, 128 apart, as a tile.
+  static void pack_rows(const float* rows, int64_t depth, int64_t height, void* tile) {
+    interleave_rows(rows, kKeyTile, height, depth, static_cast<float*>(tile));
   }
 };
 
@@ -96,7 +95,7 @@ static void redo_poisoned(const AttentionJob& job, int64_t first, int64_t depth,
     for (int64_t i = 0; i < whole; ++i) clean[i] = v[i];
     for (int64_t i = whole; rest > 0 && i < whole + 2 * kPanel; ++i) clean[i] = i % 2 == 0 ? v[i] : Element{0};
     const int64_t own = seen - rest + (rest > 0 ? Products::kStep : 0);
-    Products::pack_row(s + r * kKeyTile, own, 1, 0, packed);
+    Products::pack_rows(s + r * kKeyTile, own, 1, packed);
     Products::multiply({1, own, 0, packed, clean, partial + r * padded, padded, false, nullptr, 0});
   }
 }
@@ -177,8 +176,8 @@ static void attention(const AttentionJob& job) {
         const int64_t seen = keys_seen(job.limits[row + r], first, keys);
         softmax_tile(s, seen, depth, tile_m + row + r, tile_l + row + r);
         for (int64_t j = 0; is_int8 && j < seen; ++j) s[j] *= job.v_scale[first + j];
-        Products::pack_row(s, depth, height, r, packed + row * kKeyTile);
       }
+      Products::pack_rows(scores + row * kKeyTile, depth, height, packed + row * kKeyTile);
     }
 
     for (int64_t column = 0; column < padded; column += kPanel) {

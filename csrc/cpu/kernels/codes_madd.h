@@ -13,8 +13,8 @@
 
 namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE {
 
+constexpr bool kHasWholeTile = false;
 constexpr const char* kDotNote = "VPMADDUBSW (8 bits: VPMADDWD), activations rounded to int8";
-constexpr int kCodeRows = 6;
 /// Vectors of columns that a tile of so many rows spans.
 constexpr int code_vectors(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 
@@ -135,9 +135,9 @@ static inline void store_totals(const vf (&total)[R][NV], int64_t column, float 
   }
 }
 
-/// R rows by a panel's columns.
-template <CodeFormat F, int R>
-static void tile_codes_rows(const PanelProduct& p, const uint8_t* a, float* c, const Ahead& next) {
+/// R rows by a panel's columns. widened: all scales, for WidenedScales.
+template <CodeFormat F, template <CodeFormat> typename Scales, int R>
+static void tile_codes(const PanelProduct& p, const uint8_t* a, float* c, const float* widened, const Ahead& next) {
   constexpr int NV = code_vectors(R);
   Ahead ahead = next;
   const int64_t unit = F.unit(p.group);
@@ -145,11 +145,11 @@ static void tile_codes_rows(const PanelProduct& p, const uint8_t* a, float* c, c
   // Groups of 16 come in pairs, a strip.
   const int64_t step = group < kStrip ? kStrip : group;
   constexpr int64_t kActivationBytes = kStrip * static_cast<int64_t>(sizeof(Activation<F>)) * R;  // of a strip
-  const uint8_t* header = static_cast<const uint8_t*>(p.b);
-  const uint8_t* strip = header + F.header_bytes();
+  Scales<F> scales(p, widened);
+  const uint8_t* strip = static_cast<const uint8_t*>(p.b) + F.header_bytes();
   int64_t in_unit = 0;  // k since the unit began
   for (int64_t k0 = 0; k0 < p.depth; k0 += kActivationBlock) {
-    const float* scales = reinterpret_cast<const float*>(a);
+    const float* row_scales = reinterpret_cast<const float*>(a);
     const uint8_t* starts = a + 4 * R;
     const uint8_t* codes = starts + 4 * (kActivationBlock / p.group) * R;
     a = codes + kActivationBlock / kStrip * kActivationBytes;
@@ -163,21 +163,21 @@ static void tile_codes_rows(const PanelProduct& p, const uint8_t* a, float* c, c
         start_sums<F>(starts, sum);
         if constexpr (F.group == 16) {
           if (column == 0) {
-            prefetch_strip<F, R>(strip);
+            prefetch_ahead<R, F.strip_bytes()>(strip);
             ahead();
           }
           dot_strip<F, R, NV, 0, 4>(strip, column, codes, sum);
           load_totals(k == 0, totals, column, total);
-          finish_group<F>(header, index, column, starts, sum, total);
+          finish_group<F>(scales, index, column, starts, sum, total);
           start_sums<F>(starts + 4 * R, sum);
           dot_strip<F, R, NV, 4, 4>(strip, column, codes, sum);
-          finish_group<F>(header, index + 1, column, starts + 4 * R, sum, total);
+          finish_group<F>(scales, index + 1, column, starts + 4 * R, sum, total);
         } else {
           const uint8_t* at = strip;
           const uint8_t* with = codes;
           for (int64_t i = 0; i < step; i += kStrip) {
             if (column == 0) {
-              prefetch_strip<F, R>(at);
+              prefetch_ahead<R, F.strip_bytes()>(at);
               ahead();
             }
             dot_strip<F, R, NV, 0, 8>(at, column, with, sum);
@@ -185,7 +185,7 @@ static void tile_codes_rows(const PanelProduct& p, const uint8_t* a, float* c, c
             with += kActivationBytes;
           }
           load_totals(k == 0, totals, column, total);
-          finish_group<F>(header, index, column, starts, sum, total);
+          finish_group<F>(scales, index, column, starts, sum, total);
         }
         store_totals(total, column, totals);
       }
@@ -194,13 +194,14 @@ static void tile_codes_rows(const PanelProduct& p, const uint8_t* a, float* c, c
       starts += 4 * R * (step / group);
       in_unit += step;
       if (in_unit == unit) {
-        header = strip;
+        scales.advance(strip);
+        prefetch_ahead<R, F.header_bytes()>(strip);
         strip += F.header_bytes();
         in_unit = 0;
       }
     }
     for (int r = 0; r < R; ++r) {
-      const vf scale = vset1(scales[r]);
+      const vf scale = vset1(row_scales[r]);
       for (int64_t column = 0; column < kPanel; column += kWidth) {
         float* to = c + r * p.ldc + column;
         vstore(to, vfma(scale, vload(&totals[r][column]), p.accumulate || k0 > 0 ? vload(to) : vzero()));

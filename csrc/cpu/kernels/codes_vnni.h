@@ -1,4 +1,4 @@
-// Products of codes and int8 activations with VPDPBUSD: four k in one instruction, activations as its broadcast operand.
+// Products of codes and int8 activations with VPDPBUSD: four k in one instruction.
 #pragma once
 
 #include "cpu/kernels/tile_codes.h"
@@ -7,111 +7,188 @@ namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE {
 
 template <CodeFormat>
 using Activation = int8_t;
+constexpr bool kHasWholeTile = true;
 constexpr const char* kDotNote = "VPDPBUSD, activations rounded to int8";
-// Six rows leave registers for both kinds of sums: 12 of int32, 12 of float32, the rest for codes and masks.
-constexpr int kCodeRows = 6;
-/// Vectors of columns that a tile of so many rows spans.
-constexpr int code_vectors(int) { return 2; }
 
-/// sum += codes (unsigned) x activations (signed), four of each per lane. Inline and
-/// volatile: around the intrinsic, or when it may reorder them, g++ 12 spills the sums.
-static inline void dot_quad(vi& sum, vi codes, const uint8_t* activations) {
-  asm volatile("vpdpbusd %2%{1to16%}, %1, %0"
-               : "+v"(sum)
-               : "v"(codes), "m"(*reinterpret_cast<const uint32_t*>(activations)));
+// Inline and volatile: around the intrinsics, or when it may reorder them, g++ 12 spills the sums.
+
+/// Four activations, in every lane. Loaded once for all columns of a tile: as a memory operand of each product they would take
+/// more loads than the two a cycle that a processor has beside two products.
+static inline vi broadcast_quad(const uint8_t* activations) {
+  vi quad;
+  asm volatile("vpbroadcastd %1, %0" : "=v"(quad) : "m"(*reinterpret_cast<const uint32_t*>(activations)));
+  return quad;
 }
 
+/// sum += codes (unsigned) x activations (signed), four of each per lane.
+static inline void dot_quad(vi& sum, vi codes, vi activations) {
+  asm volatile("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(activations));
+}
+
+/// Few rows have few sums, each of which waits for the product before: their quads take turns with this many. They are whole
+/// numbers, so in what order they are added up makes no difference.
+template <int R>
+constexpr int kChains = R == 1   ? 4
+                        : R <= 3 ? 2
+                                 : 1;
+
 /// sum += the products of quads [kFirst, kFirst + kCount) of a strip. a: its activations, [8][R][4].
-template <CodeFormat F, int R, int NV, int kFirst, int kCount>
-static inline void dot_strip(const uint8_t* strip, int64_t column, const uint8_t* a, vi (&sum)[R][NV]) {
+template <CodeFormat F, int kFirst, int kCount, int C, int R, int NV>
+static inline void dot_strip(const uint8_t* strip, const uint8_t* a, vi (&sum)[C][R][NV]) {
 #pragma GCC unroll 8
   for (int quad = kFirst; quad < kFirst + kCount; ++quad) {
     vi codes[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) codes[v] = codes_of<F>(strip, quad, column + kWidth * v);
+    for (int v = 0; v < NV; ++v) codes[v] = codes_of<F>(strip, quad, kWidth * v);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
+      const vi x = broadcast_quad(a + 4 * (quad * R + r));
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) dot_quad(sum[r][v], codes[v], a + 4 * (quad * R + r));
+      for (int v = 0; v < NV; ++v) dot_quad(sum[quad % C][r][v], codes[v], x);
     }
   }
 }
 
-/// R rows by NV vectors of columns from `column` on.
-template <CodeFormat F, int R, int NV>
-static inline void tile_codes(const PanelProduct& p, const uint8_t* a, int64_t column, float* c, Ahead ahead) {
-  const int64_t unit = F.unit(p.group);
-  const uint8_t* header = static_cast<const uint8_t*>(p.b);
-  const uint8_t* strip = header + F.header_bytes();
-  int64_t in_unit = 0;  // k since the unit began
-  for (int64_t k0 = 0; k0 < p.depth; k0 += kActivationBlock) {
-    const float* scales = reinterpret_cast<const float*>(a);
-    const uint8_t* starts = a + 4 * R;
-    const uint8_t* codes = starts + 4 * (kActivationBlock / p.group) * R;
-    a = codes + kActivationBlock * static_cast<int64_t>(sizeof(Activation<F>)) * R;
-    const int64_t end = p.depth - k0 < kActivationBlock ? p.depth - k0 : kActivationBlock;
+template <CodeFormat F, int C, int R, int NV>
+static inline void start_chains(const uint8_t* starts, vi (&sum)[C][R][NV]) {
+  start_sums<F>(starts, sum[0]);
+#pragma GCC unroll 4
+  for (int chain = 1; chain < C; ++chain) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) sum[chain][r][v] = iset1(0);
+    }
+  }
+}
+
+/// Into the first chain.
+template <int C, int R, int NV>
+static inline void join_chains(vi (&sum)[C][R][NV]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+#pragma GCC unroll 4
+      for (int chain = 1; chain < C; ++chain) sum[0][r][v] = iadd(sum[0][r][v], sum[chain][r][v]);
+    }
+  }
+}
+
+/// y += factor x total, of a row.
+template <int NV>
+static inline void add_scaled(const uint8_t* factor, const vf (&total)[NV], vf (&y)[NV]) {
+  const vf all = vset1(*reinterpret_cast<const float*>(factor));
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) y[v] = vfma(all, total[v], y[v]);
+}
+
+template <int NV>
+static inline void load_row(const float* from, bool is_zero, vf (&y)[NV]) {
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) y[v] = is_zero ? vzero() : vload(from + kWidth * v);
+}
+
+template <int NV>
+static inline void store_row(const vf (&y)[NV], float* to) {
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) vstore(to + kWidth * v, y[v]);
+}
+
+/// R rows by a panel's columns. widened: all scales, for WidenedScales. kWhole: a group is a block of activations. Then the outputs
+/// stay in registers for all blocks, and there is no branch between strips (1% each).
+template <CodeFormat F, template <CodeFormat> typename Scales, int R, bool kWhole = false>
+static void tile_codes(const PanelProduct& p, const uint8_t* a, float* c, const float* widened, const Ahead& next) {
+  constexpr int NV = static_cast<int>(kPanel) / kWidth;
+  Ahead ahead = next;
+  // Counters that are known before the loops: what a group of 32 k costs besides its products shows.
+  const int64_t group = F.has_superblocks ? F.group : kWhole ? kActivationBlock : p.group;
+  const int64_t groups_of_block = kActivationBlock / group;
+  const int64_t groups_of_unit = F.groups_of_unit(group);
+  const int64_t strips_of_group = group / kStrip;
+  const int64_t ldc = p.ldc;  // a store might change it
+  const uint8_t* strip = static_cast<const uint8_t*>(p.b) + F.header_bytes();
+  Scales<F> scales(p, widened);
+  int64_t index = 0;  // of a group in its unit
+  bool is_first = !p.accumulate;
+  vf y[R][NV];
+  if constexpr (kWhole) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) load_row(c + r * ldc, is_first, y[r]);
+  }
+  for (int64_t left = p.depth / group; left > 0; left -= groups_of_block) {
+    const uint8_t* row_scales = a;
+    const uint8_t* starts = row_scales + 4 * R;
+    const uint8_t* codes = starts + 4 * groups_of_block * R;
+    a = codes + kActivationBlock * R;
     vf total[R][NV];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) total[r][v] = vzero();
     }
-    for (int64_t k = 0; k < end;) {
-      const int64_t group_begin = k;
-      const int64_t index = F.has_superblocks ? in_unit / F.group : 0;
-      vi sum[R][NV];
-      start_sums<F>(starts, sum);
+    for (int64_t groups = left < groups_of_block ? left : groups_of_block; groups > 0;) {
+      vi sum[kChains<R>][R][NV];
+      start_chains<F>(starts, sum);
       if constexpr (F.group == 16) {
-        prefetch_strip<F, R>(strip);
+        prefetch_ahead<R, F.strip_bytes()>(strip);
         ahead();
-        dot_strip<F, R, NV, 0, 4>(strip, column, codes, sum);
-        finish_group<F>(header, index, column, starts, sum, total);
+        dot_strip<F, 0, 4>(strip, codes, sum);
+        join_chains(sum);
+        finish_group<F>(scales, index, 0, starts, sum[0], total);
         // The scales of the superblock are loaded again rather than kept: no register is free.
-        asm volatile("" : "+r"(header));
+        asm volatile("" : "+r"(scales.unit));
         starts += 4 * R;
-        start_sums<F>(starts, sum);
-        dot_strip<F, R, NV, 4, 4>(strip, column, codes, sum);
-        finish_group<F>(header, index + 1, column, starts, sum, total);
-        codes += kStrip * static_cast<int64_t>(sizeof(Activation<F>)) * R;
+        start_chains<F>(starts, sum);
+        dot_strip<F, 4, 4>(strip, codes, sum);
+        join_chains(sum);
+        finish_group<F>(scales, index + 1, 0, starts, sum[0], total);
+        codes += kStrip * R;
         strip += F.strip_bytes();
-        k += kStrip;
+        index += 2;
+        groups -= 2;
       } else {
-        do {
-          prefetch_strip<F, R>(strip);
-          ahead();
-          dot_strip<F, R, NV, 0, 8>(strip, column, codes, sum);
-          codes += kStrip * static_cast<int64_t>(sizeof(Activation<F>)) * R;
-          strip += F.strip_bytes();
-          k += kStrip;
-        } while (k - group_begin < p.group);
-        finish_group<F>(header, index, column, starts, sum, total);
+        if constexpr (kWhole) {
+          for (int64_t i = 0; i < kActivationBlock / kStrip; ++i) ahead();
+#pragma GCC unroll 4
+          for (int64_t i = 0; i < kActivationBlock / kStrip; ++i) {
+            dot_strip<F, 0, 8>(strip + i * F.strip_bytes(), codes + i * kStrip * R, sum);
+          }
+          strip += kActivationBlock / kStrip * F.strip_bytes();
+        } else {
+          int64_t strips = strips_of_group;
+          do {
+            prefetch_ahead<R, F.strip_bytes()>(strip);
+            ahead();
+            dot_strip<F, 0, 8>(strip, codes, sum);
+            codes += kStrip * R;
+            strip += F.strip_bytes();
+          } while (--strips > 0);
+        }
+        join_chains(sum);
+        finish_group<F>(scales, index, 0, starts, sum[0], total);
+        ++index;
+        --groups;
       }
       starts += 4 * R;
-      in_unit += k - group_begin;
-      if (in_unit == unit) {
-        header = strip;
+      if (index == groups_of_unit) {
+        scales.advance(strip);
+        prefetch_ahead<R, F.header_bytes()>(strip);
         strip += F.header_bytes();
-        in_unit = 0;
+        index = 0;
       }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const vf scale = vset1(scales[r]);
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) {
-        float* to = c + r * p.ldc + column + kWidth * v;
-        vstore(to, vfma(scale, total[r][v], p.accumulate || k0 > 0 ? vload(to) : vzero()));
-      }
+      if constexpr (!kWhole) load_row(c + r * ldc, is_first, y[r]);
+      add_scaled(row_scales + 4 * r, total[r], y[r]);
+      if constexpr (!kWhole) store_row(y[r], c + r * ldc);
     }
+    is_first = false;
   }
-}
-
-template <CodeFormat F, int R>
-static void tile_codes_rows(const PanelProduct& p, const uint8_t* a, float* c, const Ahead& ahead) {
-  constexpr int NV = code_vectors(R);
-  tile_codes<F, R, NV>(p, a, 0, c, ahead);
-  for (int64_t column = NV * kWidth; column < kPanel; column += NV * kWidth) {
-    tile_codes<F, R, NV>(p, a, column, c, {});
+  if constexpr (kWhole) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) store_row(y[r], c + r * ldc);
   }
 }
 

@@ -192,7 +192,7 @@ static void panel(const PanelProduct& p) {
 
 static int64_t packed_bytes_f32(int64_t depth, int64_t) { return depth * static_cast<int64_t>(sizeof(float)); }
 
-/// to[i * rows + r] = x[r][i], in blocks of 4 x 4 in 128-bit vectors on every ISA.
+/// to[i * rows + r] = x[r][i] of anything that has four bytes, in blocks of 4 x 4 in 128-bit vectors on every ISA.
 static inline __attribute__((always_inline)) void interleave_rows(const float* x, int64_t stride, int64_t rows,
                                                                   int64_t k, float* to) {
   int64_t i = 0;
@@ -223,11 +223,11 @@ static inline __attribute__((always_inline)) void interleave_rows(const float* x
       _mm_storeh_pi(reinterpret_cast<__m64*>(place + 3 * rows), high);
     }
     for (; r < rows; ++r) {
-      for (int64_t j = i; j < i + 4; ++j) to[j * rows + r] = x[r * stride + j];
+      for (int64_t j = i; j < i + 4; ++j) __builtin_memcpy(to + j * rows + r, x + r * stride + j, 4);
     }
   }
   for (; i < k; ++i) {
-    for (int64_t r = 0; r < rows; ++r) to[i * rows + r] = x[r * stride + i];
+    for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(to + i * rows + r, x + r * stride + i, 4);
   }
 }
 

@@ -58,26 +58,28 @@ static void panel_bf16_dot(const PanelProduct& p) {
 
 static int64_t packed_bytes_bf16(int64_t depth, int64_t) { return depth * static_cast<int64_t>(sizeof(uint16_t)); }
 
-/// Activations as [k / 2][rows of the tile][2].
-static void pack_bf16_pairs(const PackJob& job) {
-  for (int64_t r = 0; r < job.rows; ++r) {
-    const float* from = job.x + r * job.stride;
-    uint32_t* to = static_cast<uint32_t*>(job.tile) + r;  // a pair each
-    for (int64_t k0 = 0; k0 < job.depth; k0 += 32, to += 16 * job.rows) {
-      const int64_t left = job.k - k0;
+/// `rows` of k numbers, `stride` apart, as [depth / 2][rows][2], zeros after k.
+static inline void pack_pairs(const float* x, int64_t stride, int64_t rows, int64_t k, int64_t depth, uint32_t* tile) {
+  alignas(64) uint32_t pairs[kTileRows][16];
+  for (int64_t k0 = 0; k0 < depth; k0 += 32, tile += 16 * rows) {
+    const int64_t left = k - k0;
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* block = x + r * stride + k0;
       alignas(64) float padded[32];
-      const float* block = from + k0;
       if (left < 32) {
         for (int64_t i = 0; i < 32; ++i) padded[i] = i < left ? block[i] : 0.0f;
         block = padded;
       }
-      alignas(64) uint32_t pairs[16];
       const __m512bh rounded = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(block + 16), _mm512_loadu_ps(block));
-      _mm512_store_si512(pairs, reinterpret_cast<__m512i>(rounded));
-      const int64_t count = job.depth - k0 < 32 ? (job.depth - k0) / 2 : 16;
-      for (int64_t i = 0; i < count; ++i) to[i * job.rows] = pairs[i];
+      _mm512_store_si512(pairs[r], reinterpret_cast<__m512i>(rounded));
     }
+    interleave_rows(reinterpret_cast<const float*>(pairs), 16, rows, depth - k0 < 32 ? (depth - k0) / 2 : 16,
+                    reinterpret_cast<float*>(tile));
   }
+}
+
+static void pack_bf16_pairs(const PackJob& job) {
+  pack_pairs(job.x, job.stride, job.rows, job.k, job.depth, static_cast<uint32_t*>(job.tile));
 }
 
 }  // namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE

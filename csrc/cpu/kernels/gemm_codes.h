@@ -3,7 +3,8 @@
 //
 // A group's sum starts at -zero x (sum of its activations), so codes need no correction. An output is one chain of float32
 // additions over ascending groups and blocks of 128 k, whatever rows surround it.
-// Bound: arithmetic (from cache 92% of VPDPBUSD's peak with groups of 128 and 83% with 32 on Zen 4), reading codes with few rows.
+// Bound: arithmetic (from cache 92% of VPDPBUSD's peak with groups of 128 and 83% with 32 on Zen 4, 90% and 81% on Zen 5),
+// reading codes with few rows.
 #pragma once
 
 #include "cpu/kernel_table.h"
@@ -11,12 +12,25 @@
 
 namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE {
 
+/// k whose scales are widened at a time: a block of k of many rows.
+constexpr int64_t kWidenedDepth = 512;
+
+using CodeTile = void (*)(const PanelProduct&, const uint8_t*, float*, const float*, const Ahead&);
+
+/// The tile of most rows of many.
+template <CodeFormat F>
+static CodeTile full_tile(int64_t group) {
+  if constexpr (F.group == 0 && kHasWholeTile) {
+    if (group == kActivationBlock) return tile_codes<F, WidenedScales, kCodeRows, true>;
+  }
+  return tile_codes<F, WidenedScales, kCodeRows>;
+}
+
 template <CodeFormat F>
 static void panel_codes(const PanelProduct& p) {
-  using Tile = void (*)(const PanelProduct&, const uint8_t*, float*, const Ahead&);
-  static constexpr Tile kTiles[6] = {
-      tile_codes_rows<F, 1>, tile_codes_rows<F, 2>, tile_codes_rows<F, 3>,
-      tile_codes_rows<F, 4>, tile_codes_rows<F, 5>, tile_codes_rows<F, kCodeRows>,
+  static constexpr CodeTile kTiles[6] = {
+      tile_codes<F, PackedScales, 1>, tile_codes<F, PackedScales, 2>, tile_codes<F, PackedScales, 3>,
+      tile_codes<F, PackedScales, 4>, tile_codes<F, PackedScales, 5>, tile_codes<F, PackedScales, kCodeRows>,
   };
   if (p.depth == 0 && !p.accumulate) {
     // No block of k will write the sums.
@@ -32,6 +46,11 @@ static void panel_codes(const PanelProduct& p) {
   const bool spreads = p.next != nullptr && parts <= kSpreadTiles;
   const int64_t lines = p.next_bytes / 64;
   const int64_t per_strip = spreads ? (lines + parts * (p.depth / kStrip) - 1) / (parts * (p.depth / kStrip)) : 0;
+  // Several tiles use the same scales.
+  alignas(64) float scales[kWidenedDepth / F.smallest_group() * WidenedScales<F>::kFloats];
+  const bool is_widened = parts > 1 && p.depth <= kWidenedDepth;
+  const CodeTile full = full_tile<F>(p.group);
+  if (is_widened) widen_scales<F>(static_cast<const uint8_t*>(p.b), p.depth, p.group, scales);
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t row = part * kCodeRows;
     const int64_t height = p.rows - row < kCodeRows ? p.rows - row : kCodeRows;
@@ -41,13 +60,14 @@ static void panel_codes(const PanelProduct& p) {
     } else {
       prefetch_next(p, part, parts);
     }
-    kTiles[height - 1](p, tiles + row * row_bytes, p.c + row * p.ldc, ahead);
+    const CodeTile tile = is_widened && height == kCodeRows ? full : kTiles[height - 1];
+    tile(p, tiles + row * row_bytes, p.c + row * p.ldc, scales, ahead);
   }
 }
 
 template <CodeFormat F>
 static constexpr GemmKernel kCodeKernel = {
-    kCodeRows, 512, 8, packed_bytes_codes<Activation<F>>, pack_codes<F, Activation<F>>, panel_codes<F>};
+    kCodeRows, kWidenedDepth, 8, packed_bytes_codes<Activation<F>>, pack_codes<F, Activation<F>>, panel_codes<F>};
 
 static constexpr CodeKernels kCodes = {LLAMA_EXT_OF_EACH_FORMAT(kCodeKernel), kDotNote};
 

@@ -1,26 +1,9 @@
-// Reductions and the exponential, in vectors. Sums run lane by lane in a fixed order, so a row's bits depend on the row alone.
+// The exponential and the largest of a row, in vectors.
 #pragma once
 
 #include <cstdint>
 
 namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE {
-
-static inline float reduce_add(vf x) {
-  float lanes[kWidth];
-  vstore(lanes, x);
-  for (int width = kWidth / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
-}
-
-static inline float reduce_max(vf x) {
-  float lanes[kWidth];
-  vstore(lanes, x);
-  float best = lanes[0];
-  for (int i = 1; i < kWidth; ++i) best = lanes[i] > best ? lanes[i] : best;
-  return best;
-}
 
 /// e^x to about 1 ulp; 0 below -87.3 (so also for -inf), inf above 88.3; NaN stays NaN.
 /// Source: the polynomial of Moshier's Cephes expf.

@@ -3,6 +3,7 @@
 
 #include "cpu/kernel_table.h"
 #include "cpu/kernels/math.h"
+#include "cpu/kernels/vectors.h"
 
 namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE {
 
@@ -26,6 +27,14 @@ static void rms_norm(const float* x, const float* weight, int64_t size, float ep
     const int64_t rest = size - i;
     vstore_n(y + i, vmul(vmul(vload_n(x + i, rest, 0.0f), factor), vload_n(weight + i, rest, 0.0f)), rest);
   }
+}
+
+static void multiply_row(const float* x, int64_t size, float factor, float* y) {
+  for_each_vector(size, [&](int64_t i, int64_t n) { put(y + i, vmul(take(x + i, n), vset1(factor)), n); });
+}
+
+static void divide_row(const float* x, int64_t size, float divisor, float* y) {
+  for_each_vector(size, [&](int64_t i, int64_t n) { put(y + i, vdiv(take(x + i, n), vset1(divisor)), n); });
 }
 
 /// kInverse: by the opposite angle.

@@ -64,6 +64,8 @@ static constexpr KernelTable make_table(const char* name, const GemmKernel& bf16
                        kAttentionBf16Exact,
                        attention_bf16,
                        attention_merge,
+                       multiply_row,
+                       divide_row,
                        rms_norm,
                        rope<false>,
                        softmax,

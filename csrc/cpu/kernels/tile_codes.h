@@ -11,24 +11,24 @@ static inline void start_sums(const uint8_t* starts, vi (&sum)[R][NV]) {
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
-      sum[r][v] = iset1(F.has_min ? 0 : reinterpret_cast<const int32_t*>(starts)[r]);
-      // Each zero by itself: g++ 12 spills copies of a common one.
+      sum[r][v] = iset1(F.has_min ? kSumBits : reinterpret_cast<const int32_t*>(starts)[r]);
+      // Each by itself: g++ 12 spills copies of a common one.
       if constexpr (F.has_min) asm volatile("" : "+v"(sum[r][v]));
     }
   }
 }
 
 /// total += scale x sum (+ min x sum of activations)
-template <CodeFormat F, int R, int NV>
-static inline void finish_group(const uint8_t* unit, int64_t group, int64_t column, const uint8_t* starts,
+template <CodeFormat F, typename Scales, int R, int NV>
+static inline void finish_group(const Scales& scales, int64_t group, int64_t column, const uint8_t* starts,
                                 const vi (&sum)[R][NV], vf (&total)[R][NV]) {
 #pragma GCC unroll 4
   for (int v = 0; v < NV; ++v) {
-    const vf scale = group_scale<F>(unit, group, column + kWidth * v);
+    const vf scale = scales.scale(group, column + kWidth * v);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) total[r][v] = vfma(vfloat(sum[r][v]), scale, total[r][v]);
+    for (int r = 0; r < R; ++r) total[r][v] = vfma(sum_value(sum[r][v]), scale, total[r][v]);
     if constexpr (F.has_min) {
-      const vf min = group_min<F>(unit, group, column + kWidth * v);
+      const vf min = scales.min(group, column + kWidth * v);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         total[r][v] = vfma(vset1(reinterpret_cast<const float*>(starts)[r]), min, total[r][v]);

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "cpu/simd/vec_128.h"
+
 namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE {
 
 using vf = __m256;
@@ -78,6 +80,7 @@ static inline vi iload_u16(const void* p) {
 }
 static inline vi imax(vi a, vi b) { return _mm256_max_epi32(a, b); }
 static inline vi ibits(vf x) { return _mm256_castps_si256(x); }
+static inline vf vbits(vi x) { return _mm256_castsi256_ps(x); }
 /// To nearest, ties to even.
 static inline vi iround(vf x) { return _mm256_cvtps_epi32(x); }
 static inline vf vfloat(vi x) { return _mm256_cvtepi32_ps(x); }
@@ -97,6 +100,28 @@ static inline vi ilanes() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
 /// Lanes where bits < threshold, unsigned, become 0.
 static inline vf vkeep(vi bits, vi threshold, vf value) {
   return _mm256_and_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(bits, threshold), bits)), value);
+}
+
+static inline float reduce_add(vf x) {
+  return reduce_add(_mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
+}
+static inline float reduce_max(vf x) {
+  return reduce_max(_mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
+}
+static inline int32_t reduce_add(vi x) {
+  return reduce_add(_mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
+}
+static inline int32_t reduce_max(vi x) {
+  return reduce_max(_mm_max_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
+}
+/// Two quads of whole numbers in [-127, 127]; those of 16 bits in the order 0, 2, 1, 3.
+static inline void store_quads(int16_t* to, vi x) {
+  const __m128i narrow = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), pair_quads(narrow));
+}
+static inline void store_quads(int8_t* to, vi x) {
+  const __m128i narrow = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(narrow, narrow));
 }
 
 }  // namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE

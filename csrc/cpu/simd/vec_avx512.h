@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "cpu/simd/vec_128.h"
+
 namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE {
 
 using vf = __m512;
@@ -75,6 +77,7 @@ static inline vi iload_u16(const void* p) {
 }
 static inline vi imax(vi a, vi b) { return _mm512_max_epi32(a, b); }
 static inline vi ibits(vf x) { return _mm512_castps_si512(x); }
+static inline vf vbits(vi x) { return _mm512_castsi512_ps(x); }
 /// To nearest, ties to even.
 static inline vi iround(vf x) { return _mm512_cvtps_epi32(x); }
 static inline vf vfloat(vi x) { return _mm512_cvtepi32_ps(x); }
@@ -94,6 +97,21 @@ static inline vi ilanes() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 
 /// Lanes where bits < threshold, unsigned, become 0.
 static inline vf vkeep(vi bits, vi threshold, vf value) {
   return _mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(bits, threshold), value);
+}
+
+static inline float reduce_add(vf x) {
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+  return reduce_add(_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+static inline float reduce_max(vf x) {
+  const __m256 half = _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+  return reduce_max(_mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+static inline int32_t reduce_add(vi x) { return _mm512_reduce_add_epi32(x); }
+static inline int32_t reduce_max(vi x) { return _mm512_reduce_max_epi32(x); }
+/// Four quads of whole numbers in [-127, 127].
+static inline void store_quads(int8_t* to, vi x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(x));
 }
 
 }  // namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "cpu/simd/vec_128.h"
+
 namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE {
 
 using vf = __m128;
@@ -82,6 +84,7 @@ static inline vi iload_u16(const void* p) {
 }
 static inline vi imax(vi a, vi b) { return _mm_max_epi32(a, b); }
 static inline vi ibits(vf x) { return _mm_castps_si128(x); }
+static inline vf vbits(vi x) { return _mm_castsi128_ps(x); }
 /// To nearest, ties to even.
 static inline vi iround(vf x) { return _mm_cvtps_epi32(x); }
 static inline vf vfloat(vi x) { return _mm_cvtepi32_ps(x); }
@@ -105,6 +108,16 @@ static inline vi ilanes() { return _mm_setr_epi32(0, 1, 2, 3); }
 /// Lanes where bits < threshold, unsigned, become 0.
 static inline vf vkeep(vi bits, vi threshold, vf value) {
   return _mm_and_ps(_mm_castsi128_ps(_mm_cmpeq_epi32(_mm_max_epu32(bits, threshold), bits)), value);
+}
+
+/// A quad of whole numbers in [-127, 127]; of 16 bits in the order 0, 2, 1, 3.
+static inline void store_quads(int16_t* to, vi x) {
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), pair_quads(_mm_packs_epi32(x, x)));
+}
+static inline void store_quads(int8_t* to, vi x) {
+  const __m128i narrow = _mm_packs_epi32(x, x);
+  const int quad = _mm_cvtsi128_si32(_mm_packs_epi16(narrow, narrow));
+  __builtin_memcpy(to, &quad, sizeof quad);
 }
 
 }  // namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE
