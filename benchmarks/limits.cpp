@@ -1,6 +1,6 @@
 // What this machine allows: the rate at which memory is read, and the peak rate of each multiply-add instruction.
 //
-// Usage: limits [--threads 1,2,...] [--bytes N] [--seconds S]
+// Usage: limits [--threads 1,2,...] [--bytes N] [--seconds S] [--only read]
 // Prints one JSON object. Every rate is the best of several short rounds, because a neighbour can only slow a round
 // down. The loops over instructions are assembly, so no compiler folds or spills them; what is written with intrinsics
 // carries its own target attribute. Each runs only after a CPUID and XGETBV check, so no -march is needed.
@@ -390,11 +390,13 @@ int main(int argc, char** argv) {
   std::vector<int> counts = {1, static_cast<int>(std::max(1u, std::thread::hardware_concurrency()))};
   int64_t bytes = int64_t{2} << 30;
   double budget = 0.2;
+  bool only_reads = false;
   for (int i = 1; i + 1 < argc; i += 2) {
     const std::string option = argv[i];
     if (option == "--threads") counts = parse_counts(argv[i + 1]);
     if (option == "--bytes") bytes = std::max<int64_t>(int64_t{1} << 20, std::atoll(argv[i + 1]));
     if (option == "--seconds") budget = std::atof(argv[i + 1]);
+    if (option == "--only") only_reads = std::string(argv[i + 1]) == "read";
   }
   const Features features = detect();
   const Reader reader = features.avx512 ? read_512 : features.avx2_fma ? read_256 : read_128;
@@ -405,6 +407,10 @@ int main(int argc, char** argv) {
   std::printf(", \"read_gb_per_s\": {");
   for (size_t i = 0; i < counts.size(); ++i) {
     std::printf("%s\"%d\": %.2f", i ? ", " : "", counts[i], read_rate(buffer, reader, counts[i], budget));
+  }
+  if (only_reads) {
+    std::printf("}}\n");
+    return 0;
   }
   std::printf("}, \"peak_gflop_per_s\": {");
   bool first = true;

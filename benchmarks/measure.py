@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from benchmarks import limits
+
 __all__ = ["RESULT", "Engine", "peak_memory_bytes", "prompt_ids", "run"]
 
 # Marks the line of the result: libraries print what they like.
@@ -45,14 +47,28 @@ def prompt_ids(tokens: int, vocabulary: int) -> list[int]:
     return [int(token) for token in np.random.default_rng(0).integers(first, vocabulary, tokens)]
 
 
-def time_engine(engine: Engine, ids: list[int], tokens: int, repeats: int) -> dict[str, list[float]]:
-    """Rates in tokens per second, one of each for every repeat; one unmeasured prefill goes before them."""
+def time_engine(
+    engine: Engine, ids: list[int], tokens: int, repeats: int, read_rate: Callable[[], float] | None = None
+) -> dict[str, list[float]]:
+    """One unmeasured prefill, then the repeats.
+
+    Args:
+        engine: Loaded.
+        ids: The prompt.
+        tokens: To decode after it.
+        repeats: How often.
+        read_rate: How fast memory is read at the moment.
+
+    Returns:
+        Of every repeat the tokens per second of both; and "read_beside" each decode, the mean of what was read before and after.
+    """
     engine.reset()
     engine.prefill(ids)
     engine.decode(_WARM_UP_TOKENS)
-    rates: dict[str, list[float]] = {"prefill": [], "decode": []}
+    rates: dict[str, list[float]] = {"prefill": [], "decode": [], "read_beside": []}
     for _ in range(repeats):
         engine.reset()
+        before = read_rate() if read_rate else 0.0
         start = time.perf_counter()
         engine.prefill(ids)
         middle = time.perf_counter()
@@ -61,6 +77,8 @@ def time_engine(engine: Engine, ids: list[int], tokens: int, repeats: int) -> di
         rates["prefill"].append(len(ids) / (middle - start))
         if done:
             rates["decode"].append(done / (end - middle))
+            if read_rate:
+                rates["read_beside"].append((before + read_rate()) / 2)
     return rates
 
 
@@ -85,15 +103,17 @@ def run(add_options: Callable[[argparse.ArgumentParser], None], load: Callable[[
     parser.add_argument("--tokens", type=int, required=True, help="to decode after the prompt")
     parser.add_argument("--repeats", type=int, required=True)
     parser.add_argument("--vocabulary", type=int, required=True)
+    parser.add_argument("--limits", type=Path, help="the compiled limits.cpp, to probe reading beside each decode")
     add_options(parser)
     options = parser.parse_args()
+    read_rate = None if options.limits is None else lambda: limits.read_rate(options.limits, options.threads)
     result: dict[str, Any] = {}
     try:
         start = time.perf_counter()
         engine = load(options)
         result["load_seconds"] = time.perf_counter() - start
         ids = prompt_ids(options.prompt, options.vocabulary)
-        result.update(time_engine(engine, ids, options.tokens, options.repeats))
+        result.update(time_engine(engine, ids, options.tokens, options.repeats, read_rate))
         result.update(engine.facts())
         result["peak_memory_bytes"] = peak_memory_bytes()
     except ModuleNotFoundError as error:

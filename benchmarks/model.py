@@ -180,6 +180,7 @@ def run_once(run: EngineRun, options: argparse.Namespace, shape: ModelShape) -> 
     command = [*run.command, "--vocabulary", str(shape.vocabulary)]
     for name in ("threads", "prompt", "tokens", "repeats"):
         command += [f"--{name}", str(getattr(options, name))]
+    command += ["--limits", str(limits.build(options.cache))]
     environment = dict(os.environ, OMP_NUM_THREADS=str(options.threads), TOKENIZERS_PARALLELISM="false")
     if run.engine == "llama_ext" and options.isa:
         environment["LLAMA_EXT_ISA"] = options.isa
@@ -256,6 +257,15 @@ def row_of(
         record[what] = {"best": top, "median": middle, "share_of_limit": share, "samples": rates}
         digits = 1 if what == "prefill" else 2
         cells += [f"{top:.{digits}f}", f"{middle:.{digits}f}", report.percent(share)]
+    beside = run.rates("read_beside")
+    if decode_bytes and beside:
+        shares_beside = [
+            rate * decode_bytes / (read * 1e9) for rate, read in zip(run.rates("decode"), beside, strict=True)
+        ]
+        record["decode"]["share_of_reading_beside_it"] = statistics.median(shares_beside)
+        cells.append(report.percent(record["decode"]["share_of_reading_beside_it"]))
+    else:
+        cells.append("-")
     record["decode_bytes"] = decode_bytes
     record["rounds"] = run.results
     record["probes_before_rounds"] = run.probes
@@ -298,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     probes = run_all(runs, options, shape)
 
     columns = ["engine", "weights", "prefill tok/s", "median", "of peak", "decode tok/s", "median", "of read"]
-    columns += ["quiet", "peak of"]
+    columns += ["beside it", "quiet", "peak of"]
     title = f"{options.threads} threads, prompt of {options.prompt}, then {options.tokens} tokens one by one"
     table = report.Table(title, columns, left=2)
     records = []

@@ -240,7 +240,7 @@ def test_engines_can_be_chosen_by_name() -> None:
 def test_a_row_shows_shares_of_the_best_probe() -> None:
     run = model.EngineRun("llama_ext", "float32", "f32", 4.0, [])
     # A prefill of 3 tokens is 896 operations, a third of that per token; decode reads 640 bytes per token.
-    run.results.append({"prefill": [60e9 * 3 / 896, 30e9 * 3 / 896], "decode": [15e9 / 640]})
+    run.results.append({"prefill": [60e9 * 3 / 896, 30e9 * 3 / 896], "decode": [15e9 / 640], "read_beside": [20.0]})
     run.probes.append(0)
     slow = json.loads(json.dumps(PRINTED))
     slow["read_gb_per_s"] = {"2": 24.0}
@@ -249,7 +249,37 @@ def test_a_row_shows_shares_of_the_best_probe() -> None:
     assert math.isclose(record["prefill"]["share_of_limit"], 0.5)
     assert math.isclose(record["decode"]["share_of_limit"], 0.5)
     assert cells[4] == cells[7] == "50%"
-    assert cells[8:] == ["100% / 80%", "f32_fma_512"]
+    assert math.isclose(record["decode"]["share_of_reading_beside_it"], 0.75)
+    assert cells[8:] == ["75%", "100% / 80%", "f32_fma_512"]
+
+
+def test_reading_is_probed_before_the_prompt_and_after_the_decode_of_each_repeat() -> None:
+    did: list[str] = []
+
+    class Recorded:
+        def reset(self) -> None:
+            did.append("reset")
+
+        def prefill(self, ids: list[int]) -> None:
+            did.append("prefill")
+
+        def decode(self, tokens: int) -> int:
+            did.append("decode")
+            return tokens
+
+        def facts(self) -> dict[str, Any]:
+            return {}
+
+    probes = iter([10.0, 30.0, 40.0, 50.0])
+
+    def read_rate() -> float:
+        did.append("read")
+        return next(probes)
+
+    rates = measure.time_engine(Recorded(), [1, 2], 4, 2, read_rate)
+    assert rates["read_beside"] == [20.0, 45.0]
+    assert did == ["reset", "prefill", "decode", *["reset", "read", "prefill", "decode", "read"] * 2]
+    assert measure.time_engine(Recorded(), [1, 2], 4, 2)["read_beside"] == []
 
 
 def test_the_limit_of_an_operation_is_the_slower_of_arithmetic_and_reading() -> None:
