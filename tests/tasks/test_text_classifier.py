@@ -77,6 +77,23 @@ def test_an_adapter_learns_and_leaves_the_base(tmp_path: Path) -> None:
     assert np.abs(TextClassifier.load(tmp_path / "whole").predict_proba(texts[:20]) - expected).max() <= 1e-4
 
 
+def test_a_base_that_is_gone_is_told_with_the_file_that_names_it(tmp_path: Path) -> None:
+    base().save_pretrained(tmp_path / "base")
+    classifier = TextClassifier(tmp_path / "base", LABELS)
+    classifier.fit(*unzipped(TRAIN[:16]), adapter=LoRA(r=2), epochs=1, verbose=0)
+    classifier.save(tmp_path / "adapter")
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(FormatError) as caught:
+        TextClassifier.load(tmp_path / "adapter")
+    told = str(caught.value)
+    assert told.startswith(f"{tmp_path / 'base'}: there is no such directory"), told
+    assert f"named by {tmp_path / 'adapter' / 'adapter_config.json'}; base=" in told
+    assert TextClassifier.load(tmp_path / "adapter", base=tmp_path / "moved").labels == LABELS
+    with pytest.raises(FormatError) as caught:
+        TextClassifier.load(tmp_path / "adapter", base=tmp_path / "base")
+    assert "named by" not in str(caught.value), "the one who asks knows what was asked for"
+
+
 def test_an_adapter_learns_on_a_quantised_base(tmp_path: Path) -> None:
     base().save_pretrained(tmp_path)
     model = llama_ext.LlamaForCausalLM.from_pretrained(tmp_path, dtype="int8")

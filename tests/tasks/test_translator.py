@@ -82,6 +82,17 @@ def test_an_adapter_translates_beside_the_base(tmp_path: Path) -> None:
     assert translator.translate([text for text, _ in PAIRS[:4]], num_beams=2, max_new_tokens=8) == found
 
 
+def test_a_base_that_is_gone_is_told_with_the_file_that_names_it(tmp_path: Path) -> None:
+    base().save_pretrained(tmp_path / "base")
+    translator = Translator(tmp_path / "base", "English", "Chinese", prompt=SHORT)
+    translator.fit(PAIRS[:4], adapter=LoRA(r=2), epochs=1, verbose=0)
+    translator.save(tmp_path / "adapter")
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(FormatError, match=r"there is no such directory.*adapter_config\.json; base= \(--base"):
+        Translator.load(tmp_path / "adapter")
+    assert Translator.load(tmp_path / "adapter", base=tmp_path / "moved").prompt == SHORT
+
+
 def test_scores_are_sacrebleu_s() -> None:
     sacrebleu = pytest.importorskip("sacrebleu", reason="sacrebleu is not installed")
     found = ["二百零五", "三月五日", "我不知道"]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llama_ext.errors import OptionError
+from llama_ext.errors import FormatError, OptionError, UnsupportedError
 from llama_ext.io.atomic import atomic_write
 from llama_ext.io.peft import CONFIG_FILE, read_adapter_base
 
-__all__ = ["base_of", "write_about"]
+__all__ = ["base_of", "saying_who_named", "write_about"]
 
 
 def base_of(folder: Path, base: Any) -> Any:
@@ -36,6 +37,29 @@ def base_of(folder: Path, base: Any) -> Any:
     if found is None:
         raise OptionError(f"{folder} is an adapter that names no base: pass base=")
     return found
+
+
+@contextlib.contextmanager
+def saying_who_named(folder: Path, base: Any) -> Iterator[None]:
+    """Loads what `base_of` gave: that it is not there is told with the file that names it, as nobody has typed that name just now.
+
+    Args:
+        folder: As of `base_of`.
+        base: As of `base_of`.
+
+    Raises:
+        FormatError: What is loaded is not there or malformed.
+        UnsupportedError: It is on the Hub, or of a kind that this version does not know.
+    """
+    try:
+        yield
+    except (FormatError, UnsupportedError) as error:
+        file = folder / CONFIG_FILE
+        if base is not None or not file.exists():
+            raise
+        raise type(error)(
+            f"{error} That base is named by {file}; base= (--base of a command) loads another."
+        ) from error
 
 
 def write_about(path: Path, values: Mapping[str, Any]) -> None:

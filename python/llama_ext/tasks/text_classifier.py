@@ -21,7 +21,7 @@ from llama_ext.runtime.classifier import LlamaForSequenceClassification, checked
 from llama_ext.runtime.model import LlamaForCausalLM
 from llama_ext.tasks.classification_report import ClassificationReport
 from llama_ext.tasks.fitting import fit_adapter, fit_whole
-from llama_ext.tasks.task_files import base_of, write_about
+from llama_ext.tasks.task_files import base_of, saying_who_named, write_about
 
 if TYPE_CHECKING:
     from llama_ext.training.batches import Example
@@ -258,7 +258,8 @@ class TextClassifier:
             raise OptionError(
                 f"{folder} does not name its labels: make a TextClassifier of the base with labels=[...] first"
             )
-        result = cls(found, labels)
+        with saying_who_named(folder, base):
+            result = cls(found, labels)
         result.model.load_adapter(folder, cls.adapter)
         return result
 

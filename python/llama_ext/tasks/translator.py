@@ -13,7 +13,7 @@ from llama_ext.models.fields import shown
 from llama_ext.models.lora import LoRA
 from llama_ext.runtime.model import LlamaForCausalLM
 from llama_ext.tasks.fitting import fit_adapter, fit_whole
-from llama_ext.tasks.task_files import base_of, write_about
+from llama_ext.tasks.task_files import base_of, saying_who_named, write_about
 from llama_ext.tasks.translation_report import TranslationReport
 
 if TYPE_CHECKING:
@@ -262,7 +262,8 @@ class Translator:
             if not isinstance(value, str):
                 raise FormatError(f"{name} must be a string, got {shown(value)}.", path=str(folder / _FILE), field=name)
         source, target, prompt = (str(value) for value in texts.values())
-        result = cls(folder if found is None else found, source, target, prompt=prompt)
+        with saying_who_named(folder, base):
+            result = cls(folder if found is None else found, source, target, prompt=prompt)
         if found is not None:
             result.model.load_adapter(folder, result.adapter)
         return result
