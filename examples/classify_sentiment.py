@@ -21,7 +21,7 @@ def main() -> None:
     args = parser.parse_args()
 
     train, test = sentiment(args.language)
-    base = small_model(text for text, _ in train + test)
+    base = small_model((text for text, _ in train + test), words=True)
     texts, labels = zip(*train, strict=True)
     if args.lora:
         # An adapter turns what the base knows towards a task: a base of random weights knows nothing.
