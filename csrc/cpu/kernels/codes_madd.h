@@ -31,12 +31,6 @@ using Activation = typename ActivationOf<F.bits>::type;
 
 // Inline and volatile: g++ 12 computes the products of a whole strip before it adds them up, and spills them all.
 
-static inline vi broadcast(const uint8_t* four) {
-  vi all;
-  asm volatile("vpbroadcastd %1, %0" : "=x"(all) : "m"(*reinterpret_cast<const uint32_t*>(four)));
-  return all;
-}
-
 /// products = codes (unsigned bytes) x activations (signed), two of each in int16.
 static inline void first_products(vi& products, vi codes, vi activations) {
   asm volatile("vpmaddubsw %2, %1, %0" : "=x"(products) : "x"(codes), "x"(activations));
@@ -73,10 +67,10 @@ static inline void dot_strip(const uint8_t* strip, int64_t column, const uint8_t
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const uint8_t* pairs = a + 8 * (quad * R + r);
-        const vi first = broadcast(pairs);
+        const vi first = broadcast_quad(pairs);
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) add_pairs(sum[r][v], even[v], first);
-        const vi second = broadcast(pairs + 4);
+        const vi second = broadcast_quad(pairs + 4);
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) add_pairs(sum[r][v], odd[v], second);
       }
@@ -96,7 +90,7 @@ static inline void dot_strip(const uint8_t* strip, int64_t column, const uint8_t
         for (int v = 0; v < NV; ++v) codes[v] = codes_of<F>(strip, begin + i, column + kWidth * v);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-          const vi four = broadcast(a + 4 * ((begin + i) * R + r));
+          const vi four = broadcast_quad(a + 4 * ((begin + i) * R + r));
 #pragma GCC unroll 4
           for (int v = 0; v < NV; ++v) {
             if (i == 0) {

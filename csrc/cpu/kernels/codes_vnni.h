@@ -10,17 +10,8 @@ using Activation = int8_t;
 constexpr bool kHasWholeTile = true;
 constexpr const char* kDotNote = "VPDPBUSD, activations rounded to int8";
 
-// Inline and volatile: around the intrinsics, or when it may reorder them, g++ 12 spills the sums.
-
-/// Four activations, in every lane. Loaded once for all columns of a tile: as a memory operand of each product they would take
-/// more loads than the two a cycle that a processor has beside two products.
-static inline vi broadcast_quad(const uint8_t* activations) {
-  vi quad;
-  asm volatile("vpbroadcastd %1, %0" : "=v"(quad) : "m"(*reinterpret_cast<const uint32_t*>(activations)));
-  return quad;
-}
-
-/// sum += codes (unsigned) x activations (signed), four of each per lane.
+/// sum += codes (unsigned) x activations (signed), four of each per lane. Inline and volatile: around the intrinsic, or when
+/// it may reorder them, g++ 12 spills the sums.
 static inline void dot_quad(vi& sum, vi codes, vi activations) {
   asm volatile("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(activations));
 }

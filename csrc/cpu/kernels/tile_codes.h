@@ -5,6 +5,14 @@
 
 namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE {
 
+/// Four bytes of activations, in every lane. Loaded once for all columns of a tile: as a memory operand of each product they
+/// would take more loads than the two a cycle that a processor has beside two products. Volatile as the products, to stay beside them.
+static inline vi broadcast_quad(const uint8_t* activations) {
+  vi quad;
+  asm volatile("vpbroadcastd %1, %0" : "=v"(quad) : "m"(*reinterpret_cast<const uint32_t*>(activations)));
+  return quad;
+}
+
 template <CodeFormat F, int R, int NV>
 static inline void start_sums(const uint8_t* starts, vi (&sum)[R][NV]) {
 #pragma GCC unroll 8
