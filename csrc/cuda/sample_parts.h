@@ -170,13 +170,14 @@ __device__ __forceinline__ uint64_t in_multiples(const Sampling& s, double weigh
   return static_cast<uint64_t>(weight * scale + 0.5);
 }
 
-/// Whether this block is the last of its row to come here; what the others wrote before can be read then. `place`: shared.
+/// Whether this block is the last of its row to come here; what the others wrote before can be read then. `place`: shared, free again.
 __device__ inline bool is_last_block(DecodeRow& row, uint32_t* place) {
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) *place = atomicInc(&row.arrivals, gridDim.x - 1) == gridDim.x - 1 ? 1u : 0u;
   __syncthreads();
   const bool is_last = *place != 0;
+  __syncthreads();
   if (is_last) __threadfence();
   return is_last;
 }
