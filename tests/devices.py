@@ -58,6 +58,7 @@ HAS_CUDA = bool(_core.gpus()[0])
 IS_EMULATED = HAS_CUDA and CUDA.backend.isa == "emulated"
 WHY_NO_CUDA = f"no GPU, and none emulated: {_core.gpus()[1]}"
 requires_cuda = pytest.mark.skipif(not HAS_CUDA, reason=WHY_NO_CUDA)
+only_emulated = pytest.mark.skipif(not IS_EMULATED, reason="only an emulated GPU can be told to be another or to fail")
 
 _missing = [isa for isa in _core.compiled_isas() if isa not in ISAS]
 

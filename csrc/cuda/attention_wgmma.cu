@@ -350,6 +350,8 @@ bool has_attention_wgmma(const Gpu& gpu, const KvSegmentView& segment, int heads
   const int group = heads / layer.kv_heads;
   return gpu.capability() == 90 && layer.kind == KvKind::kBF16 && layer.head_dim <= 128 && group <= 64 &&
          scale > 0.0f && segment.position + segment.tokens < (int64_t{1} << 30) &&
+         // The keys' end is part of the tensor map, and a recording's is not known when that is made.
+         segment.live_position == nullptr &&
          // Fewer blocks would leave the GPU idle, where attention_mma splits the keys.
          2 * blocks_for(segment.tokens * group, 128) * layer.kv_heads >= gpu.multiprocessors();
 }

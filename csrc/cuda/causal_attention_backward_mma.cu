@@ -7,8 +7,6 @@
 namespace llama_ext::cuda {
 namespace {
 
-constexpr int kKeys = 64;  // that pass by, for queries
-
 /// A warp for a head of a row: delta = d_y . y, of the rounded d_y, so that the scores' gradients of a row cancel.
 template <int kDim>
 __global__ void delta_kernel(const __grid_constant__ CausalView a, const uint16_t* d_y, float* deltas) {
@@ -25,14 +23,15 @@ __global__ void delta_kernel(const __grid_constant__ CausalView a, const uint16_
   }
 }
 
-/// d_q of 64 queries of a head.
-template <int kDim>
+/// d_q of 64 queries of a head. kKeys pass by at a time, 64 or 32: the bits are the same, as each product takes 16.
+template <int kDim, int kKeys>
 __global__ void __launch_bounds__(kBlockThreads, 2)
     d_q_kernel(const __grid_constant__ CausalView a, const __grid_constant__ Ranges ranges, const Rounded in) {
   using T = Tiles<kDim>;
   constexpr int kProducts = kKeys / 8;
   auto* q_tile = reinterpret_cast<uint16_t*>(shared_memory());
   uint16_t* d_y_tile = q_tile + T::kTile;
+  constexpr int kKeyTile = kKeys * T::kPitch;
   uint16_t* stages = d_y_tile + T::kTile;  // two of (keys, values)
   const Sequence range = find_block(ranges, gridDim.x - 1 - blockIdx.x);
   const int first = range.first;
@@ -42,9 +41,9 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   const int g = static_cast<int>(threadIdx.x % kWarp) / 4;
   const int t = static_cast<int>(threadIdx.x % kWarp) % 4;
   const auto bring = [&](int key, int stage) {
-    uint16_t* keys = stages + 2 * stage * T::kTile;
+    uint16_t* keys = stages + 2 * stage * kKeyTile;
     T::template bring<kKeys>(in.k, range.row, a.kv_heads, kv_head, key, range.tokens, keys);
-    T::template bring<kKeys>(in.v, range.row, a.kv_heads, kv_head, key, range.tokens, keys + T::kTile);
+    T::template bring<kKeys>(in.v, range.row, a.kv_heads, kv_head, key, range.tokens, keys + kKeyTile);
     commit_copies();
   };
   T::template bring<kBlockRows>(in.q, range.row, a.heads, head, first, range.tokens, q_tile);
@@ -63,18 +62,19 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
     deltas[half] = in.deltas[at];
   }
   float sums[T::kOutputs][4] = {};
+  const int end = first + kBlockRows;
   int stage = 0;
 #pragma unroll 1
-  for (int key = 0; key <= first; key += kKeys, stage ^= 1) {
+  for (int key = 0; key < end; key += kKeys, stage ^= 1) {
     wait_for_copies<0>();
     __syncthreads();
-    if (key + kKeys <= first) bring(key + kKeys, stage ^ 1);
-    const uint16_t* keys = stages + 2 * stage * T::kTile;
+    if (key + kKeys < end) bring(key + kKeys, stage ^ 1);
+    const uint16_t* keys = stages + 2 * stage * kKeyTile;
     float scores[kProducts][4];
     float slopes[kProducts][4];
     multiply_rows<kDim, kProducts>(scores, {q_tile}, warp_row, {keys});
-    multiply_rows<kDim, kProducts>(slopes, {d_y_tile}, warp_row, {keys + T::kTile});
-    const bool is_last = key == first;
+    multiply_rows<kDim, kProducts>(slopes, {d_y_tile}, warp_row, {keys + kKeyTile});
+    const bool is_last = key >= first;
     const uint32_t kept = kept_weights<kProducts>(a, [&](int j, int c) {
       return dropout_index(a, range.row + token + c / 2 * 8, head, key + j * 8 + 2 * t + c % 2);
     });
@@ -186,8 +186,12 @@ void backward(const Gpu& gpu, const CausalView& a, const TokenRange* ranges, int
   launch(gpu, delta_kernel<kDim>, dim3(static_cast<unsigned>(rows)), kBlockThreads, 0, a, d_y.data(),
          deltas.as<float>());
   const Rounded in{q.data(), k.data(), v.data(), d_y.data(), deltas.as<float>()};
+  const auto shared_for = [](int keys) { return size_t{2} * (T::kTile + 2 * keys * T::kPitch) * sizeof(uint16_t); };
+  // Consumer cards have 99 KB, which wide heads' 64 keys exceed.
+  const bool has_room = shared_for(64) <= gpu.shared_bytes_per_block();
+  const auto d_q = has_room ? d_q_kernel<kDim, 64> : d_q_kernel<kDim, 32>;
   for_each_list(ranges, count, [&](const Ranges& list) {
-    launch(gpu, d_q_kernel<kDim>, grid_of(list, a.heads), kBlockThreads, 6 * T::kTile * sizeof(uint16_t), a, list, in);
+    launch(gpu, d_q, grid_of(list, a.heads), kBlockThreads, shared_for(has_room ? 64 : 32), a, list, in);
     launch(gpu, d_kv_kernel<kDim>, grid_of(list, a.kv_heads), kBlockThreads,
            (2 * T::kTile + 4 * T::kQueryTile) * sizeof(uint16_t) + 4 * T::kQueries * sizeof(float), a, list, in);
   });

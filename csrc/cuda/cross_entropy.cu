@@ -47,8 +47,9 @@ struct Running {
 };
 
 template <bool kVectors>
-__global__ void cross_entropy_kernel(Rows logits, int64_t width, const __grid_constant__ Labels labels, float* losses,
-                                     float* hits, Gradient gradient) {
+__global__ void __launch_bounds__(kWideThreads)
+    cross_entropy_kernel(Rows logits, int64_t width, const __grid_constant__ Labels labels, float* losses, float* hits,
+                         Gradient gradient) {
   auto* place = reinterpret_cast<double*>(shared_memory());
   float* x = logits.row(blockIdx.x);
   const int32_t label = labels.of[blockIdx.x];

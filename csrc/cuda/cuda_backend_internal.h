@@ -21,8 +21,9 @@ class CudaBuffer final : public Buffer {
   CudaBuffer(std::shared_ptr<Gpu> gpu, size_t nbytes)
       : Buffer(gpu->allocate(nbytes, "a buffer", Gpu::Source::kPool), nbytes), gpu_(std::move(gpu)) {}
   ~CudaBuffer() override {
-    // The pool is ordered by our stream, and knows nothing of theirs.
-    if (is_shared_) gpu_->synchronize_device();
+    // The pool is ordered by our stream, and knows nothing of theirs. What cannot be waited for is not given back: rather too little
+    // memory than somebody else's results in it.
+    if (is_shared_ && !gpu_->synchronize_device()) return;
     gpu_->release(data(), Gpu::Source::kPool);
   }
   void share() override { is_shared_ = true; }

@@ -13,6 +13,7 @@ namespace llama_ext {
 namespace {
 
 std::vector<std::string> gpus() {
+  const cuda::CurrentGpu current;
   std::vector<std::string> lines;
   for (int index = 0; index < cuda::gpu_count(); ++index) {
     try {
@@ -29,6 +30,7 @@ std::vector<std::string> gpus() {
 double read_bandwidth(int index, int64_t nbytes, int rounds) {
   require(nbytes > 0 && nbytes % 16 == 0 && rounds > 0, ErrorKind::kOption,
           "read_bandwidth: a multiple of 16 bytes and at least one round, got ", nbytes, " and ", rounds);
+  const cuda::CurrentGpu current;
   return cuda::read_probe(cuda::Gpu(index), nbytes, rounds);
 }
 

@@ -19,6 +19,16 @@ inline constexpr unsigned kThreads = 256;
 /// wait_for_predecessors() before it reads or writes anything that other kernels do.
 enum class Start : uint8_t { kInOrder, kEarly };
 
+#if !defined(LLAMA_EXT_CUDA_EMULATED)
+/// Lets launches of the kernel ask for as much as a block may have. Not for what one launch needs: that is kept with the kernel, and
+/// another thread's launch could lower it in between.
+inline void allow_shared_memory(const Gpu& gpu, const void* kernel) {
+  require_success(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       static_cast<int>(gpu.shared_bytes_per_block())),
+                  "a kernel's shared memory");
+}
+#endif
+
 /// Runs kernel(args...) on the GPU's stream, in blocks of `threads` (a multiple of 32) with `shared_bytes` of dynamic shared
 /// memory. An empty grid is no work. Throws DeviceError.
 template <Start kStart = Start::kInOrder, typename... Parameters, typename... Arguments>
@@ -28,15 +38,12 @@ void launch(const Gpu& gpu, void (*kernel)(Parameters...), dim3 grid, unsigned t
   gpu.use();
 #if defined(LLAMA_EXT_CUDA_EMULATED)
   // By value: a recording keeps it.
-  cuda_emulation::launch(gpu.stream(), grid, threads, shared_bytes,
+  const bool is_early = kStart == Start::kEarly && gpu.overlaps() && Capture::of(gpu) != nullptr;
+  cuda_emulation::launch(gpu.stream(), grid, threads, shared_bytes, is_early,
                          [=] { kernel(static_cast<Parameters>(arguments)...); });
   require_success(cudaGetLastError(), "a kernel");
 #else
-  if (shared_bytes > 48 * 1024) {
-    require_success(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                         cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-                    "a kernel's shared memory");
-  }
+  if (shared_bytes > 48 * 1024) allow_shared_memory(gpu, reinterpret_cast<const void*>(kernel));
   const auto start = [&](Parameters... parameters) {
     void* pointers[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
     if (kStart == Start::kEarly && gpu.overlaps() && Capture::of(gpu) != nullptr) {
@@ -65,6 +72,8 @@ __device__ __forceinline__ void wait_for_predecessors() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#elif defined(LLAMA_EXT_CUDA_EMULATED)
+  cuda_emulation::wait_for_predecessors();
 #endif
 }
 
@@ -72,6 +81,8 @@ __device__ __forceinline__ void wait_for_predecessors() {
 __device__ __forceinline__ void wait_for_predecessors_alone() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#elif defined(LLAMA_EXT_CUDA_EMULATED)
+  cuda_emulation::wait_for_predecessors();
 #endif
 }
 
@@ -94,9 +105,7 @@ void launch_clusters(const Gpu& gpu, void (*kernel)(Parameters...), unsigned blo
                      size_t shared_bytes, Arguments... arguments) {
   if (blocks == 0) return;
   gpu.use();
-  require_success(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                       cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-                  "a kernel's shared memory");
+  allow_shared_memory(gpu, reinterpret_cast<const void*>(kernel));
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {cluster, 1, 1};

@@ -86,7 +86,8 @@ Gpu::Gpu(int index) : index_(index) {
           ", and 8.0 (Ampere) or later is needed. Use device='cpu'");
   require(attribute(cudaDevAttrMemoryPoolsSupported) != 0, ErrorKind::kDevice, "device 'cuda:", index,
           "': this driver offers no memory pools, which are needed. Use device='cpu'");
-  overlaps_ = capability_ >= 90 && wants_overlap();
+  // Later ones run what was compiled for 8.0, where kernels do not wait (wait_for_predecessors).
+  overlaps_ = capability_ == 90 && wants_overlap();
   use();
   // Memory of the pool is kept between operations.
   require_success(cudaDeviceGetDefaultMemPool(&pool_, index), "asking for the memory pool");
@@ -193,9 +194,19 @@ void Gpu::synchronize() const {
   require_success(cudaStreamSynchronize(stream_), "waiting for the GPU");
 }
 
-void Gpu::synchronize_device() const noexcept {
+bool Gpu::synchronize_device() const noexcept {
   const std::unique_lock alone(captures());
-  if (cudaSetDevice(index_) != cudaSuccess || cudaDeviceSynchronize() != cudaSuccess) cudaGetLastError();
+  if (cudaSetDevice(index_) == cudaSuccess && cudaDeviceSynchronize() == cudaSuccess) return true;
+  cudaGetLastError();
+  return false;
+}
+
+CurrentGpu::CurrentGpu() {
+  if (cudaGetDevice(&index_) != cudaSuccess) cudaGetLastError();
+}
+
+CurrentGpu::~CurrentGpu() {
+  if (index_ >= 0 && cudaSetDevice(index_) != cudaSuccess) cudaGetLastError();
 }
 
 Arena::~Arena() {

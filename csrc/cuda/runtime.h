@@ -66,8 +66,9 @@ class Gpu {
   /// `height` rows of `width` bytes that start `pitch` bytes apart.
   void fill_zero(void* memory, size_t pitch, size_t width, size_t height) const;
   void synchronize() const;
-  /// Waits for everything that the device does, for others as well; not while this process records, which that would spoil.
-  void synchronize_device() const noexcept;
+  /// Waits for everything that the device does, for others as well; not while we record, which that would spoil. False where it
+  /// cannot be waited for: somebody else records.
+  bool synchronize_device() const noexcept;
 
  private:
   int index_;
@@ -77,6 +78,18 @@ class Gpu {
   cudaStream_t stream_ = nullptr;
   cudaMemPool_t pool_ = nullptr;
   bool overlaps_ = false;
+};
+
+/// While it lives, other GPUs may be used; then the calling thread's is what it was, also for other libraries in the process.
+class CurrentGpu {
+ public:
+  CurrentGpu();
+  ~CurrentGpu();
+  CurrentGpu(const CurrentGpu&) = delete;
+  CurrentGpu& operator=(const CurrentGpu&) = delete;
+
+ private:
+  int index_ = -1;
 };
 
 /// Scratch memory of the operations of one recording. They run one after the other, so what one has given back the next takes.

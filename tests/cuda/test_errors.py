@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 
 import llama_ext
-from devices import HAS_CUDA, IS_EMULATED, requires_cuda
+from devices import HAS_CUDA, IS_EMULATED, only_emulated, requires_cuda
 from llama_ext import DeviceError, _core
 from subprocesses import run_script
-
-emulated = pytest.mark.skipif(not IS_EMULATED, reason="only an emulated GPU can be told to fail")
 
 SCRIPT = """
 import llama_ext
@@ -31,7 +29,7 @@ def error_of(device: str = "cuda", then: str = "pass", **settings: object) -> st
     return run_script(SCRIPT.format(device=device, then=then), **environment)
 
 
-@emulated
+@only_emulated
 def test_each_reason_for_no_gpu_is_a_device_error_with_what_was_found_and_what_is_needed() -> None:
     assert "DeviceError" in (text := error_of(driver=0))
     assert "no NVIDIA driver was found; one of version 580 or later is needed" in text
@@ -45,7 +43,7 @@ def test_each_reason_for_no_gpu_is_a_device_error_with_what_was_found_and_what_i
     assert error_of("cuda:1", devices=2) == "no error\n"
 
 
-@emulated
+@only_emulated
 def test_memory_that_is_not_there_is_an_error_with_both_numbers() -> None:
     allocate = "import numpy; backend.matrix(numpy.zeros((1000, 1000), numpy.float32))"
     text = error_of(then=allocate, memory=1_000_000)
@@ -61,7 +59,7 @@ def test_memory_that_is_not_there_is_an_error_with_both_numbers() -> None:
     assert text.startswith("OutOfMemoryError the weights needs") or "the weights" in text
 
 
-@emulated
+@only_emulated
 def test_info_says_why_there_is_no_gpu() -> None:
     text = run_script("import llama_ext; print(llama_ext.info())", LLAMA_EXT_CUDA_EMULATION_DRIVER="12000")
     assert "none (the NVIDIA driver is too old" in text

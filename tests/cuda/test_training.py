@@ -12,10 +12,12 @@ import pytest
 
 import numpy_ops
 import numpy_training
-from devices import CUDA, IS_EMULATED, requires_cuda
+from devices import CUDA, IS_EMULATED, only_emulated, requires_cuda
 from guarded import guarded, guarded_empty, guarded_rows, guarded_rows_empty
 from quantized import LAYOUTS, Kept, weights
 from tolerances import TINY, assert_same_bits, assert_within, relative_rms, units
+
+from llama_ext import _core
 
 Array = npt.NDArray[Any]
 pytestmark = [requires_cuda, pytest.mark.gpu]
@@ -176,8 +178,9 @@ ATTENTION: list[Attention] = [
 ]
 
 
-def attend(case: Attention, gap: int = 3) -> list[Array]:
+def attend(case: Attention, gap: int = 3, backend: _core.Backend | None = None) -> list[Array]:
     """y, d_q, d_k and d_v; NaN in the rows of no sequence."""
+    backend = backend or CUDA.backend
     ranges, rows, heads, _, dim, dropout = case
     q, k, v, d_y = attention_operands(case)
     scale = 1.5 * dim**-0.5
@@ -185,8 +188,8 @@ def attend(case: Attention, gap: int = 3) -> list[Array]:
     (y, _), (d_q, _), (d_k, _), (d_v, _) = outputs
     log_sums = guarded_empty((rows, heads))
     q, k, v, d_y = (guarded_rows(each, gap) for each in (q, k, v, d_y))
-    CUDA.backend.causal_attention(ranges, q, k, v, scale, y, log_sums, dropout, 99, "bfloat16")
-    CUDA.backend.causal_attention_backward(
+    backend.causal_attention(ranges, q, k, v, scale, y, log_sums, dropout, 99, "bfloat16")
+    backend.causal_attention_backward(
         ranges, q, k, v, scale, y, log_sums, d_y, d_q, d_k, d_v, dropout, 99, "bfloat16"
     )
     for _, gaps in outputs:
@@ -236,6 +239,20 @@ def test_attention_has_the_same_bits_again_in_any_order_of_turns_and_among_other
             monkeypatch.setenv("LLAMA_EXT_CUDA_EMULATION_ORDER", order)
             for name, found, expected in zip(["y", "d_q", "d_k", "d_v"], attend(case, gap=0), whole, strict=True):
                 assert_same_bits(np.ascontiguousarray(found), np.ascontiguousarray(expected), f"{name}, {order}")
+
+
+@only_emulated
+@pytest.mark.parametrize("capability", [80, 86, 120])
+def test_cards_with_less_shared_memory_give_the_same_gradients_of_attention(
+    monkeypatch: pytest.MonkeyPatch, capability: int
+) -> None:
+    cases = (ATTENTION[5], ATTENTION[6], ATTENTION[7])
+    expected = [attend(case) for case in cases]
+    monkeypatch.setenv("LLAMA_EXT_CUDA_EMULATION_CAPABILITY", str(capability))
+    other = _core.Backend("cuda")
+    for case, whole in zip(cases, expected, strict=True):
+        for name, found, same in zip(["y", "d_q", "d_k", "d_v"], attend(case, backend=other), whole, strict=True):
+            assert_same_bits(np.ascontiguousarray(found), np.ascontiguousarray(same), name)
 
 
 def test_rounding_heads_reads_and_writes_no_byte_beyond_its_arrays() -> None:

@@ -35,6 +35,7 @@ struct alignas(16) uint4 {
 };
 
 #include "emulation.h"
+#include "race_check.h"
 
 #define threadIdx (::cuda_emulation::thread().index)
 #define blockIdx (::cuda_emulation::block().index)
@@ -42,7 +43,7 @@ struct alignas(16) uint4 {
 #define gridDim (::cuda_emulation::block().grid)
 
 inline void __syncthreads() { cuda_emulation::sync_block(); }
-inline void __syncwarp(unsigned = 0xffffffffu) { cuda_emulation::exchange("__syncwarp", 0); }
+inline void __syncwarp(unsigned = 0xffffffffu) { cuda_emulation::exchange(cuda_emulation::kSyncWarp, 0); }
 template <typename T>
 inline T __shfl_xor_sync(unsigned, T value, int lanes) {
   return cuda_emulation::exchange("__shfl_xor_sync", value)[cuda_emulation::lane() ^ static_cast<unsigned>(lanes)];
@@ -86,19 +87,23 @@ inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 
-// One fiber runs at a time, and gives way at collectives alone.
-inline void __threadfence() {}
+// One fiber runs at a time, and gives way at collectives alone. The compiler is not to show these to the race check as plain accesses.
+#define LLAMA_EXT_ATOMIC __attribute__((no_sanitize("thread"), noinline))
+inline void __threadfence() { cuda_emulation::race_check::fence(); }
 template <typename T>
-inline T atomicAdd(T* to, T value) {
+LLAMA_EXT_ATOMIC T atomicAdd(T* to, T value) {
+  cuda_emulation::race_check::access(cuda_emulation::Access::kAtomic, to, sizeof *to, __builtin_return_address(0));
   const T before = *to;
   *to = before + value;
   return before;
 }
-inline unsigned atomicInc(unsigned* to, unsigned most) {
+LLAMA_EXT_ATOMIC inline unsigned atomicInc(unsigned* to, unsigned most) {
+  cuda_emulation::race_check::access(cuda_emulation::Access::kAtomic, to, sizeof *to, __builtin_return_address(0));
   const unsigned before = *to;
   *to = before >= most ? 0 : before + 1;
   return before;
 }
+#undef LLAMA_EXT_ATOMIC
 
 // The runtime.
 
@@ -140,6 +145,7 @@ constexpr unsigned cudaHostAllocDefault = 0;
 cudaError_t cudaGetDeviceCount(int* count);
 cudaError_t cudaDriverGetVersion(int* version);
 cudaError_t cudaSetDevice(int device);
+cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaMemGetInfo(size_t* available, size_t* total);
 cudaError_t cudaMalloc(void** memory, size_t nbytes);

@@ -31,6 +31,7 @@ size_t allocated = 0;
 thread_local cudaError_t last_error = cudaSuccess;
 thread_local std::string last_reason;
 thread_local int access_depth = 0;
+thread_local int current_device = 0;
 
 int protection_key() {
   static const int key = pkey_alloc(0, 0);
@@ -44,6 +45,8 @@ size_t setting(const char* name, size_t otherwise) {
 
 size_t memory_size() { return setting("LLAMA_EXT_CUDA_EMULATION_MEMORY", size_t{4} << 30); }
 
+int capability() { return static_cast<int>(setting("LLAMA_EXT_CUDA_EMULATION_CAPABILITY", 90)); }
+
 cudaError_t fail(cudaError_t error, const char* reason) {
   set_last_error(error, reason);
   return error;
@@ -55,6 +58,13 @@ bool is_valid(const void* data, size_t nbytes, bool is_device) {
 }
 
 }  // namespace
+
+size_t shared_memory_per_block() {
+  // CUDA C++ programming guide, technical specifications per compute capability.
+  const int number = capability();
+  if (number == 80 || number == 87) return size_t{163} * 1024;
+  return number < 90 || number >= 120 ? size_t{99} * 1024 : size_t{227} * 1024;
+}
 
 void set_last_error(cudaError_t error, const char* reason) {
   last_error = error;
@@ -127,6 +137,7 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t* runnable, cudaGraph_t graph, u
 }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t runnable, cudaStream_t stream) {
   if (is_capturing(stream)) return fail(cudaErrorStreamCaptureUnsupported, "a graph within a graph");
+  begin_in_order();
   for (const auto& work : runnable->work) work();
   return last_error;
 }
@@ -172,24 +183,31 @@ cudaError_t cudaDriverGetVersion(int* version) {
 }
 
 cudaError_t cudaSetDevice(int device) {
-  return device >= 0 && static_cast<size_t>(device) < setting("LLAMA_EXT_CUDA_EMULATION_DEVICES", 1)
-             ? cudaSuccess
-             : fail(cudaErrorInvalidDevice, "device");
+  if (device < 0 || static_cast<size_t>(device) >= setting("LLAMA_EXT_CUDA_EMULATION_DEVICES", 1)) {
+    return fail(cudaErrorInvalidDevice, "device");
+  }
+  current_device = device;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = current_device;
+  return cudaSuccess;
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = 227 * 1024;
+      *value = static_cast<int>(shared_memory_per_block());
       break;
     case cudaDevAttrMultiProcessorCount:
       *value = 4;
       break;
     case cudaDevAttrComputeCapabilityMajor:
-      *value = static_cast<int>(setting("LLAMA_EXT_CUDA_EMULATION_CAPABILITY", 90) / 10);
+      *value = capability() / 10;
       break;
     case cudaDevAttrComputeCapabilityMinor:
-      *value = static_cast<int>(setting("LLAMA_EXT_CUDA_EMULATION_CAPABILITY", 90) % 10);
+      *value = capability() % 10;
       break;
     case cudaDevAttrMemoryPoolsSupported:
       *value = 1;
@@ -285,6 +303,7 @@ cudaError_t cudaMemsetAsync(void* memory, int value, size_t nbytes, cudaStream_t
     capture(stream, [=] { cudaMemsetAsync(memory, value, nbytes, nullptr); });
     return cudaSuccess;
   }
+  begin_in_order();
   if (!is_valid(memory, nbytes, true)) return fail(cudaErrorInvalidValue, "not memory of the device");
   const DeviceAccess access;
   if (nbytes > 0) std::memset(memory, value, nbytes);
@@ -296,6 +315,7 @@ cudaError_t cudaMemset2DAsync(void* memory, size_t pitch, int value, size_t widt
     capture(stream, [=] { cudaMemset2DAsync(memory, pitch, value, width, height, nullptr); });
     return cudaSuccess;
   }
+  begin_in_order();
   if (height == 0 || width == 0) return cudaSuccess;
   if (!is_valid(memory, pitch * (height - 1) + width, true) || pitch < width) {
     return fail(cudaErrorInvalidValue, "not memory of the device");

@@ -12,6 +12,9 @@ namespace cuda_emulation {
 
 void set_last_error(cudaError_t error, const char* reason);
 
+/// What a block of the emulated card may have.
+size_t shared_memory_per_block();
+
 /// Streams that capture keep what was to run.
 bool is_capturing(cudaStream_t stream);
 void capture(cudaStream_t stream, std::function<void()> work);

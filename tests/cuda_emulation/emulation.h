@@ -17,6 +17,7 @@ struct CUstream_st;
 namespace cuda_emulation {
 
 constexpr unsigned kWarpSize = 32;
+inline constexpr const char* kSyncWarp = "__syncwarp";
 constexpr size_t kSlot = 64;  // bytes that a lane can give to the others of its warp at once
 
 /// One thread of the block that runs.
@@ -66,9 +67,12 @@ void commit_copies();
 void wait_for_copies(int pending);
 
 /// Runs `kernel` for every thread of the grid, or, where the stream captures, with each launch of the graph. Device memory can only be
-/// followed meanwhile. Errors show in cudaGetLastError.
-void launch(CUstream_st* stream, const dim3& grid, unsigned threads, size_t shared_bytes,
+/// followed meanwhile. Errors show in cudaGetLastError. A kernel that `starts_early` may run beside those before it until it waits for
+/// them, back to the last that does not, and to begin_in_order().
+void launch(CUstream_st* stream, const dim3& grid, unsigned threads, size_t shared_bytes, bool starts_early,
             const std::function<void()>& kernel);
+void begin_in_order();
+void wait_for_predecessors();
 
 /// Whether all these bytes lie within one allocation of the device.
 bool is_device_memory(const void* data, size_t nbytes);

@@ -210,6 +210,19 @@ int main() {
   read(1);
   expect(host[0] == 6, "one block of each launch comes last");
 
+  setenv("LLAMA_EXT_CUDA_EMULATION_DEVICES", "2", 1);
+  {
+    const CurrentGpu current;
+    const Gpu other(1);
+    int index = -1;
+    cudaGetDevice(&index);
+    expect(index == 1, "a GPU that is used is the thread's current one");
+  }
+  int current_index = -1;
+  cudaGetDevice(&current_index);
+  expect(current_index == 0, "and no longer than it has to be, where somebody asks for that");
+  unsetenv("LLAMA_EXT_CUDA_EMULATION_DEVICES");
+
   expect(throws([&] { launch(gpu, divergent_barrier_kernel, dim3(1), 32, 0); }),
          "a barrier that some threads miss is an error");
   expect(throws([&] { launch(gpu, different_collectives_kernel, dim3(1), 32, 0, memory); }),
