@@ -28,7 +28,7 @@ MAY_INCLUDE: dict[str, set[str]] = {
     **{name: {"backend", *BELOW_BACKEND} for name in BACKENDS},
     "model": {"backend", *BELOW_BACKEND},
     "generate": {"model", "backend", *BELOW_BACKEND},
-    "train": {"generate", "model", "backend", *BELOW_BACKEND},
+    "train": {"model", "backend", *BELOW_BACKEND},
     "bindings": {"train", "generate", "model", "backend", *BELOW_BACKEND},
 }
 # Exceptions, by file: making backends, and asking the machine what it has.

@@ -11,11 +11,6 @@
 #include "cuda/wgmma_tiles.h"
 
 namespace llama_ext::cuda {
-
-#if defined(LLAMA_EXT_CUDA_EMULATED)
-bool has_attention_wgmma(const Gpu&, const KvSegmentView&, int, float) { return false; }
-void attention_wgmma(const Gpu&, const KvSegmentView&, Rows, int, float, Rows) {}
-#else
 namespace {
 
 constexpr int kTileKeys = 64;
@@ -373,6 +368,5 @@ void attention_wgmma(const Gpu& gpu, const KvSegmentView& segment, Rows q, int h
   if (layer.head_dim <= 64) return start<64>(gpu, a);
   start<128>(gpu, a);
 }
-#endif
 
 }  // namespace llama_ext::cuda

@@ -39,7 +39,7 @@ void launch(const Gpu& gpu, void (*kernel)(Parameters...), dim3 grid, unsigned t
 #if defined(LLAMA_EXT_CUDA_EMULATED)
   // By value: a recording keeps it.
   const bool is_early = kStart == Start::kEarly && gpu.overlaps() && Capture::of(gpu) != nullptr;
-  cuda_emulation::launch(gpu.stream(), grid, threads, shared_bytes, is_early,
+  cuda_emulation::launch(gpu.stream(), {grid, threads, shared_bytes, 1, is_early},
                          [=] { kernel(static_cast<Parameters>(arguments)...); });
   require_success(cudaGetLastError(), "a kernel");
 #else
@@ -98,13 +98,17 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 
 __host__ __device__ constexpr int64_t blocks_for(int64_t count, int64_t each) { return (count + each - 1) / each; }
 
-#if !defined(LLAMA_EXT_CUDA_EMULATED)
 /// As launch(), `blocks` in clusters of `cluster`, for kernels of Hopper's own instructions.
 template <typename... Parameters, typename... Arguments>
 void launch_clusters(const Gpu& gpu, void (*kernel)(Parameters...), unsigned blocks, unsigned cluster, unsigned threads,
                      size_t shared_bytes, Arguments... arguments) {
   if (blocks == 0) return;
   gpu.use();
+#if defined(LLAMA_EXT_CUDA_EMULATED)
+  cuda_emulation::launch(gpu.stream(), {dim3(blocks), threads, shared_bytes, cluster, false},
+                         [=] { kernel(static_cast<Parameters>(arguments)...); });
+  require_success(cudaGetLastError(), "a kernel");
+#else
   allow_shared_memory(gpu, reinterpret_cast<const void*>(kernel));
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
@@ -121,7 +125,7 @@ void launch_clusters(const Gpu& gpu, void (*kernel)(Parameters...), unsigned blo
     require_success(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers), "a kernel");
   };
   start(static_cast<Parameters>(arguments)...);
-}
 #endif
+}
 
 }  // namespace llama_ext::cuda

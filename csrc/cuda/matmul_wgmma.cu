@@ -13,12 +13,6 @@
 #include "cuda/wgmma_tiles.h"
 
 namespace llama_ext::cuda {
-
-#if defined(LLAMA_EXT_CUDA_EMULATED)
-bool has_wgmma(const Gpu&, Kind) { return false; }
-void matmul_wgmma(const Gpu&, const MmaView&) {}
-void gate_up_wgmma(const Gpu&, const MmaView&, RoundedRows) {}
-#else
 namespace {
 
 constexpr int kGroupThreads = 128;
@@ -132,7 +126,8 @@ __device__ __forceinline__ void store_whole(const WgmmaView& p, const float (&su
   const int t = static_cast<int>(threadIdx.x % 4);
   const int column = tile.column + 8 * (t % 2) + 4 * (t / 2);
   float* rows[2] = {p.y.row(tile.row + g) + column, p.y.row(tile.row + 8 + g) + column};
-  constexpr int kBatch = kColumns >= 128 ? 8 : 4;  // whose old numbers are on their way together
+  constexpr int kBatch = kColumns % 128 == 0 ? 8 : 4;  // whose old numbers are on their way together
+  static_assert(kColumns / 16 % kBatch == 0);
 #pragma unroll
   for (int first = 0; first < kColumns / 16; first += kBatch) {
     float4 old[kBatch][2];
@@ -351,6 +346,5 @@ void gate_up_wgmma(const Gpu& gpu, const MmaView& product, RoundedRows hidden) {
   p.hidden = hidden;
   start_shape<Epilogue::kGateUp>(gpu, p, product.x, product.weight);
 }
-#endif
 
 }  // namespace llama_ext::cuda

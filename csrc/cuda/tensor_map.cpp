@@ -1,6 +1,5 @@
 #include "cuda/tensor_map.h"
 
-#if !defined(LLAMA_EXT_CUDA_EMULATED)
 #include "cuda/runtime.h"
 
 namespace llama_ext::cuda {
@@ -50,4 +49,3 @@ CUtensorMap tensor_map(const void* data, int rank, const int64_t* size, const in
 }
 
 }  // namespace llama_ext::cuda
-#endif

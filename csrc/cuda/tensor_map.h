@@ -1,7 +1,6 @@
 // Descriptions of matrices that Hopper's copy engine takes.
 #pragma once
 
-#if !defined(LLAMA_EXT_CUDA_EMULATED)
 #include <cuda.h>
 
 #include <cstdint>
@@ -13,4 +12,3 @@ namespace llama_ext::cuda {
 CUtensorMap tensor_map(const void* data, int rank, const int64_t* size, const int64_t* pitch, const int* box);
 
 }  // namespace llama_ext::cuda
-#endif

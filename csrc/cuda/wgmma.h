@@ -1,5 +1,6 @@
 // Hopper's own instructions: products of a warpgroup (wgmma) on operands in shared memory, tiles that a copy engine brings there
-// (TMA), and the barriers that count its bytes. Machine code for sm_90a alone; other targets and the emulator see nothing of it.
+// (TMA), and the barriers that count its bytes. Machine code for sm_90a alone; other targets see nothing of it, and the emulator has
+// functions of the same names (hopper.h).
 //
 // Operands are tiles of rows of 64 numbers (k) of 16 bits: 128 bytes, whose eight vectors of 16 are swizzled by the row's number, as
 // the copy engine writes them (CU_TENSOR_MAP_SWIZZLE_128B). A tile begins at a multiple of 1024 bytes.
@@ -12,11 +13,13 @@
 
 #include <cstdint>
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(LLAMA_EXT_CUDA_EMULATED)
 #define LLAMA_EXT_HAS_WGMMA 1
 #endif
 
-#if defined(LLAMA_EXT_HAS_WGMMA)
+#if defined(LLAMA_EXT_CUDA_EMULATED)
+#include <hopper.h>
+#elif defined(LLAMA_EXT_HAS_WGMMA)
 namespace llama_ext::cuda {
 
 __device__ __forceinline__ uint32_t shared_address(const void* shared) {
@@ -128,24 +131,6 @@ __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
-/// What wgmma takes for an operand: rows of 128 bytes, swizzled, groups of eight rows 1024 bytes apart. k advances by 32 bytes
-/// for 16 numbers: 2 in these units.
-__device__ __forceinline__ uint64_t operand(const void* tile) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  constexpr uint64_t kGroupOfRows = uint64_t{1024 / 16} << 32;
-  constexpr uint64_t kUnused = uint64_t{1} << 16;
-  return kSwizzle128 | kGroupOfRows | kUnused | ((shared_address(tile) & 0x3ffff) / 16);
-}
-inline constexpr uint64_t kOperandStep = 2;
-/// An operand b whose rows are k and whose 64 numbers are columns; the next 64 columns come `bytes` later. k advances by 16 rows.
-__device__ __forceinline__ uint64_t transposed_operand(const void* tile, int bytes) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  constexpr uint64_t kGroupOfRows = uint64_t{1024 / 16} << 32;
-  return kSwizzle128 | kGroupOfRows | (static_cast<uint64_t>(bytes / 16) << 16) |
-         ((shared_address(tile) & 0x3ffff) / 16);
-}
-inline constexpr uint64_t kTransposedStep = 2048 / 16;
-
 __device__ __forceinline__ void fence_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 /// Waits for all groups of products but the last `kPending`.
@@ -252,6 +237,30 @@ __device__ __forceinline__ void product_of_registers(float (&c)[kColumns / 2], c
 #undef LLAMA_EXT_F4
 #undef LLAMA_EXT_F16
 #undef LLAMA_EXT_F32
+
+}  // namespace llama_ext::cuda
+#endif
+
+#if defined(LLAMA_EXT_HAS_WGMMA)
+namespace llama_ext::cuda {
+
+/// What wgmma takes for an operand: rows of 128 bytes, swizzled, groups of eight rows 1024 bytes apart. k advances by 32 bytes
+/// for 16 numbers: 2 in these units.
+__device__ __forceinline__ uint64_t operand(const void* tile) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  constexpr uint64_t kGroupOfRows = uint64_t{1024 / 16} << 32;
+  constexpr uint64_t kUnused = uint64_t{1} << 16;
+  return kSwizzle128 | kGroupOfRows | kUnused | ((shared_address(tile) & 0x3ffff) / 16);
+}
+inline constexpr uint64_t kOperandStep = 2;
+/// An operand b whose rows are k and whose 64 numbers are columns; the next 64 columns come `bytes` later. k advances by 16 rows.
+__device__ __forceinline__ uint64_t transposed_operand(const void* tile, int bytes) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  constexpr uint64_t kGroupOfRows = uint64_t{1024 / 16} << 32;
+  return kSwizzle128 | kGroupOfRows | (static_cast<uint64_t>(bytes / 16) << 16) |
+         ((shared_address(tile) & 0x3ffff) / 16);
+}
+inline constexpr uint64_t kTransposedStep = 2048 / 16;
 
 }  // namespace llama_ext::cuda
 #endif

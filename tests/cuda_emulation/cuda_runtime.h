@@ -84,6 +84,7 @@ inline long long __double_as_longlong(double value) {
 inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
 }
+inline float __fdividef(float a, float b) { return a / b; }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 
@@ -178,5 +179,9 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event);
 cudaError_t cudaHostAlloc(void** memory, size_t nbytes, unsigned flags);
 cudaError_t cudaFreeHost(void* memory);
 cudaError_t cudaGetLastError();
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess };
+constexpr unsigned long long cudaEnableDefault = 0;
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned version,
+                                             unsigned long long flags, cudaDriverEntryPointQueryResult* result);
 const char* cudaGetErrorString(cudaError_t error);
 const char* cudaGetErrorName(cudaError_t error);

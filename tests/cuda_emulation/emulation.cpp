@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -50,7 +51,8 @@ namespace {
 
 constexpr size_t kStack = 128 * 1024;
 constexpr unsigned kMostThreads = 1024;
-constexpr size_t kMostShared = 227 * 1024;
+constexpr unsigned kMostCluster = 2;
+constexpr size_t kSharedWindow = 228 * 1024;
 
 struct Copy {
   void* to;
@@ -59,8 +61,11 @@ struct Copy {
   const void* code;
 };
 
+struct Resident;
+
 struct Fiber {
   Thread thread;
+  Resident* home = nullptr;
   void* stack_pointer = nullptr;
   const uint64_t* waits_for = nullptr;  // until this is no longer `value`
   uint64_t value = 0;
@@ -68,6 +73,8 @@ struct Fiber {
   bool has_waited = false;  // for kernels before its own
   std::vector<Copy> open_copies;
   std::deque<std::vector<Copy>> groups;
+  std::vector<std::function<void()>> open_products;
+  std::deque<std::vector<std::function<void()>>> products;
 };
 
 struct Warp {
@@ -78,19 +85,36 @@ struct Warp {
   alignas(16) unsigned char slots[2][kWarpSize * kSlot];
 };
 
+/// A block that runs, and its places for whoever waits.
+struct Resident {
+  Block block;
+  unsigned char* window = nullptr;  // of shared memory, which ends at a forbidden page
+  uint32_t number = 0;              // within the grid
+  uint32_t rank = 0;                // within its cluster
+  unsigned left = 0;                // threads that are not done
+  unsigned at_barrier = 0;
+  uint64_t barrier = 0;
+  uint32_t epoch = 0;
+  struct Named {
+    unsigned arrived = 0;
+    uint64_t generation = 0;
+  };
+  std::array<Named, 16> named;
+};
+
 /// Everything a host thread needs to run blocks; made at its first launch.
 struct Machine {
-  Block block;
+  std::vector<Resident> residents = std::vector<Resident>(kMostCluster);
   std::vector<Fiber> fibers = std::vector<Fiber>(kMostThreads);
   std::vector<Warp> warps = std::vector<Warp>(kMostThreads / kWarpSize);
   unsigned char* stacks = nullptr;
-  unsigned char* shared = nullptr;  // ends at a forbidden page
-  uint64_t barrier = 0;
-  unsigned at_barrier = 0;
+  unsigned cluster = 1;
+  unsigned at_cluster_barrier = 0;
+  uint64_t cluster_barrier = 0;
+  std::deque<std::function<void()>> copies;  // of the copy engine, to be done
+  bool is_watched = true;                    // for races
   uint32_t launch = 0;
   uint32_t first_unfinished = 0;  // launch that this one may run beside, until it waits
-  uint32_t block_number = 0;
-  uint32_t epoch = 0;
   bool has_any_waited = false;
   Fiber* current = nullptr;
   void* scheduler = nullptr;
@@ -105,10 +129,10 @@ struct Machine {
     };
     stacks = map(kMostThreads * kStack);
     for (unsigned i = 0; i < kMostThreads; ++i) mprotect(stacks + i * kStack, 4096, PROT_NONE);
-    shared = map(kMostShared + 4096 + 4096);
-    const size_t whole = (kMostShared + 4095) / 4096 * 4096;
-    mprotect(shared + whole, 4096, PROT_NONE);
-    shared += whole;
+    for (Resident& resident : residents) {
+      resident.window = map(kSharedWindow + 4096);
+      mprotect(resident.window + kSharedWindow, 4096, PROT_NONE);
+    }
   }
 };
 
@@ -142,8 +166,8 @@ void wait_while(const uint64_t* counter, uint64_t value) {
   Machine& m = machine();
   (*m.kernel)();
   Fiber& self = *m.current;
-  if (!self.open_copies.empty() || !self.groups.empty())
-    m.failure = "a thread ended with copies that nobody waited for";
+  if (!self.open_copies.empty() || !self.groups.empty() || !self.open_products.empty() || !self.products.empty())
+    m.failure = "a thread ended with copies or products that nobody waited for";
   self.is_done = true;
   to_scheduler();
   std::abort();
@@ -157,6 +181,8 @@ void prepare(Fiber& fiber, unsigned number, const dim3& index, unsigned char* st
   fiber.has_waited = machine().first_unfinished == machine().launch;
   fiber.open_copies.clear();
   fiber.groups.clear();
+  fiber.open_products.clear();
+  fiber.products.clear();
   // Six registers and the address that the switch returns to; aligned as after a call.
   void** top = reinterpret_cast<void**>(stack + kStack - 64);
   top[-1] = nullptr;
@@ -184,20 +210,41 @@ void permute(std::vector<unsigned>& numbers, Order order, uint64_t seed) {
   }
 }
 
-void run_block(Machine& m, unsigned threads, size_t shared_bytes, const std::vector<unsigned>& turns) {
-  m.block.shared = m.shared - shared_bytes;
-  std::memset(m.block.shared, 0xff, shared_bytes);
-  m.at_barrier = 0;
-  m.epoch = 0;
-  race_check::begin_block(m.block.shared, shared_bytes);
-  for (unsigned w = 0; w < threads / kWarpSize; ++w) {
+/// Blocks [first, first + cluster) of the grid.
+void run_cluster(Machine& m, uint64_t first, const dim3& grid, unsigned threads, size_t shared_bytes,
+                 const std::vector<unsigned>& turns) {
+  for (unsigned rank = 0; rank < m.cluster; ++rank) {
+    Resident& resident = m.residents[rank];
+    const uint64_t number = first + rank;
+    resident.block.index = dim3(static_cast<unsigned>(number % grid.x), static_cast<unsigned>(number / grid.x % grid.y),
+                                static_cast<unsigned>(number / grid.x / grid.y));
+    resident.block.size = dim3(threads);
+    resident.block.grid = grid;
+    resident.block.shared = resident.window + kSharedWindow - shared_bytes;
+    std::memset(resident.block.shared, 0xff, shared_bytes);
+    resident.number = static_cast<uint32_t>(number);
+    resident.rank = rank;
+    resident.left = threads;
+    resident.at_barrier = 0;
+    resident.epoch = 0;
+    resident.named.fill({});
+    for (unsigned i = 0; i < threads; ++i) {
+      const unsigned at = rank * threads + i;
+      prepare(m.fibers[at], i, dim3(i), m.stacks + at * kStack);
+      m.fibers[at].home = &resident;
+    }
+  }
+  m.at_cluster_barrier = 0;
+  m.copies.clear();
+  const unsigned all = threads * m.cluster;
+  for (unsigned w = 0; w < all / kWarpSize; ++w) {
     m.warps[w].arrived = 0;
     m.warps[w].syncs = 0;
     m.warps[w].what = nullptr;
   }
-  for (unsigned i = 0; i < threads; ++i) prepare(m.fibers[i], i, dim3(i), m.stacks + i * kStack);
-  unsigned left = threads;
-  while (left > 0 && m.failure.empty()) {
+  race_check::begin_block(m.residents[0].block.shared, shared_bytes);
+  unsigned left = all;
+  while (left > 0) {
     bool has_moved = false;
     for (const unsigned i : turns) {
       Fiber& fiber = m.fibers[i];
@@ -206,39 +253,106 @@ void run_block(Machine& m, unsigned threads, size_t shared_bytes, const std::vec
       has_moved = true;
       m.current = &fiber;
       cuda_emulation_switch(&m.scheduler, fiber.stack_pointer);
-      if (fiber.is_done) --left;
       if (!m.failure.empty()) return;
+      if (fiber.is_done) {
+        --left;
+        --fiber.home->left;
+      }
     }
-    if (!has_moved) m.failure = "a barrier or a collective that not all threads reach";
+    if (has_moved) continue;
+    // The copy engine works when nobody else can: no sooner than it must.
+    if (m.copies.empty()) {
+      m.failure = "a barrier or a collective that not all threads reach";
+      return;
+    }
+    const auto copy = std::move(order() == Order::kBackward ? m.copies.back() : m.copies.front());
+    order() == Order::kBackward ? m.copies.pop_back() : m.copies.pop_front();
+    copy();
+    if (!m.failure.empty()) return;
   }
+  if (!m.copies.empty()) m.failure = "copies that nobody waited for";
 }
 
 }  // namespace
 
 Thread& thread() { return machine().current->thread; }
-Block& block() { return machine().block; }
+Block& block() { return machine().current->home->block; }
 
 void sync_block() {
-  Machine& m = machine();
-  const uint64_t generation = m.barrier;
-  if (++m.at_barrier == m.block.size.x) {
-    m.at_barrier = 0;
-    ++m.barrier;
-    ++m.epoch;
+  Resident& resident = *machine().current->home;
+  const uint64_t generation = resident.barrier;
+  if (++resident.at_barrier == resident.block.size.x) {
+    resident.at_barrier = 0;
+    ++resident.barrier;
+    ++resident.epoch;
     return;
   }
-  wait_while(&m.barrier, generation);
+  wait_while(&resident.barrier, generation);
 }
+
+void meet_at(int barrier, unsigned count, bool waits) {
+  Resident::Named& named = machine().current->home->named.at(static_cast<size_t>(barrier));
+  const uint64_t generation = named.generation;
+  if (++named.arrived == count) {
+    named.arrived = 0;
+    ++named.generation;
+  } else if (waits) {
+    wait_while(&named.generation, generation);
+  }
+}
+
+unsigned cluster_rank() { return machine().current->home->rank; }
+
+void sync_cluster() {
+  Machine& m = machine();
+  const uint64_t generation = m.cluster_barrier;
+  if (++m.at_cluster_barrier == m.cluster * block().size.x) {
+    m.at_cluster_barrier = 0;
+    ++m.cluster_barrier;
+    return;
+  }
+  wait_while(&m.cluster_barrier, generation);
+}
+
+unsigned char* shared_window() { return machine().current->home->window; }
+unsigned char* shared_window_of(unsigned rank) {
+  Machine& m = machine();
+  if (rank >= m.cluster || m.residents[rank].left == 0) {
+    fail_launch("something for a block of the cluster that is not there, or has ended");
+  }
+  return m.residents[rank].window;
+}
+
+void wait_for_change(const uint64_t* word, uint64_t value) { wait_while(word, value); }
+
+void copy_later(std::function<void()> copy) { machine().copies.push_back(std::move(copy)); }
+
+void multiply_later(std::function<void()> product) {
+  if (order() == Order::kBackward) return product();
+  machine().current->open_products.push_back(std::move(product));
+}
+void commit_products() {
+  Fiber& self = *machine().current;
+  self.products.push_back(std::move(self.open_products));
+  self.open_products.clear();
+}
+void wait_for_products(int pending) {
+  Fiber& self = *machine().current;
+  while (self.products.size() > static_cast<size_t>(pending)) {
+    for (const auto& product : self.products.front()) product();
+    self.products.pop_front();
+  }
+}
+
+void stop_watching() { machine().is_watched = false; }
 
 const unsigned char* exchange_bytes(const char* what, const void* value, size_t nbytes) {
   Machine& m = machine();
-  Warp& warp = m.warps[m.current->thread.number / kWarpSize];
+  Warp& warp = m.warps[static_cast<size_t>(m.current - m.fibers.data()) / kWarpSize];
   const uint64_t generation = warp.generation;
   unsigned char* slots = warp.slots[generation % 2];
-  if (warp.arrived > 0 && std::strcmp(warp.what, what) != 0) {
-    m.failure = "lanes of one warp call different collectives";
-    to_scheduler();
-  }
+  if (warp.arrived > 0 && std::strcmp(warp.what, what) != 0)
+    fail_launch("lanes of one warp call different collectives");
   warp.what = what;
   std::memcpy(slots + lane() * kSlot, value, nbytes);
   if (++warp.arrived == kWarpSize) {
@@ -253,18 +367,19 @@ const unsigned char* exchange_bytes(const char* what, const void* value, size_t 
 
 bool current_place(const void* data, Place& place) {
   const Machine* m = running;
-  if (m == nullptr) return false;
+  if (m == nullptr || !m->is_watched) return false;
   const auto* byte = static_cast<const unsigned char*>(data);
   if (byte >= m->stacks && byte < m->stacks + kMostThreads * kStack) return false;
   const Fiber& fiber = *m->current;
-  place = {m->launch, fiber.has_waited ? m->launch : m->first_unfinished, m->block_number,
-           m->epoch,  m->warps[fiber.thread.number / kWarpSize].syncs,    fiber.thread.number};
+  place = {m->launch,         fiber.has_waited ? m->launch : m->first_unfinished, fiber.home->number,
+           fiber.home->epoch, m->warps[fiber.thread.number / kWarpSize].syncs,    fiber.thread.number};
   return true;
 }
 
-void fail_launch(const char* reason) {
+[[noreturn]] void fail_launch(const char* reason) {
   machine().failure = reason;
   to_scheduler();
+  std::abort();
 }
 
 void wait_for_predecessors() {
@@ -304,45 +419,46 @@ void begin_in_order() {
   first_of_chain = launches + 1;
 }
 
-void launch(CUstream_st* stream, const dim3& grid, unsigned threads, size_t shared_bytes, bool starts_early,
-            const std::function<void()>& kernel) {
+void launch(CUstream_st* stream, const LaunchShape& shape, const std::function<void()>& kernel) {
   if (is_capturing(stream)) {
-    capture(stream, [=] { launch(nullptr, grid, threads, shared_bytes, starts_early, kernel); });
+    capture(stream, [=] { launch(nullptr, shape, kernel); });
     return;
   }
+  const dim3& grid = shape.grid;
+  const unsigned threads = shape.threads;
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535 || threads == 0 ||
-      threads > kMostThreads || threads % kWarpSize != 0 || shared_bytes > shared_memory_per_block()) {
+      threads % kWarpSize != 0 || shape.cluster > kMostCluster || threads * shape.cluster > kMostThreads ||
+      grid.x % shape.cluster != 0 || shape.shared_bytes > shared_memory_per_block()) {
     set_last_error(cudaErrorInvalidValue, "a launch of impossible size");
     return;
   }
   std::unique_lock turn(launch_mutex);
   Machine& m = machine();
   m.launch = ++launches;
-  if (!starts_early) first_of_chain = m.launch;
+  if (!shape.starts_early) first_of_chain = m.launch;
   m.first_unfinished = first_of_chain;
   m.has_any_waited = false;
   if (!race_check::is_on()) turn.unlock();
-  const size_t aligned_shared = (shared_bytes + 15) / 16 * 16;
+  const size_t aligned_shared = (shape.shared_bytes + 15) / 16 * 16;
   const Order turn_order = order();
-  std::vector<unsigned> turns(threads);
+  std::vector<unsigned> turns(threads * shape.cluster);
   permute(turns, turn_order, threads);
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   m.kernel = &kernel;
   m.failure.clear();
-  m.block.size = dim3(threads);
-  m.block.grid = grid;
-  race_check::begin_launch(static_cast<uint32_t>(blocks), starts_early);
+  m.cluster = shape.cluster;
+  // What orders accesses of clusters is unknown to the check.
+  m.is_watched = shape.cluster == 1;
+  race_check::begin_launch(static_cast<uint32_t>(blocks), shape.starts_early);
   const DeviceAccess access;
   running = &m;
-  for (uint64_t i = 0; i < blocks && m.failure.empty(); ++i) {
-    const uint64_t number = turn_order == Order::kForward ? i : blocks - 1 - i;
-    m.block_number = static_cast<uint32_t>(number);
-    m.block.index = dim3(static_cast<unsigned>(number % grid.x), static_cast<unsigned>(number / grid.x % grid.y),
-                         static_cast<unsigned>(number / grid.x / grid.y));
-    run_block(m, threads, aligned_shared, turns);
+  const uint64_t clusters = blocks / shape.cluster;
+  for (uint64_t i = 0; i < clusters && m.failure.empty(); ++i) {
+    const uint64_t number = turn_order == Order::kForward ? i : clusters - 1 - i;
+    run_cluster(m, number * shape.cluster, grid, threads, aligned_shared, turns);
   }
   running = nullptr;
-  if (starts_early && !m.has_any_waited && m.failure.empty())
+  if (shape.starts_early && !m.has_any_waited && m.failure.empty())
     m.failure = "a kernel that starts early and does not wait for its predecessors";
   if (!m.failure.empty()) set_last_error(cudaErrorLaunchFailure, m.failure.c_str());
 }

@@ -66,13 +66,41 @@ void commit_copies();
 /// Waits for all groups of copies but the last `pending`.
 void wait_for_copies(int pending);
 
+struct LaunchShape {
+  dim3 grid;
+  unsigned threads = 0;
+  size_t shared_bytes = 0;
+  unsigned cluster = 1;       // blocks that run together
+  bool starts_early = false;  // may run beside those before it until it waits for them, back to the last that does not
+};
 /// Runs `kernel` for every thread of the grid, or, where the stream captures, with each launch of the graph. Device memory can only be
-/// followed meanwhile. Errors show in cudaGetLastError. A kernel that `starts_early` may run beside those before it until it waits for
-/// them, back to the last that does not, and to begin_in_order().
-void launch(CUstream_st* stream, const dim3& grid, unsigned threads, size_t shared_bytes, bool starts_early,
-            const std::function<void()>& kernel);
+/// followed meanwhile. Errors show in cudaGetLastError.
+void launch(CUstream_st* stream, const LaunchShape& shape, const std::function<void()>& kernel);
+/// No kernel after this starts before those ahead of it are done.
 void begin_in_order();
 void wait_for_predecessors();
+
+// For hopper.h.
+
+/// Waits until `count` threads of the block are at its barrier of this number, or only counts as one of them.
+void meet_at(int barrier, unsigned count, bool waits);
+unsigned cluster_rank();
+void sync_cluster();
+/// Where addresses of shared memory count from, in the calling thread's block or in that of a rank.
+unsigned char* shared_window();
+unsigned char* shared_window_of(unsigned rank);
+/// Gives way until *word is not `value`.
+void wait_for_change(const uint64_t* word, uint64_t value);
+/// Done by the scheduler, once no thread can go on.
+void copy_later(std::function<void()> copy);
+/// Done by the thread, at the wait for its group, or at once where turns go backward.
+void multiply_later(std::function<void()> product);
+void commit_products();
+void wait_for_products(int pending);
+/// What follows in this launch is ordered by what the race check does not know.
+void stop_watching();
+/// Ends the launch with an error.
+[[noreturn]] void fail_launch(const char* reason);
 
 /// Whether all these bytes lie within one allocation of the device.
 bool is_device_memory(const void* data, size_t nbytes);

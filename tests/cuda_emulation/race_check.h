@@ -25,8 +25,6 @@ struct Place {
 
 /// Of the fiber that runs on the calling thread. False where none does, and where `data` is that fiber's own.
 bool current_place(const void* data, Place& place);
-/// Ends the launch with an error.
-void fail_launch(const char* reason);
 
 enum class Access : uint8_t { kRead, kWrite, kAtomic };
 
