@@ -1,11 +1,30 @@
 #include "cpu/cgroup.h"
 
+#include <algorithm>
 #include <fstream>
+#include <limits>
 #include <sstream>
 
 #include "core/errors.h"
 
 namespace llama_ext {
+namespace {
+
+/// Bytes of page cache that the memory group of this folder and those below it are charged for; shared memory is not among them.
+size_t file_pages(const std::string& folder) {
+  std::ifstream file(folder + "/memory.stat");
+  std::string key;
+  size_t own = 0;
+  size_t total = 0;
+  for (size_t bytes = 0; file >> key >> bytes;) {
+    if (key == "inactive_file" || key == "active_file") own += bytes;
+    if (key == "total_inactive_file" || key == "total_active_file") total += bytes;
+  }
+  // Version 2 says only the first pair, which includes the groups below; in version 1 that is the second pair.
+  return std::max(own, total);
+}
+
+}  // namespace
 
 std::vector<std::string> cgroup_folders(const std::string& controller) {
   std::vector<std::string> folders;
@@ -44,6 +63,15 @@ std::optional<size_t> first_number(std::initializer_list<std::string> paths) {
     if (text >> number) return number;
   }
   return std::nullopt;
+}
+
+size_t cgroup_memory_left(const std::string& folder) {
+  // Version 2, then 1; "max" and a missing file do not parse, which means no limit.
+  const std::optional<size_t> limit = first_number({folder + "/memory.max", folder + "/memory.limit_in_bytes"});
+  const std::optional<size_t> used = first_number({folder + "/memory.current", folder + "/memory.usage_in_bytes"});
+  if (!limit || !used) return std::numeric_limits<size_t>::max();
+  const size_t kept = *used - std::min(*used, file_pages(folder));
+  return *limit - std::min(*limit, kept);
 }
 
 }  // namespace llama_ext

@@ -9,7 +9,6 @@
 #include <fstream>
 #include <limits>
 #include <memory>
-#include <optional>
 #include <string>
 
 #include "core/errors.h"
@@ -21,6 +20,7 @@ namespace {
 constexpr size_t kHugePage = size_t{2} << 20;
 // Asking costs tens of microseconds, more than a small buffer itself.
 constexpr size_t kWorthAsking = size_t{64} << 20;
+constexpr size_t kUnlimited = std::numeric_limits<size_t>::max();
 
 void* map_pages(size_t nbytes, const char* what) {
   if (nbytes == 0) return nullptr;
@@ -30,8 +30,6 @@ void* map_pages(size_t nbytes, const char* what) {
   require(data != MAP_FAILED, ErrorKind::kOutOfMemory, what, " needs ", nbytes, " bytes: ", std::strerror(errno));
   return data;
 }
-
-constexpr size_t kUnlimited = std::numeric_limits<size_t>::max();
 
 size_t system_memory() {
   std::ifstream file("/proc/meminfo");
@@ -46,15 +44,10 @@ size_t system_memory() {
   return kUnlimited;
 }
 
-/// What the tightest control group of this process has left, page cache it could drop not counted.
+/// What the tightest control group of this process could give.
 size_t cgroup_memory() {
   size_t left = kUnlimited;
-  for (const std::string& folder : cgroup_folders("memory")) {
-    // Version 2, then 1; "max" and a missing file do not parse, which means no limit.
-    const std::optional<size_t> limit = first_number({folder + "/memory.max", folder + "/memory.limit_in_bytes"});
-    const std::optional<size_t> used = first_number({folder + "/memory.current", folder + "/memory.usage_in_bytes"});
-    if (limit && used) left = std::min(left, *limit > *used ? *limit - *used : 0);
-  }
+  for (const std::string& folder : cgroup_folders("memory")) left = std::min(left, cgroup_memory_left(folder));
   return left;
 }
 
