@@ -156,7 +156,8 @@ std::vector<std::string> cpu_features() {
 
 std::string cpu_name() {
   std::array<uint32_t, 12> words{};
-  if (__get_cpuid_max(0x80000000u, nullptr) < 0x80000004u) return "unknown x86-64";
+  // An int in Clang's header.
+  if (static_cast<uint32_t>(__get_cpuid_max(0x80000000u, nullptr)) < 0x80000004u) return "unknown x86-64";
   for (uint32_t i = 0; i < 3; ++i) {
     __get_cpuid(0x80000002u + i, &words[4 * i], &words[4 * i + 1], &words[4 * i + 2], &words[4 * i + 3]);
   }

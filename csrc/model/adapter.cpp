@@ -63,8 +63,9 @@ Adapter::Adapter(std::shared_ptr<Backend> backend, const ModelConfig& config,
   }
   if (found == targets.size()) return;
   for (const auto& [slot, shape] : targets) {
-    require(std::any_of(entries_.begin(), entries_.end(), [&](const Entry& each) { return each.slot == slot; }),
-            ErrorKind::kOption, "adapter: '", slot,
+    // By a name of its own: Clang before 16 captures no structured binding.
+    const auto is_it = [&name = slot](const Entry& each) { return each.slot == name; };
+    require(std::any_of(entries_.begin(), entries_.end(), is_it), ErrorKind::kOption, "adapter: '", slot,
             "' is no matrix of a block of this model. An adapter adds to "
             "layers.{i}.q, k, v, o, gate, up and down");
   }

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
 #include <limits>
 #include <memory>
 #include <random>
@@ -126,7 +127,8 @@ std::vector<float> mixed_logits(size_t size, uint32_t seed) {
 void test_every_isa_makes_the_same_bits_of_logits() {
   for (const std::string& isa : available_isas()) {
     const LogitsLoops& loops = kernel_table(isa).logits;
-    for (const size_t size : {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 255, 256, 257, 1023, 1024, 1025, 5000, 100003}) {
+    for (const size_t size : std::initializer_list<size_t>{1,  2,  3,   4,   5,   7,    8,    9,    15,   16,
+                                                           17, 31, 255, 256, 257, 1023, 1024, 1025, 5000, 100003}) {
       std::vector<float> logits = mixed_logits(size, static_cast<uint32_t>(size));
       const auto count = static_cast<int64_t>(size);
       const int64_t argmax = kPlainLogitsLoops.argmax(logits.data(), count);

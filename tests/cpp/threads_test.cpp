@@ -144,7 +144,9 @@ void test_threads_that_share_a_model_get_what_each_gets_alone() {
     std::vector<Outcome> together(kThreads);
     std::vector<std::thread> threads;
     for (int index = 0; index < kThreads; ++index) {
-      threads.emplace_back([&, index] { together[static_cast<size_t>(index)] = use(model, index, kv_dtype); });
+      // Clang before 16 captures no structured binding.
+      threads.emplace_back(
+          [&, index, kept = kv_dtype] { together[static_cast<size_t>(index)] = use(model, index, kept); });
     }
     for (std::thread& thread : threads) thread.join();
     for (size_t index = 0; index < kThreads; ++index) {
