@@ -1,6 +1,7 @@
 // Model: weights in and out, and whatever is computed without keeping state.
 #include <algorithm>
 #include <functional>
+#include <utility>
 
 #include "bindings/bindings.h"
 #include "generate/beam_search.h"
@@ -72,8 +73,6 @@ ModelPtr make_model(const std::shared_ptr<Backend>& backend, const py::dict& con
   return without_gil([&] { return std::make_shared<Model>(backend, parsed, plan, bytes, arithmetic); });
 }
 
-bool has_separate_gate_up(const Model& model) { return model.weights().block(0).gate.weight != nullptr; }
-
 ModelPtr converted(const Model& model, const py::dict& types, bool separate_gate_up) {
   WeightPlan plan = plan_from_dict(types);
   plan.separate_gate_up = separate_gate_up;
@@ -99,23 +98,18 @@ py::dict types(const Model& model) {
   return all;
 }
 
-/// A view of a matrix's memory; the array keeps the model alive.
+/// A view of a matrix's memory, which the array keeps alive: the model's, or a copy where the model has it in two.
 py::array packed(const ModelPtr& model, const std::string& name) {
-  for (const Weights::NamedMatrix& each : model->weights().matrices()) {
-    if (each.name != name) continue;
-    const std::span<const std::byte> bytes = model->backend().packed_bytes(*each.matrix);
-    py::array array(py::dtype::of<uint8_t>(), {static_cast<py::ssize_t>(bytes.size())}, {1}, bytes.data(),
-                    py::cast(model));
-    array.attr("setflags")(py::arg("write") = false);
-    return array;
+  const PackedBytes found = without_gil([&] { return model->weights().packed(name); });
+  py::object owner = py::cast(model);
+  if (found.owner != nullptr) {
+    using Kept = std::pair<ModelPtr, std::shared_ptr<const void>>;
+    owner = py::capsule(new Kept(model, found.owner), [](void* kept) { delete static_cast<Kept*>(kept); });
   }
-  fail(ErrorKind::kCheckpoint, "packed: there is no matrix '", name, "' in this model");
-}
-
-py::list matrix_names(const Model& model) {
-  py::list list;
-  for (const Weights::NamedMatrix& each : model.weights().matrices()) list.append(each.name);
-  return list;
+  py::array array(py::dtype::of<uint8_t>(), {static_cast<py::ssize_t>(found.bytes.size())}, {1}, found.bytes.data(),
+                  owner);
+  array.attr("setflags")(py::arg("write") = false);
+  return array;
 }
 
 void load(Model& model, const std::string& slot, const py::object& source, const std::string& dtype,
@@ -209,10 +203,6 @@ py::tuple read_codes(const Model& model, const std::string& name) {
   return arrays.tuple();
 }
 
-int64_t kv_nbytes(const Model& model, int64_t capacity, const std::string& dtype) {
-  return model.backend().kv_cache_nbytes(model.kv_shape(capacity, kv_dtype_from_name(dtype)));
-}
-
 py::list logits(const Model& model, const py::object& sequences, const Adapters& adapters, const std::string& which) {
   const std::vector<std::vector<int32_t>> tokens = token_id_lists(sequences, "logits", "sequences");
   require(which == "all" || which == "last", ErrorKind::kOption, "logits: rows must be 'all' or 'last', got '", which,
@@ -289,7 +279,7 @@ void bind_model(py::module_& module) {
       .def_property_readonly("dtype",
                              [](const Model& m) { return std::string(info_of(m.weights().type().encoding).name); })
       .def_property_readonly("nbytes", [](const Model& m) { return m.weights().nbytes(); })
-      .def_property_readonly("separate_gate_up", [](const Model& m) { return has_separate_gate_up(m); })
+      .def_property_readonly("separate_gate_up", [](const Model& m) { return m.weights().has_separate_gate_up(); })
       .def("converted", &converted, py::arg("types"), py::arg("separate_gate_up"))
       .def("slots", &slots)
       .def("types", &types)
@@ -304,11 +294,10 @@ void bind_model(py::module_& module) {
       .def("load_blocks", &load_blocks, py::arg("slot"), py::arg("blocks"), py::arg("ggml_type"))
       .def("load_codes", &load_codes, py::arg("slot"), py::arg("codes"), py::arg("scales"),
            py::arg("mins") = py::none())
-      .def("matrices", &matrix_names)
+      .def("matrices", [](const Model& m) { return m.weights().packed_names(); })
       .def("packed", &packed, py::arg("name"))
       .def("read", &read, py::arg("slot"))
       .def("read_codes", &read_codes, py::arg("slot"))
-      .def("kv_nbytes", &kv_nbytes, py::arg("capacity"), py::arg("dtype"))
       .def("logits", &logits, py::arg("sequences"), py::arg("adapters") = Adapters{}, py::arg("rows") = "all")
       .def("score", &score_tokens, py::arg("tokens"), py::arg("first"), py::arg("advance") = py::none(),
            py::arg("adapter") = py::none())

@@ -28,7 +28,6 @@ class Session {
           std::shared_ptr<const Adapter> adapter = nullptr);
 
   const Model& model() const { return *model_; }
-  std::shared_ptr<const Model> shared_model() const { return model_; }
   const std::shared_ptr<const Adapter>& adapter() const { return adapter_; }
   int64_t length() const { return static_cast<int64_t>(tokens_.size()); }
   int64_t capacity() const { return cache_->shape().capacity; }

@@ -62,7 +62,7 @@ void check_chunks(const Model& model, const std::vector<Chunk>& chunks, const fl
     check_token_ids(chunk.tokens, chunk.count, config.vocabulary);
     if (chunk.adapter != nullptr) {
       chunk.adapter->require_fits(config);
-      require(model.weights().block(0).gate.weight != nullptr, ErrorKind::kUnsupported,
+      require(model.weights().has_separate_gate_up(), ErrorKind::kUnsupported,
               "forward: an adapter needs a model whose gate and up are separate matrices");
     }
     caches.push_back(chunk.cache);

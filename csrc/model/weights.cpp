@@ -61,10 +61,15 @@ class Weights::Builder {
       : w_(weights), packed_(packed), only_counts_(only_counts) {}
 
   int64_t nbytes() const { return nbytes_; }
+  /// Of the matrices, in order.
+  const std::vector<std::string>& names() const { return names_; }
+  /// Whether a file has this matrix.
+  bool is_given(const std::string& name) const { return packed_.contains(name); }
 
   std::unique_ptr<Matrix> matrix(const std::string& name, int64_t rows, int64_t cols, WeightType type) {
     const auto found = packed_.find(name);
     if (only_counts_) {
+      names_.push_back(name);
       const int64_t nbytes = w_.backend_.matrix_nbytes(rows, cols, type);
       if (packed_.empty()) {
         nbytes_ = checked_add(nbytes_, nbytes, "weights");
@@ -145,11 +150,19 @@ class Weights::Builder {
   const PackedWeights& packed_;
   bool only_counts_;
   int64_t nbytes_ = 0;
+  std::vector<std::string> names_;
   std::set<std::string, std::less<>> used_;  // names of packed matrices that found their place
 };
 
 Weights::Weights(Backend& backend, const ModelConfig& config, const WeightPlan& plan, const PackedWeights& packed)
     : backend_(backend), plan_(plan) {
+  // What is packed is what a model that is loaded asks for, however this one keeps it.
+  const PackedWeights none;
+  Builder loaded(*this, none, /*only_counts=*/true);
+  plan_.separate_gate_up = false;
+  build(config, loaded);
+  packed_names_ = loaded.names();
+  plan_ = plan;
   Builder count(*this, packed, /*only_counts=*/true);
   build(config, count);
   count.check_packed();
@@ -176,7 +189,8 @@ void Weights::build(const ModelConfig& config, Builder& builder) {
     build_qkv(config, prefix, builder, block);
     block.o = whole("o", width, config.q_size(), config.attention_bias);
     block.ffn_norm = builder.norm(prefix + "feed_forward_norm", width);
-    if (!plan_.separate_gate_up && plan_.of(prefix + "gate") == plan_.of(prefix + "up")) {
+    const bool is_one_type = plan_.of(prefix + "gate") == plan_.of(prefix + "up");
+    if (is_one_type && !plan_.separate_gate_up && !builder.is_given(prefix + "gate")) {
       block.gate_up = builder.linear(prefix, "gate_up",
                                      {{"gate", gate_rows(), config.ffn_width}, {"up", up_rows(), config.ffn_width}},
                                      gate_up_size(config.ffn_width), width, config.ffn_bias);
@@ -312,6 +326,28 @@ void Weights::read_codes(std::string_view slot, const std::function<void(int64_t
   const Place& place = places_[index];
   require(place.matrix != nullptr, ErrorKind::kDType, "weights: '", slot, "' is a vector, and has no codes");
   backend_.read_codes(*place.matrix, place.rows, slots_[index].shape[0], visit);
+}
+
+bool Weights::has_separate_gate_up() const {
+  return std::all_of(blocks_.begin(), blocks_.end(),
+                     [](const BlockWeights& block) { return block.gate.weight != nullptr; });
+}
+
+PackedBytes Weights::packed(std::string_view name) const {
+  require(std::find(packed_names_.begin(), packed_names_.end(), name) != packed_names_.end(), ErrorKind::kCheckpoint,
+          "packed: there is no matrix '", name, "' in this model");
+  for (const NamedMatrix& each : matrices_) {
+    if (each.name == name) return {.bytes = backend_.packed_bytes(*each.matrix), .owner = nullptr};
+  }
+  // Only gate and up may be apart here and one matrix in a file.
+  const std::string_view prefix = name.substr(0, name.size() - std::string_view("gate_up").size());
+  const Matrix& gate = *place(cat(prefix, "gate")).matrix;
+  const Matrix& up = *place(cat(prefix, "up")).matrix;
+  const std::shared_ptr<Matrix> both = backend_.create_matrix(gate_up_size(gate.rows()), gate.cols(), gate.type());
+  backend_.copy_rows(*both, gate_rows(), gate, {}, gate.rows());
+  backend_.copy_rows(*both, up_rows(), up, {}, up.rows());
+  backend_.synchronize();
+  return {.bytes = backend_.packed_bytes(*both), .owner = both};
 }
 
 std::vector<std::string> Weights::missing() const {

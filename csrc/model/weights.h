@@ -49,7 +49,8 @@ struct BlockWeights {
 struct WeightPlan {
   WeightType others;
   std::map<std::string, WeightType, std::less<>> by_slot;
-  // Gate and up as matrices of their own even when they are of one type: for training and adapters, which need both halves.
+  // Gate and up as matrices of their own even when they are of one type: for training and adapters, which need both halves. What
+  // is packed for a file is the same either way.
   bool separate_gate_up = false;
 
   WeightType of(std::string_view slot) const {
@@ -58,7 +59,7 @@ struct WeightPlan {
   }
 };
 
-/// The memory of a matrix as Backend::packed_bytes gave it, and what keeps it alive.
+/// The memory of a matrix as Backend::packed_bytes gave it, and what keeps it alive; null: the model that it is of.
 struct PackedBytes {
   std::span<const std::byte> bytes;
   std::shared_ptr<const void> owner;
@@ -72,7 +73,8 @@ class Weights {
  public:
   /// All zero; or, where `packed` is not empty, with its matrices, which are those of a file, complete, and not copied. Norms and
   /// biases are f32. Throws CheckpointError, with the name, for a matrix that `packed` lacks, or that is not of this model or has
-  /// another number of bytes.
+  /// another number of bytes. Gate and up of one type may be one matrix there or two, as files from before `packed` joined them
+  /// have them: they stay what they are.
   Weights(Backend& backend, const ModelConfig& config, const WeightPlan& plan, const PackedWeights& packed);
 
   /// Fills a slot from host memory (f32 | f16 | bf16 | f64); a matrix is rounded to its type, quantised ones with the errors of
@@ -119,13 +121,20 @@ class Weights {
   /// Fills a slot with that of `source`, which has the same shape: as it is kept, or converted where types differ.
   void copy_from(const Weights& source, std::string_view slot);
 
+  /// Whether gate and up are matrices of their own in every layer, as adapters need them.
+  bool has_separate_gate_up() const;
+
+  /// The matrices that the constructor asks `packed` for, by name: gate and up of one type are one, in this model or not.
+  const std::vector<std::string>& packed_names() const { return packed_names_; }
+  /// One of them; what has to be joined first is a copy. Throws CheckpointError for another name, UnsupportedError as
+  /// Backend::packed_bytes.
+  PackedBytes packed(std::string_view name) const;
+
+ private:
   struct NamedMatrix {
     std::string name;
     const Matrix* matrix;
   };
-  const std::vector<NamedMatrix>& matrices() const { return matrices_; }
-
- private:
   class Builder;
   void build(const ModelConfig& config, Builder& builder);
   void build_qkv(const ModelConfig& config, const std::string& prefix, Builder& builder, BlockWeights& block);
@@ -140,6 +149,7 @@ class Weights {
   Norm final_norm_;
   std::vector<BlockWeights> blocks_;
   std::vector<NamedMatrix> matrices_;
+  std::vector<std::string> packed_names_;
   std::vector<Slot> slots_;
   std::vector<Place> places_;
   std::map<std::string, size_t, std::less<>> index_;  // by name: a checkpoint may have tens of thousands of slots

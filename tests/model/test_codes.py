@@ -73,7 +73,7 @@ def test_decoded_blocks_are_what_ggml_defines(kind: str) -> None:
     np.testing.assert_allclose(values, dequantize(blocks, BY_NAME[kind]), rtol=1e-6, atol=1e-7)
 
 
-def test_what_has_no_codes_is_refused(tmp_path: Path) -> None:
+def test_what_has_no_codes_is_refused() -> None:
     model = build(_core.Backend("cpu", 1))
     for slot in ("layers.0.q", "final_norm"):
         with pytest.raises(DTypeError, match="not quantised"):
