@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import llama_ext
 from llama_ext.errors import CheckpointError, FormatError, LimitError, LlamaExtError, UnsupportedError
 from llama_ext.io.gguf_file import GgufFile, GgufTensor
 from llama_ext.io.gguf_types import BY_NAME
@@ -354,6 +355,32 @@ def test_a_rotation_that_gguf_cannot_express_is_refused() -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "truncate": False}
     with pytest.raises(UnsupportedError, match="truncate"):
         config_to_gguf(config(rope_parameters=yarn))
+
+
+def test_a_classifier_is_refused_with_what_to_do() -> None:
+    with pytest.raises(
+        UnsupportedError, match=r"this is a LlamaForSequenceClassification, .* Convert it to a directory"
+    ):
+        config_to_gguf(config().as_classifier(["a", "b"]))
+
+
+@requires_shared
+@pytest.mark.parametrize("source", ["floats", "int8"])
+def test_converting_a_classifier_writes_nothing(source: str, tmp_path: Path) -> None:
+    """Failure elsewhere: a KeyError, 'score'."""
+    path = SHARED / "golden" / "classifier"
+    if source == "int8":
+        llama_ext.LlamaForSequenceClassification.from_pretrained(path, dtype="int8").save_pretrained(tmp_path / "int8")
+        path = tmp_path / "int8"
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UnsupportedError, match=r"head \(score\.weight\) has no place in one"):
+        llama_ext.convert(path, tmp_path / "out" / "x.gguf")
+    assert not list((tmp_path / "out").iterdir())
+    llama_ext.convert(path, tmp_path / "out" / "directory", dtype="float32")
+    again = llama_ext.LlamaForSequenceClassification.from_pretrained(tmp_path / "out" / "directory", compute="exact")
+    before = llama_ext.LlamaForSequenceClassification.from_pretrained(path, compute="exact")
+    ids = [[5, 6, 7], [8, 9]]
+    np.testing.assert_allclose(again.scores(ids), before.scores(ids), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

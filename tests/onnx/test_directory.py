@@ -146,7 +146,9 @@ def test_options_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     for options, message in refused:
         with pytest.raises(OptionError, match=message):
             export(model, tmp_path / "out", verify=False, **options)
-    with pytest.raises(OptionError, match="takes a LlamaForCausalLM or a path, got int"):
+    with pytest.raises(
+        OptionError, match="takes a LlamaForCausalLM, a LlamaForSequenceClassification or a path, got int"
+    ):
         export(3, tmp_path / "out", verify=False)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 

@@ -98,19 +98,6 @@ def test_a_quantised_model_is_compared_with_its_own_codes(tmp_path: Path, tiny: 
     assert report.loss_note == "the weights are stored exactly"
 
 
-@requires_shared
-@pytest.mark.parametrize("profile", PROFILES)
-def test_a_classifier_passes(tmp_path: Path, profile: str) -> None:
-    path = SHARED / "golden" / "classifier"
-    export(path, tmp_path, profile=profile, verify=False)
-    report = verify(path, tmp_path, threads=1)
-    assert report.passed, str(report)
-    assert {check.name for check in report.checks} == {
-        "texts", "one token", "batch padded on the right", "batch padded on the left"
-    }  # fmt: skip
-    assert report.verdicts == {"onnxruntime": "passed", "native": "not run"}
-
-
 # -- the report -------------------------------------------------------------------------------------------------------
 
 
@@ -399,7 +386,7 @@ def test_options_are_checked(exported: Path, tiny: llama_ext.LlamaForCausalLM) -
         verify(tiny, exported, texts=[[67]], record=False)
     with pytest.raises(llama_ext.ContextLengthError, match="49 tokens"):
         verify(tiny, exported, texts=[[1] * 49], record=False)
-    with pytest.raises(llama_ext.OptionError, match="a LlamaForCausalLM or a path"):
+    with pytest.raises(llama_ext.OptionError, match="a LlamaForCausalLM, a LlamaForSequenceClassification or a path"):
         verify(5, exported)  # type: ignore[arg-type]
 
 
@@ -451,7 +438,7 @@ def test_stray_inputs_are_refused(tmp_path: Path, exported: Path, tiny: llama_ex
         verify(tiny, tmp_path / "copy")
 
 
-def test_a_model_of_another_shape_is_refused(tmp_path: Path, exported: Path, tiny: llama_ext.LlamaForCausalLM) -> None:
+def test_a_model_of_another_shape_is_refused(tmp_path: Path, exported: Path) -> None:
     config = llama_ext.LlamaConfig(
         vocab_size=67, hidden_size=36, intermediate_size=50, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, max_position_embeddings=48,

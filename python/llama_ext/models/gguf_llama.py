@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llama_ext.errors import CheckpointError
+from llama_ext.errors import CheckpointError, UnsupportedError
 from llama_ext.io.gguf_file import GgufTensor
 from llama_ext.io.gguf_types import BY_NAME, GgmlType
 from llama_ext.limits import DEFAULT_LIMITS, Limits
@@ -209,8 +209,13 @@ def config_to_gguf(config: LlamaConfig) -> tuple[dict[str, Any], npt.NDArray[np.
         `gguf_rope.ROPE_FACTORS` in F32.
 
     Raises:
-        UnsupportedError: A rotation that GGUF cannot express.
+        UnsupportedError: A classifier, or a rotation that GGUF cannot express.
     """
+    if config.is_classifier:
+        raise UnsupportedError(
+            "a GGUF file holds a language model here, and this is a LlamaForSequenceClassification, whose head (score.weight) has no "
+            "place in one. Convert it to a directory, a path that does not end in .gguf, or export it with `llama-ext export-onnx`"
+        )
     entries, factors = rope_metadata(config)
     return {
         "general.architecture": ARCHITECTURE,

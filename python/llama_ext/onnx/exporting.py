@@ -25,8 +25,8 @@ from llama_ext.onnx.metadata import set_metadata, write_model
 from llama_ext.onnx.profiles import FILE_STEMS, QUANTIZED, Profile, checked_profile
 from llama_ext.onnx.transformer import transformer
 from llama_ext.onnx.weights import CoreWeights, FileWeights, Weights
+from llama_ext.runtime.loaded_model import LoadedModel
 from llama_ext.runtime.loading import open_model
-from llama_ext.runtime.model import LlamaForCausalLM
 from llama_ext.runtime.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class ExportResult:
 
 
 def export(
-    model_or_path: LlamaForCausalLM | str | os.PathLike[str],
+    model_or_path: LoadedModel | str | os.PathLike[str],
     out_dir: str | os.PathLike[str],
     *,
     profile: str = "standard",
@@ -82,8 +82,8 @@ def export(
     loaded. The same model gives the same bytes.
 
     Args:
-        model_or_path: A loaded model; or a directory, a GGUF file or a Hub id, of a language model or, as safetensors, of a
-            LlamaForSequenceClassification.
+        model_or_path: A loaded LlamaForCausalLM or LlamaForSequenceClassification, no adapter of which is active; or a directory, a
+            GGUF file or a Hub id, of a language model or, as safetensors, of a classifier.
         out_dir: Created if it does not exist. Exports of one model with several dtypes may share it: each has a name of its own
             in onnx/, and genai_config.json names the last one.
         profile: "portable": operators of opset 17, for OpenVINO, TensorRT and old versions of onnxruntime. "standard": those of
@@ -107,7 +107,8 @@ def export(
         UserWarning: A runtime will misread the model's config.
 
     Raises:
-        OptionError: An option is unknown, out of range, or contradicts the model or `out_dir`.
+        OptionError: An option is unknown, out of range, or contradicts the model or `out_dir`; or an adapter is active, which the
+            graph would lack.
         FormatError, CheckpointError, UnsupportedError, LimitError: The model cannot be read.
         NumericError: A weight is beyond the range of the dtype; or the result differs from the model by more than rounding
             explains.
@@ -127,20 +128,24 @@ def export(
 
 @contextlib.contextmanager
 def _weights(
-    model_or_path: LlamaForCausalLM | str | os.PathLike[str],
+    model_or_path: LoadedModel | str | os.PathLike[str],
     dtype: str | None,
     group_size: int | None,
     symmetric: bool | None,
     limits: Limits,
 ) -> Iterator[Weights]:
-    if isinstance(model_or_path, LlamaForCausalLM):
+    if isinstance(model_or_path, LoadedModel):
         model = model_or_path
+        model._refuse_active("export writes the base alone", "save_adapter writes the adapter")
         yield CoreWeights(
             model._core, model.config, model.tokenizer, model.generation_defaults, dtype, group_size, symmetric
         )
         return
     if not isinstance(model_or_path, (str, os.PathLike)):
-        raise OptionError(f"export takes a LlamaForCausalLM or a path, got {type(model_or_path).__name__}")
+        raise OptionError(
+            "export takes a LlamaForCausalLM, a LlamaForSequenceClassification or a path, "
+            f"got {type(model_or_path).__name__}"
+        )
     with open_model(model_or_path, limits=limits) as files, files.named_in_errors():
         yield FileWeights(files, dtype, group_size, symmetric)
 

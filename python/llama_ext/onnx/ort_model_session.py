@@ -160,11 +160,6 @@ class OrtSession:
         """How keys and values are kept: "float32" or "float16"."""
         return str(self._kv_dtype)
 
-    @property
-    def layer_outputs(self) -> list[str]:
-        """The names of a cache's parts: present.0.key, present.0.value, ..."""
-        return list(self._present)
-
     def empty_cache(self, batch: int = 1) -> Cache:
         """The cache of sequences that have no tokens yet."""
         shape = (batch, self.config.num_key_value_heads, 0, self.config.head_dim)

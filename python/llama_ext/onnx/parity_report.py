@@ -98,15 +98,15 @@ class ParityReport:
         versions: Of the packages and of Python.
         machine: The CPU, its instruction sets, the threads.
         texts: How many there were, their tokens, and the sha256 of these.
-        steps: Tokens that were generated greedily.
+        steps: Tokens that were generated greedily; 0 of a classifier.
         checks: What was compared.
         loss: What storing the weights in `dtype` changed, apart from any runtime: the reference with the weights as they
             are stored, against the reference with the original ones. Empty when they are the same numbers.
         loss_note: About `loss`, in words.
         not_run: What was not compared, and why.
         fault: Where a runtime first differs, when a check has failed.
-        required: The runtimes without which nothing has passed: the native model and onnxruntime where they can run it, and those
-            that were asked for by name.
+        required: The runtimes without which nothing has passed: the native model, onnxruntime, and those that were asked for by
+            name.
         seconds: How long it took; no part of the hash.
     """
 
@@ -180,8 +180,9 @@ class ParityReport:
         written = io.StringIO()
         console = Console(file=written, width=170, no_color=True, highlight=False)
         tokens = self.texts.get("tokens", 0)
+        greedy = f", {self.steps} greedy steps" if self.steps else ""
         table = Table(
-            title=f"{self.dtype} weights, profile {self.profile}: {tokens} tokens of text, {self.steps} greedy steps",
+            title=f"{self.dtype} weights, profile {self.profile}: {tokens} tokens of text{greedy}",
             title_justify="left",
             caption="Each against the float64 reference on the same stored weights.",
             caption_justify="left",
@@ -222,11 +223,12 @@ class ParityReport:
         if not self.loss:
             return self.loss_note
         figures = self.loss
-        words = [
-            f"relative rms of logits {_shown(figures['relative_rms'])}",
-            f"KL mean {_shown(figures['kl_mean'])}, p99 {_shown(figures['kl_p99'])}, max {_shown(figures['kl_max'])}",
-            f"top-1 {figures['top1']:.1%}, top-10 {figures['top10']:.1%}",
-        ]
+        words = [f"relative rms of logits {_shown(figures['relative_rms'])}"]
+        if "kl_mean" in figures:  # scores of labels have no such figures
+            words += [
+                f"KL mean {_shown(figures['kl_mean'])}, p99 {_shown(figures['kl_p99'])}, max {_shown(figures['kl_max'])}",
+                f"top-1 {figures['top1']:.1%}, top-10 {figures['top10']:.1%}",
+            ]
         if figures.get("perplexity_difference") is not None:
             words.append(f"perplexity {figures['perplexity_difference']:+.2%}")
         return f"{self.loss_note}: {'; '.join(words)}"

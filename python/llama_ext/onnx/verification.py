@@ -36,7 +36,7 @@ from llama_ext.runtime.progress import ProgressBar
 from llama_ext.runtime.threads import checked_threads
 
 if TYPE_CHECKING:
-    from llama_ext.runtime.model import LlamaForCausalLM
+    from llama_ext.runtime.loaded_model import LoadedModel
     from llama_ext.runtime.tokenizer import Tokenizer
 
 __all__ = ["Check", "Fault", "NotRun", "ParityReport", "verify"]
@@ -54,7 +54,7 @@ _RANDOM_LENGTHS = (48, 33, 17)
 
 
 def verify(
-    model_or_path: LlamaForCausalLM | str | os.PathLike[str],
+    model_or_path: LoadedModel | str | os.PathLike[str],
     out_dir: str | os.PathLike[str],
     *,
     texts: str | Sequence[str] | Sequence[Sequence[int]] | None = None,
@@ -71,13 +71,14 @@ def verify(
     Compared are the logits of whole texts; greedy generation through the KV cache, where another token than the reference's
     counts only when the reference's gap is over twice the measured error; the same text in chunks and token by token; a batch of
     two that is padded on the left and on the right; a single token; the last positions of the context. When a comparison with
-    onnxruntime fails, the report names the first layer and operation that differ.
+    onnxruntime fails, the report names the first layer and operation that differ. Of a classifier the scores of whole texts, of
+    padded batches and of a single token are compared; it generates nothing.
 
     Args:
-        model_or_path: What was exported: a loaded model, a directory, a GGUF file or a Hub id.
+        model_or_path: What was exported: a loaded model, no adapter of which is active, a directory, a GGUF file or a Hub id.
         out_dir: What `export` wrote.
         texts: A text, texts, or lists of token ids, none of them empty. None: three short texts; for a model without a tokenizer pseudo-random ids.
-        steps: Tokens to generate, >= 1; fewer where the context has no room for them.
+        steps: Tokens to generate, >= 1; fewer where the context has no room for them, and none of a classifier.
         variant: Which graph, as for `OrtModel`. None: the one that genai_config.json names, which is the one exported last.
         threads: Of the native model and of onnxruntime. None: as many as a native model gets.
         runtimes: Others to compare, of "onnxruntime-genai" (its tokens) and "openvino". One that is not installed, or cannot run
@@ -92,7 +93,8 @@ def verify(
 
     Raises:
         FormatError: A file is missing or malformed, or the graph is not of such a model.
-        OptionError: An option is out of range, a text is empty, or the graph was made from another model.
+        OptionError: An option is out of range, a text is empty, the graph was made from another model, or an adapter is active,
+            which no graph has.
         ContextLengthError: A text is longer than the context.
         TokenIdError: A token id outside the vocabulary.
         UnsupportedError: onnxruntime or onnx is not installed, or too old for the graph.
@@ -112,7 +114,7 @@ def verify(
     profile, dtype = said.get(metadata.PROFILE_KEY, ""), said.get(metadata.DTYPE_KEY, "")
     with open_source(model_or_path, graph, dtype, number, limits) as source:
         sequences = _sequences(texts, source)
-        work = Workload.of(sequences, count, source.config)
+        work = Workload.of(sequences, 0 if source.config.is_classifier else count, source.config)
         verification = Verification(graph, source, work, profile, dtype, number or None, others)
         with ProgressBar("Verifying", verification.stages, "of the stages") as bar:
             for stage in verification.run():

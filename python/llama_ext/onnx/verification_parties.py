@@ -97,7 +97,7 @@ class Party(Protocol):
     gates: Gates
 
     def logits(self, work: Pass) -> list[FloatArray]:
-        """The logits of each row's new tokens, (T, V)."""
+        """The logits of each row's new tokens, (T, V); of a classifier the scores of each row, (1, labels)."""
         ...
 
     def pieces(self, tokens: IntArray, sizes: Sequence[int], last: int) -> FloatArray:
@@ -116,15 +116,19 @@ class NativeParty:
         name: For the report.
         gates: For its arithmetic.
         core: Its weights.
+        scores: Whether it is a classifier, which gives each row the scores of its last token.
     """
 
-    def __init__(self, name: str, gates: Gates, core: _core.Model) -> None:
+    def __init__(self, name: str, gates: Gates, core: _core.Model, *, scores: bool = False) -> None:
         self.name = name
         self.gates = gates
         self._core = core
+        self._scores = scores
 
     def logits(self, work: Pass) -> list[FloatArray]:
         """Rows run ragged: the native model knows no padding."""
+        if self._scores:
+            return self._core.logits(list(work.sequences), rows="last")
         return [row[work.past :] for row in self._core.logits(list(work.sequences))]
 
     def pieces(self, tokens: IntArray, sizes: Sequence[int], last: int) -> FloatArray:

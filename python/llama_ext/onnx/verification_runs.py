@@ -18,7 +18,7 @@ from llama_ext.onnx.ort_model_session import OrtSession
 from llama_ext.onnx.parity import GATES, Gates, Nearness, compare_logits, nearness
 from llama_ext.onnx.parity_report import Check, Fault, NotRun, Number
 from llama_ext.onnx.profiles import QUANTIZED
-from llama_ext.onnx.reference import F64, Reference, Weights
+from llama_ext.onnx.reference import F64, Reference, Weights, weights_of_core
 from llama_ext.onnx.verification_graphs import GraphFile
 from llama_ext.onnx.verification_others import GENAI, OPENVINO, OpenVinoSession, genai_tokens, installed, version_of
 from llama_ext.onnx.verification_parties import Greedy, NativeParty, OrtParty, Party, Pass
@@ -107,13 +107,13 @@ class Verification:
         """The runtimes that have to pass."""
         exported = ONNXRUNTIME_FLOAT32 if self._dtype == "bfloat16" else ONNXRUNTIME
         # Whoever asks for one by name does not want to hear that everything has passed without it.
-        return (*(() if self._scores else (NATIVE,)), exported, *self._runtimes)
+        return (NATIVE, exported, *self._runtimes)
 
     @property
     def stages(self) -> int:
         """How many stages `run` has."""
         quantized = self._dtype in QUANTIZED
-        more = [quantized and not self._scores, quantized or self._dtype == "float16", not self._source.is_exact]
+        more = [quantized, quantized or self._dtype == "float16", not self._source.is_exact]
         return 3 + sum(more) + len(self._runtimes)
 
     def run(self) -> Iterator[str]:
@@ -121,15 +121,13 @@ class Verification:
         yield "the native model"
         core = self._source.native("exact")
         measured = self._measured
-        if self._scores:
-            self.not_run.append(NotRun(NATIVE, "everything", "this version runs no classifiers of its own"))
-        else:
-            measured.append(self._measure(NativeParty(NATIVE, GATES["float32"], core)))
-        if self._dtype in QUANTIZED and not self._scores:
+        measured.append(self._measure(NativeParty(NATIVE, GATES["float32"], core, scores=self._scores)))
+        if self._dtype in QUANTIZED:
             yield "the native model with int8 activations"
-            rounding = NativeParty(NATIVE_INT8, GATES["int8 activations"], self._source.native("auto"))
+            rounds = self._source.native("auto")
+            rounding = NativeParty(NATIVE_INT8, GATES["int8 activations"], rounds, scores=self._scores)
             measured.append(self._measure(rounding, briefly=True))
-            del rounding
+            del rounding, rounds
         parties: list[tuple[OrtParty, _Measured]] = []
         for name, make in self._ort_parties():
             yield name
@@ -140,7 +138,7 @@ class Verification:
             yield name
             self._measure_other(name)
         yield "the float64 reference"
-        weights = self._source.stored(core)
+        weights = weights_of_core(core)
         for constants in dict.fromkeys(each.constants for each in measured):
             self._compare(self._reference(weights, constants))
         if not self._source.is_exact:
@@ -182,7 +180,7 @@ class Verification:
         if library is None:
             reason = f"not installed: pip install {name}"
         elif self._scores:
-            reason = "classifiers are compared in onnxruntime only"
+            reason = "classifiers are compared in onnxruntime and the native model only"
         elif name == OPENVINO and self._profile == "ort":
             # It reads some of them, and computes a single token without a past wrongly (2026.4).
             reason = "profile 'ort' has onnxruntime's own operators; 'portable' is the one for OpenVINO"

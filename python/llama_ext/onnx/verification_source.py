@@ -6,23 +6,20 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 from llama_ext import _core
 from llama_ext.errors import FormatError, OptionError
 from llama_ext.limits import DEFAULT_LIMITS, Limits
 from llama_ext.models.config import LlamaConfig
 from llama_ext.onnx.profiles import DTYPES, QUANTIZED
-from llama_ext.onnx.reference import F64, Weights, rounded, weights_of_core, weights_of_files
+from llama_ext.onnx.reference import Weights, weights_of_core, weights_of_files
 from llama_ext.onnx.verification_graphs import GraphFile
 from llama_ext.onnx.weights import CoreWeights, FileWeights, narrowed
 from llama_ext.onnx.weights import Weights as GraphWeights
+from llama_ext.runtime.loaded_model import LoadedModel
 from llama_ext.runtime.loading import core_config, open_model
 from llama_ext.runtime.tokenizer import Tokenizer
 from llama_ext.runtime.weight_types import GROUP_SIZES, WeightTypes, is_quantized
-
-if TYPE_CHECKING:
-    from llama_ext.runtime.model import LlamaForCausalLM
 
 __all__ = ["Source", "open_source"]
 
@@ -57,9 +54,7 @@ class Source:
         types: How the graph stores each matrix, by slot.
         original: The weights as the model has them, for the reference.
         is_exact: Whether the graph stores the same numbers.
-        native: Makes a native model of the weights as the graph stores them, given how it computes: "exact" or "auto". Of a
-            classifier it is the part below the scores.
-        stored: The weights of that model for the reference.
+        native: Makes a native model of the weights as the graph stores them, given how it computes: "exact" or "auto".
     """
 
     config: LlamaConfig
@@ -69,12 +64,11 @@ class Source:
     original: Weights
     is_exact: bool
     native: Callable[[str], _core.Model]
-    stored: Callable[[_core.Model], Weights]
 
 
 @contextlib.contextmanager
 def open_source(
-    model_or_path: LlamaForCausalLM | str | os.PathLike[str],
+    model_or_path: LoadedModel | str | os.PathLike[str],
     graph: GraphFile,
     dtype: str,
     threads: int,
@@ -93,49 +87,45 @@ def open_source(
         The source, which reads from the open files.
 
     Raises:
-        OptionError: `model_or_path` is neither a model nor a path, or the graph's weights are not made from it.
+        OptionError: `model_or_path` is neither a model nor a path, an adapter of it is active, or the graph's weights are not made
+            from it.
         FormatError and others: The files cannot be read.
     """
-    from llama_ext.runtime.model import LlamaForCausalLM
-
     if dtype not in DTYPES:
         raise FormatError(f"the graph's dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.", path=str(graph.path))
-    if isinstance(model_or_path, LlamaForCausalLM):
+    if isinstance(model_or_path, LoadedModel):
+        model_or_path._refuse_active("verify compares the base alone", "No graph has an adapter")
         _check_shape(graph, model_or_path.config)
         yield _of_model(model_or_path, graph, dtype, threads)
         return
     if not isinstance(model_or_path, (str, os.PathLike)):
-        raise OptionError(f"verify takes a LlamaForCausalLM or a path, got {type(model_or_path).__name__}")
+        raise OptionError(
+            "verify takes a LlamaForCausalLM, a LlamaForSequenceClassification or a path, "
+            f"got {type(model_or_path).__name__}"
+        )
     with open_model(model_or_path, limits=limits) as files, files.named_in_errors():
         _check_shape(graph, files.config)
         weights = _as_in(graph, dtype, lambda group, symmetric: FileWeights(files, dtype, group, symmetric))
         stored = files.stored_types()
-        below = _below(weights)
-        types = _complete(below, stored)
+        types = weights.types
 
         def native(compute: str) -> _core.Model:
             backend = _core.Backend("cpu", threads)
-            same = weights.labels is None and all(stored.get(slot, stored[""]) == kept for slot, kept in below.items())
-            wanted = dict(stored) if same else types
+            same = _keeps(stored, types)
+            wanted = dict(stored) if same else _complete(types, stored)
             packed = files.packed(backend.matrix_layout, wanted) if same else {}
-            core = _core.Model(backend, core_config(_without_head(files.config)), wanted, packed, compute=compute)
+            core = _core.Model(backend, core_config(files.config), wanted, packed, compute=compute)
             files.load_into(core)
             return _with_narrow_vectors(core, dtype)
-
-        original = weights_of_files(files)
-
-        def stored_weights(core: _core.Model) -> Weights:
-            return _with_head(weights_of_core(core), original, weights)
 
         yield Source(
             config=files.config,
             tokenizer=files.tokenizer,
             labels=weights.labels,
-            types=weights.types,
-            original=original,
-            is_exact=_is_exact({tensor.slot: tensor.type for tensor in files.tensors}, stored, below, dtype),
+            types=types,
+            original=weights_of_files(files),
+            is_exact=_is_exact({tensor.slot: tensor.type for tensor in files.tensors}, stored, types, dtype),
             native=native,
-            stored=stored_weights,
         )
 
 
@@ -154,7 +144,7 @@ def _check_shape(graph: GraphFile, config: LlamaConfig) -> None:
             )
 
 
-def _of_model(model: LlamaForCausalLM, graph: GraphFile, dtype: str, threads: int) -> Source:
+def _of_model(model: LoadedModel, graph: GraphFile, dtype: str, threads: int) -> Source:
     core = model._core
     stored = core.types()
 
@@ -162,20 +152,18 @@ def _of_model(model: LlamaForCausalLM, graph: GraphFile, dtype: str, threads: in
         return CoreWeights(core, model.config, model.tokenizer, model.generation_defaults, dtype, group, symmetric)
 
     weights = _as_in(graph, dtype, make)
-    below, original = _below(weights), weights_of_core(core)
-    types = _complete(below, stored)
+    types = weights.types
     slots = {name: stored.get(name, stored[""])[0] if is_matrix else "float32" for name, _, is_matrix in core.slots()}
 
     def native(compute: str) -> _core.Model:
         backend = _core.Backend("cpu", threads)
-        config = core_config(_without_head(model.config))
-        same = weights.labels is None and all(stored.get(slot, stored[""]) == kept for slot, kept in below.items())
-        if same and is_quantized(stored):
+        config = core_config(model.config)
+        if _keeps(stored, types) and is_quantized(stored):
             # Rounding what codes stand for once more would not give these codes.
             packed = {name: core.packed(name) for name in core.matrices()}
             made = _core.Model(backend, config, dict(stored), packed, compute=compute)
         else:
-            made = _core.Model(backend, config, types, {}, compute=compute)
+            made = _core.Model(backend, config, _complete(types, stored), {}, compute=compute)
         missing = set(made.missing())
         for name, _, is_matrix in core.slots():
             if name not in missing:
@@ -188,38 +176,11 @@ def _of_model(model: LlamaForCausalLM, graph: GraphFile, dtype: str, threads: in
         config=model.config,
         tokenizer=model.tokenizer,
         labels=weights.labels,
-        types=weights.types,
-        original=original,
-        is_exact=_is_exact(slots, stored, below, dtype),
+        types=types,
+        original=weights_of_core(core),
+        is_exact=_is_exact(slots, stored, types, dtype),
         native=native,
-        stored=lambda made: _with_head(weights_of_core(made), original, weights),
     )
-
-
-def _below(weights: GraphWeights) -> WeightTypes:
-    """How the matrices of the native model are kept: a classifier's is the part below its scores."""
-    return {slot: kept for slot, kept in weights.types.items() if weights.labels is None or slot != "head"}
-
-
-def _without_head(config: LlamaConfig) -> LlamaConfig:
-    """The part of a classifier below its scores, as a language model whose head is its embedding; others as they are."""
-    if not config.is_classifier:
-        return config
-    return dataclasses.replace(config, architectures=["LlamaForCausalLM"], tie_word_embeddings=True)
-
-
-def _with_head(below: Weights, original: Weights, weights: GraphWeights) -> Weights:
-    """A native model's weights, and the head that it lacks as a graph stores it."""
-    if weights.labels is None:
-        return below
-
-    def read(slot: str) -> F64:
-        if slot != "head":
-            return below(slot)
-        kept = weights.types[slot][0]
-        return original(slot) if kept == "float32" else rounded(original(slot), kept)
-
-    return read
 
 
 def _as_in(graph: GraphFile, dtype: str, make: Callable[[int | None, bool | None], GraphWeights]) -> GraphWeights:
@@ -268,6 +229,11 @@ def _fits(graph: GraphFile, weights: GraphWeights) -> bool:
     return True
 
 
+def _keeps(stored: WeightTypes, types: WeightTypes) -> bool:
+    """Whether every matrix is to be kept as it is stored."""
+    return all(stored.get(slot, stored[""]) == kept for slot, kept in types.items())
+
+
 def _complete(types: WeightTypes, stored: WeightTypes) -> WeightTypes:
     """With what stands for slots that are not named, of which there are none."""
     return {**types, "": next(iter(types.values()), stored[""])}
@@ -276,7 +242,7 @@ def _complete(types: WeightTypes, stored: WeightTypes) -> WeightTypes:
 def _is_exact(slots: dict[str, str], stored: WeightTypes, types: WeightTypes, dtype: str) -> bool:
     """Whether storing the weights changes no number of them."""
     if dtype in QUANTIZED:
-        return all(stored.get(slot, stored[""]) == kept for slot, kept in types.items())
+        return _keeps(stored, types)
     return all(word in _EXACT[dtype] or (dtype == "float32" and word != "float64") for word in slots.values())
 
 

@@ -56,15 +56,17 @@ class Workload:
 
         Args:
             texts: At least one, of at least one token.
-            steps: Tokens to generate, at most.
+            steps: Tokens to generate, at most; 0 for a classifier.
             config: The model.
         """
         context = config.max_position_embeddings
+        pad = config.pad_token_id if config.is_classifier else None
+        texts = [_without_padding(ids, pad) for ids in texts]
         first = texts[0]
         prompt = first[: max(min(_PROMPT, context - 1), 1)]
         other = texts[1] if len(texts) > 1 else first
         if len(other) == len(first):
-            other = other[: len(other) * 2 // 3]
+            other = _without_padding(other[: len(other) * 2 // 3], pad)
         together = np.concatenate(list(texts))
         short = first[: min(len(first), _PROMPT, context)]
         return cls(
@@ -91,6 +93,12 @@ class Workload:
         """Sizes of the pieces of the sequence that is as long as the context."""
         length = 0 if self.end is None else len(self.end)
         return [*_cut(length - self.last, (_PIECE,)), self.last]
+
+
+def _without_padding(tokens: IntArray, pad: int | None) -> IntArray:
+    """Tokens up to the one whose scores a classifier gives: a tokenizer may end a text with what the config calls padding."""
+    real = np.flatnonzero(tokens != pad) if pad is not None else np.arange(len(tokens))
+    return tokens[: int(real[-1]) + 1] if real.size else tokens[:1]
 
 
 def _cut(length: int, sizes: Sequence[int]) -> list[int]:
