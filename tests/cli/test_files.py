@@ -11,7 +11,7 @@ import pytest
 import gguf_models
 import llama_ext
 from command_line import Run
-from llama_ext.cli.common import read_text
+from llama_ext.cli.text_input import read_text
 from shared_data import LETTERS, SHARED, requires_shared
 
 TEXT = "ROMEO: what is it that you would have of me? " * 30

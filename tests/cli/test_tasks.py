@@ -156,7 +156,7 @@ def test_texts_from_standard_input_end_at_newlines_alone(run: Run, tmp_path: Pat
     )
     assert found.code == 0, found.err
     texts = [json.loads(line)["text"] for line in found.out.removesuffix("\n").split("\n")]
-    assert texts == ["the film", f"a{characters}book", "the end"]
+    assert texts == ["the film", "", f"a{characters}book", "the end"]
 
 
 def test_mistakes_are_told_in_one_line(run: Run, tmp_path: Path) -> None:

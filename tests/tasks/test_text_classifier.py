@@ -202,18 +202,18 @@ def test_an_adapter_whose_training_failed_at_once_leaves_a_random_head() -> None
 
 
 def test_rare_labels_are_repeated() -> None:
-    from llama_ext.tasks.text_classifier import _repeats
+    from llama_ext.tasks.labelled_texts import repeats
 
     classifier = TextClassifier(base(), LABELS)
     indices = [0] * 30 + [1] * 4
-    balanced = Counter(indices[place] for place in _repeats(indices, classifier._weights("balanced", indices), 0))
+    balanced = Counter(indices[place] for place in repeats(indices, classifier._weights("balanced", indices), 0))
     assert balanced[0] == 30
     assert abs(balanced[1] - 30) <= 3
-    weighted = Counter(indices[place] for place in _repeats(indices, classifier._weights({"negative": 3}, indices), 0))
+    weighted = Counter(indices[place] for place in repeats(indices, classifier._weights({"negative": 3}, indices), 0))
     assert weighted == {0: 30, 1: 12}
-    halves = Counter(_repeats([0] * 1000, classifier._weights({0: 0.5}, [0]), 0))
+    halves = Counter(repeats([0] * 1000, classifier._weights({0: 0.5}, [0]), 0))
     assert 400 < len(halves) < 600
-    assert _repeats(indices, classifier._weights(None, indices), 0) == list(range(34))
+    assert repeats(indices, classifier._weights(None, indices), 0) == list(range(34))
 
 
 def test_labels_may_be_names_or_indices() -> None:

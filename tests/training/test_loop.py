@@ -306,6 +306,7 @@ def test_the_log_has_a_json_object_for_each_event(make_run: MakeRun, tmp_path: P
         ({"batch_size": 0}, "batch_size"),
         ({"epochs": 1.5}, "epochs"),
         ({"max_steps": -1}, "max_steps"),
+        ({"epochs": 3, "max_steps": 2}, "epochs=3 and max_steps=2 both say how long the run is: give one of them"),
         ({"grad_accum": True}, "grad_accum"),
         ({"seed": -1}, "seed"),
         ({"verbose": "x"}, "verbose"),

@@ -12,7 +12,7 @@ import pytest
 import llama_ext
 from bigram_runs import MakeRun, documents
 from llama_ext.training import PRESETS, History, LearningRates
-from llama_ext.training.history import StepRecord, smoothed
+from llama_ext.training.history import StepRecord, Validation, smoothed
 from llama_ext.training.options import TrainOptions
 from llama_ext.training.schedules import learning_rate, usual_lr
 
@@ -114,6 +114,20 @@ def test_a_history_survives_its_table() -> None:
     assert History.records(History().table()) == []
     with pytest.raises(ValueError, match="columns"):
         History.records(np.zeros((2, 3)))
+
+
+def test_a_history_is_summed_up_in_a_line() -> None:
+    records = [StepRecord(step, 1, 3.0 / step, 1e-3, 1.0, 1000, 500.0) for step in range(1, 201)]
+    history = History(records)
+    assert repr(history) == "<History 200 steps in 400.0 s, loss 3.0000 -> 0.0150>"
+    history.validations = [Validation(100, 2.5), Validation(150, 2.25), Validation(200, 2.75)]
+    history.stopped = "interrupted"
+    assert repr(history) == (
+        "<History 200 steps in 400.0 s, loss 3.0000 -> 0.0150, best validation 2.2500 after step 150, stopped: interrupted>"
+    )
+    assert repr(History(records[:1])) == "<History 1 step in 2.0 s, loss 3.0000 -> 3.0000>"
+    assert repr(History()) == "<History no steps>"
+    assert history.epochs[0]["tokens_per_second"] == 500.0
 
 
 def test_epochs_sum_up_their_steps(make_run: MakeRun) -> None:

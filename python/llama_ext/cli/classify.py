@@ -15,21 +15,25 @@ from llama_ext.cli.task_commands import (
     add_task_argument,
     add_text_arguments,
     add_train_arguments,
-    base_dtype,
+    base_of,
+    loading_of,
     read_examples,
     save_and_tell,
-    texts_of,
     write_report,
 )
+from llama_ext.cli.text_answers import answer_texts, in_one_line
 from llama_ext.errors import OptionError
 
 if TYPE_CHECKING:
+    from llama_ext._arrays import FloatArray
     from llama_ext.cli.common import Commands
     from llama_ext.tasks.text_classifier import TextClassifier
 
 __all__ = ["add_to"]
 
 _COLUMNS = ("text", "label")
+# Texts that are read together where there are many: results are the same, and more wait for the first one.
+_AT_ONCE = 32
 _CLASSIFIER = ("CLASSIFIER", "what `train` wrote, or one of transformers")
 
 _DESCRIPTION = """\
@@ -64,7 +68,8 @@ def add_to(commands: Commands) -> None:
         "predict",
         usage="llama-ext classify predict [OPTIONS] CLASSIFIER [TEXT...]",
         help="the label of texts",
-        description="Prints a label and a tab before each text.",
+        description="Prints a label and a tab before each text, a line for each as it comes. An empty\n"
+        "text has no label; with --json that is null.",
         epilog='\nexamples:\n  llama-ext classify predict reviews "what a lovely film"\n'
         "  llama-ext classify predict reviews --json < texts.txt\n",
     )
@@ -101,7 +106,7 @@ def _add_train(actions: Commands) -> None:
 def _load(args: argparse.Namespace) -> TextClassifier:
     from llama_ext.tasks.text_classifier import TextClassifier
 
-    return TextClassifier.load(args.directory, base=args.base)
+    return TextClassifier.load(args.directory, **loading_of(args))
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -119,7 +124,7 @@ def _train(args: argparse.Namespace) -> int:
     report(f"{len(pairs)} texts: " + ", ".join(f"{name} {counts[name]}" for name in names))
     from llama_ext.tasks.text_classifier import TextClassifier
 
-    classifier = TextClassifier(args.model, labels=names, seed=args.seed, dtype=base_dtype(args))
+    classifier = TextClassifier(args.model, labels=names, seed=args.seed, **base_of(args))
     history = classifier.fit(
         [text for text, _ in pairs],
         [label for _, label in pairs],
@@ -136,15 +141,17 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    texts = texts_of(args)
     classifier = _load(args)
-    for text, row in zip(texts, classifier.predict_proba(texts), strict=True):
-        label = classifier.labels[int(row.argmax())]
+    names = classifier.labels
+
+    def line(text: str, row: FloatArray | None) -> str:
+        label = None if row is None else names[int(row.argmax())]
         if args.json:
-            values = {name: float(value) for name, value in zip(classifier.labels, row, strict=True)}
-            write(json.dumps({"text": text, "label": label, "probabilities": values}, ensure_ascii=False) + "\n")
-        else:
-            write(f"{label}\t{text}\n")
+            found = None if row is None else {name: float(value) for name, value in zip(names, row, strict=True)}
+            return json.dumps({"text": text, "label": label, "probabilities": found}, ensure_ascii=False)
+        return f"{in_one_line(label or '')}\t{in_one_line(text)}"
+
+    answer_texts(args, "Classifying", lambda texts: classifier.predict_proba(texts, verbose=0), line, _AT_ONCE)
     return 0
 
 

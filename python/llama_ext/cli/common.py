@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import re
-import select
 import sys
 import threading
 import warnings
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from llama_ext.errors import FormatError, OptionError, UnsupportedError
+from llama_ext.errors import OptionError, UnsupportedError
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -26,6 +24,8 @@ __all__ = [
     "MODEL_HELP",
     "Parser",
     "Spinner",
+    "add_compute_option",
+    "add_device_options",
     "add_length_options",
     "add_model_options",
     "add_sampling_options",
@@ -35,8 +35,6 @@ __all__ = [
     "load_draft_model",
     "load_model",
     "plan_options",
-    "read_stdin",
-    "read_text",
     "report",
     "shown_bytes",
     "table",
@@ -91,10 +89,14 @@ _FLAGS = {
     "symmetric belongs": "--asymmetric belongs",
     "with variant=": "with --variant",
     "dtype='": "--dtype '",
+    "device='cpu'": "--device cpu",
+    "TextClassifier(path, labels=[...]).fit": "`llama-ext classify train --model`",
+    "TextClassifier.load": "`llama-ext classify`",
+    "Translator.load": "`llama-ext translate`",
 }
 
-# What some editors begin a file with; it is no part of the text.
-_BYTE_ORDER_MARK = "\ufeff"
+# Seconds of silence before a `Spinner`.
+_DELAY = 1.0
 
 _ESCAPES = {"\\n": "\n", "\\t": "\t", "\\r": "\r", "\\\\": "\\"}
 
@@ -151,15 +153,30 @@ def add_model_options(parser: argparse.ArgumentParser, *, several_dtypes: bool =
             choices=(128, 64, 32),
             help="of int8 and int4: weights of a row that share a scale (default: the largest that divides)",
         )
-        group.add_argument(
-            "--compute",
-            choices=("auto", "exact"),
-            default="auto",
-            help="auto is the fastest arithmetic for these weights, exact is float32 (default: auto)",
-        )
-        group.add_argument("--threads", type=int, metavar="N", help="default: the physical cores there are for us")
-        group.add_argument("--device", default="cpu", metavar="DEVICE", help="where to compute: cpu")
+        add_compute_option(group)
+        add_device_options(group)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_compute_option(group: argparse._ActionsContainer) -> None:
+    """Adds --compute."""
+    group.add_argument(
+        "--compute",
+        choices=("auto", "exact"),
+        default="auto",
+        help="auto is the fastest arithmetic for these weights, exact is float32 (default: auto)",
+    )
+
+
+def add_device_options(group: argparse._ActionsContainer) -> None:
+    """Adds --device and --threads."""
+    group.add_argument(
+        "--device",
+        default="cpu",
+        metavar="DEVICE",
+        help="where to compute: cpu; cuda or cuda:1 and so on, an NVIDIA GPU; reference, slowly in float64 (default: cpu)",
+    )
+    group.add_argument("--threads", type=int, metavar="N", help="default: the physical cores there are for us")
 
 
 def add_length_options(parser: argparse.ArgumentParser, *, default: str) -> None:
@@ -323,57 +340,6 @@ def load_draft_model(args: argparse.Namespace, plan: GenerationPlan, options: di
         )
 
 
-# -- text in ----------------------------------------------------------------------------------------------------------
-
-
-def read_text(path: str) -> str:
-    """A file as text, exactly as it is but for a byte order mark at its beginning; "-" is standard input.
-
-    Raises:
-        FormatError: It cannot be read, or is not UTF-8.
-    """
-    if path == "-":
-        return read_stdin("the text")
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise FormatError(f"cannot be read: {error.strerror}", path=path) from error
-    return _decoded(data, path)
-
-
-def read_stdin(what: str) -> str:
-    """Standard input up to its end, as text, without a byte order mark at its beginning.
-
-    Raises:
-        FormatError: It is not UTF-8.
-    """
-    if sys.stdin is None:
-        return ""
-    buffer = getattr(sys.stdin, "buffer", None)
-    if buffer is None:  # replaced by something that only gives text
-        return sys.stdin.read().removeprefix(_BYTE_ORDER_MARK)
-    if sys.stdin.isatty():
-        report(f"note: type {what}, and Ctrl-D after it")
-    elif not _is_ready():
-        report(f"note: waiting for {what} on standard input")
-    return _decoded(buffer.read(), "standard input")
-
-
-def _is_ready() -> bool:
-    """Whether there is something to read, or the end of it, within a second."""
-    try:
-        return bool(select.select([sys.stdin], [], [], 1.0)[0])
-    except (OSError, ValueError):  # not something that can be waited for
-        return True
-
-
-def _decoded(data: bytes, path: str) -> str:
-    try:
-        return data.decode("utf-8").removeprefix(_BYTE_ORDER_MARK)
-    except UnicodeDecodeError as error:
-        raise FormatError(f"this is not UTF-8 text: {error.reason}", path=path, offset=error.start) from error
-
-
 # -- text out ---------------------------------------------------------------------------------------------------------
 
 
@@ -419,8 +385,15 @@ class Spinner:
         self._status: Status | None = None
         self._timer: threading.Timer | None = None
         if sys.stderr is not None and sys.stderr.isatty():
-            self._timer = threading.Timer(1.0, self._show)
+            self._timer = threading.Timer(_DELAY, self._show)
             self._timer.daemon = True
+
+    def say(self, label: str) -> None:
+        """Shows another label from now on."""
+        with self._lock:
+            self._label = label
+            if self._status is not None:
+                self._status.update(label)
 
     def _show(self) -> None:
         from rich.console import Console

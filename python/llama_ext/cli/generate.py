@@ -19,11 +19,11 @@ from llama_ext.cli.common import (
     load_draft_model,
     load_model,
     plan_options,
-    read_stdin,
     report,
     shown_bytes,
     write,
 )
+from llama_ext.cli.text_input import read_stdin
 from llama_ext.errors import OptionError
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_ext.cli.common import read_text, report
+from llama_ext.cli.common import report
+from llama_ext.cli.text_input import read_text
 from llama_ext.errors import FormatError
 
 __all__ = ["FORMATS", "read_pairs"]

@@ -48,7 +48,7 @@ _EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
 )
 
 _DESCRIPTION = """\
-Run and train Llama models on this machine's CPU. Without --model it is the
+Run and train Llama models on a CPU or an NVIDIA GPU. Without --model it is the
 small demonstration model that comes with the package."""
 
 _EPILOG = """\

@@ -8,7 +8,8 @@ import math
 import time
 from typing import TYPE_CHECKING
 
-from llama_ext.cli.common import add_model_options, load_model, read_text, write
+from llama_ext.cli.common import add_model_options, load_model, write
+from llama_ext.cli.text_input import read_text
 from llama_ext.errors import OptionError
 
 if TYPE_CHECKING:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from llama_ext.cli.common import MODEL_HELP, read_text, report, write
+from llama_ext.cli.common import MODEL_HELP, report, write
 from llama_ext.cli.outputs import add_overwrite_option, check_directory
+from llama_ext.cli.text_input import read_text
 
 if TYPE_CHECKING:
     from llama_ext.cli.common import Commands

@@ -6,12 +6,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from llama_ext.cli.common import read_stdin, report, write
+from llama_ext.cli.common import add_compute_option, add_device_options, report, write
 from llama_ext.cli.fitting import add_fit_options, lora_of, told
 from llama_ext.cli.labelled_files import read_pairs
 from llama_ext.cli.main import EXIT_INTERRUPTED, EXIT_OK
 from llama_ext.cli.outputs import add_overwrite_option, check_directory
-from llama_ext.errors import OptionError
 
 if TYPE_CHECKING:
     from llama_ext.cli.common import Parser
@@ -22,10 +21,10 @@ __all__ = [
     "add_task_argument",
     "add_text_arguments",
     "add_train_arguments",
-    "base_dtype",
+    "base_of",
+    "loading_of",
     "read_examples",
     "save_and_tell",
-    "texts_of",
     "write_report",
 ]
 
@@ -54,18 +53,21 @@ def add_train_arguments(parser: Parser, columns: tuple[str, str], what: str, mod
     add_overwrite_option(parser)
     parser.add_argument("--model", metavar="MODEL", **model)
     add_fit_options(parser)
+    add_device_options(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def add_task_argument(parser: Parser, name: str, text: str) -> None:
-    """Adds what was trained: its directory, as `args.directory`, and the base of an adapter."""
+    """Adds what was trained: its directory, as `args.directory`, the base of an adapter, and how to compute."""
     parser.add_argument("directory", metavar=name, help=text)
     parser.add_argument("--base", metavar="MODEL", help="the base of an adapter (default: what the adapter names)")
+    add_compute_option(parser)
+    add_device_options(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def add_text_arguments(parser: Parser, json_help: str) -> None:
-    """Adds texts, for `texts_of`, and --json."""
+    """Adds texts, for `answer_texts`, and --json."""
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="nothing reads standard input, a text a line")
     parser.add_argument("--json", action="store_true", help=json_help)
 
@@ -80,9 +82,14 @@ def _add_file(parser: Parser, columns: tuple[str, str]) -> None:
     parser.add_argument("file", metavar="FILE", help="columns {} and {}".format(*columns))
 
 
-def base_dtype(args: argparse.Namespace) -> str:
-    """How `train` keeps the base: as it is stored under an adapter, and as float32 where all weights are trained."""
-    return "float32" if args.lora is None else "auto"
+def loading_of(args: argparse.Namespace) -> dict[str, Any]:
+    """How a task's `load` loads its model, as the options say."""
+    return {"base": args.base, "device": args.device, "compute": args.compute, "threads": args.threads}
+
+
+def base_of(args: argparse.Namespace) -> dict[str, Any]:
+    """How `train` loads the base: as it is stored under an adapter, and as float32 where all weights are trained."""
+    return {"dtype": "float32" if args.lora is None else "auto", "device": args.device, "threads": args.threads}
 
 
 def read_examples(args: argparse.Namespace, columns: tuple[str, str]) -> tuple[Pairs, Pairs | None]:
@@ -117,22 +124,6 @@ def save_and_tell(task: _Task, history: History, args: argparse.Namespace) -> in
         remove(Path(args.out) / CONFIG_FILE)
     report(f"{told(history)}; saved in {args.out}")
     return EXIT_OK
-
-
-def texts_of(args: argparse.Namespace) -> list[str]:
-    """The texts of the command, or the lines of standard input.
-
-    Raises:
-        OptionError: There is none.
-    """
-    texts: list[str] = args.texts
-    if not texts:
-        # Not splitlines: a text may have other separators in it, like U+2028.
-        lines = [line.removesuffix("\r") for line in read_stdin("texts, one a line").split("\n")]
-        texts = [line for line in lines if line]
-    if not texts:
-        raise OptionError("there is no text")
-    return texts
 
 
 def write_report(found: _Report, args: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_ext.cli.common import MODEL_HELP, Spinner, read_text, report, write
+from llama_ext.cli.common import MODEL_HELP, Spinner, add_device_options, report, write
 from llama_ext.cli.outputs import (
     add_overwrite_option,
     check_directory,
@@ -15,8 +15,10 @@ from llama_ext.cli.outputs import (
     check_plot,
     replaced_checkpoints,
 )
+from llama_ext.cli.text_input import read_text
 from llama_ext.cli.train_checks import (
     CHECKPOINTS,
+    check_device,
     check_lengths,
     check_names,
     check_new_model_options,
@@ -123,7 +125,7 @@ def add_to(commands: Commands) -> None:
     train.add_argument("--precision", choices=("float32", "bfloat16"), help="of products (default: float32)")
     train.add_argument("--skip-outliers", type=float, metavar="X", help="skip steps X deviations off; 6 is usual")
     train.add_argument("--seed", type=int, metavar="N", default=0, help="of weights, crops and dropout (default: 0)")
-    train.add_argument("--threads", type=int, metavar="N", help="default: the physical cores there are for us")
+    add_device_options(train)
     train.add_argument("--overfit-batch", action="store_true", help="see the first batch only, to test a setting")
     follow = parser.add_argument_group("following it")
     follow.add_argument(
@@ -152,6 +154,7 @@ def run(args: argparse.Namespace) -> int:
     check_names(args)
     if args.prepare is not None:
         return _prepare(args)
+    check_device(args)
     check_out(args)
     if args.plot is not None:
         check_plot(args.plot, args.out)
@@ -279,7 +282,7 @@ def _new_model(args: argparse.Namespace, tokenizer: Tokenizer) -> LlamaForCausal
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(config, tokenizer, seed=args.seed, threads=args.threads)
+    return LlamaForCausalLM(config, tokenizer, seed=args.seed, device=args.device, threads=args.threads)
 
 
 def _model(args: argparse.Namespace, text: str | None) -> LlamaForCausalLM:
@@ -289,7 +292,9 @@ def _model(args: argparse.Namespace, text: str | None) -> LlamaForCausalLM:
     if args.model is None:
         return _new_model(args, _tokenizer(args, text))
     check_new_model_options(args)
-    return LlamaForCausalLM.from_pretrained(resolve(args.model), dtype="float32", threads=args.threads)
+    return LlamaForCausalLM.from_pretrained(
+        resolve(args.model), dtype="float32", device=args.device, threads=args.threads
+    )
 
 
 def _compile(args: argparse.Namespace, model: LlamaForCausalLM, steps: int) -> None:
@@ -366,7 +371,7 @@ def _context(args: argparse.Namespace, model: LlamaForCausalLM) -> int | None:
 
 def _say(args: argparse.Namespace, model: LlamaForCausalLM, history: History) -> None:
     tokens = sum(record.tokens for record in history.steps)
-    seconds = sum(record.tokens / record.tokens_per_second for record in history.steps)
+    seconds = history.seconds
     ended = "" if history.stopped == "done" else f" ({history.stopped})"
     report(
         f"{len(history.steps):,} steps{ended}, {tokens:,} tokens in {seconds:.0f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s"

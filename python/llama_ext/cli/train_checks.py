@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHECKPOINTS",
+    "check_device",
     "check_lengths",
     "check_names",
     "check_new_model_options",
@@ -43,6 +44,14 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise OptionError("--steps and --epochs both say how long the run is: give one of them")
     if args.patience is not None and args.val_fraction == 0:
         raise OptionError("--patience needs validation, and --val-fraction 0 holds nothing out: leave out one of them")
+
+
+def check_device(args: argparse.Namespace) -> None:
+    """That there is such a device, and so many threads: told before a tokenizer is learned."""
+    from llama_ext import _core
+    from llama_ext.runtime.threads import checked_threads
+
+    _core.Backend(args.device, checked_threads(args.threads))
 
 
 def check_names(args: argparse.Namespace) -> None:

@@ -6,7 +6,6 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from llama_ext.cli.common import write
 from llama_ext.cli.fitting import fit_settings
 from llama_ext.cli.labelled_files import FORMATS, read_pairs
 from llama_ext.cli.task_commands import (
@@ -14,12 +13,13 @@ from llama_ext.cli.task_commands import (
     add_task_argument,
     add_text_arguments,
     add_train_arguments,
-    base_dtype,
+    base_of,
+    loading_of,
     read_examples,
     save_and_tell,
-    texts_of,
     write_report,
 )
+from llama_ext.cli.text_answers import answer_texts, in_one_line
 
 if TYPE_CHECKING:
     from llama_ext.cli.common import Commands, Parser
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["add_to"]
 
+# Texts that are translated together where there are many: results are the same, and more wait for the first one.
+_AT_ONCE = 16
 _COLUMNS = ("source", "target")
 
 _DESCRIPTION = """\
@@ -72,7 +74,8 @@ def add_to(commands: Commands) -> None:
         "run",
         usage="llama-ext translate run [OPTIONS] TRANSLATOR [TEXT...]",
         help="translate texts",
-        description="Prints a translation a line.",
+        description="Prints translations, a line for each text as it comes: an empty one for an empty\n"
+        "text. Line breaks in a translation become spaces; --json has it as it is.",
         epilog='\nexamples:\n  llama-ext translate run en-zh "5 March 2021"\n  llama-ext translate run en-zh < texts.txt\n',
     )
     run.set_defaults(run=_run)
@@ -98,23 +101,33 @@ def _add_translator(parser: Parser) -> None:
 def _load(args: argparse.Namespace) -> Translator:
     from llama_ext.tasks.translator import Translator
 
-    return Translator.load(args.directory, base=args.base)
+    return Translator.load(args.directory, **loading_of(args))
 
 
 def _train(args: argparse.Namespace) -> int:
     pairs, held_out = read_examples(args, _COLUMNS)
     from llama_ext.tasks.translator import Translator
 
-    translator = Translator(args.model, args.source, args.target, dtype=base_dtype(args))
+    translator = Translator(args.model, args.source, args.target, **base_of(args))
     history = translator.fit(pairs, validation_data=held_out, **fit_settings(args))
     return save_and_tell(translator, history, args)
 
 
 def _run(args: argparse.Namespace) -> int:
-    texts = texts_of(args)
-    for text, found in zip(texts, _load(args).translate(texts, num_beams=args.num_beams), strict=True):
-        values = {"text": text, "translation": found}
-        write((json.dumps(values, ensure_ascii=False) if args.json else found) + "\n")
+    translator = _load(args)
+
+    def ask(texts: list[str]) -> list[str]:
+        found: list[str] = translator.translate(texts, num_beams=args.num_beams, verbose=0)
+        return found
+
+    def line(text: str, found: str | None) -> str:
+        translation = found or ""
+        if args.json:
+            return json.dumps({"text": text, "translation": translation}, ensure_ascii=False)
+        return in_one_line(translation)
+
+    # Beam search takes one text after the other anyway.
+    answer_texts(args, "Translating", ask, line, _AT_ONCE if args.num_beams == 1 else 1)
     return 0
 
 

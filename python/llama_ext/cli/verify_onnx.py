@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from llama_ext.cli.common import MODEL_HELP, read_text, write
+from llama_ext.cli.common import MODEL_HELP, write
 from llama_ext.cli.outputs import add_overwrite_option, check_file
+from llama_ext.cli.text_input import read_text
 from llama_ext.errors import OptionError
 
 if TYPE_CHECKING:

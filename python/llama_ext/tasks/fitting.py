@@ -1,4 +1,4 @@
-"""One run of training for a task: the loop of `llama_ext.training`, over the weights and adapter that the task trains."""
+"""A task's `fit`: the loop of `llama_ext.training`, over all weights or over the adapter that the task trains."""
 
 from __future__ import annotations
 
@@ -19,29 +19,98 @@ if TYPE_CHECKING:
     from llama_ext.training.options import TrainOptions
     from llama_ext.training.settings import RunSettings
 
-__all__ = ["fit_adapter", "fit_whole"]
+__all__ = ["fit_task"]
+
+# How often a task sees its data, where nothing is said.
+_EPOCHS = 3
 
 
-def fit_whole(
+def fit_task(
+    model: LoadedModel,
+    name: str,
+    adapter: LoRA | None,
+    examples: Sequence[Example],
+    validation: Sequence[Example] | None,
+    *,
+    epochs: int | None,
+    lr: float | None,
+    batch_size: int,
+    seed: int,
+    options: Mapping[str, Any] | None,
+    settings: Mapping[str, Any],
+) -> History:
+    """Trains all weights, which become float32 first; or an adapter, and a classifier's head with it, and nothing else.
+
+    What is refused changes nothing: neither weights, nor which adapters there are, nor which one is active.
+
+    Args:
+        model: The model.
+        name: Of the adapter.
+        adapter: What to adapt, where there is no adapter of this name yet; None: go on with the one there is, or else train
+            all weights.
+        examples: Sequences and their labels.
+        validation: To be scored after each epoch, or None.
+        epochs: None: 3, unless `settings` has max_steps.
+        lr: None: `usual_lr`.
+        batch_size, seed: Of `LlamaForCausalLM.fit`.
+        options: Further ones of `LlamaForCausalLM.compile`.
+        settings: Further ones of `LlamaForCausalLM.fit`: max_steps, grad_accum, checkpoint_dir, ...
+
+    Returns:
+        What happened.
+
+    Raises:
+        OptionError: An option is unknown, out of range or contradicts another one; there is another adapter of this name; or all
+            weights are to be trained, and there are adapters that were made for them.
+        UnsupportedError: All weights are to be trained, and they are quantised.
+        NumericError: The loss is not finite.
+        CheckpointError: A checkpoint to go on from is of another run.
+    """
+    if epochs is None and settings.get("max_steps") is None:
+        epochs = _EPOCHS
+    given = {"warmup": 0.1, "weight_decay": 0.01, **({} if lr is None else {"lr": lr}), **(options or {})}
+    run = {"epochs": epochs, "batch_size": batch_size, "seed": seed, **settings}
+    there = model.adapters.get(name)
+    _check_adapters(model, name, adapter, there)
+    if adapter is None and there is None:
+        return _fit_whole(model, examples, validation, given, run)
+    return _fit_adapter(model, name, adapter, examples, validation, given, run)
+
+
+def _check_adapters(model: LoadedModel, name: str, adapter: LoRA | None, there: LoRA | None) -> None:
+    if adapter is not None and not isinstance(adapter, LoRA):
+        raise OptionError(f"adapter must be a llama_ext.LoRA or None, got {type(adapter).__name__}")
+    if adapter is not None and there is not None and there != adapter:
+        raise OptionError(
+            f"there is an adapter {name!r} with other settings already: leave adapter out to go on with it, or forget it first "
+            f"with model.delete_adapter({name!r})"
+        )
+    if adapter is None and there is None and model.adapters:
+        other = next(iter(model.adapters))
+        raise OptionError(
+            f"training all weights changes what the adapter {other!r} was made for: pass adapter=llama_ext.LoRA(...) to train one "
+            f"beside it, or forget it first with model.delete_adapter({other!r})"
+        )
+
+
+def _fit_whole(
     model: LoadedModel,
     examples: Sequence[Example],
     validation: Sequence[Example] | None,
     options: Mapping[str, Any],
     settings: Mapping[str, Any],
 ) -> History:
-    """Trains all weights, which become float32 first. Arguments and errors: as `fit_adapter`."""
     from llama_ext.training.model import use_trainable_core
     from llama_ext.training.tuning import tuning_trainer
 
     checked, run = _checked(model, options, settings, validates=validation is not None, adapts=False)
     with model._trained_alone():
-        model._refuse_adapters("training all weights")
         use_trainable_core(model)
         trainer = tuning_trainer(model, checked, None)
         return _run(model, trainer, None, examples, validation, checked, run)
 
 
-def fit_adapter(
+def _fit_adapter(
     model: LoadedModel,
     name: str,
     lora: LoRA | None,
@@ -50,38 +119,28 @@ def fit_adapter(
     options: Mapping[str, Any],
     settings: Mapping[str, Any],
 ) -> History:
-    """Trains an adapter of a model, and a classifier's head with it; everything else stays as it is.
-
-    Args:
-        model: The model.
-        name: Of the adapter.
-        lora: What to adapt, where there is no adapter of this name yet.
-        examples: Sequences and their labels.
-        validation: To be scored after each epoch, or None.
-        options: Of `LlamaForCausalLM.compile`; without lr it is `usual_lr`.
-        settings: Of `LlamaForCausalLM.fit`: batch_size, epochs, max_steps, grad_accum, seed, checkpoint_dir, ...
-
-    Returns:
-        What happened.
-
-    Raises:
-        OptionError: An option is unknown or out of range.
-        NumericError: The loss is not finite.
-        CheckpointError: A checkpoint to go on from is of another run.
-    """
     from llama_ext.training.tuning import tuning_trainer
 
     checked, run = _checked(model, options, settings, validates=validation is not None, adapts=True)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(model._trained_alone())
-        if name not in model.adapters:
-            if lora is None:
-                raise OptionError(f"there is no adapter {name!r} yet: pass adapter=llama_ext.LoRA(...)")
-            model.add_adapter(name, lora, seed=run.seed)
-        model.set_adapter(name)
-        if isinstance(model, LlamaForSequenceClassification):
-            stack.enter_context(model._training_head_of(name))
-        return _run(model, tuning_trainer(model, checked, name), name, examples, validation, checked, run)
+    with model._trained_alone():
+        was_active, is_new = model.active_adapter, name not in model.adapters
+        trainer: _core.Trainer | None = None
+        try:
+            with contextlib.ExitStack() as stack:
+                if is_new and lora is not None:
+                    model.add_adapter(name, lora, seed=run.seed)
+                model.set_adapter(name)
+                if isinstance(model, LlamaForSequenceClassification):
+                    stack.enter_context(model._training_head_of(name))
+                trainer = tuning_trainer(model, checked, name)
+                return _run(model, trainer, name, examples, validation, checked, run)
+        except BaseException:
+            if trainer is None or trainer.steps == 0:
+                # Refused by the run itself, for its checkpoints for example: nothing was learned.
+                if is_new and name in model.adapters:
+                    model.delete_adapter(name)
+                model.set_adapter(was_active)
+            raise
 
 
 def _checked(

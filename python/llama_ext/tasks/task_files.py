@@ -6,13 +6,79 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llama_ext.errors import FormatError, OptionError, UnsupportedError
+from llama_ext.errors import FormatError, LlamaExtError, OptionError, UnsupportedError
 from llama_ext.io.atomic import atomic_write
 from llama_ext.io.peft import CONFIG_FILE, read_adapter_base
 
-__all__ = ["base_of", "saying_who_named", "write_about"]
+if TYPE_CHECKING:
+    from llama_ext.runtime.loaded_model import LoadedModel
+
+__all__ = [
+    "CLASSIFIER_FILE",
+    "TRANSLATOR_FILE",
+    "base_of",
+    "refuse_another_task",
+    "refuse_loading",
+    "saying_who_named",
+    "write_about",
+]
+
+# Beside the weights or the adapter: what these have no word for. Of a classifier's adapter, its labels; the prompt.
+CLASSIFIER_FILE = "classifier.json"
+TRANSLATOR_FILE = "translator.json"
+
+# How a base is loaded where nothing is said, as `LlamaForCausalLM.from_pretrained` has it.
+_DEFAULTS = {"dtype": "auto", "device": "cpu", "compute": "auto", "threads": None}
+
+
+def refuse_loading(base: LoadedModel, **asked: Any) -> None:
+    """Checks that nothing is said of how to load a base which is loaded already.
+
+    Args:
+        base: The model.
+        **asked: dtype, device, compute and threads. What it has already may be said once more.
+
+    Raises:
+        OptionError: It was loaded in another way.
+    """
+    for name, value in asked.items():
+        found = getattr(base, name)
+        # "cuda" is the first GPU.
+        if value == _DEFAULTS[name] or value == found or (value, found) == ("cuda", "cuda:0"):
+            continue
+        raise OptionError(
+            f"{name}={value!r} is how a base is loaded, and this one is loaded already, with {name}={found!r}: load it so, or give "
+            "its path"
+        )
+
+
+def refuse_another_task(folder: Path, file: str) -> None:
+    """Checks that a folder is not what the other task has saved.
+
+    Args:
+        folder: What `save` of a task wrote.
+        file: Of the task that is to be loaded: CLASSIFIER_FILE or TRANSLATOR_FILE.
+
+    Raises:
+        OptionError: It is.
+    """
+    if file == CLASSIFIER_FILE and (folder / TRANSLATOR_FILE).is_file():
+        raise OptionError(f"{folder} is a translator, no classifier: Translator.load reads it")
+    if file == TRANSLATOR_FILE and not (folder / file).exists() and _is_classifier(folder):
+        raise OptionError(f"{folder} is a classifier, no translator: TextClassifier.load reads it")
+
+
+def _is_classifier(folder: Path) -> bool:
+    from llama_ext.runtime.loading import read_configs
+
+    if (folder / CLASSIFIER_FILE).is_file():
+        return True
+    try:
+        return read_configs(folder)[0].is_classifier
+    except LlamaExtError:
+        return False
 
 
 def base_of(folder: Path, base: Any) -> Any:

@@ -13,15 +13,33 @@ import numpy as np
 import numpy.typing as npt
 
 from llama_ext._arrays import FloatArray, as_whole
-from llama_ext.errors import FormatError, OptionError, ShapeError
-from llama_ext.io.json_file import read_json_object
+from llama_ext.errors import OptionError, ShapeError
+from llama_ext.io.hub import resolve
 from llama_ext.models.fields import shown
 from llama_ext.models.lora import LoRA
 from llama_ext.runtime.classifier import LlamaForSequenceClassification, checked_labels
+from llama_ext.runtime.loading import read_configs
 from llama_ext.runtime.model import LlamaForCausalLM
 from llama_ext.tasks.classification_report import ClassificationReport
-from llama_ext.tasks.fitting import fit_adapter, fit_whole
-from llama_ext.tasks.task_files import base_of, saying_who_named, write_about
+from llama_ext.tasks.fitting import fit_task
+from llama_ext.tasks.labelled_texts import (
+    MOST_REPEATS,
+    check_label_names,
+    count_of,
+    listed,
+    read_labels,
+    repeats,
+    texts_and_labels,
+)
+from llama_ext.tasks.progress import progress
+from llama_ext.tasks.task_files import (
+    CLASSIFIER_FILE,
+    base_of,
+    refuse_another_task,
+    refuse_loading,
+    saying_who_named,
+    write_about,
+)
 
 if TYPE_CHECKING:
     from llama_ext.training.batches import Example
@@ -29,9 +47,9 @@ if TYPE_CHECKING:
 
 __all__ = ["TextClassifier"]
 
-# Beside an adapter: what adapter_config.json has no word for.
-_FILE = "classifier.json"
 _IGNORED = -100
+# Texts between two signs of progress: what runs at once.
+_AT_ONCE = 32
 
 # A label: its name, or its index.
 Label = str | int
@@ -46,13 +64,16 @@ class TextClassifier:
         seed: Of the head of a new classifier, in [0, 2^64).
         dtype: How a base that is loaded here is kept, as in `from_pretrained`. Training all weights wants "float32" where it is
             quantised; an adapter takes it as it is.
+        device, compute, threads: Of a base that is loaded here, as in `from_pretrained`: where and how it computes, and is trained.
+            A base that is loaded already has its own.
 
     Attributes:
         model: The classifier.
         adapter: The name of the adapter that `fit` trains when it is asked to.
 
     Raises:
-        OptionError: Labels are no names, fewer than two, or given twice; or a language model without labels.
+        OptionError: Labels are no strings, fewer than two, or given twice; a language model without labels; or a base that is
+            loaded already, in another way than is asked for.
         FormatError and others: As `LlamaForSequenceClassification.from_pretrained`.
     """
 
@@ -65,9 +86,16 @@ class TextClassifier:
         *,
         seed: int = 0,
         dtype: str = "auto",
+        device: str = "cpu",
+        compute: str = "auto",
+        threads: int | None = None,
     ) -> None:
         self._base = base if isinstance(base, (str, os.PathLike)) else None
         self._has_warned = False
+        check_label_names(labels)
+        loading: dict[str, Any] = {"dtype": dtype, "device": device, "compute": compute, "threads": threads}
+        if isinstance(base, (LlamaForSequenceClassification, LlamaForCausalLM)):
+            refuse_loading(base, **loading)
         if isinstance(base, LlamaForSequenceClassification):
             if labels is not None and checked_labels(labels) != base.labels:
                 raise OptionError(f"the classifier has the labels {shown(base.labels)}, not {shown(labels)}")
@@ -77,12 +105,20 @@ class TextClassifier:
                 raise OptionError("labels=[...] are needed to make a classifier of a language model")
             self.model = LlamaForSequenceClassification.from_base(base, labels, seed=seed)
         else:
-            self.model = LlamaForSequenceClassification.from_pretrained(base, labels=labels, seed=seed, dtype=dtype)
+            self.model = LlamaForSequenceClassification.from_pretrained(base, labels=labels, seed=seed, **loading)
 
     @property
     def labels(self) -> list[str]:
         """The names of the labels, by index."""
         return self.model.labels
+
+    def __repr__(self) -> str:
+        model = self.model
+        adapter = f", adapter {self.adapter!r}" if self.adapter in model.adapters else ""
+        return (
+            f"<TextClassifier {listed(self.labels)}; {model.num_parameters():,} parameters, {model.dtype}{adapter}; "
+            f"{model.device} {model.isa}>"
+        )
 
     def fit(
         self,
@@ -90,7 +126,7 @@ class TextClassifier:
         labels: Sequence[Label],
         *,
         adapter: LoRA | None = None,
-        epochs: int = 3,
+        epochs: int | None = None,
         lr: float | None = None,
         batch_size: int = 16,
         validation_data: tuple[Sequence[str], Sequence[Label]] | None = None,
@@ -106,7 +142,7 @@ class TextClassifier:
             labels: A name or an index for each.
             adapter: Train this adapter and the head (the base stays as it is), instead of all weights. After the first call the
                 adapter is there, and None goes on with it.
-            epochs: How often the data is seen.
+            epochs: How often the data is seen. None: 3 times, or as `max_steps` says.
             lr: The highest learning rate, reached after a tenth of the steps; from there it falls as a cosine. None:
                 `llama_ext.training.usual_lr`, which is 1e-3 for small models and adapters, and less for wide models.
             batch_size: Texts of a step.
@@ -122,36 +158,45 @@ class TextClassifier:
             What happened, step by step.
 
         Raises:
+            DTypeError: The texts are no list of texts.
             ShapeError: There are not as many labels as texts.
-            OptionError: A label is unknown, there is no text, or an option is out of range.
+            OptionError: A label is unknown, there is no text, an option is out of range or contradicts another one, or an adapter
+                would be lost. Nothing is changed then.
             ContextLengthError: A text is longer than the model's context: nothing is cut.
             UnsupportedError: All weights are to be trained and they are quantised: train an adapter.
             NumericError: The loss is not finite.
         """
-        indices = self._indices("labels", labels, len(texts))
+        indices = self._indices("labels", labels, count_of("texts", texts))
         examples = self._examples(texts, indices)
         if not examples:
             raise OptionError("there is nothing to learn: no text was given")
-        order = _repeats(indices, self._weights(class_weights, indices), seed)
+        order = repeats(indices, self._weights(class_weights, indices), seed)
         validation = None
         if validation_data is not None:
-            held_out, answers = validation_data
-            validation = self._examples(held_out, self._indices("validation_data's labels", answers, len(held_out)))
-        given = {"warmup": 0.1, "weight_decay": 0.01, **({} if lr is None else {"lr": lr}), **(options or {})}
-        run = {"epochs": epochs, "batch_size": batch_size, "seed": seed, **settings}
-        chosen = [examples[index] for index in order]
-        there = self.model.adapters.get(self.adapter)
-        if adapter is not None and there is not None and there != adapter:
-            raise OptionError("there is another adapter already: make a new TextClassifier, or leave adapter out")
-        if adapter is None and there is None:
-            return fit_whole(self.model, chosen, validation, given, run)
-        return fit_adapter(self.model, self.adapter, adapter, chosen, validation, given, run)
+            held_out, answers = texts_and_labels(validation_data)
+            count = count_of("validation_data's texts", held_out)
+            right = self._indices("validation_data's labels", answers, count)
+            validation = self._examples(held_out, right)
+        return fit_task(
+            self.model,
+            self.adapter,
+            adapter,
+            [examples[index] for index in order],
+            validation,
+            epochs=epochs,
+            lr=lr,
+            batch_size=batch_size,
+            seed=seed,
+            options=options,
+            settings=settings,
+        )
 
-    def predict(self, texts: Sequence[str]) -> list[str]:
+    def predict(self, texts: Sequence[str], *, verbose: int = 1) -> list[str]:
         """The most likely label of each text.
 
         Args:
             texts: The texts.
+            verbose: 0 shows no progress bar on a terminal.
 
         Returns:
             Names.
@@ -162,15 +207,16 @@ class TextClassifier:
         Raises:
             DTypeError, OptionError, ContextLengthError: As `LlamaForSequenceClassification.scores`.
         """
-        labels = self.model.predict(texts)
+        scores = self._scores(texts, verbose)
         self._warn_if_untrained()
-        return labels
+        return [self.labels[int(index)] for index in scores.argmax(axis=1)]
 
-    def predict_proba(self, texts: Sequence[str]) -> FloatArray:
+    def predict_proba(self, texts: Sequence[str], *, verbose: int = 1) -> FloatArray:
         """The probability of each label.
 
         Args:
             texts: The texts.
+            verbose: As `predict`.
 
         Returns:
             (texts, labels) float32, each row sums to 1.
@@ -181,16 +227,17 @@ class TextClassifier:
         Raises:
             DTypeError, OptionError, ContextLengthError: As `predict`.
         """
-        scores = self.model.scores(texts)
+        scores = self._scores(texts, verbose)
         self._warn_if_untrained()
         return np.exp(_log_softmax(scores)).astype(np.float32)
 
-    def evaluate(self, texts: Sequence[str], labels: Sequence[Label]) -> ClassificationReport:
+    def evaluate(self, texts: Sequence[str], labels: Sequence[Label], *, verbose: int = 1) -> ClassificationReport:
         """How good it is on texts whose labels are known.
 
         Args:
             texts: The texts.
             labels: A name or an index for each.
+            verbose: As `predict`.
 
         Returns:
             Accuracy, loss, precision, recall and F1 by label and on average, and the confusion matrix.
@@ -200,10 +247,10 @@ class TextClassifier:
             OptionError: A label is unknown, or there is no text.
             DTypeError, ContextLengthError: As `predict`.
         """
-        indices = self._indices("labels", labels, len(texts))
+        indices = self._indices("labels", labels, count_of("texts", texts))
         if not indices:
             raise OptionError("there is nothing to evaluate: no text was given")
-        logp = _log_softmax(self.model.scores(texts))
+        logp = _log_softmax(self._scores(texts, verbose))
         loss = -math.fsum(logp[range(len(indices)), indices].tolist()) / len(indices)
         return ClassificationReport.from_indices(self.labels, indices, logp.argmax(axis=1).tolist(), loss)
 
@@ -228,39 +275,62 @@ class TextClassifier:
             self.model.save_pretrained(directory)
             return
         self.model.save_adapter(directory, self.adapter, base=self._base)
-        write_about(Path(directory) / _FILE, {"labels": self.labels})
+        write_about(Path(directory) / CLASSIFIER_FILE, {"labels": self.labels})
 
     @classmethod
     def load(
         cls,
         directory: str | os.PathLike[str],
         base: LlamaForCausalLM | LlamaForSequenceClassification | str | os.PathLike[str] | None = None,
+        *,
+        dtype: str = "auto",
+        device: str = "cpu",
+        compute: str = "auto",
+        threads: int | None = None,
     ) -> TextClassifier:
         """Reads what `save` wrote.
 
         Args:
             directory: A classifier, or an adapter.
             base: The base of an adapter; None: what its adapter_config.json names.
+            dtype, device, compute, threads: See the class.
 
         Returns:
             The classifier.
 
         Raises:
-            OptionError: An adapter that names no base, and none is given.
+            OptionError: An adapter that names no base, and none is given; a language model or a translator; or as the class.
             FormatError, CheckpointError, UnsupportedError, LimitError: A file is malformed or does not fit.
         """
         folder = Path(directory)
+        loading: dict[str, Any] = {"dtype": dtype, "device": device, "compute": compute, "threads": threads}
+        refuse_another_task(folder, CLASSIFIER_FILE)
         found = base_of(folder, base)
         if found is None:
-            return cls(folder)
-        labels = _read_labels(folder / _FILE) if (folder / _FILE).exists() else None
-        if labels is None and isinstance(found, LlamaForCausalLM):
-            raise OptionError(
-                f"{folder} does not name its labels: make a TextClassifier of the base with labels=[...] first"
-            )
+            if _is_language_model(folder):
+                raise OptionError(
+                    f"{folder} is a language model, no classifier: TextClassifier(path, labels=[...]).fit makes one of it"
+                )
+            return cls(folder, **loading)
+        labels = read_labels(folder / CLASSIFIER_FILE) if (folder / CLASSIFIER_FILE).exists() else None
         with saying_who_named(folder, base):
-            result = cls(found, labels)
+            if labels is None and _is_language_model(found):
+                raise OptionError(
+                    f"{folder} does not name its labels: make a TextClassifier of the base with labels=[...] first"
+                )
+            result = cls(found, labels, **loading)
         result.model.load_adapter(folder, cls.adapter)
+        return result
+
+    def _scores(self, texts: Sequence[str], verbose: int) -> FloatArray:
+        # All before any is scored: a text that is too long is told at once.
+        rows = self.model.encode(texts)
+        result = np.zeros((len(rows), len(self.labels)), dtype=np.float32)
+        with progress("Classifying", len(rows), shown=bool(verbose)) as advance:
+            for first in range(0, len(rows), _AT_ONCE):
+                part = rows[first : first + _AT_ONCE]
+                result[first : first + len(part)] = self.model._scores(part, None)
+                advance(len(part))
         return result
 
     def _warn_if_untrained(self) -> None:
@@ -269,8 +339,8 @@ class TextClassifier:
             return
         self._has_warned = True
         warnings.warn(
-            f"the classifier's head (labels {', '.join(self.labels[:8])}{', ...' if len(self.labels) > 8 else ''}) is still random, so its "
-            "predictions mean nothing: train it with fit, or read a trained one with TextClassifier.load",
+            f"the classifier's head (labels {listed(self.labels)}) is still random, so its predictions mean nothing: train it with "
+            "fit, or read a trained one with TextClassifier.load",
             UserWarning,
             stacklevel=3,
         )
@@ -299,7 +369,7 @@ class TextClassifier:
     def _index(self, what: str, label: object, known: Mapping[str, int]) -> int:
         number = known.get(label) if isinstance(label, str) else as_whole(label)
         if number is None or not 0 <= number < len(known):
-            names = ", ".join(map(repr, self.labels[:8])) + (", ..." if len(known) > 8 else "")
+            names = listed([repr(name) for name in self.labels])
             raise OptionError(f"{what} is {shown(label)}, which is no label: {names}, or an index in [0, {len(known)})")
         return number
 
@@ -318,30 +388,17 @@ class TextClassifier:
         pairs: list[tuple[Label, Any]] = list(weights.items())
         for label, weight in pairs:
             index = self._index("class_weights: a key", label, known)
-            if isinstance(weight, (bool, str)) or not 0 < weight <= _MOST_REPEATS:
-                raise OptionError(f"class_weights[{label!r}] must be a number in (0, {_MOST_REPEATS}], got {weight!r}")
+            if isinstance(weight, (bool, str)) or not 0 < weight <= MOST_REPEATS:
+                raise OptionError(f"class_weights[{label!r}] must be a number in (0, {MOST_REPEATS}], got {weight!r}")
             result[index] = weight
         return result
 
 
-# A text seen more often in an epoch is learned by heart.
-_MOST_REPEATS = 1000
-
-
-def _repeats(indices: Sequence[int], weights: npt.NDArray[np.float64], seed: int) -> list[int]:
-    """Which text to take how often: whole parts of its weight, and the rest by chance."""
-    number = as_whole(seed)
-    if number is None or not 0 <= number < 2**64:
-        raise OptionError(f"seed must be a whole number in [0, 2^64), got {seed!r}")
-    if (weights == 1.0).all():
-        return list(range(len(indices)))
-    rng = np.random.Generator(np.random.Philox(key=number))
-    wanted = np.minimum(weights[np.asarray(indices)], _MOST_REPEATS)
-    times = np.floor(wanted + rng.random(len(indices))).astype(np.int64)
-    found: list[int] = np.repeat(np.arange(len(indices)), times).tolist()
-    if not found:
-        raise OptionError("class_weights are so small that no text is left")
-    return found
+def _is_language_model(base: object) -> bool:
+    """Whether a base, or the one that a path or Hub id names, has no head of a classifier."""
+    if isinstance(base, (str, os.PathLike)):
+        return not read_configs(resolve(base))[0].is_classifier
+    return isinstance(base, LlamaForCausalLM)
 
 
 def _log_softmax(scores: FloatArray) -> npt.NDArray[np.float64]:
@@ -349,11 +406,3 @@ def _log_softmax(scores: FloatArray) -> npt.NDArray[np.float64]:
     wide -= wide.max(axis=1, keepdims=True, initial=-np.inf)
     result: npt.NDArray[np.float64] = wide - np.log(np.exp(wide).sum(axis=1, keepdims=True))
     return result
-
-
-def _read_labels(path: Path) -> list[str]:
-    values = read_json_object(path, what="a classifier's labels")
-    try:
-        return checked_labels(values.get("labels"))
-    except OptionError as error:
-        raise FormatError(str(error), path=str(path), field="labels") from error

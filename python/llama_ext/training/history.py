@@ -90,9 +90,9 @@ class Validation:
         return cls(**fields)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class History:
-    """A training run.
+    """A training run; `repr` is a line about it.
 
     Attributes:
         steps: A record of each step, those before a resumption included.
@@ -127,6 +127,11 @@ class History:
         return [record.tokens_per_second for record in self.steps]
 
     @property
+    def seconds(self) -> float:
+        """The time of all steps, without validation and saving."""
+        return sum(record.tokens / record.tokens_per_second for record in self.steps if record.tokens_per_second)
+
+    @property
     def val_loss(self) -> list[float]:
         """The validation loss, each time it was measured."""
         return [validation.loss for validation in self.validations]
@@ -137,7 +142,7 @@ class History:
         result = []
         for epoch in sorted({record.epoch for record in self.steps}):
             records = [record for record in self.steps if record.epoch == epoch]
-            seconds = sum(record.tokens / record.tokens_per_second for record in records if record.tokens_per_second)
+            seconds = History(records).seconds
             tokens = sum(record.tokens for record in records)
             inside = [each for each in self.validations if records[0].step <= each.step <= records[-1].step]
             entry: dict[str, Any] = {
@@ -153,6 +158,22 @@ class History:
                     entry["val_perplexity"] = inside[-1].perplexity
             result.append(entry)
         return result
+
+    def __repr__(self) -> str:
+        if not self.steps:
+            return f"<History no steps{self._ended()}>"
+        count = len(self.steps)
+        parts = [
+            f"{count:,} step{'' if count == 1 else 's'} in {self.seconds:.1f} s",
+            f"loss {self.steps[0].loss:.4f} -> {self.steps[-1].loss:.4f}",
+        ]
+        if self.validations:
+            best = min(self.validations, key=lambda each: each.loss)
+            parts.append(f"best validation {best.loss:.4f} after step {best.step:,}")
+        return f"<History {', '.join(parts)}{self._ended()}>"
+
+    def _ended(self) -> str:
+        return "" if self.stopped == "done" else f", stopped: {self.stopped}"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain Python values."""

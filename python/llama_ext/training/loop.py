@@ -128,7 +128,7 @@ class Run:
         settings.check(validates=validation is not None)
         per_epoch = 1 if settings.overfit_batch else source.steps_per_epoch(settings.batch_size * settings.grad_accum)
         self.history = History(steps_per_epoch=per_epoch)
-        self.total_steps = settings.max_steps or settings.epochs * per_epoch
+        self.total_steps = settings.max_steps or (settings.epochs or 1) * per_epoch
         self.step = 0
         self._name = secrets.token_hex(16)
         # What a callback said; an interrupt goes before it, in this call of `fit`.
@@ -178,7 +178,12 @@ class Run:
             with (
                 self._interrupts,
                 TrainingBar(
-                    self.total_steps, self.step, flops, self._settings.peak_flops, shown=self._settings.verbose > 0
+                    self.total_steps,
+                    self.step,
+                    flops,
+                    self._settings.peak_flops,
+                    steps_per_epoch=self.history.steps_per_epoch,
+                    shown=self._settings.verbose > 0,
                 ) as bar,
             ):
                 if self._settings.log_file is not None:

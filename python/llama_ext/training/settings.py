@@ -24,7 +24,7 @@ class RunSettings:
     """
 
     batch_size: int = 32
-    epochs: int = 1
+    epochs: int | None = None
     max_steps: int | None = None
     grad_accum: int = 1
     seed: int = 0
@@ -41,11 +41,16 @@ class RunSettings:
     peak_flops: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "grad_accum", "keep_last"):
+        for name in ("batch_size", "grad_accum", "keep_last"):
             object.__setattr__(self, name, whole(name, getattr(self, name), 1))
-        for name in ("max_steps", "save_every", "validate_every"):
+        for name in ("epochs", "max_steps", "save_every", "validate_every"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, whole(name, getattr(self, name), 1))
+        # One epoch is what `LlamaForCausalLM.fit` passes on when nobody has said anything.
+        if self.max_steps is not None and self.epochs not in (None, 1):
+            raise OptionError(
+                f"epochs={self.epochs} and max_steps={self.max_steps} both say how long the run is: give one of them"
+            )
         for name in ("keep_best", "overfit_batch"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} must be True or False, got {getattr(self, name)!r}")
