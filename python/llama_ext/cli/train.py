@@ -337,7 +337,7 @@ def _train(args: argparse.Namespace) -> int:
             batch_size=batch_size,
             grad_accum=args.grad_accum,
             max_steps=None if args.epochs is not None else steps,
-            epochs=1 if args.epochs is None else args.epochs,
+            epochs=args.epochs,
             validation_data=held_out if validates else None,
             validate_every=(250 if args.eval_every is None else args.eval_every) if validates else None,
             save_every=500 if args.save_every is None else args.save_every,

@@ -110,7 +110,7 @@ class Trainable:
         y: object = None,
         *,
         batch_size: int = 32,
-        epochs: int = 1,
+        epochs: int | None = None,
         max_steps: int | None = None,
         grad_accum: int = 1,
         validation_data: object = None,
@@ -150,7 +150,7 @@ class Trainable:
             y: Answers as above; or labels (B, T) as in transformers: position t of `x` is trained to predict y[:, t + 1], -100
                 does not count. None: `x` itself.
             batch_size: Rows of a batch, which run together.
-            epochs: How often the data is seen.
+            epochs: How often the data is seen. None: once, or what `max_steps` makes of it.
             max_steps: Steps of the optimiser, instead of `epochs`.
             grad_accum: Batches of a step. Memory is that of one.
             validation_data: As `x`, or a tuple (x, y); scored whole after each epoch, and after the last step (not where a callback
@@ -162,7 +162,7 @@ class Trainable:
                 beginning when it has none. The run goes on as if it had not ended: the same bits on the same instruction set.
                 Later checkpoints in `checkpoint_dir` stay until the run comes to them, and then are replaced.
             callbacks: `llama_ext.training.Callback` objects, such as `EarlyStopping`.
-            verbose: 0 shows no progress bar on a terminal.
+            verbose: 0 shows neither a progress bar, on a terminal, nor lines of progress on stderr elsewhere.
             context: Tokens of a row, at most the model's context. None: the model's.
             pack: Put documents together into rows of `context` tokens. They do not see each other, and each begins at position 0.
                 Nothing is ever padded, so this is for steps of even size and not for speed.

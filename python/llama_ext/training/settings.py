@@ -46,8 +46,7 @@ class RunSettings:
         for name in ("epochs", "max_steps", "save_every", "validate_every"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, whole(name, getattr(self, name), 1))
-        # One epoch is what `LlamaForCausalLM.fit` passes on when nobody has said anything.
-        if self.max_steps is not None and self.epochs not in (None, 1):
+        if self.max_steps is not None and self.epochs is not None:
             raise OptionError(
                 f"epochs={self.epochs} and max_steps={self.max_steps} both say how long the run is: give one of them"
             )
