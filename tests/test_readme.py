@@ -1,4 +1,4 @@
-"""The README's examples do what they show."""
+"""The examples of the README and of docs/running.md do what they show."""
 
 from __future__ import annotations
 
@@ -13,26 +13,41 @@ import pytest
 import llama_ext
 
 README = Path(__file__).resolve().parents[1] / "README.md"
+RUNNING = README.parent / "docs" / "running.md"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+def blocks(language: str, guide: Path = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", guide.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
-def commands() -> list[str]:
-    """The lines that name a command, less `chat`, which wants a terminal and a chat model, and what wants a model of one's own."""
-    lines = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
-    return [line for line in lines if line.startswith("llama-ext ") and "chat" not in line and "path/to" not in line]
+def commands(guide: Path = README) -> list[tuple[str, str]]:
+    """The lines that name a command, and what `echo` gives each to read; less what wants a terminal or a model of one's own."""
+    found = []
+    for line in (line.split("#")[0].strip() for block in blocks("sh", guide) for line in block.splitlines()):
+        said, bar, command = line.rpartition(" | ")
+        if not command.startswith("llama-ext ") or "path/to" in command:
+            continue
+        if bar:
+            found.append((command, shlex.split(said)[1] + "\n"))
+        elif not command.startswith("llama-ext chat"):
+            found.append((command, ""))
+    return found
+
+
+def run_blocks(guide: Path) -> tuple[dict[str, object], str]:
+    """The names that the Python of a guide leaves, and what it prints."""
+    names: dict[str, object] = {}
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        for number, block in enumerate(blocks("python", guide), start=1):
+            exec(compile(block, f"{guide.name}, example {number}", "exec"), names)
+    return names, printed.getvalue()
 
 
 def test_python_examples_run_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        for number, block in enumerate(blocks("python"), start=1):
-            exec(compile(block, f"README example {number}", "exec"), names)
-    assert "ROMEO:" in printed.getvalue()
+    names, printed = run_blocks(README)
+    assert "ROMEO:" in printed
     assert (tmp_path / "random-llama" / "model.safetensors").exists()
     output = names["output"]
     assert isinstance(output, llama_ext.GenerationOutput)
@@ -44,14 +59,30 @@ def test_python_examples_run_as_printed(tmp_path: Path, monkeypatch: pytest.Monk
     assert output.accepted_tokens > output.drafted_tokens / 2
 
 
+def test_the_guide_to_running_models_does_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names, _ = run_blocks(RUNNING)
+    outputs, session = names["outputs"], names["session"]
+    assert isinstance(outputs, list)
+    assert max(output.shared_prompt_tokens for output in outputs) > 16
+    assert isinstance(session, llama_ext.Session)
+    # The sentence on the memory of a position.
+    model = llama_ext.LlamaForCausalLM.from_pretrained("demo")
+    sizes = [model.session(32, kv_dtype=kind).nbytes // 32 for kind in ("float32", "bfloat16", "int8")]  # type: ignore[arg-type]
+    assert "Of the demo that is {:,}, {:,} and {:,} bytes".format(*sizes) in RUNNING.read_text(encoding="utf-8")
+    assert (tmp_path / "demo.gguf").exists()
+
+
+@pytest.mark.parametrize("guide", [README, RUNNING], ids=lambda guide: guide.name)
 def test_commands_run_as_printed_one_after_the_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    guide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from llama_ext.cli.main import main
 
     (tmp_path / README.name).write_bytes(README.read_bytes())
     monkeypatch.chdir(tmp_path)
-    for command in commands():
+    for command, typed in commands(guide):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed.encode()), encoding="utf-8"))
         assert main(shlex.split(command)[1:]) == 0, command
         assert capsys.readouterr().out.strip(), command
 
@@ -59,6 +90,10 @@ def test_commands_run_as_printed_one_after_the_other(
 def test_readme_has_examples() -> None:
     assert len(blocks("python")) >= 7
     assert len(commands()) >= 4
+    assert len(blocks("python", RUNNING)) >= 11
+    assert {shlex.split(command)[1] for command, _ in commands(RUNNING)} == {
+        *("info", "bench", "generate", "chat", "perplexity", "quantize", "convert")
+    }
 
 
 def test_readme_has_no_placeholder_left() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,9 @@ __all__ = [
     "Bfloat16Bits",
     "FloatArray",
     "IntArray",
+    "SupportsArray",
     "allocate",
+    "array_by_protocol",
     "array_of",
     "as_whole",
     "assign",
@@ -44,6 +46,14 @@ __all__ = [
 ]
 
 Array = npt.NDArray[Any]
+
+
+class SupportsArray(Protocol):
+    """An array of NumPy or of another library that gives NumPy its numbers."""
+
+    def __array__(self) -> Array: ...
+
+
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int32]
 
@@ -129,12 +139,35 @@ def widen_bfloat16(bits: Array) -> FloatArray:
     return (np.ascontiguousarray(bits).view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
+def array_by_protocol(what: str, value: object) -> Array | None:
+    """The NumPy array that an array of any library is, by NumPy's own protocols; None for what is no array, lists and numbers
+    among it.
+
+    Raises:
+        DTypeError: It does not give NumPy its numbers, as where it lies on a GPU.
+    """
+    if isinstance(value, np.ndarray):
+        return value
+    # Texts and numbers of NumPy have the protocols, too.
+    if isinstance(value, (str, bytes, bytearray, np.generic, Sequence)):
+        return None
+    if not any(hasattr(value, name) for name in ("__array__", "__array_interface__", "__array_struct__")):
+        return None
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+        raise DTypeError(
+            f"{what} must be an array that NumPy can read, got {type(value).__name__}: {reason}. Copy it to the CPU first"
+        ) from error
+
+
 def token_ids(what: str, values: object, vocabulary: int) -> IntArray:
     """Token ids as a one-dimensional int32 array, each checked to be in [0, vocabulary).
 
     Args:
         what: The name of the ids in messages.
-        values: A sequence of integers or a one-dimensional array of any integer type.
+        values: A sequence of integers or a one-dimensional array of any integer type, of NumPy or of another library.
         vocabulary: How many tokens there are.
 
     Raises:
@@ -142,9 +175,8 @@ def token_ids(what: str, values: object, vocabulary: int) -> IntArray:
         ShapeError: An array that is not one-dimensional.
         TokenIdError: An id outside the vocabulary; the message says which and where.
     """
-    if isinstance(values, np.ndarray):
-        array = values
-    else:
+    array = array_by_protocol(what, values)
+    if array is None:
         if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
             raise DTypeError(f"{what} must be a sequence of integers, got {type(values).__name__}")
         array = _from_sequence(what, values, vocabulary)
@@ -167,7 +199,9 @@ def _from_sequence(what: str, values: Sequence[object], vocabulary: int) -> Arra
             raise DTypeError(f"{what}[{index}] must be an integer, got {type(value).__name__}") from None
         # Checked here too: a Python integer may be beyond any NumPy type.
         if not 0 <= number < vocabulary:
-            raise TokenIdError(f"{what}[{index}] is {number}; token ids of this model are in [0, {vocabulary})")
+            # Nor does Python write out one of any length.
+            found = number if abs(number) < 2**64 else "beyond 64 bits"
+            raise TokenIdError(f"{what}[{index}] is {found}; token ids of this model are in [0, {vocabulary})")
         numbers.append(number)
     return np.array(numbers, dtype=np.int64)
 

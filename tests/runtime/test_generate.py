@@ -309,6 +309,7 @@ def test_beam_search_finds_a_likelier_text_than_greedy_search(stories: Model) ->
         (np.zeros((1, 1, 1), dtype=int), llama_ext.ShapeError, "shape"),
         ([1, 67], llama_ext.TokenIdError, r"input_ids\[1\] is 67"),
         ([[1], [2, 10**30]], llama_ext.TokenIdError, r"prompts\[1\]\[1\]"),
+        ([10**5000], llama_ext.TokenIdError, r"input_ids\[0\] is beyond 64 bits"),
         (np.array([1.0]), llama_ext.DTypeError, "integers"),
         ([1, "a"], llama_ext.DTypeError, "integer"),
         ([True], llama_ext.DTypeError, "True"),
@@ -323,7 +324,17 @@ def test_a_wrong_prompt_is_a_typed_error(prompt: Any, error: type[Exception], me
         tiny.generate(prompt)
 
 
-def test_an_empty_prompt_without_a_bos_token_says_what_to_do(tmp_path: Path) -> None:
+def test_what_cannot_be_done_is_told_for_where_it_was_asked(stories: Model) -> None:
+    with pytest.raises(llama_ext.UnsupportedError, match=r"several sequences and a session is one.*num_beams=1"):
+        stories.session().generate("a", num_beams=2)
+    with pytest.raises(llama_ext.UnsupportedError, match="cannot be streamed"):
+        stories.stream_generate("a", num_beams=2)
+    for prompts, given in (("a", "^1 prompt with"), (["a", "b"], "^2 prompts with")):
+        with pytest.raises(llama_ext.OptionError, match=given):
+            stories.generate(prompts, num_return_sequences=70_000, temperature=1.0)
+
+
+def test_an_empty_prompt_without_a_bos_token_says_what_to_do() -> None:
     tokenizer = llama_ext.Tokenizer.characters("abc")
     config = llama_ext.LlamaConfig(
         vocab_size=3, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, bos_token_id=None

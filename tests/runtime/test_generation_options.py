@@ -109,6 +109,55 @@ def test_a_value_out_of_range_is_an_error_that_names_the_option(name: str, value
             plan(**{name: value})
 
 
+def test_the_keys_of_a_logit_bias_are_named_as_what_is_wrong() -> None:
+    for key in ("1", 1.5, True, None):
+        with pytest.raises(
+            OptionError, match=f"each key of logit_bias must be a token id, a whole number, got {key!r}"
+        ):
+            plan(logit_bias={key: 1.0})
+
+
+@pytest.mark.parametrize("beams", [1025, 10**9])
+def test_too_many_beams_are_told_in_the_users_words(beams: int) -> None:
+    assert plan(num_beams=1024).num_beams == 1024
+    with pytest.raises(OptionError, match=f"^num_beams must be at most 1024, got {beams}$"):
+        plan(num_beams=beams)
+    with pytest.raises(
+        OptionError, match=r"at most 1024.*from the checkpoint's generation_config\.json; pass num_beams=1"
+    ):
+        plan(GenerationDefaults(num_beams=beams))
+
+
+# Python converts no more than 4,300 digits to text: a message must not try.
+ENDLESS = 10**5000
+
+
+@pytest.mark.parametrize("name", sorted(set(GenerateOptions.__annotations__) - {"logit_bias"}))
+def test_a_number_without_end_is_an_error_that_names_the_option(name: str) -> None:
+    for value in (ENDLESS, -ENDLESS):
+        with pytest.raises((OptionError, TokenIdError), match=name):
+            plan(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"logit_bias": {ENDLESS: 1.0}},
+        {"logit_bias": {1: ENDLESS}},
+        {"logit_bias": {1: -ENDLESS}},
+        {"eos_token_id": [1, ENDLESS]},
+        {"stop": [ENDLESS]},
+        {"adapter": [ENDLESS]},
+        {"generation_config": {"max_length": ENDLESS}},
+        {"generation_config": {"repetition_penalty": ENDLESS}},
+        {"generation_config": {ENDLESS: 1}},
+    ],
+)
+def test_so_is_one_inside_another_value(given: dict[str, Any]) -> None:
+    with pytest.raises((OptionError, TokenIdError), match="|".join([*given, "max_length", "repetition_penalty"])):
+        plan(**given)
+
+
 @pytest.mark.parametrize("given", [{"eos_token_id": 100}, {"eos_token_id": [2, -1]}, {"logit_bias": {100: 1.0}}])
 def test_a_token_outside_the_vocabulary_is_an_error(given: dict[str, Any]) -> None:
     with pytest.raises(TokenIdError, match=next(iter(given))):

@@ -312,6 +312,11 @@ def test_an_id_that_is_not_an_integer_is_refused(token: Any) -> None:
         Tokenizer.from_tokenizers(small_backend()).decode([token])
 
 
+def test_an_id_without_end_is_outside_the_vocabulary() -> None:
+    with pytest.raises(TokenIdError, match="0 <= id < 12"):
+        Tokenizer.from_tokenizers(small_backend()).decode([10**5000])
+
+
 def test_ids_may_be_numpy_integers() -> None:
     assert Tokenizer.from_tokenizers(small_backend()).decode(np.array([3, 4], np.int32)) == "ab"
 

@@ -27,6 +27,15 @@ def test_bpe_knows_every_text(vocab_size: int) -> None:
         assert len(tokenizer.encode("the cat")) == 2
 
 
+def test_without_a_size_it_is_1024_tokens_or_what_the_text_gives() -> None:
+    assert 256 < len(llama_ext.Tokenizer.train("abc def")) < 1024
+    words = " ".join(str(number**3) for number in range(1000))
+    for eos_token in (None, "</s>"):
+        tokenizer = llama_ext.Tokenizer.train(words, eos_token=eos_token)
+        assert len(tokenizer) == 1024
+        assert tokenizer.decode(tokenizer.encode(words)) == words
+
+
 def test_special_tokens_have_ids_and_are_not_added() -> None:
     tokenizer = llama_ext.Tokenizer.train(TEXTS, 300, bos_token="<s>", eos_token="</s>", pad_token="</s>")
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1, 1)
@@ -94,7 +103,7 @@ def test_rare_characters_can_be_left_out() -> None:
         (["a\ud800"], {}, "surrogate"),
         ("a", {"vocab_size": 255}, "vocab_size"),
         ("a", {"vocab_size": 256, "eos_token": "</s>"}, r"\[257"),
-        ("a", {"vocab_size": None}, "vocab_size"),
+        ("a", {"vocab_size": 10**5000}, "vocab_size"),
         ("a", {"vocab_size": 1 << 40}, "vocab_size"),
         ("a", {"kind": "word"}, "kind"),
         ("a", {"eos_token": ""}, "special token"),

@@ -13,6 +13,7 @@ from typing import Any
 
 from llama_ext.errors import FormatError, OptionError
 from llama_ext.io.atomic import atomic_write, made_folder
+from llama_ext.io.hub import resolve_small_files
 from llama_ext.io.json_file import read_json_object
 from llama_ext.limits import DEFAULT_LIMITS, Limits
 from llama_ext.models.fields import FieldReader, shown
@@ -160,11 +161,14 @@ class LlamaConfig:
         return config
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS) -> LlamaConfig:
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], *, revision: str | None = None, limits: Limits = DEFAULT_LIMITS
+    ) -> LlamaConfig:
         """Reads config.json.
 
         Args:
-            path: A checkpoint's directory, or the file itself.
+            path: A checkpoint's directory, or the file itself; "demo" or a Hub id, as for `LlamaForCausalLM`.
+            revision: Of the Hub: a branch, tag or commit.
             limits: The bounds.
 
         Returns:
@@ -173,11 +177,12 @@ class LlamaConfig:
         Raises:
             FormatError: The file is missing or malformed, or as for `from_dict`.
             LimitError: The file is too large, or as for `from_dict`.
-            UnsupportedError: As for `from_dict`.
+            OptionError: A revision of something that is not on the Hub.
+            UnsupportedError: A Hub id, and huggingface_hub is not installed; or as for `from_dict`.
         """
         if not os.fspath(path):
             raise FormatError("the path of a model's config.json is empty. Expected its directory, or the file.")
-        file = Path(path)
+        file = resolve_small_files(path, revision)
         if os.path.isdir(file):
             file = file / "config.json"
         return cls.from_dict(

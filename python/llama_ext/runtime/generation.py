@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from llama_ext import _core
 from llama_ext._arrays import Array
@@ -23,9 +24,12 @@ from llama_ext.runtime.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llama_ext.runtime.model import LlamaForCausalLM
 
-__all__ = ["FinishReason", "GenerationOutput", "Piece", "chat", "generate", "stream", "stream_with_counts"]
+__all__ = ["FinishReason", "Generated", "GenerationOutput", "Piece", "chat", "generate", "stream", "stream_with_counts"]
 
 FinishReason = Literal["stop", "length"]
+
+# What `generate` gives, in the kind of the prompts.
+Generated = str | list[str] | list[int] | list[list[int]] | npt.NDArray[np.int64]
 
 # What ends a row, in the core's words and in ours.
 _FINISH: dict[str, FinishReason] = {"eos": "stop", "stop": "stop", "length": "length"}
@@ -250,9 +254,9 @@ class _Run:
 def _refuse_many(prompts: Prompts, copies: int) -> None:
     rows = len(prompts.rows) * copies
     if rows > _MOST_ROWS:
+        given = f"{len(prompts.rows)} prompt{'' if len(prompts.rows) == 1 else 's'}"
         raise OptionError(
-            f"{len(prompts.rows)} prompts with num_return_sequences={copies} are {rows} sequences; "
-            f"one call generates at most {_MOST_ROWS}: split it"
+            f"{given} with num_return_sequences={copies} are {rows} sequences; one call generates at most {_MOST_ROWS}: split it"
         )
 
 
@@ -288,7 +292,7 @@ def generate(
     options: Mapping[str, Any],
     *,
     return_details: bool,
-) -> Any:
+) -> Generated | GenerationOutput | list[GenerationOutput]:
     """The body of `LlamaForCausalLM.generate`."""
     plan = plan_for(model, options)
     batch = read_for(model, prompts, attention_mask)
@@ -355,7 +359,10 @@ def generate_in_session(
 ) -> Iterator[Piece]:
     """The body of `Session.stream_generate`: the session's tokens come before the prompt, and it keeps what is generated."""
     plan = plan_for(model, options)
-    _refuse_beams(plan)
+    if plan.num_beams > 1:
+        raise UnsupportedError(
+            "beam search follows several sequences and a session is one: use generate of the model, or pass num_beams=1"
+        )
     batch = read_for(model, prompt, None, add_special_tokens=session.length == 0)
     if not batch.single or plan.num_return_sequences > 1:
         raise OptionError("a session is one sequence: give one prompt and num_return_sequences=1")
@@ -438,7 +445,7 @@ def _refuse_beams(plan: GenerationPlan) -> None:
 
 def _like_the_prompts(
     model: LlamaForCausalLM, batch: Prompts, plan: GenerationPlan, outputs: list[GenerationOutput], *, one: bool
-) -> Any:
+) -> Generated:
     """Results in the kind of the prompts: texts, lists of ids, or arrays, the prompt included."""
     if batch.kind == "text":
         texts = [(output.prompt or "") + (output.text or "") for output in outputs]
@@ -463,7 +470,7 @@ def _padding(model: LlamaForCausalLM, plan: GenerationPlan) -> int:
     return next((token for token in named if token is not None), 0)
 
 
-def _pad(block: Array, rows: list[list[int]], padding: int) -> Array:
+def _pad(block: Array, rows: list[list[int]], padding: int) -> npt.NDArray[np.int64]:
     width = block.shape[1]
     padded = np.full((len(rows), width + max(map(len, rows), default=0)), padding, dtype=np.int64)
     padded[:, :width] = block

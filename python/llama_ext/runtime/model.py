@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llama_ext import _core
-from llama_ext._arrays import FloatArray, IntArray, as_whole
+from llama_ext._arrays import FloatArray, IntArray, SupportsArray, as_whole
 from llama_ext.errors import OptionError, UnsupportedError
 from llama_ext.limits import DEFAULT_LIMITS, Limits
 from llama_ext.models import ARCHITECTURES
@@ -18,9 +18,9 @@ from llama_ext.models.config import LlamaConfig
 from llama_ext.models.generation_config import GenerationDefaults
 from llama_ext.runtime import generation, loading, logits, scoring
 from llama_ext.runtime.adapted import AdapterChoice
-from llama_ext.runtime.generation import Piece
+from llama_ext.runtime.generation import Generated, GenerationOutput, Piece
 from llama_ext.runtime.loaded_model import LoadedModel
-from llama_ext.runtime.options import GenerateOptions
+from llama_ext.runtime.options import GenerateOptions, OneSequenceOptions
 from llama_ext.runtime.scoring import LogLikelihood, Perplexity
 from llama_ext.runtime.session import Session, load_session, new_session
 from llama_ext.runtime.tokenizer import Tokenizer
@@ -37,9 +37,8 @@ TokenLoop = _core.Generation
 CoreModel = _core.Model
 
 Ids = Sequence[int] | IntArray
-Prompts = (
-    str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Sequence[IntArray] | npt.NDArray[np.integer[Any]]
-)
+Rows = Sequence[Sequence[int]] | Sequence[SupportsArray]
+Prompts = str | Sequence[str] | Sequence[int] | Rows | SupportsArray
 
 
 class LlamaForCausalLM(LoadedModel, Trainable):
@@ -75,6 +74,10 @@ class LlamaForCausalLM(LoadedModel, Trainable):
         DeviceError: There is no such device here.
         OutOfMemoryError: The weights do not fit into memory.
     """
+
+    # None where the checkpoint has none. Any stands for that None, as in typeshed: most models have a tokenizer, and a user's
+    # script should not have to prove it before each `model.tokenizer.encode`.
+    tokenizer: Tokenizer | Any
 
     def __init__(
         self,
@@ -187,7 +190,7 @@ class LlamaForCausalLM(LoadedModel, Trainable):
 
     def __call__(
         self,
-        input_ids: npt.NDArray[np.integer[Any]] | Sequence[Sequence[int]],
+        input_ids: SupportsArray | Sequence[Sequence[int]],
         attention_mask: object = None,
         adapter: AdapterChoice = None,
     ) -> FloatArray:
@@ -212,6 +215,61 @@ class LlamaForCausalLM(LoadedModel, Trainable):
         """
         return logits.batch_logits(self, input_ids, attention_mask, adapter)
 
+    # A str is a sequence of str as well, and is meant as one text: what mypy is told to ignore.
+    @overload
+    def generate(  # type: ignore[overload-overlap]
+        self, prompts: str, *, return_details: Literal[False] = False, **options: Unpack[OneSequenceOptions]
+    ) -> str: ...
+    @overload
+    def generate(  # type: ignore[overload-overlap]
+        self, prompts: str, *, return_details: Literal[False] = False, **options: Unpack[GenerateOptions]
+    ) -> str | list[str]: ...
+    @overload
+    def generate(
+        self, prompts: Sequence[str], *, return_details: Literal[False] = False, **options: Unpack[GenerateOptions]
+    ) -> list[str]: ...
+    @overload
+    def generate(
+        self, prompts: Sequence[int], *, return_details: Literal[False] = False, **options: Unpack[OneSequenceOptions]
+    ) -> list[int]: ...
+    @overload
+    def generate(
+        self, prompts: Sequence[int], *, return_details: Literal[False] = False, **options: Unpack[GenerateOptions]
+    ) -> list[int] | list[list[int]]: ...
+    @overload
+    def generate(
+        self, prompts: Rows, *, return_details: Literal[False] = False, **options: Unpack[GenerateOptions]
+    ) -> list[list[int]]: ...
+    @overload
+    def generate(
+        self,
+        prompts: SupportsArray,
+        *,
+        attention_mask: object = None,
+        return_details: Literal[False] = False,
+        **options: Unpack[GenerateOptions],
+    ) -> npt.NDArray[np.int64]: ...
+    @overload
+    def generate(  # type: ignore[overload-overlap]
+        self, prompts: str | Sequence[int], *, return_details: Literal[True], **options: Unpack[OneSequenceOptions]
+    ) -> GenerationOutput: ...
+    @overload
+    def generate(  # type: ignore[overload-overlap]
+        self, prompts: str | Sequence[int], *, return_details: Literal[True], **options: Unpack[GenerateOptions]
+    ) -> GenerationOutput | list[GenerationOutput]: ...
+    @overload
+    def generate(
+        self, prompts: Sequence[str] | Rows, *, return_details: Literal[True], **options: Unpack[GenerateOptions]
+    ) -> list[GenerationOutput]: ...
+    @overload
+    def generate(
+        self,
+        prompts: Prompts,
+        *,
+        attention_mask: object = None,
+        return_details: bool,
+        **options: Unpack[GenerateOptions],
+    ) -> Generated | GenerationOutput | list[GenerationOutput]: ...
     # Options are described here once, for all that generate.
     def generate(
         self,
@@ -220,14 +278,15 @@ class LlamaForCausalLM(LoadedModel, Trainable):
         attention_mask: object = None,
         return_details: bool = False,
         **options: Unpack[GenerateOptions],
-    ) -> Any:
+    ) -> Generated | GenerationOutput | list[GenerationOutput]:
         """Goes on with texts or token ids.
 
         Texts in give texts out, ids in give ids out; the prompt is included. An option that is not given, or None, is what
         the checkpoint's generation_config.json says, else the default below.
 
         Args:
-            prompts: A text or a list of texts; token ids as a list, a list of lists of any lengths, or an array (T) or (B, T).
+            prompts: A text or a list of texts; token ids as a list, a list of lists of any lengths, or an array (T) or (B, T), of NumPy
+                or of a library whose arrays NumPy reads.
             attention_mask: For an array (B, T) that is padded on the left: 1 for a token, 0 for padding.
             return_details: Return `GenerationOutput` records: continuation, tokens, log probabilities, finish reason.
             max_new_tokens: Tokens to generate at most; default 256, cut to what the context has room for. A number that is
@@ -245,7 +304,7 @@ class LlamaForCausalLM(LoadedModel, Trainable):
             frequency_penalty: Subtracted as often as the token is in the output. Default 0.
             logit_bias: {token id: number} added to logits; -inf forbids a token.
             stop: A string or strings that end a row; they are not part of the returned text.
-            num_beams: > 1: beam search; without sampling, penalties, logit_bias or stop strings. Default 1.
+            num_beams: In [1, 1024], > 1: beam search; without sampling, penalties, logit_bias or stop strings. Default 1.
             length_penalty: Of beam search: score = sum of log probabilities / tokens ** length_penalty. Default 1.
             early_stopping: Of beam search: end as soon as num_beams sequences are complete. Default False.
             num_return_sequences: Sequences per prompt, of sampling or of beam search. Default 1.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import operator
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
+from llama_ext._arrays import as_whole
 from llama_ext.errors import ContextLengthError, OptionError, TokenIdError, UnsupportedError
+from llama_ext.models.fields import shown
 from llama_ext.runtime.speculation import (
     DEFAULT_DRAFT_TOKENS,
     MOST_DRAFT_TOKENS,
@@ -25,16 +26,25 @@ if TYPE_CHECKING:
     from llama_ext.runtime.adapted import AdapterChoice
     from llama_ext.runtime.model import LlamaForCausalLM
 
-__all__ = ["DEFAULT_BATCH_SIZE", "DEFAULT_NEW_TOKENS", "GenerateOptions", "GenerationPlan", "plan_generation"]
+__all__ = [
+    "DEFAULT_BATCH_SIZE",
+    "DEFAULT_NEW_TOKENS",
+    "GenerateOptions",
+    "GenerationPlan",
+    "OneSequenceOptions",
+    "plan_generation",
+]
 
 # Tokens that are generated when neither the caller nor the checkpoint says how many.
 DEFAULT_NEW_TOKENS = 256
 # Sequences that run at once: with more, a step takes longer than the reading of the weights that they share.
 DEFAULT_BATCH_SIZE = 16
+# kMaxBeams of the core.
+_MOST_BEAMS = 1024
 
 
-class GenerateOptions(TypedDict, total=False):
-    """The options of `LlamaForCausalLM.generate`, where they are described; None is "not given" for all of them."""
+class OneSequenceOptions(TypedDict, total=False):
+    """The options of `LlamaForCausalLM.generate` that give one sequence for a prompt: all but one."""
 
     max_new_tokens: int | None
     max_length: int | None
@@ -51,7 +61,6 @@ class GenerateOptions(TypedDict, total=False):
     num_beams: int | None
     length_penalty: float | None
     early_stopping: bool | None
-    num_return_sequences: int | None
     seed: int | None
     eos_token_id: int | Sequence[int] | None
     max_batch_size: int | None
@@ -60,6 +69,12 @@ class GenerateOptions(TypedDict, total=False):
     num_assistant_tokens: int | None
     generation_config: GenerationDefaults | Mapping[str, object] | None
     adapter: AdapterChoice
+
+
+class GenerateOptions(OneSequenceOptions, total=False):
+    """The options of `LlamaForCausalLM.generate`, where they are described; None is "not given" for all of them."""
+
+    num_return_sequences: int | None
 
 
 @dataclass(frozen=True)
@@ -255,11 +270,11 @@ def _as_defaults(config: object) -> GenerationDefaults:
         raise OptionError(f"generation_config must be a mapping or GenerationDefaults, got {type(config).__name__}")
     for name in config:
         if not isinstance(name, str):
-            raise OptionError(f"generation_config: its keys must be names, got {name!r}")
+            raise OptionError(f"generation_config: its keys must be names, got {shown(name)}")
     result = GenerationDefaults.from_dict(config, from_file=False)
     for name, value in result.ignored.items():
         if name in fields:
-            raise OptionError(f"generation_config: {name}={value!r} is not supported by this version")
+            raise OptionError(f"generation_config: {name}={shown(value)} is not supported by this version")
         raise OptionError(f"generation_config: this version has no {name!r}; {_hint(name, fields)}")
     return result
 
@@ -311,6 +326,8 @@ def _sampling(
 
 
 def _check_beams(beams: int, returned: int, sampling: Mapping[str, object], stop: tuple[str, ...], hint: str) -> None:
+    if beams > _MOST_BEAMS:
+        raise OptionError(f"num_beams must be at most {_MOST_BEAMS}, got {beams}{hint}")
     if returned > beams:
         raise OptionError(f"num_return_sequences={returned} is more than num_beams={beams}{hint}")
     if stop:
@@ -328,7 +345,7 @@ def _adapter(value: object) -> AdapterChoice:
     given = list(value) if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)) else [value, 0]
     names = [name for name in given if name is None or isinstance(name, str)]
     if len(names) != len(given):
-        raise OptionError(f"adapter must be a name, or a list with a name or None for each prompt, got {value!r}")
+        raise OptionError(f"adapter must be a name, or a list with a name or None for each prompt, got {shown(value)}")
     return names
 
 
@@ -337,7 +354,7 @@ def _stop_strings(value: object) -> tuple[str, ...]:
         return ()
     strings = [value] if isinstance(value, str) else value
     if not isinstance(strings, Sequence) or not all(isinstance(item, str) for item in strings):
-        raise OptionError(f"stop must be a string or a list of strings, got {value!r}")
+        raise OptionError(f"stop must be a string or a list of strings, got {shown(value)}")
     if "" in strings:
         raise OptionError("stop must not contain the empty string, which is everywhere")
     return tuple(dict.fromkeys(strings))
@@ -350,10 +367,14 @@ def _logit_bias(value: object, vocabulary: int) -> dict[int, float]:
         raise OptionError(f"logit_bias must map token ids to numbers, got {type(value).__name__}")
     result = {}
     for token, bias in value.items():
-        number = _token("logit_bias", token, vocabulary)
-        if isinstance(bias, bool) or not isinstance(bias, (int, float)) or math.isnan(bias) or bias == math.inf:
-            raise OptionError(f"logit_bias[{number}] must be a number below infinity, got {bias!r}")
-        result[number] = float(bias)
+        number = _token("logit_bias", token, vocabulary, "each key of logit_bias must be a token id, a whole number")
+        try:
+            value_of_it = math.nan if isinstance(bias, bool) or not isinstance(bias, (int, float)) else float(bias)
+        except OverflowError:
+            value_of_it = math.nan
+        if math.isnan(value_of_it) or value_of_it == math.inf:
+            raise OptionError(f"logit_bias[{number}] must be a number below infinity, got {shown(bias)}")
+        result[number] = value_of_it
     return result
 
 
@@ -365,10 +386,10 @@ def _eos(value: object, eos: Sequence[int], vocabulary: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(_token("eos_token_id", token, vocabulary) for token in tokens))
 
 
-def _token(name: str, value: object, vocabulary: int) -> int:
-    number = _as_whole(name, value)
+def _token(name: str, value: object, vocabulary: int, expected: str = "") -> int:
+    number = _as_whole(name, value, expected)
     if not 0 <= number < vocabulary:
-        raise TokenIdError(f"{name}: token id {number} is outside the vocabulary, [0, {vocabulary})")
+        raise TokenIdError(f"{name}: token id {shown(number)} is outside the vocabulary, [0, {vocabulary})")
     return number
 
 
@@ -377,7 +398,7 @@ def _seed(options: Mapping[str, object]) -> int:
         return int.from_bytes(os.urandom(8), "little")
     seed = _as_whole("seed", options["seed"])
     if not 0 <= seed < 2**64:
-        raise OptionError(f"seed must be in [0, 2^64), got {seed}")
+        raise OptionError(f"seed must be in [0, 2^64), got {shown(seed)}")
     return seed
 
 
@@ -385,22 +406,20 @@ def _or(value: float | int | None, fallback: float) -> float:
     return fallback if value is None else value
 
 
-def _as_whole(name: str, value: object) -> int:
-    if isinstance(value, bool):
-        raise OptionError(f"{name} must be a whole number, got {value!r}")
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise OptionError(f"{name} must be a whole number, got {value!r}") from None
+def _as_whole(name: str, value: object, expected: str = "") -> int:
+    number = as_whole(value)
+    if number is None:
+        raise OptionError(f"{expected or f'{name} must be a whole number'}, got {shown(value)}")
+    return number
 
 
 def _whole(options: Mapping[str, object], name: str, fallback: float, *, at_least: int) -> int:
     value = _as_whole(name, options.get(name, int(fallback)))
     if value < at_least:
-        raise OptionError(f"{name} must be at least {at_least}, got {value}")
+        raise OptionError(f"{name} must be at least {at_least}, got {shown(value)}")
     # Beyond any model; keeps every later sum inside 64 bits.
     if value > 2**31 - 1:
-        raise OptionError(f"{name} must be below 2^31, got {value}")
+        raise OptionError(f"{name} must be below 2^31, got {shown(value)}")
     return value
 
 
@@ -420,7 +439,7 @@ def _number(
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise OptionError(f"{name} must be a finite number, got {value!r}")
+        raise OptionError(f"{name} must be a finite number, got {shown(value)}")
     for limit, ok, words in (
         (at_least, at_least is None or number >= at_least, "at least"),
         (above, above is None or number > above, "more than"),
@@ -435,5 +454,5 @@ def _number(
 def _flag(options: Mapping[str, object], name: str, fallback: bool | None) -> bool | None:
     value = options.get(name, fallback)
     if value is not None and not isinstance(value, bool):
-        raise OptionError(f"{name} must be True or False, got {value!r}")
+        raise OptionError(f"{name} must be True or False, got {shown(value)}")
     return value

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from llama_ext._arrays import Array, IntArray, check_token_range, token_ids
+from llama_ext._arrays import Array, IntArray, array_by_protocol, check_token_range, token_ids
 from llama_ext.errors import DTypeError, OptionError, ShapeError
 from llama_ext.runtime.tokenizer import Tokenizer
 
@@ -61,7 +61,7 @@ def read_prompts(
     vocabulary: int,
     add_special_tokens: bool = True,
 ) -> Prompts:
-    """Reads a text, texts, ids, a list of ids (their lengths may differ) or a one- or two-dimensional array.
+    """Reads a text, texts, ids, a list of ids (their lengths may differ) or a one- or two-dimensional array of any library.
 
     Args:
         prompts: What the caller passed.
@@ -78,17 +78,18 @@ def read_prompts(
             that is not left padding.
         TokenIdError: An id outside the vocabulary.
     """
-    if isinstance(prompts, np.ndarray) and prompts.ndim == 2:
-        return _read_block(prompts, attention_mask, vocabulary)
+    array = array_by_protocol("prompts", prompts)
+    if array is not None and array.ndim == 2:
+        return _read_block(array, attention_mask, vocabulary)
     if attention_mask is not None:
         raise OptionError("attention_mask goes with a two-dimensional array of ids; a list of rows needs none")
     if isinstance(prompts, str):
         row = encode_text(prompts, tokenizer, bos, vocabulary, add_special_tokens=add_special_tokens)
         return Prompts([row], [prompts], "text", single=True)
-    if isinstance(prompts, np.ndarray):
-        if prompts.ndim != 1:
-            raise ShapeError(f"prompts must be an array of shape (T,) or (B, T), got {prompts.shape}")
-        return Prompts([_row("input_ids", prompts, vocabulary)], None, "array", single=True)
+    if array is not None:
+        if array.ndim != 1:
+            raise ShapeError(f"prompts must be an array of shape (T,) or (B, T), got {array.shape}")
+        return Prompts([_row("input_ids", array, vocabulary)], None, "array", single=True)
     if isinstance(prompts, (bytes, bytearray)) or not isinstance(prompts, Sequence):
         raise DTypeError(f"prompts must be a text, token ids, or a list or array of them, got {type(prompts).__name__}")
     if not prompts:
@@ -102,7 +103,9 @@ def read_prompts(
             texts.append(text)
         rows = [encode_text(text, tokenizer, bos, vocabulary, add_special_tokens=add_special_tokens) for text in texts]
         return Prompts(rows, texts, "text", single=False)
-    if isinstance(first, (Sequence, np.ndarray)):
+    # A scalar array of another library is a token id, as every number is.
+    row_of_ids = array_by_protocol("prompts[0]", first)
+    if isinstance(first, Sequence) or (row_of_ids is not None and row_of_ids.ndim > 0):
         rows = [_row(f"prompts[{index}]", row, vocabulary) for index, row in enumerate(prompts)]
         return Prompts(rows, None, "list", single=False)
     return Prompts([_row("input_ids", prompts, vocabulary)], None, "list", single=True)

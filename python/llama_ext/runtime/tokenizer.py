@@ -6,11 +6,12 @@ import functools
 import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from llama_ext.errors import OptionError, TokenIdError
+from llama_ext.io.hub import resolve_small_files
 from llama_ext.limits import DEFAULT_LIMITS, Limits
+from llama_ext.models.fields import shown
 from llama_ext.runtime.chat_template import DEFAULT_TEMPLATE_LIMITS, TemplateLimits, render_chat_template
 from llama_ext.runtime.text_stream import DecodePlan, TextStream, decode_plan
 from llama_ext.runtime.tokenizer_files import (
@@ -80,7 +81,9 @@ class Tokenizer:
     # -- making one -------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS) -> Tokenizer:
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], *, revision: str | None = None, limits: Limits = DEFAULT_LIMITS
+    ) -> Tokenizer:
         """Load a tokenizer from disk.
 
         `tokenizer.json` decides how text is split; when there is none, `tokenizer.model` (SentencePiece) does. Special
@@ -91,7 +94,8 @@ class Tokenizer:
 
         Args:
             path: A directory, or a `tokenizer.json`, `tokenizer.model` or GGUF file. A directory with neither of the first
-                two may have one GGUF file, whose tokenizer it is.
+                two may have one GGUF file, whose tokenizer it is. "demo" or a Hub id, as for `LlamaForCausalLM`.
+            revision: Of the Hub: a branch, tag or commit.
             limits: Bounds on what the files may ask for.
 
         Returns:
@@ -100,10 +104,11 @@ class Tokenizer:
         Raises:
             FormatError: There is no tokenizer at `path`, or one of its files is malformed.
             LimitError: A file, or the vocabulary, is larger than `limits` allow.
+            OptionError: A revision of something that is not on the Hub.
             UnsupportedError: A tiktoken file, or a kind of SentencePiece model or of a GGUF file's tokenizer that is not
-                supported.
+                supported; a Hub id, and huggingface_hub is not installed.
         """
-        return load_tokenizer(cls, Path(path), limits)
+        return load_tokenizer(cls, resolve_small_files(path, revision), limits)
 
     @classmethod
     def from_tokenizers(
@@ -164,28 +169,9 @@ class Tokenizer:
         Raises:
             OptionError: There are no characters, an item is not a single character, or `unknown` is something else.
         """
-        if unknown not in ("raise", "replace"):
-            raise OptionError(f"unknown: expected 'raise' or 'replace', got {unknown!r}")
-        letters: set[Any] = set(text)
-        for letter in letters:
-            if not isinstance(letter, str) or len(letter) != 1:
-                raise OptionError(f"characters: expected single characters, got {letter!r}")
-            if "\ud800" <= letter <= "\udfff":
-                raise OptionError(f"characters: {letter!r} is half of a surrogate pair, which is not a character")
-        if not letters:
-            raise OptionError("characters: the text is empty. Give a text with every character the model should know")
-        from tokenizers import Tokenizer as Backend
-        from tokenizers import decoders, models
+        from llama_ext.runtime.tokenizer_training import character_backend
 
-        replacement = "\ufffd"
-        if unknown == "replace":
-            letters.add(replacement)
-        # BPE without merges: each character stays a token. No special token, so no text is mistaken for one.
-        vocabulary = {letter: index for index, letter in enumerate(sorted(letters))}
-        unk_token = replacement if unknown == "replace" else None
-        backend = Backend(models.BPE(vocab=vocabulary, merges=[], unk_token=unk_token))
-        backend.decoder = decoders.Fuse()
-        return cls(backend, {}, config={"unknown_characters": unknown})
+        return cls(character_backend(text, unknown), {}, config={"unknown_characters": unknown})
 
     @classmethod
     def train(
@@ -203,8 +189,8 @@ class Tokenizer:
 
         Args:
             texts: A text, or texts; for "bpe" all of them are in memory at once.
-            vocab_size: Tokens at most. "bpe": at least 256 and the special tokens; fewer come out when the texts are too short.
-                "char": None has no limit.
+            vocab_size: Tokens at most. "bpe": at least 256 and the special tokens; fewer come out when the texts are too short;
+                None is 1,024. "char": None has no limit.
             kind: "bpe": byte-level byte pair encoding, as in GPT-2 and Llama 3: it knows every text. "char": a token per
                 character.
             bos_token, eos_token, pad_token: Special tokens to have, such as "</s>"; `encode` adds none of them by itself.
@@ -320,7 +306,7 @@ class Tokenizer:
         # An id behind a gap in the vocabulary is above the number of tokens.
         if index < 0 or (index >= self._size and (index >= 2**32 or self.backend.id_to_token(index) is None)):
             raise TokenIdError(
-                f"token id {index} is outside the tokenizer's vocabulary: expected 0 <= id < {self._size}"
+                f"token id {shown(index)} is outside the tokenizer's vocabulary: expected 0 <= id < {self._size}"
             )
         return index
 
@@ -345,6 +331,28 @@ class Tokenizer:
 
     # -- conversations ----------------------------------------------------------------------------------------------
 
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tokenize: Literal[True] = True,
+        limits: TemplateLimits = DEFAULT_TEMPLATE_LIMITS,
+        **kwargs: Any,
+    ) -> list[int]: ...
+    @overload
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], *, tokenize: Literal[False], **kwargs: Any
+    ) -> str: ...
+    @overload
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], *, tokenize: bool, **kwargs: Any
+    ) -> list[int] | str: ...
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -357,7 +365,7 @@ class Tokenizer:
         tokenize: bool = True,
         limits: TemplateLimits = DEFAULT_TEMPLATE_LIMITS,
         **kwargs: Any,
-    ) -> Any:
+    ) -> list[int] | str:
         """Turn a conversation into a prompt, in the format the model was trained on.
 
         Args:

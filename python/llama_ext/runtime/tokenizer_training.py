@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from llama_ext._arrays import as_whole
 from llama_ext.errors import OptionError
 from llama_ext.limits import DEFAULT_LIMITS
+from llama_ext.models.fields import shown
 from llama_ext.runtime.tokenizer_files import typed_errors
 
 if TYPE_CHECKING:
@@ -16,9 +17,12 @@ if TYPE_CHECKING:
 
     from llama_ext.runtime.tokenizer import Tokenizer
 
-__all__ = ["train_tokenizer"]
+__all__ = ["character_backend", "train_tokenizer"]
 
 _BYTES = 256
+# Tokens of byte-level BPE when nobody says how many: the command's number as well.
+_DEFAULT_SIZE = 1024
+_REPLACEMENT = "\ufffd"
 
 
 def train_tokenizer(
@@ -38,10 +42,41 @@ def train_tokenizer(
         return _characters(cls, texts, vocab_size, special, len(names), unknown)
     if unknown != "raise":
         raise OptionError("unknown belongs to kind='char': byte-level BPE knows every text")
-    size = _size(vocab_size, _BYTES + len(names), "256 bytes and the special tokens")
+    wanted = _DEFAULT_SIZE if vocab_size is None else vocab_size
+    size = _size(wanted, _BYTES + len(names), "256 bytes and the special tokens")
     backend = _bpe(_checked(texts), size, names)
     # Trained with its special tokens, which therefore have the first ids.
     return cls.from_tokenizers(backend, **_named(special))
+
+
+def character_backend(text: str | Iterable[str], unknown: str) -> tokenizers.Tokenizer:
+    """What `Tokenizer.characters` works with.
+
+    Raises:
+        OptionError: As there.
+    """
+    if unknown not in ("raise", "replace"):
+        raise OptionError(f"unknown: expected 'raise' or 'replace', got {unknown!r}")
+    letters: set[Any] = set(text)
+    for letter in letters:
+        if not isinstance(letter, str) or len(letter) != 1:
+            raise OptionError(f"characters: expected single characters, got {letter!r}")
+        if "\ud800" <= letter <= "\udfff":
+            raise OptionError(f"characters: {letter!r} is half of a surrogate pair, which is not a character")
+    if not letters:
+        raise OptionError("characters: the text is empty. Give a text with every character the model should know")
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models
+
+    if unknown == "replace":
+        letters.add(_REPLACEMENT)
+    # BPE without merges: each character stays a token. No special token, so no text is mistaken for one.
+    vocabulary = {letter: index for index, letter in enumerate(sorted(letters))}
+    unk_token = _REPLACEMENT if unknown == "replace" else None
+    backend: Any = Backend(models.BPE(vocab=vocabulary, merges=[], unk_token=unk_token))
+    backend.decoder = decoders.Fuse()
+    result: tokenizers.Tokenizer = backend
+    return result
 
 
 def _name(token: object) -> str:
@@ -58,7 +93,7 @@ def _size(vocab_size: object, least: int, what: str) -> int:
     size = as_whole(vocab_size)
     if size is None or not least <= size <= DEFAULT_LIMITS.vocabulary:
         raise OptionError(
-            f"vocab_size must be a whole number in [{least}, {DEFAULT_LIMITS.vocabulary}], room for {what}, got {vocab_size!r}"
+            f"vocab_size must be a whole number in [{least}, {DEFAULT_LIMITS.vocabulary}], room for {what}, got {shown(vocab_size)}"
         )
     return size
 
@@ -117,7 +152,7 @@ def _characters(
     if vocab_size is not None:
         most = _size(vocab_size, specials + 1, "a character and the special tokens") - specials
         if unknown == "replace":
-            letters.discard("\ufffd")
+            letters.discard(_REPLACEMENT)
             most -= 1
         if len(letters) > most:
             if unknown != "replace":
@@ -127,7 +162,7 @@ def _characters(
                 )
             # The most frequent ones; of equally frequent ones the first in code point order.
             letters = set(sorted(letters, key=lambda letter: (-counts[letter], letter))[:most])
-    plain = cls.characters(letters or {"\ufffd"}, unknown=unknown)
+    plain = cls.characters(letters or {_REPLACEMENT}, unknown=unknown)
     if not specials:
         return plain
     named = cls.from_tokenizers(plain.backend, **_named(special))
