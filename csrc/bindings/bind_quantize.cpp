@@ -1,5 +1,7 @@
 // quantize: codes and scales as plain arrays, in no backend's layout.
 #include <algorithm>
+#include <string_view>
+#include <vector>
 
 #include "bindings/bindings.h"
 #include "core/checked.h"
@@ -7,6 +9,11 @@
 
 namespace llama_ext {
 namespace {
+
+/// A fresh array of uint8, not filled. Throws OutOfMemoryError.
+py::array new_bytes(const std::vector<int64_t>& shape, std::string_view what) {
+  return new_array(DType::kI8, shape, what).attr("view")("uint8");
+}
 
 /// (codes, scales, mins): int8 or, with minima, uint8 (N, K); float16 (N, groups); the same, or None.
 py::tuple quantize(const py::object& source, const std::string& dtype, int64_t group, const py::object& importance) {
@@ -20,7 +27,8 @@ py::tuple quantize(const py::object& source, const std::string& dtype, int64_t g
   const int64_t rows = view.dim(0);
   const int64_t cols = view.dim(1);
   const int64_t groups = ceil_div(cols, type.group);
-  py::array codes(py::dtype(info.has_min ? "uint8" : "int8"), std::vector<int64_t>{rows, cols});
+  py::array codes =
+      info.has_min ? new_bytes({rows, cols}, "quantize") : new_array(DType::kI8, {rows, cols}, "quantize");
   py::array scales = new_array(DType::kF16, {rows, groups}, "quantize");
   py::array mins = new_array(DType::kF16, {info.has_min ? rows : 0, groups}, "quantize");
   auto* code = static_cast<uint8_t*>(codes.mutable_data());
@@ -65,7 +73,7 @@ CodeArrays::CodeArrays(const WeightType& type, int64_t rows, int64_t cols)
     : type_(type),
       cols_(cols),
       groups_(ceil_div(cols, type.group)),
-      codes_(py::dtype("uint8"), std::vector<int64_t>{rows, cols}),
+      codes_(new_bytes({rows, cols}, "codes")),
       scales_(new_array(DType::kF32, {rows, groups_}, "codes")),
       mins_(new_array(DType::kF32, {info_of(type.encoding).has_min ? rows : 0, groups_}, "codes")),
       code_data_(static_cast<uint8_t*>(codes_.mutable_data())),

@@ -1,4 +1,4 @@
-"""Load and run Llama models on a CPU, fast, without torch.
+"""Load, run and train Llama models on a CPU or an NVIDIA GPU, fast, without torch.
 
 Everything but the errors is imported when it is first used (PEP 562), so that `import llama_ext` costs next to nothing
 and a command that only parses its arguments never loads NumPy or the compiled core.

@@ -104,6 +104,26 @@ def test_a_full_disk_and_a_rename_that_fails_name_the_target(tmp_path: Path, mon
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["模" * 80, "x" + "模" * 84, "ä" * 127, "🙂" * 63, "x" * 255])
+def test_any_name_that_a_file_may_have_can_be_saved_over(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"old")
+    check_file(path)
+    with atomic_write(path) as file:
+        file.write(b"new")
+        # Systems that take only UTF-8 would refuse half a character.
+        assert all(os.fsencode(each).decode() for each in os.listdir(tmp_path))
+    assert path.read_bytes() == b"new"
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_a_name_that_is_no_text_can_be_saved_over(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"\xff" * 255)
+    with atomic_write(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new"
+
+
 def test_a_folder_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
     check_folder(tmp_path / "a" / "b")
     check_folder(tmp_path)

@@ -16,6 +16,7 @@ from guarded import guarded
 from llama_ext import CheckpointError, DTypeError, NumericError, OptionError, ShapeError, _core
 from llama_ext.io import gguf_types
 from quantized import ENCODINGS, GROUPS, Kept, blocks, dequantize
+from subprocesses import run_script
 from tolerances import relative_rms
 
 Array = npt.NDArray[Any]
@@ -63,6 +64,32 @@ def test_every_code_is_the_nearest_one(encoding: str, group: int) -> None:
         check_rounding(weight, encoding, group)
         check_rounding(weight * np.float32(1e-3) + np.float32(0.7), encoding, group)
         check_rounding(np.float32(0.02) * weight**5, encoding, group)
+
+
+def test_codes_that_do_not_fit_into_memory_are_a_typed_error() -> None:
+    # Pages of zeros that nothing touches take none themselves.
+    script = """
+        import pathlib, re, resource
+        import numpy as np
+        import llama_ext
+        from llama_ext import _core
+
+        weight = np.zeros((1 << 22, 64), np.float32)
+        blocks = np.zeros((1 << 22, 2 * 34), np.uint8)
+        used = int(re.search(r"VmSize:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) << 10
+        resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))
+        for call in (
+            lambda: _core.quantize(weight, "int8", 32),
+            lambda: _core.quantize(weight, "int4_min", 32),
+            lambda: _core.decode_blocks(blocks, "Q8_0", 64),
+        ):
+            try:
+                call()
+            except llama_ext.OutOfMemoryError as error:
+                print(error)
+    """
+    expected = [f"{what}: {1 << 28} bytes cannot be allocated" for what in ("quantize", "quantize", "codes")]
+    assert run_script(script).splitlines() == expected
 
 
 @settings(max_examples=60, deadline=None)

@@ -79,7 +79,7 @@ def _model(**options: Any) -> Model:
     return Model(config, seed=1)
 
 
-def test_padding_is_what_is_named_first_and_otherwise_an_end_token_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_is_what_is_named_first_and_otherwise_an_end_token_in_force() -> None:
     class Padding:
         pad_token_id = 13
 

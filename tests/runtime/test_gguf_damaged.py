@@ -137,7 +137,7 @@ def test_scales_that_are_no_numbers_are_refused_and_extreme_ones_run_or_overflow
     seed=st.integers(0, 2**32 - 1),
     fill=st.sampled_from([None, 0x00, 0x3F, 0x7B, 0x80, 0xC0, 0xFB, 0xFF]),
 )
-def test_blocks_of_any_bytes_are_refused_or_run(kind: str, seed: int, fill: int | None, folder: Path) -> None:
+def test_blocks_of_any_bytes_are_refused_or_run(kind: str, seed: int, fill: int | None) -> None:
     rng = np.random.default_rng(seed)
     block = BY_NAME[kind]
     shape = (33, 2 * block.block)

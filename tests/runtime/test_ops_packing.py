@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import numpy as np
 import pytest
 
 import llama_ext
-from devices import HAS_CUDA
+from devices import HAS_CUDA, requires_cuda
 from llama_ext import ops
 from llama_ext.io import gguf_types
 from quantized import blocks, dequantize
@@ -149,6 +151,30 @@ def test_what_cannot_be_quantised_is_refused(normal: Any) -> None:
         ops.pack_blocks(np.zeros(68, np.uint8), "Q2_K", 256)
 
 
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_off_the_cpu_the_number_of_threads_tells_no_matrices_apart(
+    device: str, normal: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight = normal(2, 64), normal(64, 64)
+    before = llama_ext.get_num_threads()
+    try:
+        pair = ops.pack_gate_up(weight, weight, device=device)
+        llama_ext.set_num_threads(before % 256 + 1)
+        monkeypatch.setenv("LLAMA_EXT_ISA", llama_ext.info().available_isas[0])
+        down = ops.pack(weight, device=device, threads=2)
+        assert ops.feed_forward(x, pair, down).shape == (2, 64)
+    finally:
+        llama_ext.set_num_threads(before)
+
+
+@pytest.mark.gpu
+@requires_cuda
+def test_the_first_gpu_has_one_backend_by_either_name(normal: Any) -> None:
+    x, weight = normal(2, 64), normal(64, 64)
+    pair = ops.pack_gate_up(weight, weight, device="cuda")
+    assert ops.feed_forward(x, pair, ops.pack(weight, device="cuda:0")).shape == (2, 64)
+
+
 def test_gate_and_up_are_packed_alike(normal: Any) -> None:
     x, weight, down = normal(2, 64), normal(32, 64), ops.pack(normal(64, 32), "int8", threads=1)
     gate = ops.pack(weight, "int8", threads=1)
@@ -160,3 +186,11 @@ def test_gate_and_up_are_packed_alike(normal: Any) -> None:
         ops.feed_forward(x, (gate, ops.pack(weight[:30], "int4", threads=1)), down)
     with pytest.raises(llama_ext.OptionError, match="from pack"):
         ops.feed_forward(x, (ops.pack_gate_up(weight, weight, threads=1), gate), down)
+
+
+def test_a_matrix_is_its_own_copy_and_says_what_to_pickle_instead(normal: Any) -> None:
+    matrix = ops.pack(normal(4, 8))
+    assert copy.copy(matrix) is matrix
+    assert copy.deepcopy({"weight": matrix})["weight"] is matrix
+    with pytest.raises(llama_ext.UnsupportedError, match=r"a Matrix cannot be pickled: .*Send the arrays"):
+        pickle.dumps(matrix)

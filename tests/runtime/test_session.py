@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,17 @@ def test_a_fork_goes_its_own_way(tiny: Model) -> None:
         session.fork(max_length=3)
 
 
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_session_names_fork_and_save_instead_of_sharing_its_cache(copied: Any, tiny: Model) -> None:
+    session = tiny.session(max_length=5)
+    session.append([1, 2])
+    with pytest.raises(
+        llama_ext.UnsupportedError, match=r"a Session cannot be pickled or copied: fork\(\).*save\(path\)"
+    ):
+        copied(session)
+    assert session.tokens == [1, 2]
+
+
 # Generating.
 
 
@@ -197,6 +210,25 @@ def test_a_session_of_any_length_can_be_saved(length: int, tiny: Model, tmp_path
     assert again.tokens == list(range(length))
     if length < 48:
         exact(again.append([5]), session.append([5]))
+
+
+def test_a_save_reads_each_layer_once_for_the_checksum_and_once_for_the_file(tiny: Model, tmp_path: Path) -> None:
+    session = tiny.session()
+    session.append([1, 2, 3])
+    layers: list[int] = []
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(core, name)
+
+        def read_layer(self, layer: int) -> Any:
+            layers.append(layer)
+            return core.read_layer(layer)
+
+    core, session._core = session._core, Watched()  # type: ignore[assignment]
+    session.save(tmp_path / "s")
+    assert layers == [0, 1, 0, 1]
+    assert tiny.load_session(tmp_path / "s").tokens == [1, 2, 3]
 
 
 def test_a_session_may_get_more_room_when_it_is_loaded(tiny: Model, tmp_path: Path) -> None:

@@ -204,7 +204,9 @@ def _try_to_create(target: Path) -> None:
 
 
 def _temporary(target: Path) -> Path:
-    return target.with_name(f".{target.name[:200]}.{secrets.token_hex(8)}.tmp")
+    # A name has at most 255 bytes, which are fewer characters. A character that the cut divides goes, as some systems refuse its half.
+    name = os.fsencode(target.name)[:200].decode(sys.getfilesystemencoding(), "ignore")
+    return target.with_name(f".{name}.{secrets.token_hex(8)}.tmp")
 
 
 def _refuse_folder(target: Path) -> None:

@@ -4,6 +4,7 @@ Every operation computes in float32 and accepts float32 only: nothing is cast si
 where that is natural: `(..., K)`. On one instruction set, results are bit-identical for every number of threads and rows.
 
 Gradients are operations, too: `x_backward` takes the gradient of what `x` gave, `d_y`, and gives the gradients of what it took.
+Only `cross_entropy_backward` needs no `d_y`, as the losses are the end; those of `rope` and `dropout` are `rope` and `dropout`.
 
 Arrays of other libraries (torch, CuPy, JAX) are taken over the same memory, by `__dlpack__`. On the CPU they count as NumPy arrays.
 Where one lies on an NVIDIA GPU, the operation runs there, its other arrays must be there, and its results are `DeviceArray`s: they have
@@ -12,12 +13,15 @@ what the CPU reads or lays out: token ids and labels (which may stay on the CPU)
 logits of `sample`. An operation is done when it returns. An array on a GPU may have rows with a stride of their own; other strides
 are a ShapeError, and arrays on different devices a DeviceError. `to_device` and `from_dlpack` make DeviceArrays.
 
-Options that all operations share:
-    out: A float32 array of the result's shape to write to, of any such library. It may be one of the inputs.
-    threads: A whole number in [1, 256]; None is the default, `llama_ext.get_num_threads()`.
-    isa: An instruction set from `llama_ext.info().available_isas`; None is the best, or what LLAMA_EXT_ISA says.
+Options that mean the same wherever a signature has them:
+    out: A float32 array of the result's shape to write to, of any such library. It may be one of the inputs. Operations that give
+        several arrays, none, or a Matrix have no `out`, and gradients have none, but for `cross_entropy_backward`.
+    threads: Of the CPU: a whole number in [1, 256]; None is the default, `llama_ext.get_num_threads()`. Other devices ignore it.
+    isa: Of the CPU: an instruction set from `llama_ext.info().available_isas`; None is the best, or what LLAMA_EXT_ISA says. A GPU
+        has none to choose.
     device: "cpu"; "cuda", the first NVIDIA GPU, or "cuda:1" and so on; or "reference" for the float64 loops that the fast kernels are
-        tested against. Arrays on a GPU say it themselves.
+        tested against. Arrays on a GPU say it themselves. `quantize` and `rope_angles` run on the CPU, and have
+        none of the last three.
 """
 
 from __future__ import annotations

@@ -21,16 +21,20 @@ def backend_for(device: str, threads: int | None, isa: str | None) -> _core.Back
         DeviceError: There is no such device or instruction set here.
         OptionError: `threads` is out of range.
     """
-    # A backend takes its default threads and LLAMA_EXT_ISA when it is made, so both belong to the key.
-    count = checked_threads(threads) or get_num_threads()
+    # A backend takes its default threads and LLAMA_EXT_ISA when it is made, so both belong to the key, but of the CPU alone: matrices
+    # that were packed for one device must share one backend, whatever is said about the CPU in between.
+    count = checked_threads(threads)
     # The lock, because two threads that come first at once would each get a backend of their own.
     with _CREATING:
-        return _cached_backend(device, count, isa or "", "" if isa else os.environ.get("LLAMA_EXT_ISA", ""))
+        if device == "reference":
+            return _cached_backend(device, 0, "", "")
+        if device != "cpu":
+            return _cached_backend("cuda:0" if device == "cuda" else device, 0, isa or "", "")
+        forced = "" if isa else os.environ.get("LLAMA_EXT_ISA", "")
+        return _cached_backend(device, count or get_num_threads(), isa or "", forced)
 
 
 @functools.lru_cache(maxsize=16)
 def _cached_backend(device: str, threads: int, isa: str, forced: str) -> _core.Backend:
     """`forced` only tells backends apart: the core reads the environment itself, and names it in its errors."""
-    if device == "reference":
-        return _core.Backend(device)
     return _core.Backend(device, threads, isa)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 from llama_ext import _core
 from llama_ext._arrays import FloatArray
+from llama_ext.errors import UnsupportedError
 
 __all__ = ["Matrix"]
 
@@ -13,7 +16,7 @@ WITH_MINIMA = "_min"  # of the core's names for weights that have them
 class Matrix:
     """A weight matrix in the layout that its backend likes best: made once by `pack`, used any number of times.
 
-    It belongs to the device, threads and instruction set it was packed for. Immutable, so threads may share it.
+    It belongs to the device, threads and instruction set it was packed for. Immutable, so threads may share it, and its copy is itself.
     """
 
     def __init__(
@@ -23,6 +26,19 @@ class Matrix:
         self.handle = handle
         self._shape = shape
         self.gate_up = gate_up
+
+    def __copy__(self) -> Matrix:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Matrix:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        # What pickle calls.
+        raise UnsupportedError(
+            "a Matrix cannot be pickled: its layout is for the device and the instruction set of this process. Send the arrays that it "
+            "was packed from, and pack them where they arrive"
+        )
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -104,7 +104,7 @@ class LoadedModel(Adapted):
 
     @property
     def kv_dtype(self) -> str:
-        """How generations and sessions keep keys and values: "float32" or "bfloat16"."""
+        """How generations and sessions keep keys and values: "float32", "bfloat16" or "int8"."""
         return self._kv_dtype
 
     @property

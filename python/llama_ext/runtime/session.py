@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import numpy as np
 
 from llama_ext import _core
 from llama_ext._arrays import FloatArray, IntArray, as_whole, token_ids
-from llama_ext.errors import ContextLengthError, OptionError
+from llama_ext.errors import ContextLengthError, OptionError, UnsupportedError
 from llama_ext.runtime.generation import Piece, generate_in_session
 from llama_ext.runtime.options import GenerateOptions
 from llama_ext.runtime.session_file import read_session, write_session
@@ -38,6 +38,13 @@ class Session:
         self._weights = weights
         self._adapter = adapter
 
+    def __reduce__(self) -> NoReturn:
+        # What pickle, copy.copy and copy.deepcopy call. A copy of the attributes would be another name of the same cache.
+        raise UnsupportedError(
+            "a Session cannot be pickled or copied: fork() makes an independent copy; for another process save(path) it, "
+            "and let the model there load_session(path)"
+        )
+
     @property
     def length(self) -> int:
         """How many tokens the session holds."""
@@ -55,7 +62,7 @@ class Session:
 
     @property
     def kv_dtype(self) -> str:
-        """How keys and values are kept: "float32" or "bfloat16"."""
+        """How keys and values are kept: "float32", "bfloat16" or "int8"."""
         return self._core.kv_dtype
 
     @property

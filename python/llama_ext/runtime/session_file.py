@@ -104,9 +104,14 @@ def write_session(
     config = model.config
     tokens = core.tokens
     shape = (len(tokens), config.num_key_value_heads, config.head_dim)
+    held: dict[int, tuple[FloatArray, FloatArray]] = {}
 
     def stored(layer: int, index: int) -> Array:
-        values: Array = core.read_layer(layer)[index]
+        # Keys and values of a layer are read together and asked for one after the other. The last layer goes before the next comes.
+        if layer not in held:
+            held.clear()
+            held[layer] = core.read_layer(layer)
+        values: Array = held[layer][index]
         # The cache's bfloat16 came widened: its lower half is zero.
         return (values.view(np.uint32) >> 16).astype(np.uint16) if core.kv_dtype == "bfloat16" else values
 
@@ -122,7 +127,7 @@ def write_session(
         "kv_dtype": core.kv_dtype,
         "model": _identity(model, adapter),
     }
-    # The header comes first in the file, so everything is read twice: memory holds one tensor at a time either way.
+    # The header comes first in the file, so everything is read twice: memory holds one layer at a time either way.
     metadata["crc32"] = _checksum(metadata, (stored(*place) for place in places))
     # The user named this file: a link at its path stays one.
     write_safetensors(os.path.realpath(path) if os.path.islink(path) else path, tensors, metadata)

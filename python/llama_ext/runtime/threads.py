@@ -36,7 +36,13 @@ def set_num_threads(threads: int) -> None:
     Raises:
         OptionError: `threads` is no such number.
     """
-    _core.set_default_threads(checked_threads(threads))
+    number = checked_threads(threads)
+    if number == 0:
+        raise OptionError(
+            f"threads must be a whole number in [1, {_MOST_THREADS}], got None. "
+            "To go back to another number, set what get_num_threads() returned before"
+        )
+    _core.set_default_threads(number)
 
 
 def checked_threads(threads: object) -> int:

@@ -76,7 +76,7 @@ def load_tokenizer(cls: type[Tokenizer], path: Path, limits: Limits) -> Tokenize
     return cls(
         backend,
         tokens,
-        chat_template=_read_templates(folder, config, where, limits),
+        chat_template=_read_templates(folder, config, where),
         model_max_length=_max_length(config),
         config=config,
     )
@@ -321,7 +321,7 @@ def _max_length(config: Mapping[str, Any]) -> int | None:
     return int(value)
 
 
-def _read_templates(folder: Path, config: Mapping[str, Any], where: str, limits: Limits) -> str | dict[str, str] | None:
+def _read_templates(folder: Path, config: Mapping[str, Any], where: str) -> str | dict[str, str] | None:
     """The chat templates: files go before the config, as in transformers."""
     found: dict[str, str] = {}
     inline = config.get("chat_template")
