@@ -54,7 +54,9 @@ def multiply(capability: int, shape: tuple[int, int, int], gap: int, accumulate:
 @pytest.mark.parametrize("accumulate", [False, True], ids=["stored", "added"])
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("rows", ROWS)
-def test_products_have_the_bits_of_other_gpus_in_every_shape_of_tiles(rows: int, columns: int, accumulate: bool) -> None:
+def test_products_have_the_bits_of_other_gpus_in_every_shape_of_tiles(
+    rows: int, columns: int, accumulate: bool
+) -> None:
     for depth, gap in ((100, 4), (70, 3)):
         shape = (rows, columns, depth)
         expected = multiply(AMPERE, shape, gap, accumulate)
@@ -92,7 +94,9 @@ def test_the_gate_meets_the_up_in_registers(order: str, width: int, monkeypatch:
         rng = np.random.default_rng(width)
         backend = backend_of(capability)
         x = rng.standard_normal((140, 72)).astype(np.float32)
-        gate, up, down = (rng.standard_normal(size).astype(np.float32) for size in ((width, 72), (width, 72), (72, width)))
+        gate, up, down = (
+            rng.standard_normal(size).astype(np.float32) for size in ((width, 72), (width, 72), (72, width))
+        )
         pair = backend.gate_up_matrix(guarded(gate), guarded(up), "bfloat16")
         out = guarded_empty((140, 72))
         backend.feed_forward(guarded(x), pair, None, None, backend.matrix(guarded(down), "bfloat16"), None, out)

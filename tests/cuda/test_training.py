@@ -14,10 +14,9 @@ import numpy_ops
 import numpy_training
 from devices import CUDA, IS_EMULATED, only_emulated, requires_cuda
 from guarded import guarded, guarded_empty, guarded_rows, guarded_rows_empty
+from llama_ext import _core
 from quantized import LAYOUTS, Kept, weights
 from tolerances import TINY, assert_same_bits, assert_within, relative_rms, units
-
-from llama_ext import _core
 
 Array = npt.NDArray[Any]
 pytestmark = [requires_cuda, pytest.mark.gpu]
@@ -189,9 +188,7 @@ def attend(case: Attention, gap: int = 3, backend: _core.Backend | None = None) 
     log_sums = guarded_empty((rows, heads))
     q, k, v, d_y = (guarded_rows(each, gap) for each in (q, k, v, d_y))
     backend.causal_attention(ranges, q, k, v, scale, y, log_sums, dropout, 99, "bfloat16")
-    backend.causal_attention_backward(
-        ranges, q, k, v, scale, y, log_sums, d_y, d_q, d_k, d_v, dropout, 99, "bfloat16"
-    )
+    backend.causal_attention_backward(ranges, q, k, v, scale, y, log_sums, d_y, d_q, d_k, d_v, dropout, 99, "bfloat16")
     for _, gaps in outputs:
         assert np.isnan(gaps).all(), "wrote between the rows"
     return [y, d_q, d_k, d_v]
