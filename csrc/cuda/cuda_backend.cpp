@@ -98,11 +98,16 @@ int64_t CudaKvCache::nbytes_for(const KvCacheShape& shape) {
   return checked_mul(layer, shape.layers, "KV cache");
 }
 
+// Small caches come and go with every prompt, and may stay in the pool; cudaMalloc and cudaFree wait for the GPU and take up to a
+// millisecond each, which only long prompts do not notice.
+constexpr int64_t kMostFromPool = int64_t{256} << 20;
+
 CudaKvCache::CudaKvCache(const std::shared_ptr<Gpu>& gpu, const KvCacheShape& shape)
     : KvCache(shape),
       gpu_(gpu),
       nbytes_(nbytes_for(shape)),
-      memory_(static_cast<unsigned char*>(gpu->allocate(static_cast<size_t>(nbytes_), "the KV cache"))) {}
+      source_(nbytes_ <= kMostFromPool ? Gpu::Source::kPool : Gpu::Source::kOwn),
+      memory_(static_cast<unsigned char*>(gpu->allocate(static_cast<size_t>(nbytes_), "the KV cache", source_))) {}
 
 KvLayerView CudaKvCache::layer(int64_t index) const {
   const LayerBytes bytes = layer_bytes(shape());

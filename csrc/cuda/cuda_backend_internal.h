@@ -36,7 +36,7 @@ class CudaBuffer final : public Buffer {
 class CudaKvCache final : public KvCache {
  public:
   CudaKvCache(const std::shared_ptr<Gpu>& gpu, const KvCacheShape& shape);
-  ~CudaKvCache() override { gpu_->release(memory_); }
+  ~CudaKvCache() override { gpu_->release(memory_, source_); }
   CudaKvCache(const CudaKvCache&) = delete;
   CudaKvCache& operator=(const CudaKvCache&) = delete;
   int64_t nbytes() const override { return nbytes_; }
@@ -46,6 +46,7 @@ class CudaKvCache final : public KvCache {
  private:
   std::shared_ptr<Gpu> gpu_;
   int64_t nbytes_;
+  Gpu::Source source_;
   unsigned char* memory_;
 };
 
