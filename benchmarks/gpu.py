@@ -2,13 +2,14 @@
 
     python -m benchmarks.gpu                  the whole table, in a few minutes
     python -m benchmarks.gpu --shapes 1b      one shape
+    python -m benchmarks.gpu --peers          and transformers with torch.compile, where they are installed
     python -m benchmarks.gpu --train          training instead: steps of AdamW with bfloat16 products, float32 weights
     python -m benchmarks.gpu --check          the operations' tests on the device first, and compute-sanitizer on tiny shapes
                                               where it is installed
 
 Weights are random bfloat16 numbers, activations what comes of them. Times are of whole calls, with what the host does: tokens a
-second that a program sees. A share is of the bytes of the weights that a token reads, of the read probe of the same run; of
-training, of the matrix products that --matrix-peak says the GPU can do. A trained token counts 6 operations for each parameter of
+second that a program sees. A share of decoding is of the bytes of the weights that a token reads, of the read probe of the same run; of
+a prefill, of the time in which torch makes all of its products and nothing else; of training, of the matrix products that --matrix-peak says the GPU can do. A trained token counts 6 operations for each parameter of
 a matrix, and 6 L H D T for attention, half of what it would be without its mask.
 """
 
@@ -21,87 +22,46 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import llama_ext
+from benchmarks import gpu_peers
+from benchmarks.gpu_shapes import SHAPES, Shape, blocks, fill, parameters, seconds
 from llama_ext import _core
 from llama_ext.runtime.loading import core_config
 
 ROOT = Path(__file__).parents[1]
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """A model's shape, and in which ways its weights are kept here."""
+# Decoding is greedy, by the recorded pass that `generate` replays.
+GREEDY = {"temperature": 0.0}
+# Tokens before the timed ones, which make the recording.
+WARM_TOKENS = 8
 
-    width: int
-    ffn_width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    tied: bool
-    kinds: tuple[tuple[str, int], ...]
 
-    def config(self, context: int) -> llama_ext.LlamaConfig:
-        return llama_ext.LlamaConfig(
-            vocab_size=self.vocabulary,
-            hidden_size=self.width,
-            intermediate_size=self.ffn_width,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            max_position_embeddings=context,
-            tie_word_embeddings=self.tied,
+def decode_seconds(model: _core.Model, prompt: Any, tokens: int, kv_dtype: str) -> float:
+    """Of one token after the prompt: what a generation takes longer that is `tokens` longer."""
+
+    def run(count: int) -> float:
+        loop = _core.Generation(
+            model, [prompt], sampling=GREEDY, max_new_tokens=[count], eos=[], seed=0, kv_dtype=kv_dtype
         )
-
-
-SHAPES = {
-    "tiny": Shape(64, 160, 2, 4, 2, 16, 512, True, (("float32", 0), ("bfloat16", 0), ("int8", 32), ("int4", 32))),
-    "1b": Shape(2048, 8192, 16, 32, 8, 64, 128256, True, (("bfloat16", 0), ("int8", 128), ("int4", 128))),
-    "8b": Shape(4096, 14336, 32, 32, 8, 128, 128256, False, (("bfloat16", 0), ("int4", 128))),
-}
-
-
-def fill(model: _core.Model) -> None:
-    """Random weights from one pool: rounding each for itself would take longer than everything else."""
-    rng = np.random.default_rng(0)
-    pool = (rng.standard_normal(1 << 22) * 0.02).astype(np.float32)
-    bits = (pool.view(np.uint32) >> 16).astype(np.uint16)
-    codes = rng.integers(0, 256, 1 << 22, dtype=np.uint8)
-    types = model.types()
-    for slot, shape, is_matrix in model.slots():
-        count = int(np.prod(shape))
-        if not is_matrix:
-            model.load(slot, np.ones(shape, np.float32), "float32")
-            continue
-        encoding, group = types[slot]
-        if group == 0:
-            model.load(slot, np.resize(bits, count).reshape(shape), "bfloat16")
-            continue
-        some = (codes & 15).astype(np.int8) - np.int8(8) if encoding == "int4" else codes.view(np.int8)
-        scales = np.full((shape[0], -(-shape[1] // group)), 0.02 / (4 if encoding == "int4" else 64), np.float16)
-        model.load_codes(slot, np.resize(some, count).reshape(shape), scales)
-
-
-def seconds(call: Callable[[], Any], rounds: int) -> float:
-    """The median of some calls, after one that does not count."""
-    call()
-    times = []
-    for _ in range(rounds):
         begin = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+        while not loop.done:
+            loop.run(64)
+        return time.perf_counter() - begin
+
+    run(WARM_TOKENS)
+    return statistics.median(run(WARM_TOKENS + tokens) - run(WARM_TOKENS) for _ in range(3)) / tokens
 
 
-def measure(device: str, shape: Shape, kind: tuple[str, int], prompt: int, tokens: int, probe: float) -> list[object]:
+def measure(
+    device: str, shape: Shape, kind: tuple[str, int], prompt: int, tokens: int, probe: float, products_only: float
+) -> list[object]:
+    """A row of the table of models. products_only: seconds that the products of the prompt alone take another library, or 0."""
     backend = _core.Backend(device)
     encoding, group = kind
     types = {"": (encoding, group)}
@@ -112,24 +72,20 @@ def measure(device: str, shape: Shape, kind: tuple[str, int], prompt: int, token
     kv_dtype = "float32" if encoding == "float32" else "bfloat16"
     ids = np.random.default_rng(1).integers(0, shape.vocabulary, prompt).astype(np.int32)
 
-    def prefill() -> _core.Session:
-        session = _core.Session(model, prompt + 128, kv_dtype)
-        session.append(ids, "last")
-        return session
+    def prefill() -> None:
+        _core.Session(model, prompt + 128, kv_dtype).append(ids, "last")
 
     prefill_seconds = seconds(prefill, 3)
-    session = prefill()
-    one = ids[:1].copy()
-    decode_seconds = seconds(lambda: session.append(one, "last"), tokens)
+    token_seconds = decode_seconds(model, ids[:64], tokens, kv_dtype)
     read = model.nbytes if shape.tied else model.nbytes * (1 - shape.vocabulary * shape.width / parameters(shape))
-    share = read / decode_seconds / probe
     return [
         encoding,
         f"{model.nbytes / 1e9:.2f}",
         f"{prompt / prefill_seconds:,.0f}",
         f"{2e-12 * blocks(shape) * prompt / prefill_seconds:,.1f}",
-        f"{1 / decode_seconds:,.1f}",
-        f"{share:.0%}",
+        f"{products_only / prefill_seconds:.0%}" if products_only else "-",
+        f"{1 / token_seconds:,.1f}",
+        f"{read / token_seconds / probe:.0%}",
     ]
 
 
@@ -169,17 +125,6 @@ def train(device: str, shape: Shape, sequences: int, length: int, layers: int, m
         f"{1e-12 * operations / spent / matrix_peak:.0%}" if matrix_peak else "",
         f"{losses[0]:.2f} -> {losses[-1]:.2f}",
     ]
-
-
-def blocks(shape: Shape) -> int:
-    """Parameters that every token of a prompt meets: those of the blocks."""
-    attention = shape.width * shape.head_dim * 2 * (shape.heads + shape.kv_heads)
-    return shape.layers * (attention + 3 * shape.width * shape.ffn_width)
-
-
-def parameters(shape: Shape) -> int:
-    """Of all matrices, an untied head among them."""
-    return blocks(shape) + shape.vocabulary * shape.width * (1 if shape.tied else 2)
 
 
 def check() -> bool:
@@ -240,6 +185,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--length", type=int, default=1024, help="tokens of each of them")
     parser.add_argument("--layers", type=int, default=0, help="train so many layers instead of all")
     parser.add_argument("--matrix-peak", type=float, default=0.0, help="bfloat16 TFLOP/s that the GPU can do")
+    parser.add_argument(
+        "--peers", action="store_true", help="transformers with torch.compile beside, which takes minutes"
+    )
     parser.add_argument("--check", action="store_true", help="run the tests on the device first")
     options = parser.parse_args(arguments)
     if not _core.gpus()[0]:
@@ -258,14 +206,31 @@ def main(arguments: list[str] | None = None) -> int:
         print_table(header, rows)
         return 0 if is_right else 1
     probe = _core.gpu_read_bandwidth(options.device, 1 << 22 if is_tiny else 4 << 30, 2 if is_tiny else 10)
+    torch = gpu_peers.torch_for(options.device)
     rows = []
+    beside: list[list[object]] = []
+    peers: list[list[object]] = []
     for name in options.shapes:
         shape = SHAPES[name]
-        prompt, tokens = (9, 3) if is_tiny else (options.prompt, 48)
-        rows += [[name, *measure(options.device, shape, kind, prompt, tokens, probe)] for kind in shape.kinds]
+        prompt, tokens = (9, 3) if is_tiny else (options.prompt, 128)
+        compared, products_only = gpu_peers.compare(torch, options.device, shape, prompt)
+        beside += [[name, *row] for row in compared]
+        for kind in shape.kinds:
+            rows.append([name, *measure(options.device, shape, kind, prompt, tokens, probe, products_only)])
+        if options.peers and torch is not None:
+            peers.append([name, *gpu_peers.transformers_speed(torch, options.device, shape, prompt, tokens)])
     print(f"\n{', '.join(_core.gpus()[0])}; llama_ext {llama_ext.__version__}")
     print(f"read probe: {probe / 1e9:,.0f} GB/s\n")
-    print_table(["shape", "weights", "GB", "prefill tok/s", "TFLOP/s", "decode tok/s", "of the probe"], rows)
+    header = ["shape", "weights", "GB", "prefill tok/s", "TFLOP/s", "of products alone", "decode tok/s", "of the probe"]
+    print_table(header, rows)
+    if torch is None:
+        print("\nbeside nothing: torch is not installed, or does not see this GPU")
+    else:
+        print(f"\nTFLOP/s in bfloat16, each call waited for; torch {torch.__version__}\n")
+        print_table(["shape", "operation", "ours", "torch", "ratio"], beside)
+    if peers:
+        print("\ntransformers, bfloat16, static cache, torch.compile\n")
+        print_table(["shape", "prefill tok/s", "decode tok/s"], peers)
     return 0 if is_right else 1
 
 

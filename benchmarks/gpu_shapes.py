@@ -1,0 +1,103 @@
+"""Models of random weights for `benchmarks.gpu`: their shapes, their parameters, and how calls are timed."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import llama_ext
+from llama_ext import _core
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A model's shape, and in which ways its weights are kept here."""
+
+    width: int
+    ffn_width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool
+    kinds: tuple[tuple[str, int], ...]
+
+    def config(self, context: int) -> llama_ext.LlamaConfig:
+        return llama_ext.LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.width,
+            intermediate_size=self.ffn_width,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            max_position_embeddings=context,
+            tie_word_embeddings=self.tied,
+        )
+
+
+SHAPES = {
+    "tiny": Shape(64, 160, 2, 4, 2, 16, 512, True, (("float32", 0), ("bfloat16", 0), ("int8", 32), ("int4", 32))),
+    "1b": Shape(2048, 8192, 16, 32, 8, 64, 128256, True, (("bfloat16", 0), ("int8", 128), ("int4", 128))),
+    "8b": Shape(4096, 14336, 32, 32, 8, 128, 128256, False, (("bfloat16", 0), ("int4", 128))),
+}
+
+
+def fill(model: _core.Model) -> None:
+    """Random weights from one pool: rounding each for itself would take longer than everything else."""
+    rng = np.random.default_rng(0)
+    pool = (rng.standard_normal(1 << 22) * 0.02).astype(np.float32)
+    bits = (pool.view(np.uint32) >> 16).astype(np.uint16)
+    codes = rng.integers(0, 256, 1 << 22, dtype=np.uint8)
+    types = model.types()
+    for slot, shape, is_matrix in model.slots():
+        count = int(np.prod(shape))
+        if not is_matrix:
+            model.load(slot, np.ones(shape, np.float32), "float32")
+            continue
+        encoding, group = types[slot]
+        if group == 0:
+            model.load(slot, np.resize(bits, count).reshape(shape), "bfloat16")
+            continue
+        some = (codes & 15).astype(np.int8) - np.int8(8) if encoding == "int4" else codes.view(np.int8)
+        scales = np.full((shape[0], -(-shape[1] // group)), 0.02 / (4 if encoding == "int4" else 64), np.float16)
+        model.load_codes(slot, np.resize(some, count).reshape(shape), scales)
+
+
+def seconds(call: Callable[[], Any], rounds: int) -> float:
+    """The median of some calls, after one that does not count."""
+    call()
+    times = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def blocks(shape: Shape) -> int:
+    """Parameters that every token of a prompt meets: those of the blocks."""
+    attention = shape.width * shape.head_dim * 2 * (shape.heads + shape.kv_heads)
+    return shape.layers * (attention + 3 * shape.width * shape.ffn_width)
+
+
+def parameters(shape: Shape) -> int:
+    """Of all matrices, an untied head among them."""
+    return blocks(shape) + shape.vocabulary * shape.width * (1 if shape.tied else 2)
+
+
+def products(shape: Shape) -> dict[str, tuple[int, int]]:
+    """The matrices (N, K) of a block that a token meets, as they are multiplied."""
+    heads = shape.heads * shape.head_dim
+    return {
+        "qkv": (heads + 2 * shape.kv_heads * shape.head_dim, shape.width),
+        "o": (shape.width, heads),
+        "gate, up": (2 * shape.ffn_width, shape.width),
+        "down": (shape.width, shape.ffn_width),
+    }
