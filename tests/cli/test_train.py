@@ -291,7 +291,7 @@ def test_a_log_is_added_to(run: Run, file: Path, tmp_path: Path) -> None:
         (["--out", "x", "--patience", "0", "--val-fraction", "0"], 2, "--patience must be a whole number >= 1"),
         (["--out", "x", "--patience", "2", "--val-fraction", "0"], 2, "--patience needs validation"),
         (["--out", "x", "--patience", "2", "--val-fraction", "0.0001"], 2, "and 1 are held out: --val-fraction holds"),
-        (["--out", "x", "--tokenizer", ""], 3, "there is no tokenizer here"),
+        (["--out", "x", "--tokenizer", ""], 3, "the path of a model is empty"),
         (["--out", "text.txt"], 2, "text.txt: no files can be written into this directory: text.txt is a file"),
         (["--out", "text.txt/x"], 2, "text.txt/x: no files can be written into this directory: text.txt is a file"),
         (["--prepare", "nowhere/x"], 2, "nowhere does not exist: create it first"),
