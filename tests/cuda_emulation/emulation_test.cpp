@@ -11,20 +11,17 @@
 #include <thread>
 #include <vector>
 
+#include "claims.h"
 #include "core/half.h"
 #include "cuda/launch.h"
 #include "cuda/mma.h"
 #include "device_memory.h"
 
 using namespace llama_ext::cuda;
+using claims::error_of;
+using claims::expect;
 
 namespace {
-
-int failures = 0;
-void expect(bool ok, const char* claim) {
-  std::printf("%s: %s\n", ok ? "ok" : "FAILED", claim);
-  if (!ok) ++failures;
-}
 
 /// The signal that ends a child that does this, or 0.
 int signal_of(const std::function<void()>& work) {
@@ -39,14 +36,7 @@ int signal_of(const std::function<void()>& work) {
   return WIFSIGNALED(status) ? WTERMSIG(status) : 0;
 }
 
-bool throws(const std::function<void()>& work) {
-  try {
-    work();
-  } catch (const llama_ext::Error&) {
-    return true;
-  }
-  return false;
-}
+bool throws(const std::function<void()>& work) { return !error_of(work).empty(); }
 
 /// Thread i writes i, and reads what its neighbour wrote.
 template <bool kHasBarrier>
@@ -250,5 +240,5 @@ int main() {
   } else {
     std::printf("skipped: this processor has no protection keys\n");
   }
-  return failures == 0 ? 0 : 1;
+  return claims::exit_status();
 }

@@ -1,32 +1,18 @@
 // Hopper's instructions as they are emulated: what the hardware would not forgive has to show.
-#include <cstdio>
-#include <functional>
 #include <string>
 #include <vector>
 
+#include "claims.h"
 #include "core/half.h"
 #include "cuda/launch.h"
 #include "cuda/tensor_map.h"
 #include "cuda/wgmma.h"
 
 using namespace llama_ext::cuda;
+using claims::error_of;
+using claims::expect;
 
 namespace {
-
-int failures = 0;
-void expect(bool ok, const char* claim) {
-  std::printf("%s: %s\n", ok ? "ok" : "FAILED", claim);
-  if (!ok) ++failures;
-}
-
-std::string error_of(const std::function<void()>& work) {
-  try {
-    work();
-  } catch (const llama_ext::Error& error) {
-    return error.what();
-  }
-  return "";
-}
 
 constexpr int kTile = 64 * 128;  // bytes of 64 rows of 64 numbers
 
@@ -152,5 +138,5 @@ int main() {
 
   expect(!error_of([&] { map_of(operands, 64, 4, 120); }).empty(), "rows lie a multiple of 16 bytes apart");
   expect(!error_of([&] { map_of(operands + 1, 64, 4, 128); }).empty(), "and begin at one");
-  return failures == 0 ? 0 : 1;
+  return claims::exit_status();
 }

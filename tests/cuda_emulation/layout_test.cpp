@@ -1,9 +1,9 @@
 // Index arithmetic that hosts and kernels share: where weights, activations and segments lie.
 #include <algorithm>
-#include <cstdio>
 #include <set>
 #include <vector>
 
+#include "claims.h"
 #include "cuda/cuda_matrix.h"
 #include "cuda/kv_layout.h"
 #include "cuda/segments.h"
@@ -12,14 +12,9 @@
 
 using namespace llama_ext;
 using namespace llama_ext::cuda;
+using claims::expect;
 
 namespace {
-
-int failures = 0;
-void expect(bool ok, const char* claim) {
-  std::printf("%s: %s\n", ok ? "ok" : "FAILED", claim);
-  if (!ok) ++failures;
-}
 
 /// Banks of 4 bytes that a warp's words lie in, when each lane reads one.
 template <typename Word>
@@ -196,5 +191,5 @@ int main() {
   check_weights();
   check_segments();
   check_tiles();
-  return failures == 0 ? 0 : 1;
+  return claims::exit_status();
 }

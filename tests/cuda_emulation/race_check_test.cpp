@@ -1,30 +1,16 @@
 // The race check: what nothing orders has to show, and what something orders must not.
-#include <cstdio>
 #include <functional>
 #include <string>
 
+#include "claims.h"
 #include "cuda/launch.h"
 #include "cuda/mma.h"
 
 using namespace llama_ext::cuda;
+using claims::error_of;
+using claims::expect;
 
 namespace {
-
-int failures = 0;
-void expect(bool ok, const char* claim) {
-  std::printf("%s: %s\n", ok ? "ok" : "FAILED", claim);
-  if (!ok) ++failures;
-}
-
-/// What the error says that this ends in, or nothing.
-std::string error_of(const std::function<void()>& work) {
-  try {
-    work();
-  } catch (const llama_ext::Error& error) {
-    return error.what();
-  }
-  return "";
-}
 
 enum class Order { kNothing, kWarp, kBlock, kShuffle };
 
@@ -208,5 +194,5 @@ int main() {
   expect(error_of_recording(gpu, [&] { launch<Start::kEarly>(gpu, impatient_kernel, dim3(1), 32, 0); }).find("wait") !=
              std::string::npos,
          "a kernel that starts early and never waits is an error");
-  return failures == 0 ? 0 : 1;
+  return claims::exit_status();
 }
