@@ -213,6 +213,17 @@ def test_progress_is_shown_while_answers_go_elsewhere_and_none_is_lost(
         assert "8/8" in screen.getvalue()
 
 
+def test_options_may_stand_among_the_texts(run: Run, classifier: Path, translator: Path) -> None:
+    for line in (("classify", "predict", classifier), ("translate", "run", translator)):
+        plain = run(*line, "--json", "one", "two").out
+        assert len(plain.splitlines()) == 2
+        assert run(*line, "one", "--json", "two").out == plain
+        assert run(*line, "one", "two", "--json").out == plain
+        found = run(*line, "one", "--jsno", "two")
+        assert found.code == 2
+        assert "unrecognized arguments: --jsno" in found.err
+
+
 def test_a_pipe_gets_no_progress(run: Run, classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "_DELAY", 0.0)
     (tmp_path / "test.csv").write_text("text,label\nthe film,good\na book,bad\n")

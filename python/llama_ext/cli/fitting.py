@@ -65,4 +65,5 @@ def told(history: History) -> str:
     """What happened, in a line."""
     if not history.steps:
         return "nothing was trained"
-    return f"{len(history.steps)} steps, loss {history.steps[0].loss:.4f} -> {history.steps[-1].loss:.4f}"
+    count = len(history.steps)
+    return f"{count} step{'' if count == 1 else 's'}, loss {history.steps[0].loss:.4f} -> {history.steps[-1].loss:.4f}"

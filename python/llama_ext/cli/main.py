@@ -117,6 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 stream.reconfigure(errors="replace")
         parser = build_parser()
         args, unknown = parser.parse_known_args(arguments)
+        # argparse takes a list of texts in one piece: those after an option are texts as well.
+        if isinstance(getattr(args, "texts", None), list) and not any(word.startswith("-") for word in unknown):
+            args.texts, unknown = [*args.texts, *unknown], []
         if unknown:
             parser.prog = f"llama-ext {args.command}"  # whose help has the options there are
             parser.error(f"unrecognized arguments: {' '.join(unknown)}")
