@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kThreadCount, 1) matmul_rows_mma_kernel(const 
   const int my_tile = my_number / rows;
   const bool writes = my_tile < side_by_side;
   // Lanes of columns that there are not have some column: what they sum nobody reads.
-  const uint16_t* column = x + (g < rows ? g : rows - 1) * pitch + my_share * kStep<kKind> + t * kElements;
+  const uint16_t* column = x + (g < rows ? g : rows - 1) * pitch + my_share * kStep<kKind> + t * kAtOnce;
   for (int parity = 0; tile < v.tiles; tile += stride, parity ^= 1) {
     const int my_row = (tile + my_tile) * each + my_r;
     float before = 0.0f;  // on its way while the weights are read
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kThreadCount, 1) matmul_rows_mma_kernel(const 
           uint32_t b[2 * kProducts];
 #pragma unroll
           for (int part = 0; part < kProducts / 2; ++part) {
-            const uint4 four = *reinterpret_cast<const uint4*>(column_at + 8 * part);
+            const uint4 four = *reinterpret_cast<const uint4*>(column_at + 4 * kAtOnce * part);
             b[4 * part] = four.x;
             b[4 * part + 1] = four.y;
             b[4 * part + 2] = four.z;

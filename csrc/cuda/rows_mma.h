@@ -26,6 +26,18 @@ __host__ __device__ constexpr int place_in_chunk(int e) {
   return ((2 * word + is_high) * 2 + e % 2) * 2 + e % 4 / 2;
 }
 
+inline constexpr int kAtOnce = 8;  // elements that a lane loads at once
+
+/// Where element k of a row of x lies: a step is its four chunks' first vectors, then their second ones, and so on, so that what the
+/// four lanes of a row load at once are neighbours, which do not meet in a bank.
+template <Kind kKind>
+__host__ __device__ constexpr int place_in_column(int k) {
+  constexpr int kElements = kChunkElements<kKind>;
+  const int place = place_in_chunk<kKind>(k % kElements);
+  return k / kStep<kKind> * kStep<kKind> + (place / kAtOnce * 4 + k % kStep<kKind> / kElements) * kAtOnce +
+         place % kAtOnce;
+}
+
 /// Elements between columns of x: rows of lanes must not meet in a bank.
 __host__ __device__ constexpr int column_pitch(int padded) { return padded + (padded % 64 == 0 ? 32 : 0); }
 
@@ -56,17 +68,11 @@ __device__ __forceinline__ float4 load_four(const float* row, int k, int cols, b
 /// Four elements of x at k = 0, 4, ... of a row, to where the product wants them.
 template <Kind kKind>
 __device__ __forceinline__ void store_four(uint16_t* column, int k, const uint16_t four[4]) {
-  constexpr int kElements = kChunkElements<kKind>;
-  if constexpr (kKind == Kind::kQ4) {
-    // Places of e, e + 2 and of e + 1, e + 3 are neighbours.
-    auto* chunk = reinterpret_cast<uint32_t*>(column + k / kElements * kElements);
-    const int first = place_in_chunk<kKind>(k % kElements) / 2;
-    *reinterpret_cast<uint2*>(chunk + first) = {static_cast<uint32_t>(four[0]) | static_cast<uint32_t>(four[2]) << 16,
-                                                static_cast<uint32_t>(four[1]) | static_cast<uint32_t>(four[3]) << 16};
-  } else {
-    *reinterpret_cast<uint2*>(column + k) = {static_cast<uint32_t>(four[0]) | static_cast<uint32_t>(four[1]) << 16,
-                                             static_cast<uint32_t>(four[2]) | static_cast<uint32_t>(four[3]) << 16};
-  }
+  // The places of e, e + 2, e + 1, e + 3 of a chunk of nibbles are neighbours.
+  constexpr int kSecond = kKind == Kind::kQ4 ? 2 : 1;
+  *reinterpret_cast<uint2*>(column + place_in_column<kKind>(k)) = {
+      static_cast<uint32_t>(four[0]) | static_cast<uint32_t>(four[kSecond]) << 16,
+      static_cast<uint32_t>(four[3 - kSecond]) | static_cast<uint32_t>(four[3]) << 16};
 }
 
 /// The block's shared memory.

@@ -6,6 +6,7 @@
 #include "claims.h"
 #include "cuda/cuda_matrix.h"
 #include "cuda/kv_layout.h"
+#include "cuda/rows_mma.h"
 #include "cuda/segments.h"
 #include "cuda/wgmma_tiles.h"
 #include "quant/quantized_row.h"
@@ -45,6 +46,43 @@ void check_activations() {
   }
   expect(is_a_permutation, "activations in shared memory have a place each");
   expect(is_conflict_free, "eight lanes that read vectors of their chunks meet in no bank");
+}
+
+/// rows_mma.h: whether the columns of x of a kind have a place each, and lanes that read vectors of them at once meet in no bank.
+template <Kind kKind>
+bool columns_are_sound() {
+  using namespace rows_mma;
+  constexpr int kStepElements = kStep<kKind>;
+  bool is_sound = true;
+  std::set<int> places;
+  for (int k = 0; k < 2 * kStepElements; ++k) {
+    const int four = k / 4 * 4;  // stored at once, from its first place on
+    places.insert(place_in_column<kKind>(four) + k % 4);
+  }
+  is_sound =
+      is_sound && static_cast<int>(places.size()) == 2 * kStepElements && *places.rbegin() == 2 * kStepElements - 1;
+  // Lane t of row g of W reads its chunk in vectors of 16 bytes, of column g or, of one column alone, of that one.
+  for (const int columns : {1, 8}) {
+    for (int part = 0; part < kChunkElements<kKind> / kAtOnce; ++part) {
+      for (int first = 0; first < 32; first += 8) {
+        std::set<int> vectors;
+        std::set<int> banks;
+        for (int lane = first; lane < first + 8; ++lane) {
+          const int at = lane / 4 % columns * column_pitch(kStepElements) + lane % 4 * kAtOnce + 4 * kAtOnce * part;
+          is_sound = is_sound && at % kAtOnce == 0;
+          vectors.insert(at);
+          banks.insert(at / kAtOnce % 8);
+        }
+        is_sound = is_sound && banks.size() == vectors.size();
+      }
+    }
+  }
+  return is_sound;
+}
+
+void check_columns() {
+  expect(columns_are_sound<Kind::kBF16>() && columns_are_sound<Kind::kQ8>() && columns_are_sound<Kind::kQ4>(),
+         "few rows of x have a place for each element, and lanes that read them at once meet in no bank");
 }
 
 void check_fragments() {
@@ -187,6 +225,7 @@ void check_tiles() {
 
 int main() {
   check_activations();
+  check_columns();
   check_fragments();
   check_weights();
   check_segments();
