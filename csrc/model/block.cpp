@@ -33,6 +33,7 @@ void project(const Model& model, const TensorView& x, const InputNorm& norm, con
 /// attended = softmax(Q K^T / sqrt(D)) V over each sequence's cache, which gets this pass's keys and values first.
 void attend(const Model& model, int64_t layer, const Pass& pass) {
   const ModelConfig& config = model.config();
+  const BlockWeights& weights = model.weights().block(layer);
   Backend& backend = model.backend();
 
   const TensorView q = head_slice(model, pass.qkv, 0, config.heads);
@@ -51,6 +52,8 @@ void attend(const Model& model, int64_t layer, const Pass& pass) {
   attention.compute = model.compute();
   attention.scale = 1.0 / std::sqrt(static_cast<double>(config.head_dim));
   attention.y = TensorView(pass.attended.data(), DType::kF32, {pass.attended.rows(), config.heads, config.head_dim});
+  attention.next_weights = {weights.o.weight.get(),
+                            weights.gate_up.weight ? weights.gate_up.weight.get() : weights.gate.weight.get()};
   backend.attend(store, attention);
 }
 
