@@ -22,6 +22,7 @@
 #include "ops/log_sum_exp.h"
 #include "ops/matmul.h"
 #include "ops/matrix.h"
+#include "ops/matrix_rows.h"
 #include "ops/optimizer.h"
 #include "ops/rms_norm.h"
 #include "ops/rope.h"

@@ -34,12 +34,7 @@ void CpuBackend::copy_kv_cache(KvCache& target, const KvCache& source, int64_t l
   PanelKvCache& to = panel_cache(target);
   const PanelKvCache& from = panel_cache(source);
   const KvCacheShape& shape = from.shape();
-  require(shape.layers == to.shape().layers && shape.kv_heads == to.shape().kv_heads &&
-              shape.head_dim == to.shape().head_dim && shape.dtype == to.shape().dtype,
-          ErrorKind::kShape, "KV cache: source and target are of different models or dtypes");
-  require(length >= 0 && length <= shape.capacity && length <= to.shape().capacity, ErrorKind::kContextLength,
-          "KV cache: cannot copy ", length, " positions between caches of ", shape.capacity, " and ",
-          to.shape().capacity);
+  check_copy(target, source, length);
   if (length == 0) return;
   const size_t element = size_of(shape.dtype);
   const size_t key_bytes = static_cast<size_t>(round_up(length, kPanel) * from.key_dim()) * element;

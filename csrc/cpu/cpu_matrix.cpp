@@ -103,14 +103,8 @@ void visit_dtype(DType dtype, const Visit& visit) {
       return visit.template operator()<DType::kF64>();
     case DType::kI32:
     case DType::kI8:
-      fail(ErrorKind::kDType, "matrix: source must be float32, float16, bfloat16 or float64, got ", name_of(dtype));
+      fail(ErrorKind::kInternal, "matrix: rows of ", name_of(dtype), " are no weights");
   }
-}
-
-void check_rows(const Matrix& matrix, const RowMap& map, const TensorView& rows, const char* what) {
-  require_shape(rows, {-1, matrix.cols()}, "matrix", what);
-  require(rows.is_contiguous(), ErrorKind::kShape, "matrix: ", what, " must be contiguous");
-  check_map(matrix, map, rows.rows(), what);
 }
 
 // What one thread moves in a microsecond, roughly, in weights.
@@ -158,8 +152,7 @@ std::span<const std::byte> CpuBackend::packed_bytes(const Matrix& matrix) const 
 
 void CpuBackend::write_rows(Matrix& matrix, const RowMap& map, const TensorView& source, const TensorView& importance) {
   PanelMatrix& panels = panel_matrix(matrix);
-  check_rows(matrix, map, source, "source");
-  check_importance(importance, matrix.cols());
+  check_write_rows(matrix, map, source, importance);
   const bool quantizes = matrix.type().is_quantized();
   const int64_t rows = source.rows();
   visit_dtype(source.dtype(), [&]<DType kFrom>() {
@@ -180,13 +173,7 @@ void CpuBackend::write_rows(Matrix& matrix, const RowMap& map, const TensorView&
 void CpuBackend::write_blocks(Matrix& matrix, const RowMap& map, const GgmlType& ggml, int64_t rows,
                               std::span<const std::byte> blocks) {
   PanelMatrix& panels = panel_matrix(matrix);
-  require(matrix.type() == ggml.type, ErrorKind::kDType, "matrix: ", ggml.name, " blocks are kept as ",
-          ggml.type.text(), ", and this matrix as ", matrix.type().text());
-  check_map(matrix, map, rows, "source");
-  const int64_t row_bytes = ggml_row_bytes(ggml, matrix.cols());
-  require(static_cast<int64_t>(blocks.size()) == rows * row_bytes, ErrorKind::kShape, "matrix: ", rows, " rows of ",
-          ggml.name, " blocks with ", matrix.cols(), " weights each take ", rows * row_bytes, " bytes, got ",
-          blocks.size());
+  const int64_t row_bytes = check_write_blocks(matrix, map, ggml, rows, blocks.size());
   const auto* bytes = reinterpret_cast<const uint8_t*>(blocks.data());
   const double microseconds = static_cast<double>(rows * matrix.cols()) / kRounded;
   parallel_for(threads_for(microseconds), ceil_div(rows, kRowsPerTask), [&](int64_t task, int) {
@@ -201,7 +188,7 @@ void CpuBackend::write_blocks(Matrix& matrix, const RowMap& map, const GgmlType&
 
 void CpuBackend::write_codes(Matrix& matrix, const RowMap& map, const CodeRows& source) {
   PanelMatrix& panels = panel_matrix(matrix);
-  check_map(matrix, map, source.rows, "source");
+  check_map(matrix, map, source.rows, "write_codes");
   const double microseconds = static_cast<double>(source.rows * matrix.cols()) / kCopied;
   parallel_for(threads_for(microseconds), ceil_div(source.rows, kRowsPerTask), [&](int64_t task, int) {
     QuantizedRow row;
@@ -217,10 +204,7 @@ void load_row(const PanelMatrix& matrix, int64_t row, float* out) {
   if (matrix.type().is_quantized()) {
     QuantizedRow codes;
     matrix.load_row(row, codes);
-    std::vector<double> exact(static_cast<size_t>(matrix.cols()));
-    dequantize_row(matrix.type(), codes, matrix.cols(), exact.data());
-    for (size_t k = 0; k < exact.size(); ++k) out[k] = static_cast<float>(exact[k]);
-    return;
+    return dequantize_row(matrix.type(), codes, matrix.cols(), out);
   }
   const int64_t panel = row / kPanel;
   const int64_t lane = row % kPanel;
@@ -249,11 +233,8 @@ void load_row(const PanelMatrix& matrix, int64_t row, float* out) {
 
 void CpuBackend::read_rows(const Matrix& matrix, const RowMap& map, const TensorView& target) {
   const PanelMatrix& panels = panel_matrix(matrix);
-  check_rows(matrix, map, target, "target");
+  check_read_rows(matrix, map, target);
   const bool widens = target.dtype() == DType::kF32;
-  require(widens || (!matrix.type().is_quantized() && target.dtype() == matrix.type().dtype()), ErrorKind::kDType,
-          "matrix: target must be float32 or, where the weights have one, their own dtype; they are ",
-          matrix.type().text(), ", got ", name_of(target.dtype()));
   const double microseconds = static_cast<double>(target.size()) / (matrix.type().is_quantized() ? kRounded : kCopied);
   parallel_for(threads_for(microseconds), target.rows(), [&](int64_t i, int) {
     const int64_t row = map(i);
@@ -270,9 +251,7 @@ void CpuBackend::read_rows(const Matrix& matrix, const RowMap& map, const Tensor
 void CpuBackend::read_codes(const Matrix& matrix, const RowMap& map, int64_t rows,
                             const std::function<void(int64_t, const QuantizedRow&)>& visit) {
   const PanelMatrix& panels = panel_matrix(matrix);
-  require(matrix.type().is_quantized(), ErrorKind::kDType, "matrix: weights kept as ", matrix.type().text(),
-          " have no codes");
-  check_map(matrix, map, rows, "codes");
+  check_read_codes(matrix, map, rows);
   QuantizedRow row;
   for (int64_t i = 0; i < rows; ++i) {
     panels.load_row(map(i), row);
@@ -283,13 +262,7 @@ void CpuBackend::read_codes(const Matrix& matrix, const RowMap& map, int64_t row
 void CpuBackend::copy_rows(Matrix& target, const RowMap& to, const Matrix& source, const RowMap& from, int64_t rows) {
   PanelMatrix& target_panels = panel_matrix(target);
   const PanelMatrix& source_panels = panel_matrix(source);
-  require(target.type() == source.type(), ErrorKind::kDType, "matrix: rows kept as ", source.type().text(),
-          " cannot be copied to a matrix of ", target.type().text());
-  require(target.cols() == source.cols(), ErrorKind::kShape, "matrix: rows of ", source.cols(),
-          " columns cannot be copied to a matrix of ", target.cols());
-  require(rows >= 0, ErrorKind::kShape, "matrix: cannot copy ", rows, " rows");
-  check_map(target, to, rows, "target");
-  check_map(source, from, rows, "source");
+  check_copy_rows(target, to, source, from, rows);
   const double microseconds = static_cast<double>(rows * source.cols()) / kCopied;
   // Within a matrix a row may be source and target: in order, then.
   const int threads = &target == &source ? 1 : threads_for(microseconds);
@@ -363,8 +336,7 @@ void CpuBackend::store_rows(Matrix& matrix, const RowMap& map, const TensorView&
 
 TensorView CpuBackend::values(Matrix& matrix) {
   PanelMatrix& panels = panel_matrix(matrix);
-  require(matrix.type().encoding == Encoding::kF32, ErrorKind::kDType,
-          "matrix: only float32 elements can be changed in place, these are ", matrix.type().text());
+  check_values(matrix, "values");
   require(panels.owns_memory(), ErrorKind::kUnsupported,
           "matrix: these weights are a file's own pages and cannot be changed. Load them without sharing.");
   return TensorView(panels.panel<float>(0), DType::kF32, {panels.nbytes() / static_cast<int64_t>(sizeof(float))});

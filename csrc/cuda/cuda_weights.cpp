@@ -54,12 +54,6 @@ void for_each_row(int64_t rows, int64_t cols, const Work& work) {
   if (error) std::rethrow_exception(error);
 }
 
-void check_rows(const Matrix& matrix, const RowMap& map, const TensorView& rows, const char* what) {
-  require_shape(rows, {-1, matrix.cols()}, "matrix", what);
-  require(rows.is_contiguous(), ErrorKind::kShape, "matrix: ", what, " must be contiguous");
-  check_map(matrix, map, rows.rows(), what);
-}
-
 /// A float32 matrix as what operations take, its padding left out.
 TensorView as_tensor(const WeightView& weight) {
   return TensorView(weight.data, DType::kF32, {int64_t{weight.rows}, int64_t{weight.cols}}, weight.stride);
@@ -141,10 +135,7 @@ std::span<const std::byte> CudaBackend::packed_bytes(const Matrix&) const {
 void CudaBackend::write_rows(Matrix& matrix, const RowMap& map, const TensorView& source,
                              const TensorView& importance) {
   const CudaMatrix& mine = own(matrix, "write_rows");
-  require(source.dtype() != DType::kI32 && source.dtype() != DType::kI8, ErrorKind::kDType,
-          "matrix: source must be float32, float16, bfloat16 or float64, got ", name_of(source.dtype()));
-  check_rows(matrix, map, source, "source");
-  check_importance(importance, matrix.cols());
+  check_write_rows(matrix, map, source, importance);
   if (!matrix.type().is_quantized()) {
     return write(mine, map, source.rows(),
                  [&](HostRows& host, int64_t row, int64_t index) { host.store(row, source, index); });
@@ -163,13 +154,7 @@ void CudaBackend::write_rows(Matrix& matrix, const RowMap& map, const TensorView
 void CudaBackend::write_blocks(Matrix& matrix, const RowMap& map, const GgmlType& ggml, int64_t rows,
                                std::span<const std::byte> blocks) {
   const CudaMatrix& mine = own(matrix, "write_blocks");
-  require(matrix.type() == ggml.type, ErrorKind::kDType, "matrix: ", ggml.name, " blocks are kept as ",
-          ggml.type.text(), ", and this matrix as ", matrix.type().text());
-  check_map(matrix, map, rows, "source");
-  const int64_t row_bytes = ggml_row_bytes(ggml, matrix.cols());
-  require(static_cast<int64_t>(blocks.size()) == rows * row_bytes, ErrorKind::kShape, "matrix: ", rows, " rows of ",
-          ggml.name, " blocks with ", matrix.cols(), " weights each take ", rows * row_bytes, " bytes, got ",
-          blocks.size());
+  const int64_t row_bytes = check_write_blocks(matrix, map, ggml, rows, blocks.size());
   const auto* bytes = reinterpret_cast<const uint8_t*>(blocks.data());
   write(mine, map, rows, [&](HostRows& host, int64_t row, int64_t index) {
     QuantizedRow codes;
@@ -180,7 +165,7 @@ void CudaBackend::write_blocks(Matrix& matrix, const RowMap& map, const GgmlType
 
 void CudaBackend::write_codes(Matrix& matrix, const RowMap& map, const CodeRows& source) {
   const CudaMatrix& mine = own(matrix, "write_codes");
-  check_map(matrix, map, source.rows, "source");
+  check_map(matrix, map, source.rows, "write_codes");
   write(mine, map, source.rows, [&](HostRows& host, int64_t row, int64_t index) {
     QuantizedRow codes;
     take_codes(matrix.type(), source, index, matrix.cols(), codes);
@@ -190,11 +175,8 @@ void CudaBackend::write_codes(Matrix& matrix, const RowMap& map, const CodeRows&
 
 void CudaBackend::read_rows(const Matrix& matrix, const RowMap& map, const TensorView& target) {
   const CudaMatrix& mine = own(matrix, "read_rows");
-  check_rows(matrix, map, target, "target");
+  check_read_rows(matrix, map, target);
   const bool widens = target.dtype() == DType::kF32;
-  require(widens || (!matrix.type().is_quantized() && target.dtype() == matrix.type().dtype()), ErrorKind::kDType,
-          "matrix: target must be float32 or, where the weights have one, their own dtype; they are ",
-          matrix.type().text(), ", got ", name_of(target.dtype()));
   const int64_t cols = matrix.cols();
   read(mine, map, target.rows(), /*parallel=*/true, [&](const HostRows& host, int64_t row, int64_t index) {
     if (!widens) {
@@ -202,10 +184,7 @@ void CudaBackend::read_rows(const Matrix& matrix, const RowMap& map, const Tenso
     } else if (matrix.type().is_quantized()) {
       QuantizedRow codes;
       host.load(row, matrix.type(), codes);
-      std::vector<double> exact(static_cast<size_t>(cols));
-      dequantize_row(matrix.type(), codes, cols, exact.data());
-      for (int64_t k = 0; k < cols; ++k)
-        target.row<float>(index)[k] = static_cast<float>(exact[static_cast<size_t>(k)]);
+      dequantize_row(matrix.type(), codes, cols, target.row<float>(index));
     } else {
       host.load(row, target.row<float>(index));
     }
@@ -215,9 +194,7 @@ void CudaBackend::read_rows(const Matrix& matrix, const RowMap& map, const Tenso
 void CudaBackend::read_codes(const Matrix& matrix, const RowMap& map, int64_t rows,
                              const std::function<void(int64_t, const QuantizedRow&)>& visit) {
   const CudaMatrix& mine = own(matrix, "read_codes");
-  require(matrix.type().is_quantized(), ErrorKind::kDType, "matrix: weights kept as ", matrix.type().text(),
-          " have no codes");
-  check_map(matrix, map, rows, "codes");
+  check_read_codes(matrix, map, rows);
   QuantizedRow codes;
   read(mine, map, rows, /*parallel=*/false, [&](const HostRows& host, int64_t row, int64_t index) {
     host.load(row, matrix.type(), codes);
@@ -228,13 +205,7 @@ void CudaBackend::read_codes(const Matrix& matrix, const RowMap& map, int64_t ro
 void CudaBackend::copy_rows(Matrix& target, const RowMap& to, const Matrix& source, const RowMap& from, int64_t rows) {
   const CudaMatrix& into = own(target, "copy_rows");
   const CudaMatrix& out_of = own(source, "copy_rows");
-  require(target.type() == source.type(), ErrorKind::kDType, "matrix: rows kept as ", source.type().text(),
-          " cannot be copied to a matrix of ", target.type().text());
-  require(target.cols() == source.cols(), ErrorKind::kShape, "matrix: rows of ", source.cols(),
-          " columns cannot be copied to a matrix of ", target.cols());
-  require(rows >= 0, ErrorKind::kShape, "matrix: cannot copy ", rows, " rows");
-  check_map(target, to, rows, "target");
-  check_map(source, from, rows, "source");
+  check_copy_rows(target, to, source, from, rows);
   const auto target_planes = planes_of(into.view());
   const auto source_planes = planes_of(out_of.view());
   for (int64_t i = 0; i < rows;) {
@@ -286,8 +257,7 @@ void CudaBackend::store_rows(Matrix& matrix, const RowMap& map, const TensorView
 
 TensorView CudaBackend::values(Matrix& matrix) {
   const CudaMatrix& mine = own(matrix, "values");
-  require(matrix.type().encoding == Encoding::kF32, ErrorKind::kDType,
-          "matrix: only float32 elements can be changed in place, these are ", matrix.type().text());
+  check_values(matrix, "values");
   return TensorView(mine.data(), DType::kF32, {int64_t{mine.view().rows} * mine.view().stride});
 }
 

@@ -21,6 +21,18 @@ void check_layer(const KvCacheShape& shape, int64_t layer, std::string_view wher
 
 }  // namespace
 
+void check_copy(const KvCache& target, const KvCache& source, int64_t length) {
+  const KvCacheShape& a = target.shape();
+  const KvCacheShape& b = source.shape();
+  require(a.layers == b.layers && a.kv_heads == b.kv_heads && a.head_dim == b.head_dim, ErrorKind::kShape,
+          "copy_kv_cache: caches may differ in capacity only, got (layers, kv_heads, head_dim) = (", a.layers, ", ",
+          a.kv_heads, ", ", a.head_dim, ") and (", b.layers, ", ", b.kv_heads, ", ", b.head_dim, ")");
+  require(a.dtype == b.dtype, ErrorKind::kDType, "copy_kv_cache: caches must have one dtype, got ", name_of(a.dtype),
+          " and ", name_of(b.dtype));
+  require(length >= 0 && length <= a.capacity && length <= b.capacity, ErrorKind::kContextLength,
+          "copy_kv_cache: ", length, " positions do not fit; the capacities are ", a.capacity, " and ", b.capacity);
+}
+
 void check_segments(const std::vector<KvSegment>& segments, int64_t layer, int64_t rows, int64_t head_dim,
                     std::string_view op) {
   std::vector<std::pair<int64_t, int64_t>> ranges;  // two segments that write the same rows would race

@@ -71,6 +71,8 @@ struct KvLoadArgs {
 
 void check(const KvStoreArgs& args);
 void check(const KvLoadArgs& args);
+/// Of Backend::copy_kv_cache. Throws ShapeError, DTypeError, ContextLengthError.
+void check_copy(const KvCache& target, const KvCache& source, int64_t length);
 
 /// What operations on segments share: caches of (kv_heads, head_dim) and one dtype that have `layer` and the positions; rows below
 /// `rows`, none in two segments.

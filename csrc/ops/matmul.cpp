@@ -48,26 +48,4 @@ void check(std::span<const MatmulBackwardArgs> all) {
   }
 }
 
-void check_transpose(const Matrix& target, const Matrix& source) {
-  const WeightType f32{Encoding::kF32};
-  require(target.type() == f32 && source.type() == f32, ErrorKind::kDType,
-          "transpose: both matrices must be float32, got ", target.type().text(), " and ", source.type().text());
-  require_matrix_shape(target, source.cols(), source.rows(), "transpose", "target");
-  require(&target != &source, ErrorKind::kShape, "transpose: target must be another matrix than source");
-}
-
-int64_t check_tensor_rows(const Matrix& matrix, const RowMap& map, const TensorView& tensor, bool transposes,
-                          const char* op) {
-  require(matrix.type() == WeightType{Encoding::kF32}, ErrorKind::kDType, op, ": the matrix must be float32, got ",
-          matrix.type().text());
-  if (transposes) {
-    require_tensor(tensor, DType::kF32, {matrix.cols(), -1}, Rows::kStrided, op, "the transposed tensor");
-  } else {
-    require_tensor(tensor, DType::kF32, {-1, matrix.cols()}, Rows::kStrided, op, "the tensor");
-  }
-  const int64_t rows = tensor.dim(transposes ? 1 : 0);
-  check_map(matrix, map, rows, op);
-  return rows;
-}
-
 }  // namespace llama_ext

@@ -48,10 +48,4 @@ void check(const MatmulBackwardArgs& args);
 /// Of Backend::weights_backward: each by itself, and that none has a d_x or the target of another.
 void check(std::span<const MatmulBackwardArgs> all);
 
-/// Of Backend::transpose.
-void check_transpose(const Matrix& target, const Matrix& source);
-/// Of Backend::load_rows and store_rows; returns how many rows of the matrix the tensor has.
-int64_t check_tensor_rows(const Matrix& matrix, const RowMap& map, const TensorView& tensor, bool transposes,
-                          const char* op);
-
 }  // namespace llama_ext

@@ -257,4 +257,10 @@ void dequantize_row(const WeightType& type, const QuantizedRow& row, int64_t col
   }
 }
 
+void dequantize_row(const WeightType& type, const QuantizedRow& row, int64_t cols, float* out) {
+  std::vector<double> exact(static_cast<size_t>(cols));
+  dequantize_row(type, row, cols, exact.data());
+  for (size_t k = 0; k < exact.size(); ++k) out[k] = static_cast<float>(exact[k]);
+}
+
 }  // namespace llama_ext

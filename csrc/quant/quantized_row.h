@@ -52,5 +52,7 @@ void group_factors(const WeightType& type, const QuantizedRow& row, int64_t cols
 
 /// The exact weights. out: (cols).
 void dequantize_row(const WeightType& type, const QuantizedRow& row, int64_t cols, double* out);
+/// Rounded to float32.
+void dequantize_row(const WeightType& type, const QuantizedRow& row, int64_t cols, float* out);
 
 }  // namespace llama_ext

@@ -28,14 +28,7 @@ void ReferenceBackend::copy_kv_cache(KvCache& target, const KvCache& source, int
   const ReferenceKvCache& to = own(target, "copy_kv_cache");
   const ReferenceKvCache& from = own(source, "copy_kv_cache");
   const KvCacheShape& a = target.shape();
-  const KvCacheShape& b = source.shape();
-  require(a.layers == b.layers && a.kv_heads == b.kv_heads && a.head_dim == b.head_dim, ErrorKind::kShape,
-          "copy_kv_cache: caches may differ in capacity only, got (layers, kv_heads, head_dim) = (", a.layers, ", ",
-          a.kv_heads, ", ", a.head_dim, ") and (", b.layers, ", ", b.kv_heads, ", ", b.head_dim, ")");
-  require(a.dtype == b.dtype, ErrorKind::kDType, "copy_kv_cache: caches must have one dtype, got ", name_of(a.dtype),
-          " and ", name_of(b.dtype));
-  require(length >= 0 && length <= a.capacity && length <= b.capacity, ErrorKind::kContextLength,
-          "copy_kv_cache: ", length, " positions do not fit; the capacities are ", a.capacity, " and ", b.capacity);
+  check_copy(target, source, length);
   if (&to == &from) return;
   const size_t element = size_of(kv_storage_dtype(a.dtype));
   const size_t nbytes = static_cast<size_t>(length * a.kv_heads * a.head_dim) * element;

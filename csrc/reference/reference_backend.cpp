@@ -21,14 +21,6 @@ void copy_bytes(void* target, const void* source, size_t nbytes) {
   if (nbytes > 0) std::memcpy(target, source, nbytes);
 }
 
-/// `rows` is (n, K), contiguous, and `map` sends each of its rows into the matrix.
-void check_rows(const Matrix& matrix, const RowMap& map, const TensorView& rows, const char* op) {
-  require_shape(rows, {-1, matrix.cols()}, op, "rows");
-  require(rows.rows() >= 0 && rows.is_contiguous(), ErrorKind::kShape, op, ": rows must be contiguous");
-  require(rows.size() == 0 || rows.data() != nullptr, ErrorKind::kInternal, op, ": rows have no memory");
-  check_map(matrix, map, rows.rows(), op);
-}
-
 void store_codes(const ReferenceMatrix& matrix, int64_t index, const QuantizedRow& row) {
   dequantize_row(matrix.type(), row, matrix.cols(), static_cast<double*>(matrix.data()) + index * matrix.cols());
 }
@@ -73,10 +65,7 @@ int64_t ReferenceBackend::matrix_nbytes(int64_t rows, int64_t cols, WeightType t
 void ReferenceBackend::write_rows(Matrix& matrix, const RowMap& map, const TensorView& source,
                                   const TensorView& importance) {
   const ReferenceMatrix& mine = own(matrix, "write_rows");
-  require(source.dtype() != DType::kI32, ErrorKind::kDType,
-          "write_rows: rows must be float32, float16, bfloat16 or float64, got ", name_of(source.dtype()));
-  check_rows(matrix, map, source, "write_rows");
-  check_importance(importance, matrix.cols());
+  check_write_rows(matrix, map, source, importance);
   const int64_t cols = matrix.cols();
   std::vector<float> widened(static_cast<size_t>(cols));
   QuantizedRow codes;
@@ -97,12 +86,7 @@ void ReferenceBackend::write_rows(Matrix& matrix, const RowMap& map, const Tenso
 void ReferenceBackend::write_blocks(Matrix& matrix, const RowMap& map, const GgmlType& ggml, int64_t rows,
                                     std::span<const std::byte> blocks) {
   const ReferenceMatrix& mine = own(matrix, "write_blocks");
-  require(mine.type() == ggml.type, ErrorKind::kDType, "write_blocks: ", ggml.name, " blocks are kept as ",
-          ggml.type.text(), ", and this matrix as ", mine.type().text());
-  check_map(matrix, map, rows, "write_blocks");
-  const int64_t row_bytes = ggml_row_bytes(ggml, matrix.cols());
-  require(static_cast<int64_t>(blocks.size()) == checked_mul(rows, row_bytes, "write_blocks"), ErrorKind::kShape,
-          "write_blocks: ", rows, " rows take ", row_bytes, " bytes each, got ", blocks.size());
+  const int64_t row_bytes = check_write_blocks(matrix, map, ggml, rows, blocks.size());
   QuantizedRow codes;
   for (int64_t i = 0; i < rows; ++i) {
     decode_ggml_row(ggml, reinterpret_cast<const uint8_t*>(blocks.data()) + i * row_bytes, matrix.cols(), codes);
@@ -122,10 +106,7 @@ void ReferenceBackend::write_codes(Matrix& matrix, const RowMap& map, const Code
 
 void ReferenceBackend::read_rows(const Matrix& matrix, const RowMap& map, const TensorView& target) {
   const ReferenceMatrix& mine = own(matrix, "read_rows");
-  require(target.dtype() == DType::kF32 || target.dtype() == mine.dtype(), ErrorKind::kDType,
-          "read_rows: rows must be float32 or ", name_of(mine.dtype()), " as the matrix, got ",
-          name_of(target.dtype()));
-  check_rows(matrix, map, target, "read_rows");
+  check_read_rows(matrix, map, target);
   const int64_t cols = matrix.cols();
   InterruptPoll interrupt;
   for (int64_t i = 0; i < target.rows(); ++i) {
@@ -141,13 +122,7 @@ void ReferenceBackend::copy_rows(Matrix& target, const RowMap& to, const Matrix&
                                  int64_t rows) {
   const ReferenceMatrix& into = own(target, "copy_rows");
   const ReferenceMatrix& out_of = own(source, "copy_rows");
-  require(into.type() == out_of.type(), ErrorKind::kDType, "copy_rows: both matrices must be kept alike, got ",
-          into.type().text(), " and ", out_of.type().text());
-  require(into.cols() == out_of.cols(), ErrorKind::kShape, "copy_rows: both matrices must have as many columns, got ",
-          into.cols(), " and ", out_of.cols());
-  require(rows >= 0, ErrorKind::kShape, "copy_rows: the number of rows must be at least 0, got ", rows);
-  check_map(into, to, rows, "copy_rows");
-  check_map(out_of, from, rows, "copy_rows");
+  check_copy_rows(target, to, source, from, rows);
   const size_t nbytes = static_cast<size_t>(into.cols()) * size_of(into.dtype());
   for (int64_t i = 0; i < rows; ++i) {
     copy_bytes(static_cast<std::byte*>(into.data()) + static_cast<size_t>(to(i)) * nbytes,
@@ -188,8 +163,7 @@ void ReferenceBackend::store_rows(Matrix& matrix, const RowMap& map, const Tenso
 
 TensorView ReferenceBackend::values(Matrix& matrix) {
   const ReferenceMatrix& mine = own(matrix, "values");
-  require(mine.type() == WeightType{Encoding::kF32}, ErrorKind::kDType, "values: the matrix must be float32, got ",
-          mine.type().text());
+  check_values(matrix, "values");
   return {mine.data(), DType::kF32, {mine.rows() * mine.cols()}};
 }
 
