@@ -162,6 +162,12 @@ class Backend {
     kv_store(store);
     attention(args);
   }
+  /// attend, then the product of what it gave: projection.x is args.y, seen as (M, H D). At once where a device can, and then y is left
+  /// as it was.
+  virtual void attend_and_project(const KvStoreArgs& store, const AttentionArgs& args, const MatmulArgs& projection) {
+    attend(store, args);
+    matmul(projection);
+  }
   virtual void feed_forward(const FeedForwardArgs& args) = 0;
   virtual void softmax(const SoftmaxArgs& args) = 0;
   virtual void cross_entropy(const CrossEntropyArgs& args) = 0;

@@ -28,7 +28,8 @@ struct WgmmaAttention {
   KvSegmentView segment;
   Rows q;
   Rows y;
-  int group = 0;  // H / K
+  RoundedRows rounded;  // in its place, if it has data
+  int group = 0;        // H / K
   float scale = 1.0f;
 };
 
@@ -314,8 +315,20 @@ __global__ void __launch_bounds__(Layout<kDim>::kThreadCount, 1)
     for (int half = 0; half < 2; ++half) {
       const int row = first_row + 8 * half;
       if (row >= rows) continue;
-      float* to = a.y.row(segment.row + token + row / a.group) + (kv_head * a.group + row % a.group) * dim;
+      const int64_t y_row = segment.row + token + row / a.group;
+      const int first_column = (kv_head * a.group + row % a.group) * dim;
       const float factor = 1.0f / s.merged_sums[half];
+      if (a.rounded.data != nullptr) {
+        uint16_t* to = a.rounded.data + y_row * a.rounded.stride + first_column;
+#pragma unroll
+        for (int j = 0; j < kDim / 8; ++j) {
+          const int d = j * 8 + 2 * t;
+          const float* pair = s.merged + 4 * j + 2 * half;
+          if (d < dim) *reinterpret_cast<uint32_t*>(to + d) = round_pair(pair[0] * factor, pair[1] * factor);
+        }
+        continue;
+      }
+      float* to = a.y.row(y_row) + first_column;
 #pragma unroll
       for (int j = 0; j < kDim / 8; ++j) {
 #pragma unroll
@@ -351,7 +364,10 @@ bool has_attention_wgmma(const Gpu& gpu, const KvSegmentView& segment, int heads
          2 * blocks_for(segment.tokens * group, 128) * layer.kv_heads >= gpu.multiprocessors();
 }
 
-void attention_wgmma(const Gpu& gpu, const KvSegmentView& segment, Rows q, int heads, float scale, Rows y) {
+namespace {
+
+void start_any(const Gpu& gpu, const KvSegmentView& segment, Rows q, int heads, float scale, Rows y,
+               const RoundedRows& rounded) {
   const KvLayerView& layer = segment.layer;
   WgmmaAttention a;
   // Zeros from the end of the keys on, whatever lies there.
@@ -363,10 +379,22 @@ void attention_wgmma(const Gpu& gpu, const KvSegmentView& segment, Rows q, int h
   a.segment = segment;
   a.q = q;
   a.y = y;
+  a.rounded = rounded;
   a.group = heads / layer.kv_heads;
   a.scale = scale;
   if (layer.head_dim <= 64) return start<64>(gpu, a);
   start<128>(gpu, a);
+}
+
+}  // namespace
+
+void attention_wgmma(const Gpu& gpu, const KvSegmentView& segment, Rows q, int heads, float scale, Rows y) {
+  start_any(gpu, segment, q, heads, scale, y, {});
+}
+
+void attention_wgmma_rounded(const Gpu& gpu, const KvSegmentView& segment, Rows q, int heads, float scale,
+                             RoundedRows y) {
+  start_any(gpu, segment, q, heads, scale, {}, y);
 }
 
 }  // namespace llama_ext::cuda

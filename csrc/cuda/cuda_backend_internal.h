@@ -114,6 +114,7 @@ class CudaBackend final : public Backend {
   void kv_load(const KvLoadArgs& args) override;
   void attention(const AttentionArgs& args) override;
   void attend(const KvStoreArgs& store, const AttentionArgs& args) override;
+  void attend_and_project(const KvStoreArgs& store, const AttentionArgs& args, const MatmulArgs& projection) override;
   void feed_forward(const FeedForwardArgs& args) override;
   void softmax(const SoftmaxArgs& args) override;
   void cross_entropy(const CrossEntropyArgs& args) override;

@@ -21,6 +21,18 @@ std::vector<KvSegmentView> segments_of(const std::vector<KvSegment>& segments, i
   return views;
 }
 
+ProductView product_of(const MatmulArgs& args) {
+  ProductView p;
+  p.x = rows_of(args.x);
+  p.rows = args.x.rows();
+  p.weight = own(*args.weight, "matmul").view();
+  p.norm = norm_of(args.norm);
+  p.bias = optional_data(args.bias);
+  p.y = rows_of(args.y);
+  p.accumulate = args.accumulate;
+  return p;
+}
+
 /// Whether a product of many rows takes x rounded to bfloat16.
 bool takes_bf16(const WeightView& weight) {
   return has_mma(weight.kind) && weight.kind != Kind::kF16 && weight.stride > 0;
@@ -165,15 +177,7 @@ void CudaBackend::product(const ProductView& view, Compute compute) const {
 void CudaBackend::matmul(const MatmulArgs& args) {
   const OpRange range("matmul");
   check(args);
-  ProductView p;
-  p.x = rows_of(args.x);
-  p.rows = args.x.rows();
-  p.weight = own(*args.weight, "matmul").view();
-  p.norm = norm_of(args.norm);
-  p.bias = optional_data(args.bias);
-  p.y = rows_of(args.y);
-  p.accumulate = args.accumulate;
-  product(p, args.compute);
+  product(product_of(args), args.compute);
 }
 
 void CudaBackend::feed_forward(const FeedForwardArgs& args) {
@@ -333,6 +337,38 @@ void CudaBackend::attend(const KvStoreArgs& store, const AttentionArgs& args) {
   attention_decode(*gpu_, segments.data(), count, kv_rows_of(store), rows_of(args.q), heads,
                    static_cast<float>(args.scale), rows_of(args.y), static_cast<int*>(arrived_->data()),
                    ahead_of(*gpu_, args));
+}
+
+void CudaBackend::attend_and_project(const KvStoreArgs& store, const AttentionArgs& args,
+                                     const MatmulArgs& projection) {
+  check(args);
+  check(projection);
+  const WeightView weight = own(*projection.weight, "attend_and_project").view();
+  const int64_t rows = args.q.rows();
+  const int heads = static_cast<int>(args.q.dim(1));
+  const std::vector<KvSegmentView> segments = segments_of(args.segments, args.layer, "attend_and_project");
+  // On the tensor cores a product rounds its rows, which attention can do as it stores them.
+  bool is_rounded = args.compute != Compute::kExact && projection.compute != Compute::kExact && takes_bf16(weight) &&
+                    !rounds_weights(weight, projection.compute) && !takes_few_rows(weight, rows, projection.compute) &&
+                    !projection.norm.weight && operand_stride(weight, rows) == weight.cols;
+  int64_t tokens = 0;
+  for (const KvSegmentView& segment : segments) {
+    is_rounded = is_rounded && has_attention_wgmma(*gpu_, segment, heads, static_cast<float>(args.scale));
+    tokens += segment.tokens;
+  }
+  // Rows of no segment are the product's all the same.
+  if (!is_rounded || tokens != rows) return Backend::attend_and_project(store, args, projection);
+
+  const OpRange range("attend_and_project");
+  kv_store(store);
+  const Scratch memory(*gpu_, static_cast<size_t>(rows * weight.cols) * sizeof(uint16_t));
+  const RoundedRows attended{memory.as<uint16_t>(), weight.cols, weight.cols, weight.cols};
+  for (const KvSegmentView& segment : segments) {
+    attention_wgmma_rounded(*gpu_, segment, rows_of(args.q), heads, static_cast<float>(args.scale), attended);
+  }
+  ProductView p = product_of(projection);
+  p.rounded = attended.data;
+  product(p, projection.compute);
 }
 
 void CudaBackend::softmax(const SoftmaxArgs& args) {

@@ -195,6 +195,9 @@ void attention_mma(const Gpu& gpu, const KvSegmentView* segments, int64_t count,
 // attention_wgmma.cu: the same bits on Hopper's own tensor cores, for segments of enough tokens; attention_mma() calls it.
 bool has_attention_wgmma(const Gpu& gpu, const KvSegmentView& segment, int heads, float scale);
 void attention_wgmma(const Gpu& gpu, const KvSegmentView& segment, Rows q, int heads, float scale, Rows y);
+/// The same, rounded to bfloat16: what a product of them takes. y: (M, heads D), no padding.
+void attention_wgmma_rounded(const Gpu& gpu, const KvSegmentView& segment, Rows q, int heads, float scale,
+                             RoundedRows y);
 
 // attention_decode.cu: kv_store and attention of one token a segment, at once. q and k stay as they are, not rotated.
 inline constexpr int kMostDecodeHeads = 1024;

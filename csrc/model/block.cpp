@@ -17,8 +17,8 @@ InputNorm input_norm(const Model& model, const Norm& norm) {
 }
 
 /// y = x W^T + b, or y += x W^T + b; x normalised first, where a norm is given.
-void project(const Model& model, const TensorView& x, const InputNorm& norm, const Linear& linear, const TensorView& y,
-             bool accumulate) {
+MatmulArgs projection(const Model& model, const TensorView& x, const InputNorm& norm, const Linear& linear,
+                      const TensorView& y, bool accumulate) {
   MatmulArgs args;
   args.x = x;
   args.weight = linear.weight.get();
@@ -27,25 +27,35 @@ void project(const Model& model, const TensorView& x, const InputNorm& norm, con
   args.accumulate = accumulate;
   args.compute = model.compute();
   args.norm = norm;
-  model.backend().matmul(args);
+  return args;
 }
 
-/// attended = softmax(Q K^T / sqrt(D)) V over each sequence's cache, which gets this pass's keys and values first.
-void attend(const Model& model, int64_t layer, const Pass& pass) {
+void project(const Model& model, const TensorView& x, const InputNorm& norm, const Linear& linear, const TensorView& y,
+             bool accumulate) {
+  model.backend().matmul(projection(model, x, norm, linear, y, accumulate));
+}
+
+/// Of attended = softmax(Q K^T / sqrt(D)) V over each sequence's cache, which gets this pass's keys and values first.
+struct SelfAttention {
+  KvStoreArgs store;
+  AttentionArgs attention;
+};
+
+SelfAttention self_attention(const Model& model, int64_t layer, const Pass& pass) {
   const ModelConfig& config = model.config();
   const BlockWeights& weights = model.weights().block(layer);
-  Backend& backend = model.backend();
 
   const TensorView q = head_slice(model, pass.qkv, 0, config.heads);
-  const KvStoreArgs store{.segments = pass.segments,
-                          .layer = layer,
-                          .k = head_slice(model, pass.qkv, config.q_size(), config.kv_heads),
-                          .v = head_slice(model, pass.qkv, config.q_size() + config.kv_size(), config.kv_heads),
-                          .q = q,
-                          .cos = pass.cos,
-                          .sin = pass.sin};
+  SelfAttention args;
+  args.store = {.segments = pass.segments,
+                .layer = layer,
+                .k = head_slice(model, pass.qkv, config.q_size(), config.kv_heads),
+                .v = head_slice(model, pass.qkv, config.q_size() + config.kv_size(), config.kv_heads),
+                .q = q,
+                .cos = pass.cos,
+                .sin = pass.sin};
 
-  AttentionArgs attention;
+  AttentionArgs& attention = args.attention;
   attention.segments = pass.segments;
   attention.q = q;
   attention.layer = layer;
@@ -54,7 +64,7 @@ void attend(const Model& model, int64_t layer, const Pass& pass) {
   attention.y = TensorView(pass.attended.data(), DType::kF32, {pass.attended.rows(), config.heads, config.head_dim});
   attention.next_weights = {weights.o.weight.get(),
                             weights.gate_up.weight ? weights.gate_up.weight.get() : weights.gate.weight.get()};
-  backend.attend(store, attention);
+  return args;
 }
 
 /// x += SwiGLU(norm(x))
@@ -104,7 +114,8 @@ void block_with_adapters(const Model& model, int64_t layer, const Pass& pass) {
   add_adapters(model, layer, pass, Target::kQ, pass.normed, columns(pass.qkv, 0, config.q_size()));
   add_adapters(model, layer, pass, Target::kK, pass.normed, columns(pass.qkv, k_begin, config.kv_size()));
   add_adapters(model, layer, pass, Target::kV, pass.normed, columns(pass.qkv, v_begin, config.kv_size()));
-  attend(model, layer, pass);
+  const SelfAttention args = self_attention(model, layer, pass);
+  model.backend().attend(args.store, args.attention);
   project(model, pass.attended, {}, weights.o, pass.x, /*accumulate=*/true);
   add_adapters(model, layer, pass, Target::kO, pass.attended, pass.x);
 
@@ -133,8 +144,9 @@ void block(const Model& model, int64_t layer, const Pass& pass) {
   for (const Projection& part : weights.qkv) {
     project(model, pass.x, norm, part.linear, columns(pass.qkv, part.begin, part.linear.weight->rows()), false);
   }
-  attend(model, layer, pass);
-  project(model, pass.attended, {}, weights.o, pass.x, /*accumulate=*/true);
+  const SelfAttention args = self_attention(model, layer, pass);
+  model.backend().attend_and_project(args.store, args.attention,
+                                     projection(model, pass.attended, {}, weights.o, pass.x, /*accumulate=*/true));
 
   feed_forward(model, weights, pass.x);
 }

@@ -9,9 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+import llama_ext
 from devices import only_emulated
 from guarded import guarded, guarded_empty, guarded_rows, guarded_rows_empty
 from llama_ext import _core
+from llama_ext.runtime.loading import core_config
 from quantized import Kept, weights
 from tolerances import assert_same_bits, relative_rms
 
@@ -131,3 +133,31 @@ def test_attention_has_the_bits_of_other_gpus(
     expected = run(AMPERE)
     monkeypatch.setenv("LLAMA_EXT_CUDA_EMULATION_ORDER", order)
     assert_same_bits(run(HOPPER), expected)
+
+
+@pytest.mark.parametrize("head_dim", [32, 128])
+@pytest.mark.parametrize("cached", [0, 20])
+def test_what_attention_rounds_for_the_next_product_has_the_bits_of_other_gpus(cached: int, head_dim: int) -> None:
+    """A long chunk leaves its rows as bfloat16; on other GPUs, and of a short one, the product rounds them itself."""
+    config = llama_ext.LlamaConfig(
+        vocab_size=40,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=head_dim,
+        max_position_embeddings=256,
+    )
+    ids = np.random.default_rng(head_dim).integers(0, 40, 150).astype(np.int32)
+    found = []
+    for capability in (HOPPER, AMPERE):
+        model = _core.Model(backend_of(capability), core_config(config), {"": ("bfloat16", 0)})
+        of_weights = np.random.default_rng(3)
+        for slot, extents, is_matrix in model.slots():
+            values = of_weights.standard_normal(extents) * 0.2 if is_matrix else np.ones(extents)
+            model.load(slot, values.astype(np.float32), "float32")
+        session = _core.Session(model, 256, "bfloat16")
+        session.append(ids[:cached], "none")
+        found.append(session.append(ids[cached:], "all"))
+    assert_same_bits(*found)
