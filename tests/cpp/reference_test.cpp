@@ -99,7 +99,7 @@ void test_rows_are_mapped(Backend& backend) {
   CHECK(mapped == (std::vector<float>{1, 2, -3}));
   CHECK_ERROR(ErrorKind::kShape, "row 0 belongs at row 6",
               backend.write_rows(*matrix, {.begin = 6}, view(mapped, {3, 1}), {}));
-  CHECK_ERROR(ErrorKind::kShape, "rows must have shape (any, 1)",
+  CHECK_ERROR(ErrorKind::kShape, "source must have shape (any, 1)",
               backend.write_rows(*matrix, {}, view(mapped, {1, 3}), {}));
   CHECK_ERROR(ErrorKind::kLimit, "out of range",
               backend.write_rows(*matrix, {.begin = INT64_MAX}, view(mapped, {3, 1}), {}));

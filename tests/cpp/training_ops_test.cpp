@@ -292,7 +292,7 @@ void test_refusals() {
   const auto f32 = backend->create_matrix(4, 5, {});
   const auto bf16 = backend->create_matrix(4, 5, {Encoding::kBF16});
   const auto wide = backend->create_matrix(4, 6, {});
-  CHECK_ERROR(ErrorKind::kDType, "only float32", backend->values(*bf16));
+  CHECK_ERROR(ErrorKind::kDType, "must be float32", backend->values(*bf16));
   CHECK_ERROR(ErrorKind::kDType, "bfloat16", backend->copy_rows(*f32, {}, *bf16, {}, 1));
   CHECK_ERROR(ErrorKind::kShape, "columns", backend->copy_rows(*f32, {}, *wide, {}, 1));
   CHECK_ERROR(ErrorKind::kShape, "row 3 belongs at row 4 of a matrix with 4 rows",

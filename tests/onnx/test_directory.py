@@ -141,7 +141,7 @@ def test_options_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
         ({"profile": "portable", "dtype": "bfloat16"}, "'bfloat16', which standard has"),
         ({"dtype": "float32", "group_size": 32}, "group_size belongs to dtype='int8' or 'int4'"),
         ({"dtype": "int8", "group_size": 48}, "group_size must be one of 128, 64, 32"),
-        ({"max_file_bytes": 0}, "max_file_bytes must be a whole number above 0"),
+        ({"max_file_bytes": 0}, "max_file_bytes must be a whole number >= 1"),
     ]
     for options, message in refused:
         with pytest.raises(OptionError, match=message):

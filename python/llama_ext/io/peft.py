@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from llama_ext._options import shown
 from llama_ext.errors import CheckpointError, FormatError, LimitError, OptionError, UnsupportedError
 from llama_ext.io.atomic import atomic_write, made_folder, remove
 from llama_ext.io.checkpoint import TensorSource, write_safetensors
@@ -22,7 +23,7 @@ from llama_ext.io.json_file import read_json_object
 from llama_ext.io.safetensors_file import SafetensorsFile, TensorInfo
 from llama_ext.limits import DEFAULT_LIMITS, Limits
 from llama_ext.models.config import LlamaConfig
-from llama_ext.models.fields import FieldReader, shown
+from llama_ext.models.fields import FieldReader
 from llama_ext.models.llama import CLASSIFIER_HEAD, adaptable_modules, tensor_specs
 from llama_ext.models.lora import ALL_LINEAR, LoRA
 

@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llama_ext._options import shown
 from llama_ext.errors import FormatError, OptionError
 from llama_ext.io.atomic import atomic_write, made_folder
 from llama_ext.io.hub import resolve_small_files
 from llama_ext.io.json_file import read_json_object
 from llama_ext.limits import DEFAULT_LIMITS, Limits
-from llama_ext.models.fields import FieldReader, shown
+from llama_ext.models.fields import FieldReader
 from llama_ext.models.rope_parameters import RopeParameters, read_rope
 from llama_ext.models.unsupported_keys import refuse_unimplemented
 

@@ -7,27 +7,11 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from llama_ext._options import shown
 from llama_ext.errors import FormatError, LimitError, OptionError, UnsupportedError
 from llama_ext.limits import DEFAULT_LIMITS, Limits
 
-__all__ = ["FieldReader", "shown"]
-
-
-def shown(value: object, length: int = 80) -> str:
-    """A value for a message: its repr, cut, whatever the value is.
-
-    Args:
-        value: Anything, possibly hostile.
-        length: Most characters.
-
-    Returns:
-        At most `length` characters.
-    """
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an int of more digits than Python converts; a list that holds itself
-        return f"<{type(value).__name__}>"
-    return text if len(text) <= length else text[: length - 3] + "..."
+__all__ = ["FieldReader"]
 
 
 class FieldReader:

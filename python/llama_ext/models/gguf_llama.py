@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from llama_ext._options import shown
 from llama_ext.errors import CheckpointError, UnsupportedError
 from llama_ext.io.gguf_file import GgufTensor
 from llama_ext.io.gguf_types import BY_NAME, GgmlType
 from llama_ext.limits import DEFAULT_LIMITS, Limits
 from llama_ext.models.config import LlamaConfig
-from llama_ext.models.fields import FieldReader, shown
+from llama_ext.models.fields import FieldReader
 from llama_ext.models.gguf_rope import read_gguf_rope, rope_metadata
 from llama_ext.models.llama import tensor_specs
 

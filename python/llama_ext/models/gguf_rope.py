@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from llama_ext._options import shown
 from llama_ext.errors import FormatError, UnsupportedError
 from llama_ext.io.gguf_file import GgufTensor
 from llama_ext.models.config import LlamaConfig
-from llama_ext.models.fields import FieldReader, shown
+from llama_ext.models.fields import FieldReader
 from llama_ext.models.rope_parameters import DEFAULT_ROPE_THETA
 
 __all__ = ["ROPE_FACTORS", "llama3_factors", "read_gguf_rope", "rope_metadata"]

@@ -11,10 +11,10 @@ from typing import Any, NoReturn
 import numpy as np
 
 from llama_ext._arrays import as_whole, is_whole
+from llama_ext._options import shown
 from llama_ext.errors import FormatError, OptionError, UnsupportedError
 from llama_ext.limits import DEFAULT_LIMITS
 from llama_ext.models.config import LlamaConfig
-from llama_ext.models.fields import shown
 from llama_ext.models.llama import HEAD_MODULES, adaptable_modules
 from llama_ext.models.module_patterns import NamePatterns
 

@@ -12,8 +12,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
+from llama_ext._options import shown
 from llama_ext.errors import CheckpointError, FormatError
-from llama_ext.models.fields import shown
 
 __all__ = ["KEY", "METHOD", "QuantizationConfig", "is_ours"]
 

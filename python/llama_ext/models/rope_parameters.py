@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from llama_ext.models.fields import FieldReader, shown
+from llama_ext._options import shown
+from llama_ext.models.fields import FieldReader
 
 __all__ = ["DEFAULT_ROPE_THETA", "ROPE_TYPES", "RopeParameters", "read_rope"]
 

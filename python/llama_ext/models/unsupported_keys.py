@@ -9,7 +9,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from llama_ext.models.fields import FieldReader, shown
+from llama_ext._options import shown
+from llama_ext.models.fields import FieldReader
 from llama_ext.models.quantization_config import is_ours
 
 __all__ = ["refuse_unimplemented"]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from onnx import helper
 
+from llama_ext._options import whole
 from llama_ext._version import __version__
 from llama_ext.errors import LlamaExtError, NumericError, OptionError
 from llama_ext.io.atomic import named, remove
@@ -115,8 +116,8 @@ def export(
         OSError: `out_dir` cannot be written.
     """
     chosen = checked_profile(profile, dtype)
-    if max_file_bytes is not None and (isinstance(max_file_bytes, bool) or max_file_bytes < 1):
-        raise OptionError(f"max_file_bytes must be a whole number above 0, got {max_file_bytes!r}")
+    if max_file_bytes is not None:
+        max_file_bytes = whole("max_file_bytes", max_file_bytes, 1)
     folder = named(out_dir)
     with _weights(model_or_path, dtype, group_size, symmetric, limits) as weights:
         checked_profile(profile, weights.dtype)  # what the model decided

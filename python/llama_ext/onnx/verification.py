@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llama_ext import _core
-from llama_ext._arrays import as_whole, token_ids
+from llama_ext._arrays import token_ids
+from llama_ext._options import whole
 from llama_ext._version import __version__
 from llama_ext.errors import ContextLengthError, OptionError
 from llama_ext.io.json_file import read_json_object
@@ -101,9 +102,7 @@ def verify(
         OSError: The hash cannot be written.
     """
     started = time.perf_counter()
-    count = as_whole(steps)
-    if count is None or count < 1:
-        raise OptionError(f"steps must be a whole number >= 1, got {steps!r}")
+    count = whole("steps", steps, 1)
     number = checked_threads(threads)
     others = checked_runtimes(runtimes)
     _refuse_blank(texts)

@@ -34,7 +34,6 @@ __all__ = [
     "pack_for",
     "pack_gate_up",
     "quantize",
-    "whole_seed",
 ]
 
 _FLOATS = ("float32", "bfloat16", "float16")
@@ -308,15 +307,3 @@ def _importance(op: str, importance: FloatArray | None, weight: Array) -> FloatA
     if (array := on_gpu(importance)) is not None:
         importance = array.numpy()
     return None if importance is None else vector(op, "importance", importance, weight.shape[1])
-
-
-def whole_seed(op: str, seed: object) -> int:
-    """A seed of dropout as the core takes it.
-
-    Raises:
-        OptionError: It is not a whole number in [0, 2^64).
-    """
-    number = as_whole(seed)
-    if number is None or not 0 <= number < 2**64:
-        raise OptionError(f"{op}: seed must be a whole number in [0, 2^64), got {seed!r}")
-    return number

@@ -22,12 +22,12 @@ from llama_ext._arrays import (
     require_shape,
     zeros,
 )
+from llama_ext._options import whole_seed
 from llama_ext.errors import DTypeError, ShapeError
 from llama_ext.models.config import LlamaConfig, RopeParameters
 from llama_ext.models.llama import core_config
 from llama_ext.ops.backends import backend_for
 from llama_ext.ops.device import takes_dlpack
-from llama_ext.ops.packing import whole_seed
 
 __all__ = ["attention", "causal_attention", "causal_attention_backward", "rope", "rope_angles"]
 
@@ -257,7 +257,7 @@ def causal_attention(
     y, log_sums = zeros(f"{op}: y", q.shape, q), zeros(f"{op}: log_sums", q.shape[:2], q)
     scale = _scale(q, scale)
     backend = backend_for(device, threads, isa)
-    backend.causal_attention(ranges, q, k, v, scale, y, log_sums, dropout, whole_seed(op, seed), compute)
+    backend.causal_attention(ranges, q, k, v, scale, y, log_sums, dropout, whole_seed(seed, op), compute)
     return y, log_sums
 
 
@@ -306,7 +306,7 @@ def causal_attention_backward(
     scale = _scale(q, scale)
     backend = backend_for(device, threads, isa)
     backend.causal_attention_backward(
-        ranges, q, k, v, scale, y, log_sums, d_y, d_q, d_k, d_v, dropout, whole_seed(op, seed), compute
+        ranges, q, k, v, scale, y, log_sums, d_y, d_q, d_k, d_v, dropout, whole_seed(seed, op), compute
     )
     return d_q, d_k, d_v
 

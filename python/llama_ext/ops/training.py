@@ -17,10 +17,10 @@ from llama_ext._arrays import (
     require_shape,
     share_memory,
 )
+from llama_ext._options import whole_seed
 from llama_ext.errors import DTypeError, OptionError, ShapeError
 from llama_ext.ops.backends import backend_for
 from llama_ext.ops.device import takes_dlpack
-from llama_ext.ops.packing import whole_seed
 
 __all__ = ["adam", "dropout", "sgd"]
 
@@ -62,7 +62,7 @@ def dropout(
     op = "dropout"
     x = float32_array(op, "x", x)
     width = last(op, "x", x)
-    number = whole_seed(op, seed)
+    number = whole_seed(seed, op)
     target = destination(op, out, x.shape, (x,))
     backend_for(device, threads, isa).dropout(flat(x, width), p, number, flat(target, width), scale=scale)
     return finish(out, target)

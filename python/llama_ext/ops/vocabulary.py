@@ -12,7 +12,6 @@ from llama_ext._arrays import (
     Array,
     FloatArray,
     allocate,
-    as_whole,
     assign,
     destination,
     finish,
@@ -25,7 +24,8 @@ from llama_ext._arrays import (
     on_gpu,
     require_shape,
 )
-from llama_ext.errors import OptionError, ShapeError
+from llama_ext._options import whole
+from llama_ext.errors import ShapeError
 from llama_ext.ops.backends import backend_for
 from llama_ext.ops.dense import values_of
 from llama_ext.ops.device import takes_dlpack
@@ -98,9 +98,7 @@ def embedding_backward(
         OptionError: `vocabulary` is not a whole number of at least 0.
     """
     op = "embedding_backward"
-    rows = as_whole(vocabulary)
-    if rows is None or rows < 0:
-        raise OptionError(f"{op}: vocabulary must be a whole number of at least 0, got {vocabulary!r}")
+    rows = whole(f"{op}: vocabulary", vocabulary, 0)
     d_y = float32_array(op, "d_y", d_y)
     width = last(op, "d_y", d_y)
     array = integers(op, "ids", ids, rows)

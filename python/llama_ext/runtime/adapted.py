@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from llama_ext import _core
-from llama_ext._arrays import FloatArray, as_whole, widen_bfloat16
+from llama_ext._arrays import FloatArray, widen_bfloat16
+from llama_ext._options import whole_seed
 from llama_ext.errors import NumericError, OptionError, UnsupportedError
 from llama_ext.io.peft import AdapterFiles, write_adapter
 from llama_ext.limits import DEFAULT_LIMITS, Limits
@@ -79,9 +80,7 @@ class Adapted:
         self._check_new(name)
         if not isinstance(adapter, LoRA):
             raise OptionError(f"adapter must be a llama_ext.LoRA, got {type(adapter).__name__}")
-        number = as_whole(seed)
-        if number is None or not 0 <= number < 2**64:
-            raise OptionError(f"seed must be a whole number in [0, 2^64), got {seed!r}")
+        number = whole_seed(seed)
         core = self._new_adapter(adapter.resolve(self.config))
         for index, (slot, rank, _) in enumerate(core.slots()):
             columns = core.read(slot, "A").shape[1]

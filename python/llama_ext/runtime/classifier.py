@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from llama_ext import _core
-from llama_ext._arrays import Array, FloatArray, IntArray, as_whole, check_token_range
+from llama_ext._arrays import Array, FloatArray, IntArray, check_token_range
+from llama_ext._options import shown, whole_seed
 from llama_ext.errors import ContextLengthError, DTypeError, OptionError
 from llama_ext.limits import DEFAULT_LIMITS, Limits
 from llama_ext.models.config import LlamaConfig
-from llama_ext.models.fields import shown
 from llama_ext.models.llama import CLASSIFIER_HEAD
 from llama_ext.runtime import loading
 from llama_ext.runtime.adapted import AdapterChoice, LoadedAdapter
@@ -393,9 +393,7 @@ def _config(files: ModelFiles, labels: list[str] | None) -> LlamaConfig:
 
 
 def _load_head(core: _core.Model, config: LlamaConfig, seed: int) -> FloatArray:
-    number = as_whole(seed)
-    if number is None or not 0 <= number < 2**64:
-        raise OptionError(f"seed must be a whole number in [0, 2^64), got {seed!r}")
+    number = whole_seed(seed)
     # As `loading.load_random`: a stream for each tensor.
     key = int.from_bytes(hashlib.sha256(f"{number}/{CLASSIFIER_HEAD}".encode()).digest()[:16], "little")
     values = np.random.Generator(np.random.Philox(key=key)).standard_normal(

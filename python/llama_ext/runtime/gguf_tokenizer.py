@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+from llama_ext._options import shown
 from llama_ext.errors import FormatError, LimitError, UnsupportedError
 from llama_ext.limits import DEFAULT_LIMITS, Limits
-from llama_ext.models.fields import FieldReader, shown
+from llama_ext.models.fields import FieldReader
 from llama_ext.runtime import sentencepiece_model as spm
 from llama_ext.runtime.gguf_pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 from llama_ext.runtime.tokenizer_files import add_special_tokens, set_post_processor, typed_errors

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from llama_ext import _core
-from llama_ext._arrays import is_whole
-from llama_ext.errors import FormatError, OptionError
+from llama_ext._options import whole_seed
+from llama_ext.errors import FormatError
 from llama_ext.io.checkpoint import INDEX_FILE, SINGLE_FILE
 from llama_ext.io.gguf import find_gguf
 from llama_ext.io.gguf_file import GgufFile
@@ -109,8 +109,7 @@ def load_random(core: _core.Model, config: LlamaConfig, seed: int) -> None:
     Raises:
         OptionError: `seed` is not in [0, 2^64).
     """
-    if not is_whole(seed) or not 0 <= seed < 2**64:
-        raise OptionError(f"seed must be a whole number in [0, 2^64), got {seed!r}")
+    seed = whole_seed(seed)
     for spec in ARCHITECTURES[config.model_type].tensor_specs(config):
         if len(spec.shape) == 2:
             # Philox is a counter under a key, so a key per tensor is a stream per tensor.

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from llama_ext import _core
-from llama_ext._arrays import FloatArray, IntArray, SupportsArray, as_whole
+from llama_ext._arrays import FloatArray, IntArray, SupportsArray
+from llama_ext._options import whole_seed
 from llama_ext.errors import OptionError, UnsupportedError
 from llama_ext.limits import DEFAULT_LIMITS, Limits
 from llama_ext.models import ARCHITECTURES
@@ -98,9 +99,7 @@ class LlamaForCausalLM(LoadedModel, Trainable):
             raise OptionError(
                 f"tokenizer must be a Tokenizer or None, got {type(tokenizer).__name__}: Tokenizer.from_pretrained reads one"
             )
-        number = as_whole(seed)
-        if number is None:
-            raise OptionError(f"seed must be a whole number in [0, 2^64), got {seed!r}")
+        number = whole_seed(seed)
         self._prepare(
             config,
             tokenizer,

@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 import numpy.typing as npt
 
 from llama_ext import _core
+from llama_ext._options import shown
 from llama_ext.errors import CheckpointError, UnsupportedError
 from llama_ext.models import ARCHITECTURES
 from llama_ext.models.config import LlamaConfig
-from llama_ext.models.fields import shown
 from llama_ext.models.generation_config import GenerationDefaults
 from llama_ext.runtime.progress import ProgressBar
 from llama_ext.runtime.tokenizer import Tokenizer

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
 from llama_ext._arrays import as_whole
+from llama_ext._options import shown, whole_seed
 from llama_ext.errors import ContextLengthError, OptionError, TokenIdError, UnsupportedError
-from llama_ext.models.fields import shown
 from llama_ext.runtime.speculation import (
     DEFAULT_DRAFT_TOKENS,
     MOST_DRAFT_TOKENS,
@@ -396,10 +396,7 @@ def _token(name: str, value: object, vocabulary: int, expected: str = "") -> int
 def _seed(options: Mapping[str, object]) -> int:
     if "seed" not in options:
         return int.from_bytes(os.urandom(8), "little")
-    seed = _as_whole("seed", options["seed"])
-    if not 0 <= seed < 2**64:
-        raise OptionError(f"seed must be in [0, 2^64), got {shown(seed)}")
-    return seed
+    return whole_seed(options["seed"])
 
 
 def _or(value: float | int | None, fallback: float) -> float:

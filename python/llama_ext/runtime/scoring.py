@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from llama_ext import _core
-from llama_ext._arrays import IntArray, as_whole, token_ids
+from llama_ext._arrays import IntArray, token_ids
+from llama_ext._options import whole
 from llama_ext.errors import ContextLengthError, DTypeError, OptionError
 from llama_ext.runtime.progress import ProgressBar
 from llama_ext.runtime.prompts import encode_text
@@ -150,10 +151,7 @@ def windows(tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, 
 def _in_range(name: str, value: int | None, default: int, low: int, high: int) -> int:
     if value is None:
         return default
-    number = as_whole(value)
-    if number is None or not low <= number <= high:
-        raise OptionError(f"perplexity: {name} must be a whole number in [{low}, {high}], got {value!r}")
-    return number
+    return whole(f"perplexity: {name}", value, low, high)
 
 
 def _documents(model: LlamaForCausalLM, texts: object) -> tuple[list[IntArray], int | None]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from llama_ext import _core
 from llama_ext._arrays import FloatArray, IntArray, as_whole, token_ids
+from llama_ext._options import whole
 from llama_ext.errors import ContextLengthError, OptionError, UnsupportedError
 from llama_ext.runtime.generation import Piece, generate_in_session
 from llama_ext.runtime.options import GenerateOptions
@@ -233,9 +234,7 @@ def load_session(model: LlamaForCausalLM, path: str | os.PathLike[str], max_leng
 def _capacity(model: LlamaForCausalLM, max_length: int | None, default: int) -> int:
     if max_length is None:
         return default
-    capacity = as_whole(max_length)
-    if capacity is None or capacity < 1:
-        raise OptionError(f"max_length must be a whole number >= 1, got {max_length!r}")
+    capacity = whole("max_length", max_length, 1)
     context = model.config.max_position_embeddings
     if capacity > context:
         raise ContextLengthError(f"max_length={capacity} is beyond the model's context of {context}")

@@ -8,10 +8,10 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from llama_ext._options import shown
 from llama_ext.errors import OptionError, TokenIdError
 from llama_ext.io.hub import resolve_small_files
 from llama_ext.limits import DEFAULT_LIMITS, Limits
-from llama_ext.models.fields import shown
 from llama_ext.runtime.chat_template import DEFAULT_TEMPLATE_LIMITS, TemplateLimits, render_chat_template
 from llama_ext.runtime.text_stream import DecodePlan, TextStream, decode_plan
 from llama_ext.runtime.tokenizer_files import (

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from llama_ext._arrays import as_whole
+from llama_ext._options import shown
 from llama_ext.errors import OptionError
 from llama_ext.limits import DEFAULT_LIMITS
-from llama_ext.models.fields import shown
 from llama_ext.runtime.tokenizer_files import typed_errors
 
 if TYPE_CHECKING:

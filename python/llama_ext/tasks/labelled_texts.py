@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llama_ext._arrays import as_whole
+from llama_ext._options import shown, whole_seed
 from llama_ext.errors import DTypeError, FormatError, OptionError
 from llama_ext.io.json_file import read_json_object
-from llama_ext.models.fields import shown
 from llama_ext.runtime.classifier import checked_labels
 
 __all__ = [
@@ -69,9 +68,7 @@ def listed(names: Sequence[str]) -> str:
 
 def repeats(indices: Sequence[int], weights: npt.NDArray[np.float64], seed: int) -> list[int]:
     """Which text to take how often: whole parts of its weight, and the rest by chance."""
-    number = as_whole(seed)
-    if number is None or not 0 <= number < 2**64:
-        raise OptionError(f"seed must be a whole number in [0, 2^64), got {seed!r}")
+    number = whole_seed(seed)
     if (weights == 1.0).all():
         return list(range(len(indices)))
     rng = np.random.Generator(np.random.Philox(key=number))

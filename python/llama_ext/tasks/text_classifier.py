@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from llama_ext._arrays import FloatArray, as_whole
+from llama_ext._options import shown
 from llama_ext.errors import OptionError, ShapeError
 from llama_ext.io.hub import resolve
-from llama_ext.models.fields import shown
 from llama_ext.models.lora import LoRA
 from llama_ext.runtime.classifier import LlamaForSequenceClassification, checked_labels
 from llama_ext.runtime.loading import read_configs

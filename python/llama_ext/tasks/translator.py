@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_ext._arrays import IntArray
+from llama_ext._options import shown
 from llama_ext.errors import DTypeError, FormatError, OptionError
 from llama_ext.io.json_file import read_json_object
-from llama_ext.models.fields import shown
 from llama_ext.models.lora import LoRA
 from llama_ext.runtime.generation import plan_for, read_for
 from llama_ext.runtime.model import LlamaForCausalLM

@@ -11,6 +11,7 @@ import numpy as np
 
 from llama_ext import _core
 from llama_ext._arrays import FloatArray, IntArray
+from llama_ext._options import number, whole
 from llama_ext._plots import new_figure
 from llama_ext.errors import ContextLengthError, NumericError, OptionError
 from llama_ext.runtime.logits import id_block
@@ -19,7 +20,7 @@ from llama_ext.training.data import Reading, block_examples, is_pair, read_data
 from llama_ext.training.history import Evaluation, History, perplexity_of, smoothed
 from llama_ext.training.loop import Run, StepResult, accumulate, clip_scale
 from llama_ext.training.model import ModelWeights, new_trainer, parameter_names, trainable_copy, use_trainable_core
-from llama_ext.training.options import TrainOptions, number, whole
+from llama_ext.training.options import TrainOptions
 from llama_ext.training.settings import RunSettings
 from llama_ext.training.tuning import TunedWeights, tuning_trainer
 

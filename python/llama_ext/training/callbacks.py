@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from llama_ext._options import number, whole
 from llama_ext.errors import CheckpointError, OptionError
 from llama_ext.training.history import History, StepRecord, Validation
 from llama_ext.training.json_numbers import packed
-from llama_ext.training.options import number, whole
 
 __all__ = ["Callback", "EarlyStopping", "RunView", "states_of"]
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from llama_ext._arrays import as_whole
+from llama_ext._options import number, whole
 from llama_ext.errors import OptionError
 
-__all__ = ["DECAYS", "METRICS", "OPTIMIZERS", "PRECISIONS", "SCHEDULES", "TrainOptions", "number", "whole"]
+__all__ = ["DECAYS", "METRICS", "OPTIMIZERS", "PRECISIONS", "SCHEDULES", "TrainOptions"]
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "muon")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
@@ -114,52 +114,6 @@ class TrainOptions:
             words["momentum"] = self.momentum
             words["nesterov"] = bool(self.nesterov)
         return words
-
-
-def whole(name: str, value: object, minimum: int, maximum: int | None = None) -> int:
-    """A whole number in a range.
-
-    Raises:
-        OptionError: It is not one.
-    """
-    found = as_whole(value)
-    if found is None or found < minimum or (maximum is not None and found > maximum):
-        wanted = f">= {minimum}" if maximum is None else f"in [{minimum}, {maximum}]"
-        raise OptionError(f"{name} must be a whole number {wanted}, got {value!r}")
-    return found
-
-
-def number(
-    name: str,
-    value: object,
-    *,
-    minimum: float | None = None,
-    above: float | None = None,
-    maximum: float | None = None,
-    below: float | None = None,
-    advice: str | None = None,
-) -> float:
-    """A finite number in a range.
-
-    Raises:
-        OptionError: It is not one.
-    """
-    bounds = [(">=", minimum), (">", above), ("<=", maximum), ("<", below)]
-    wanted = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
-    try:
-        found = math.nan if isinstance(value, (bool, str)) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        found = math.nan
-    good = (
-        math.isfinite(found)
-        and (minimum is None or found >= minimum)
-        and (above is None or found > above)
-        and (maximum is None or found <= maximum)
-        and (below is None or found < below)
-    )
-    if not good:
-        raise OptionError(f"{name} must be a number {wanted}, got {value!r}{'' if advice is None else f': {advice}'}")
-    return found
 
 
 def _word(name: str, value: object, words: Sequence[str]) -> None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llama_ext._options import number, whole
 from llama_ext.errors import OptionError
 from llama_ext.training.callbacks import Callback
-from llama_ext.training.options import number, whole
 
 __all__ = ["RunSettings"]
 

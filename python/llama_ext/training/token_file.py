@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from llama_ext._arrays import Array, IntArray
+from llama_ext._options import whole
 from llama_ext.errors import FormatError, LimitError, OptionError, TokenIdError
 from llama_ext.io.atomic import atomic_write
 from llama_ext.io.json_file import open_regular
 from llama_ext.io.mapped_file import MappedFile
 from llama_ext.limits import DEFAULT_LIMITS, Limits
 from llama_ext.runtime.tokenizer import Tokenizer
-from llama_ext.training.options import whole
 
 __all__ = ["ArrayReader", "TokenFile", "TokenSlice", "is_token_file", "tokenizer_hash", "write_token_file"]
 
