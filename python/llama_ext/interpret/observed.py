@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Text", "observe", "read_text", "token_texts"]
 
-# Is given a name and its value, a fresh array, and returns what takes its place, or None.
+# Is given a name and its value, which it may keep and does not write to, and returns what takes its place, or None.
 See = Callable[[str, FloatArray], FloatArray | None]
 
 
