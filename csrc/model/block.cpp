@@ -142,16 +142,24 @@ void block_with_adapters(const Model& model, int64_t layer, const Pass& pass) {
 }
 
 /// x += y W^T + b and what adapters add. Who wants to see the sum gets it computed by itself, once more: added to x at once, it is
-/// rounded as in a pass that nobody looks at.
+/// rounded as in a pass that nobody looks at, and so are the rows that nobody changes.
 void add_to_residual(const Model& model, int64_t layer, const Pass& pass, Site site, const TensorView& y,
                      const Linear& linear, Target target) {
+  std::vector<RowRun> changed;
   if (pass.observation->wants(site, layer)) {
     project(model, y, {}, linear, pass.added, /*accumulate=*/false);
     add_adapters(model, layer, pass, target, y, pass.added);
-    if (pass.observation->show(site, layer, pass.added)) return add_scaled(model.backend(), pass.added, pass.x);
+    changed = pass.observation->show(site, layer, pass.added);
   }
+  const TensorView& before = pass.normed;  // which this half of the block has read
+  if (!changed.empty()) model.backend().copy(before, pass.x);
   project(model, y, {}, linear, pass.x, /*accumulate=*/true);
   add_adapters(model, layer, pass, target, y, pass.x);
+  for (const RowRun& run : changed) {
+    const TensorView rows = pass.x.slice_rows(run.begin, run.count);
+    model.backend().copy(rows, before.slice_rows(run.begin, run.count));
+    add_scaled(model.backend(), pass.added.slice_rows(run.begin, run.count), rows);
+  }
 }
 
 /// The same block once more, which stops wherever there is something to see. The same bits, unless something is changed.

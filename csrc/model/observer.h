@@ -48,19 +48,26 @@ class Observer {
   virtual bool show(Site site, int64_t layer, const TensorView& values) = 0;
 };
 
+/// Rows [begin, begin + count).
+struct RowRun {
+  int64_t begin = 0;
+  int64_t count = 0;
+};
+
 /// Brings the values of a pass from its device to an observer, and back.
 class Observation {
  public:
   Observation(Backend& backend, Observer& observer) : backend_(backend), observer_(observer) {}
 
   bool wants(Site site, int64_t layer) const { return observer_.wants(site, layer); }
-  /// values: of the device, (M, N) f32, rows may be strided. Returns whether they were changed.
-  bool show(Site site, int64_t layer, const TensorView& values);
+  /// values: of the device, (M, N) f32, rows may be strided. Returns which rows were changed.
+  std::vector<RowRun> show(Site site, int64_t layer, const TensorView& values);
 
  private:
   Backend& backend_;
   Observer& observer_;
   std::vector<float> host_;
+  std::vector<float> before_;
   std::unique_ptr<Buffer> compact_;  // the device's: strided rows one after the other, as copies to the host want them
 };
 

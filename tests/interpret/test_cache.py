@@ -14,6 +14,7 @@ import letter_models
 import llama_ext
 from devices import CUDA, each_isa, requires_cuda
 from llama_ext import _core, interpret
+from llama_ext.interpret.observed import token_texts
 from llama_ext.onnx.reference import Reference, weights_of_core
 from random_models import CONFIG, build, tokens
 
@@ -193,6 +194,27 @@ def test_the_active_adapter_applies() -> None:
     assert logits.tobytes() == adapted(cache.token_ids[None])[0].tobytes() != before.tobytes()
 
 
+def test_tokens_are_shown_as_a_person_reads_them() -> None:
+    class Pieces:
+        """A tokenizer of SentencePiece's kind, whose decoder drops a first space, and of bytes."""
+
+        names = ("<s>", "\u2581the", "fox", "\u2581", "<0xE2>")
+
+        def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
+            assert not skip_special_tokens
+            return ("<s>", "the", "fox", "", "\ufffd")[ids[0]]
+
+        def id_to_token(self, token: int) -> str | None:
+            return self.names[token]
+
+    pieces = letter_models.make()
+    assert token_texts(pieces, [0, 1]) == [pieces.tokenizer.decode([token]) for token in (0, 1)]
+    pieces.tokenizer = Pieces()
+    assert token_texts(pieces, range(5)) == ["<s>", " the", "fox", " ", "<0xE2>"]
+    pieces.tokenizer = None
+    assert token_texts(pieces, [4, 2]) == ["4", "2"]
+
+
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=48), st.data())
 @settings(max_examples=25, deadline=None)
 def test_any_choice_of_names_gives_the_same_values_and_logits(ids: list[int], data: st.DataObject) -> None:
@@ -218,6 +240,11 @@ def test_a_cache_is_a_mapping_with_short_names() -> None:
     for wrong, why in ((("scale", 0), "two norms"), (("z", 7), "not kept"), (("zz", 0), "not kept")):
         with pytest.raises(KeyError, match=why):
             _ = cache[wrong]
+    with pytest.raises(KeyError, match=r"'blocks.0.hook_z' was not kept; near: .*blocks.0.attn.hook_z"):
+        _ = cache["blocks.0.hook_z"]
+    assert ("z", 0) in cache
+    assert "blocks.0.hook_z" not in cache
+    assert cache.get("zz") is None
     assert "19 tokens, 43 values" in repr(cache)
     assert "hook_embed  19x24" in repr(cache)
     assert "more" in repr(cache)

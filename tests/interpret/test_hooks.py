@@ -178,6 +178,24 @@ def test_what_a_half_of_a_layer_adds_can_be_taken_away(out: str, before: str, af
     assert seen_after(hooks, f"blocks.0.hook_resid_{after}").tobytes() == kept.tobytes()
 
 
+@pytest.mark.parametrize("name", ["blocks.0.hook_attn_out", "blocks.1.hook_mlp_out", "blocks.0.ln2.hook_normalized"])
+def test_rows_that_a_hook_leaves_keep_their_bits_under_an_adapter(name: str) -> None:
+    adapted = letter_models.make()
+    adapted.add_adapter("a", llama_ext.LoRA(r=2))
+    core = adapted._adapters["a"].core
+    rng = np.random.default_rng(0)
+    for slot, _, _ in core.slots():
+        core.write(slot, "B", rng.standard_normal(core.read(slot, "B").shape, np.float32))
+
+    def change(value: Any, of: str) -> None:
+        value[7] += 1
+
+    before, _ = adapted.run_with_cache(TEXT, "hook_embed")
+    after = run_with_hooks(adapted, TEXT, {name: change})
+    assert after[:7].tobytes() == before[:7].tobytes()
+    assert np.abs(after[7:] - before[7:]).max() > 0
+
+
 def test_hooks_of_one_name_are_called_in_order_each_with_what_the_last_one_left() -> None:
     calls: list[float] = []
 

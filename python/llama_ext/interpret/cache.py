@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
@@ -61,10 +62,10 @@ class ActivationCache(Mapping[str, FloatArray]):
     def __getitem__(self, name: str | tuple[str, int]) -> FloatArray:
         if isinstance(name, tuple):
             name = self._full_name(name)
+        if name not in self._values:
+            near = difflib.get_close_matches(str(name), self._values, 3, cutoff=0.3)
+            raise KeyError(f"{name!r} was not kept" + (f"; near: {', '.join(near)}" if near else ""))
         return self._values[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._values
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)

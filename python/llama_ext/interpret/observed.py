@@ -26,6 +26,10 @@ __all__ = ["Text", "observe", "read_text", "token_texts"]
 See = Callable[[str, FloatArray], FloatArray | None]
 
 
+# What SentencePiece writes for a space.
+_SPACE = "\u2581"
+
+
 class Text(NamedTuple):
     """A text as a model reads it.
 
@@ -80,8 +84,11 @@ def token_texts(model: LlamaForCausalLM, ids: Collection[int]) -> list[str]:
     texts = []
     for token in ids:
         text = model.tokenizer.decode([token], skip_special_tokens=False)
+        name = model.tokenizer.id_to_token(token) or str(token)
+        if name.startswith(_SPACE):
+            text = name.replace(_SPACE, " ")  # decoders of SentencePiece drop the space that begins a text
         # A part of a character decodes to U+FFFD alone.
-        texts.append(text if text and "\ufffd" not in text else model.tokenizer.id_to_token(token) or str(token))
+        texts.append(text if text and "\ufffd" not in text else name)
     return texts
 
 
