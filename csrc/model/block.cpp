@@ -32,31 +32,33 @@ void project(const Model& model, const TensorView& x, const InputNorm& norm, con
   model.backend().matmul(args);
 }
 
-/// attended = softmax(Q K^T / sqrt(D)) V over each sequence's cache, which gets this pass's keys and values first, rotated.
-void attend(const Model& model, int64_t layer, const Pass& pass, bool is_rotated = false) {
+/// Of attended = softmax(Q K^T / sqrt(D)) V over each sequence's cache, which gets this pass's keys and values first.
+struct SelfAttention {
+  KvStoreArgs store;
+  AttentionArgs attention;
+};
+
+SelfAttention self_attention(const Model& model, int64_t layer, const Pass& pass) {
   const ModelConfig& config = model.config();
-  Backend& backend = model.backend();
 
   const TensorView q = head_slice(model, pass.qkv, 0, config.heads);
-  KvStoreArgs store;
-  store.segments = pass.segments;
-  store.layer = layer;
-  store.k = head_slice(model, pass.qkv, config.q_size(), config.kv_heads);
-  store.v = head_slice(model, pass.qkv, config.q_size() + config.kv_size(), config.kv_heads);
-  if (!is_rotated) {
-    store.q = q;
-    store.cos = pass.cos;
-    store.sin = pass.sin;
-  }
+  SelfAttention args;
+  args.store = {.segments = pass.segments,
+                .layer = layer,
+                .k = head_slice(model, pass.qkv, config.q_size(), config.kv_heads),
+                .v = head_slice(model, pass.qkv, config.q_size() + config.kv_size(), config.kv_heads),
+                .q = q,
+                .cos = pass.cos,
+                .sin = pass.sin};
 
-  AttentionArgs attention;
+  AttentionArgs& attention = args.attention;
   attention.segments = pass.segments;
   attention.q = q;
   attention.layer = layer;
   attention.compute = model.compute();
   attention.scale = 1.0 / std::sqrt(static_cast<double>(config.head_dim));
   attention.y = TensorView(pass.attended.data(), DType::kF32, {pass.attended.rows(), config.heads, config.head_dim});
-  backend.attend(store, attention);
+  return args;
 }
 
 /// x += SwiGLU(norm(x))
@@ -130,7 +132,8 @@ void block_with_adapters(const Model& model, int64_t layer, const Pass& pass) {
   const BlockWeights& weights = model.weights().block(layer);
   normalize(model, pass.x, weights.attention_norm, pass.normed);
   project_qkv(model, layer, pass);
-  attend(model, layer, pass);
+  const SelfAttention args = self_attention(model, layer, pass);
+  model.backend().attend(args.store, args.attention);
   project(model, pass.attended, {}, weights.o, pass.x, /*accumulate=*/true);
   add_adapters(model, layer, pass, Target::kO, pass.attended, pass.x);
 
@@ -151,7 +154,7 @@ void add_to_residual(const Model& model, int64_t layer, const Pass& pass, Site s
     add_adapters(model, layer, pass, target, y, pass.added);
     changed = pass.observation->show(site, layer, pass.added);
   }
-  const TensorView& before = pass.normed;  // which this half of the block has read
+  const TensorView& before = pass.normed;  // memory that is free: this half of the block has read it
   if (!changed.empty()) model.backend().copy(before, pass.x);
   project(model, y, {}, linear, pass.x, /*accumulate=*/true);
   add_adapters(model, layer, pass, target, y, pass.x);
@@ -184,7 +187,9 @@ void block_observed(const Model& model, int64_t layer, const Pass& pass) {
   }
   show(Site::kRotatedQ, columns(pass.qkv, 0, config.q_size()));
   show(Site::kRotatedK, columns(pass.qkv, k_begin, config.kv_size()));
-  attend(model, layer, pass, /*is_rotated=*/true);
+  SelfAttention args = self_attention(model, layer, pass);
+  args.store.q = args.store.cos = args.store.sin = {};  // q and k are rotated
+  backend.attend(args.store, args.attention);
   show(Site::kAttended, pass.attended);
   add_to_residual(model, layer, pass, Site::kAttentionOut, pass.attended, weights.o, Target::kO);
   show(Site::kResidualMiddle, pass.x);
@@ -216,7 +221,8 @@ void block(const Model& model, int64_t layer, const Pass& pass) {
   for (const Projection& part : weights.qkv) {
     project(model, pass.x, norm, part.linear, columns(pass.qkv, part.begin, part.linear.weight->rows()), false);
   }
-  attend(model, layer, pass);
+  const SelfAttention args = self_attention(model, layer, pass);
+  model.backend().attend(args.store, args.attention);
   project(model, pass.attended, {}, weights.o, pass.x, /*accumulate=*/true);
 
   feed_forward(model, weights, pass.x);
