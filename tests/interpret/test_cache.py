@@ -164,32 +164,46 @@ def test_logits_of_a_pass_that_is_looked_at_have_the_same_bits(
 
 @pytest.mark.gpu
 @requires_cuda
-def test_values_of_a_gpu_are_those_of_the_cpu() -> None:
-    cpu = model()
-    gpu = letter_models.make(attention_bias=True, mlp_bias=True, tied=False, device="cuda")
+@pytest.mark.parametrize("adapted", [False, True], ids=["joined gate and up", "an adapter"])
+def test_values_of_a_gpu_are_those_of_the_cpu(adapted: bool) -> None:
+    cpu, gpu = (
+        letter_models.make(attention_bias=True, mlp_bias=True, tied=False, device=name) for name in ("cpu", "cuda")
+    )
+    if adapted:
+        for each in (cpu, gpu):
+            adapt(each)
     logits, ours = gpu.run_with_cache(TEXT)
     _, theirs = cpu.run_with_cache(TEXT)
     for name, value in theirs.items():
         close(ours[name], value, name)
     close(logits, theirs.logits, "logits")
+    close(logits, gpu(theirs.token_ids[None])[0], "logits of a pass that nobody looks at")
 
     def ablate(value: Any, _: str) -> None:
         value[:, 1] = 0
 
     hooks = {"blocks.0.attn.hook_z": ablate, "blocks.1.attn.hook_q": ablate, "blocks.1.hook_mlp_out": ablate}
+    hooks["blocks.1.attn.hook_pattern"] = hooks["blocks.0.ln2.hook_scale"] = lambda value, _: value * np.float32(2)
     changed = interpret.run_with_hooks(gpu, TEXT, hooks)
     close(changed, interpret.run_with_hooks(cpu, TEXT, hooks), "logits")
     assert np.abs(changed - logits).max() > 1e-3
+    lens = interpret.logit_lens(gpu, TEXT)
+    close(lens.logits(-1), logits, "the last layer")
     assert CUDA.backend.device == gpu.device
+
+
+def adapt(of: letter_models.Model) -> None:
+    """Gives a model an adapter that changes what it computes."""
+    of.add_adapter("a", llama_ext.LoRA(r=2))
+    core = of._adapters["a"].core
+    for slot, _, _ in core.slots():
+        core.write(slot, "B", np.full(core.read(slot, "B").shape, 0.1, np.float32))
 
 
 def test_the_active_adapter_applies() -> None:
     adapted = letter_models.make()
     before, _ = adapted.run_with_cache(TEXT)
-    adapted.add_adapter("a", llama_ext.LoRA(r=2))
-    core = adapted._adapters["a"].core
-    for slot, _, _ in core.slots():
-        core.write(slot, "B", np.full(core.read(slot, "B").shape, 0.1, np.float32))
+    adapt(adapted)
     logits, cache = adapted.run_with_cache(TEXT)
     assert logits.tobytes() == adapted(cache.token_ids[None])[0].tobytes() != before.tobytes()
 

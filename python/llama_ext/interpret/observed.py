@@ -1,7 +1,8 @@
 """One forward pass, seen from inside: the core shows what it computes, and what it never makes is computed here from that.
 
 The core has no attention scores: its kernels merge tiles of them. They are products of the rotated queries and keys, in float64 and
-rounded to float32. Where nobody changes them, the kernels' own result stands, row by row.
+rounded to float32. Where nobody changes them, the kernels' own result stands, row by row. A
+norm's `hook_normalized` is x / scale, before the weight, as TransformerLens' RMSNorm has it.
 """
 
 from __future__ import annotations
