@@ -12,7 +12,7 @@ TEXT = "the quick brown fox jumps over the lazy dog. "
 Model = llama_ext.LlamaForCausalLM
 
 
-def make(seed: int = 0, tied: bool = True, threads: int | None = None, **changes: Any) -> Model:
+def make(seed: int = 0, tied: bool = True, threads: int | None = None, device: str = "cpu", **changes: Any) -> Model:
     """A small model of letters, of awkward sizes."""
     tokenizer = llama_ext.Tokenizer.train(TEXT * 2, kind="char", eos_token="</s>")
     config = llama_ext.LlamaConfig(
@@ -32,7 +32,7 @@ def make(seed: int = 0, tied: bool = True, threads: int | None = None, **changes
             **changes,
         }
     )
-    return Model(config, tokenizer, seed=seed, threads=threads)
+    return Model(config, tokenizer, seed=seed, threads=threads, device=device)
 
 
 def weights(model: Model) -> dict[str, Any]:

@@ -35,7 +35,7 @@ MAY_INCLUDE: dict[str, set[str]] = {
 ALSO: dict[str, set[str]] = {
     # The CUDA backend is a library of its own, which has one entry.
     "bindings/backends.cpp": {"cpu/cpu_backend.h", "reference/reference_backend.h", "cuda/entry.h"},
-    "bindings/module.cpp": {"cpu/isa.h", "cpu/thread_pool.h"},
+    "bindings/module.cpp": {"cpu/isa.h", "cpu/memory.h", "cpu/thread_pool.h"},
 }
 
 
@@ -179,11 +179,13 @@ def test_imports_point_downward(path: Path) -> None:
         assert not reaches(path, "cli"), "only the command line may use itself"
     if top not in {"cli", "onnx", "__init__"}:
         assert not reaches(path, "onnx"), "a model runs without its exporter"
+    if top not in {"cli", "interpret", "__init__"} and name != "runtime/model":
+        assert not reaches(path, "interpret"), "a model runs without what looks into it"
     if top not in {"cli", "tasks", "training", "__init__"} and name != "runtime/trainable":
         assert not reaches(path, "training"), "a model runs without what trains it"
     if top not in {"cli", "tasks", "__init__"}:
         assert not reaches(path, "tasks"), "models and training know no tasks"
-    if top in {"onnx", "training"}:
+    if top in {"onnx", "training", "interpret"}:
         assert not reaches(path, "ops")
     if top in {"models", "io"}:
         assert not reaches(path, "runtime")

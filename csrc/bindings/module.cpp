@@ -4,6 +4,7 @@
 
 #include "bindings/bindings.h"
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 #include "cpu/thread_pool.h"
 
 // Set by the build: the version of the package, and how it was compiled.
@@ -56,6 +57,7 @@ PYBIND11_MODULE(_core, module) {
     const ThreadDefault found = default_threads();
     return py::make_tuple(found.threads, found.reason);
   });
+  module.def("available_memory", &available_memory);
   module.def("gpus", [] {
     const GpuReport report = gpu_report();
     return py::make_tuple(report.gpus, report.why_none);

@@ -1,8 +1,10 @@
 #include "model/block.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "backend/range.h"
+#include "model/scaled.h"
 
 namespace llama_ext {
 namespace {
@@ -101,12 +103,10 @@ TensorView columns(const TensorView& x, int64_t begin, int64_t count) {
   return {x.f32() + begin, DType::kF32, {x.rows(), count}, x.row_stride()};
 }
 
-/// The same block product by product, so that adapters can add to each.
-void block_with_adapters(const Model& model, int64_t layer, const Pass& pass) {
-  const BlockWeights& weights = model.weights().block(layer);
+/// qkv = normed W^T + b, and what adapters add.
+void project_qkv(const Model& model, int64_t layer, const Pass& pass) {
   const ModelConfig& config = model.config();
-  normalize(model, pass.x, weights.attention_norm, pass.normed);
-  for (const Projection& part : weights.qkv) {
+  for (const Projection& part : model.weights().block(layer).qkv) {
     project(model, pass.normed, {}, part.linear, columns(pass.qkv, part.begin, part.linear.weight->rows()), false);
   }
   const int64_t k_begin = config.q_size();
@@ -114,19 +114,103 @@ void block_with_adapters(const Model& model, int64_t layer, const Pass& pass) {
   add_adapters(model, layer, pass, Target::kQ, pass.normed, columns(pass.qkv, 0, config.q_size()));
   add_adapters(model, layer, pass, Target::kK, pass.normed, columns(pass.qkv, k_begin, config.kv_size()));
   add_adapters(model, layer, pass, Target::kV, pass.normed, columns(pass.qkv, v_begin, config.kv_size()));
+}
+
+/// gate, up = normed W^T + b, and what adapters add.
+void project_gate_up(const Model& model, int64_t layer, const Pass& pass) {
+  const BlockWeights& weights = model.weights().block(layer);
+  if (weights.gate_up.weight != nullptr) {
+    project(model, pass.normed, {}, weights.gate_up, pass.gate_up, /*accumulate=*/false);
+    const int64_t width = model.config().ffn_width;
+    for (int64_t begin = 0; begin < width; begin += kGateGroup) {
+      const int64_t count = std::min(kGateGroup, width - begin);
+      model.backend().copy(columns(pass.gate, begin, count), columns(pass.gate_up, 2 * begin, count));
+      model.backend().copy(columns(pass.up, begin, count), columns(pass.gate_up, 2 * begin + kGateGroup, count));
+    }
+    return;  // adapters need the two apart
+  }
+  project(model, pass.normed, {}, weights.gate, pass.gate, /*accumulate=*/false);
+  add_adapters(model, layer, pass, Target::kGate, pass.normed, pass.gate);
+  project(model, pass.normed, {}, weights.up, pass.up, /*accumulate=*/false);
+  add_adapters(model, layer, pass, Target::kUp, pass.normed, pass.up);
+}
+
+/// The same block product by product, so that adapters can add to each.
+void block_with_adapters(const Model& model, int64_t layer, const Pass& pass) {
+  const BlockWeights& weights = model.weights().block(layer);
+  normalize(model, pass.x, weights.attention_norm, pass.normed);
+  project_qkv(model, layer, pass);
   const SelfAttention args = self_attention(model, layer, pass);
   model.backend().attend(args.store, args.attention);
   project(model, pass.attended, {}, weights.o, pass.x, /*accumulate=*/true);
   add_adapters(model, layer, pass, Target::kO, pass.attended, pass.x);
 
   normalize(model, pass.x, weights.ffn_norm, pass.normed);
-  project(model, pass.normed, {}, weights.gate, pass.gate, /*accumulate=*/false);
-  add_adapters(model, layer, pass, Target::kGate, pass.normed, pass.gate);
-  project(model, pass.normed, {}, weights.up, pass.up, /*accumulate=*/false);
-  add_adapters(model, layer, pass, Target::kUp, pass.normed, pass.up);
+  project_gate_up(model, layer, pass);
   model.backend().swiglu({.gate = pass.gate, .up = pass.up, .y = pass.gate});
   project(model, pass.gate, {}, weights.down, pass.x, /*accumulate=*/true);
   add_adapters(model, layer, pass, Target::kDown, pass.gate, pass.x);
+}
+
+/// x += y W^T + b and what adapters add. Who wants to see the sum gets it computed by itself, once more: added to x at once, it is
+/// rounded as in a pass that nobody looks at, and so are the rows that nobody changes.
+void add_to_residual(const Model& model, int64_t layer, const Pass& pass, Site site, const TensorView& y,
+                     const Linear& linear, Target target) {
+  std::vector<RowRun> changed;
+  if (pass.observation->wants(site, layer)) {
+    project(model, y, {}, linear, pass.added, /*accumulate=*/false);
+    add_adapters(model, layer, pass, target, y, pass.added);
+    changed = pass.observation->show(site, layer, pass.added);
+  }
+  const TensorView& before = pass.normed;  // memory that is free: this half of the block has read it
+  if (!changed.empty()) model.backend().copy(before, pass.x);
+  project(model, y, {}, linear, pass.x, /*accumulate=*/true);
+  add_adapters(model, layer, pass, target, y, pass.x);
+  for (const RowRun& run : changed) {
+    const TensorView rows = pass.x.slice_rows(run.begin, run.count);
+    model.backend().copy(rows, before.slice_rows(run.begin, run.count));
+    add_scaled(model.backend(), pass.added.slice_rows(run.begin, run.count), rows);
+  }
+}
+
+/// The same block once more, which stops wherever there is something to see. The same bits, unless something is changed.
+void block_observed(const Model& model, int64_t layer, const Pass& pass) {
+  const BlockWeights& weights = model.weights().block(layer);
+  const ModelConfig& config = model.config();
+  Backend& backend = model.backend();
+  const int64_t k_begin = config.q_size();
+  const int64_t v_begin = k_begin + config.kv_size();
+  const auto show = [&](Site site, const TensorView& values) { pass.observation->show(site, layer, values); };
+
+  show(Site::kResidualBefore, pass.x);
+  normalize(model, pass.x, weights.attention_norm, pass.normed);
+  show(Site::kAttentionNorm, pass.normed);
+  project_qkv(model, layer, pass);
+  show(Site::kQ, columns(pass.qkv, 0, config.q_size()));
+  show(Site::kK, columns(pass.qkv, k_begin, config.kv_size()));
+  show(Site::kV, columns(pass.qkv, v_begin, config.kv_size()));
+  for (const TensorView& x :
+       {head_slice(model, pass.qkv, 0, config.heads), head_slice(model, pass.qkv, k_begin, config.kv_heads)}) {
+    backend.rope({.x = x, .cos = pass.cos, .sin = pass.sin});
+  }
+  show(Site::kRotatedQ, columns(pass.qkv, 0, config.q_size()));
+  show(Site::kRotatedK, columns(pass.qkv, k_begin, config.kv_size()));
+  SelfAttention args = self_attention(model, layer, pass);
+  args.store.q = args.store.cos = args.store.sin = {};  // q and k are rotated
+  backend.attend(args.store, args.attention);
+  show(Site::kAttended, pass.attended);
+  add_to_residual(model, layer, pass, Site::kAttentionOut, pass.attended, weights.o, Target::kO);
+  show(Site::kResidualMiddle, pass.x);
+
+  normalize(model, pass.x, weights.ffn_norm, pass.normed);
+  show(Site::kFeedForwardNorm, pass.normed);
+  project_gate_up(model, layer, pass);
+  show(Site::kGate, pass.gate);
+  show(Site::kUp, pass.up);
+  backend.swiglu({.gate = pass.gate, .up = pass.up, .y = pass.gate});
+  show(Site::kActivation, pass.gate);
+  add_to_residual(model, layer, pass, Site::kFeedForwardOut, pass.gate, weights.down, Target::kDown);
+  show(Site::kResidualAfter, pass.x);
 }
 
 }  // namespace
@@ -137,6 +221,7 @@ void normalize(const Model& model, const TensorView& x, const Norm& norm, const 
 
 void block(const Model& model, int64_t layer, const Pass& pass) {
   const Range range(model.backend(), "layer ", layer);
+  if (pass.observation != nullptr) return block_observed(model, layer, pass);
   if (!pass.adapters.empty()) return block_with_adapters(model, layer, pass);
   const BlockWeights& weights = model.weights().block(layer);
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "model/observer.h"
 #include "model/transformer.h"
 
 namespace llama_ext {
@@ -30,6 +31,10 @@ struct Pass {
   TensorView low_rank;  // (M, the largest rank)
   TensorView cos;       // (M, D/2) of each row's position
   TensorView sin;       // (M, D/2)
+  // Where somebody looks at the pass, gate, up and these as well.
+  Observation* observation = nullptr;
+  TensorView gate_up;  // (M, 2 F'), or none where gate and up are matrices of their own
+  TensorView added;    // (M, C) what a half of the block adds to x
 };
 
 /// x += attention(norm(x)); x += feed_forward(norm(x)). Stores the rows' keys and values in their caches.

@@ -116,8 +116,8 @@ int64_t find_not_finite(const float* row, int64_t count) {
 /// One call of forward(): the workspace, and the passes through it.
 class ForwardCall {
  public:
-  ForwardCall(const Model& model, const std::vector<Chunk>& chunks, float* logits)
-      : model_(model), backend_(model.backend()), chunks_(chunks), logits_(logits) {}
+  ForwardCall(const Model& model, const std::vector<Chunk>& chunks, float* logits, Observation* observation = nullptr)
+      : model_(model), backend_(model.backend()), chunks_(chunks), logits_(logits), observation_(observation) {}
 
   // Operations may still be reading the host vectors and the workspace when an exception passes through here.
   ~ForwardCall() {
@@ -130,7 +130,9 @@ class ForwardCall {
   ForwardCall& operator=(const ForwardCall&) = delete;
 
   void run() {
-    const std::vector<std::vector<Part>> passes = cut_into_passes(chunks_, backend_.pass_rows());
+    // Who looks at a pass sees all tokens at once.
+    const int64_t pass_rows = observation_ == nullptr ? backend_.pass_rows() : chunks_.front().count;
+    const std::vector<std::vector<Part>> passes = cut_into_passes(chunks_, pass_rows);
     if (passes.empty()) return;
     int64_t most_rows = 0;
     int64_t most_logits = 0;
@@ -152,7 +154,9 @@ class ForwardCall {
   void allocate(int64_t rows, int64_t head_rows) {
     int64_t rank = 0;
     for (const Chunk& chunk : chunks_) rank = std::max(rank, chunk.adapter == nullptr ? 0 : chunk.adapter->rank());
-    workspace_ = make_workspace(model_, {.rows = rows, .head_rows = head_rows, .angles = rows, .rank = rank});
+    workspace_ = make_workspace(
+        model_,
+        {.rows = rows, .head_rows = head_rows, .angles = rows, .rank = rank, .is_observed = observation_ != nullptr});
   }
 
   void run_pass(const std::vector<Part>& parts) {
@@ -164,6 +168,7 @@ class ForwardCall {
     backend_.embedding({.ids = TensorView(ids_.data(), DType::kI32, {pass.x.rows()}),
                         .table = &model_.weights().embedding(),
                         .y = pass.x});
+    if (observation_ != nullptr) observation_->show(Site::kEmbedding, 0, pass.x);
     for (int64_t layer = 0; layer < model_.config().layers; ++layer) {
       throw_if_interrupted();
       block(model_, layer, pass);
@@ -196,10 +201,15 @@ class ForwardCall {
     pass.normed = whole.normed.slice_rows(0, rows);
     pass.qkv = whole.qkv.slice_rows(0, rows);
     pass.attended = whole.attended.slice_rows(0, rows);
-    if (!pass.adapters.empty()) {
+    if (!pass.adapters.empty() || observation_ != nullptr) {
       pass.gate = whole.gate.slice_rows(0, rows);
       pass.up = whole.up.slice_rows(0, rows);
-      pass.low_rank = whole.low_rank.slice_rows(0, rows);
+    }
+    if (!pass.adapters.empty()) pass.low_rank = whole.low_rank.slice_rows(0, rows);
+    if (observation_ != nullptr) {
+      pass.observation = observation_;
+      pass.gate_up = whole.gate_up;  // made for this one pass
+      pass.added = whole.added;
     }
     pass.cos = whole.cos.slice_rows(0, rows);
     pass.sin = whole.sin.slice_rows(0, rows);
@@ -236,6 +246,7 @@ class ForwardCall {
       run_end = end;
     }
     flush();
+    if (observation_ != nullptr) observation_->show(Site::kFinalNorm, 0, pass.normed);
 
     const int64_t outputs = model_.config().outputs();
     for (int64_t row = 0; row < gathered; row += kHeadRows) {
@@ -281,7 +292,8 @@ class ForwardCall {
   const Model& model_;
   Backend& backend_;
   const std::vector<Chunk>& chunks_;
-  float* logits_;        // where the next row goes
+  float* logits_;  // where the next row goes
+  Observation* observation_;
   Workspace workspace_;  // for as many rows as the largest pass
   // Host memory of the pass that is running.
   std::vector<int32_t> ids_;
@@ -332,6 +344,22 @@ int64_t logits_rows(const std::vector<Chunk>& chunks) {
 void forward(const Model& model, const std::vector<Chunk>& chunks, float* logits) {
   check_chunks(model, chunks, logits);
   ForwardCall(model, chunks, logits).run();
+}
+
+void forward_observed(const Model& model, const std::vector<int32_t>& tokens, const Adapter* adapter,
+                      Observer& observer, float* logits) {
+  require(!tokens.empty(), ErrorKind::kOption, "forward: there is nothing to look at without a token");
+  const int64_t count = static_cast<int64_t>(tokens.size());
+  const std::unique_ptr<KvCache> cache = model.backend().create_kv_cache(model.kv_shape(count, DType::kF32));
+  const std::vector<Chunk> chunks = {{.cache = cache.get(),
+                                      .position = 0,
+                                      .tokens = tokens.data(),
+                                      .count = count,
+                                      .logits = LogitsRows::kAll,
+                                      .adapter = adapter}};
+  check_chunks(model, chunks, logits);
+  Observation observation(model.backend(), observer);
+  ForwardCall(model, chunks, logits, &observation).run();
 }
 
 }  // namespace llama_ext

@@ -12,6 +12,8 @@
 
 namespace llama_ext {
 
+class Observer;
+
 /// Immutable once its weights are loaded, so any number of threads and sessions share one.
 class Model {
  public:
@@ -59,6 +61,12 @@ struct Chunk {
 /// Throws TokenIdError, ContextLengthError, NumericError (a logit that is not finite), Interrupted. After a throw the
 /// positions written are undefined, everything before `position` is intact.
 void forward(const Model& model, const std::vector<Chunk>& chunks, float* logits);
+
+/// The logits of a whole sequence, (count, V; a classifier's labels), of the same bits as forward()'s, with an observer who may
+/// look at the pass and change it. It is one pass whatever its length, so that each site shows all tokens. tokens: at least one.
+/// Throws as forward(), and what the observer throws.
+void forward_observed(const Model& model, const std::vector<int32_t>& tokens, const Adapter* adapter,
+                      Observer& observer, float* logits);
 
 /// Rows of logits that `chunks` ask for.
 int64_t logits_rows(const std::vector<Chunk>& chunks);

@@ -26,9 +26,13 @@ Workspace make_workspace(const Model& model, const WorkspaceSize& size) {
   const int64_t cos = region(size.angles, half);
   const int64_t sin = region(size.angles, half);
   const int64_t head = region(size.head_rows, config.outputs());
-  const int64_t gate = region(size.rank > 0 ? size.rows : 0, config.ffn_width);
-  const int64_t up = region(size.rank > 0 ? size.rows : 0, config.ffn_width);
+  const bool is_unfused = size.rank > 0 || size.is_observed;
+  const int64_t gate = region(is_unfused ? size.rows : 0, config.ffn_width);
+  const int64_t up = region(is_unfused ? size.rows : 0, config.ffn_width);
   const int64_t low_rank = region(size.rows, size.rank);
+  const bool is_joined = size.is_observed && !model.weights().has_separate_gate_up();
+  const int64_t gate_up = region(is_joined ? size.rows : 0, gate_up_size(config.ffn_width));
+  const int64_t added = region(size.is_observed ? size.rows : 0, config.width);
 
   Workspace workspace;
   workspace.memory = model.backend().allocate(static_cast<size_t>(checked_mul(floats, sizeof(float), "workspace")));
@@ -43,11 +47,13 @@ Workspace make_workspace(const Model& model, const WorkspaceSize& size) {
   whole.attended = view(attended, size.rows, config.q_size());
   whole.cos = view(cos, size.angles, half);
   whole.sin = view(sin, size.angles, half);
-  if (size.rank > 0) {
+  if (is_unfused) {
     whole.gate = view(gate, size.rows, config.ffn_width);
     whole.up = view(up, size.rows, config.ffn_width);
-    whole.low_rank = view(low_rank, size.rows, size.rank);
   }
+  if (size.rank > 0) whole.low_rank = view(low_rank, size.rows, size.rank);
+  if (is_joined) whole.gate_up = view(gate_up, size.rows, gate_up_size(config.ffn_width));
+  if (size.is_observed) whole.added = view(added, size.rows, config.width);
   workspace.head = view(head, size.head_rows, config.outputs());
   return workspace;
 }

@@ -19,6 +19,7 @@ struct WorkspaceSize {
   int64_t head_rows = 0;
   int64_t angles = 0;  // rows of cos and sin
   int64_t rank = 0;    // of the adapters; 0: there are none
+  bool is_observed = false;
 };
 
 /// Throws OutOfMemoryError, LimitError.

@@ -49,6 +49,7 @@ void test_matmul_backward();
 void test_training_ops();
 void test_causal_attention();
 void test_trainer();
+void test_observer();
 void test_cgroup();
 
 }  // namespace llama_ext::test

@@ -370,6 +370,7 @@ int main() {
   test_training_ops();
   test_causal_attention();
   test_trainer();
+  test_observer();
   test_cgroup();
   std::printf("%s: %d failed\n", failures == 0 ? "ok" : "FAILED", failures);
   return failures == 0 ? 0 : 1;

@@ -31,6 +31,9 @@ from llama_ext.runtime.weight_types import choose_types
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from llama_ext.interpret.cache import ActivationCache
+    from llama_ext.interpret.names import Names
+
 __all__ = ["LlamaForCausalLM"]
 
 # Names for annotations in the class, where `_core` is an attribute.
@@ -502,6 +505,30 @@ class LlamaForCausalLM(LoadedModel, Trainable):
             TokenIdError: An id outside the vocabulary.
         """
         return scoring.perplexity(self, texts, stride, context)
+
+    def run_with_cache(
+        self, text: str | Ids | SupportsArray, names: Names = None
+    ) -> tuple[FloatArray, ActivationCache]:
+        """Runs one text and keeps what the model computes on the way, by TransformerLens' names; see `llama_ext.interpret`.
+
+        Args:
+            text: A text, a list of token ids or an array (T) of them. The active adapter applies.
+            names: What to keep: a name, a pattern such as "blocks.*.attn.hook_pattern", a function of a name, or a list; None: all.
+
+        Returns:
+            Logits (T, V) float32, the bits of an ordinary pass; and what was kept, float32 arrays by name.
+
+        Raises:
+            OptionError: A name that the model does not have, a pattern that fits none; or as `generate` for texts.
+            ShapeError: No tokens, or several texts.
+            ContextLengthError: The text is longer than the model's context.
+            TokenIdError: An id outside the vocabulary.
+            NumericError: A logit is not finite.
+            OutOfMemoryError: What is to be kept is more than the machine can give.
+        """
+        from llama_ext.interpret.cache import run_with_cache
+
+        return run_with_cache(self, text, names)
 
     def _new_generation(
         self,

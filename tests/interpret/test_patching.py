@@ -1,0 +1,196 @@
+"""Patching: everything brings everything back, nothing nothing, and a patch is what a hook of the same kind does."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import letter_models
+import llama_ext
+from llama_ext.interpret import hook_names, patch, run_with_hooks
+
+CLEAN, CORRUPTED = "the quick fox", "the brown dog"
+COUNT = len(CLEAN)
+
+
+@functools.cache
+def model() -> letter_models.Model:
+    return letter_models.make(tied=False, attention_bias=True)
+
+
+NAMES = hook_names(letter_models.make().config)
+ANSWERS = ("a", "b")
+
+
+@functools.cache
+def clean() -> Any:
+    return model().run_with_cache(CLEAN)[1]
+
+
+def difference(logits: Any) -> float:
+    right, wrong = (model().tokenizer.encode(answer)[0] for answer in ANSWERS)
+    return float(logits[-1, right]) - float(logits[-1, wrong])
+
+
+def recovery(logits: Any) -> float:
+    best = difference(clean().logits)
+    worst = difference(model().run_with_cache(CORRUPTED, "hook_embed")[0])
+    return (difference(logits) - worst) / (best - worst)
+
+
+def test_all_that_a_layer_reads_brings_back_everything() -> None:
+    found = patch(model(), CLEAN, CORRUPTED, answers=ANSWERS)
+    assert found.names == ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre"]
+    assert found.recovery.tolist() == [1.0, 1.0]
+    assert found.clean == difference(clean().logits)
+    later = patch(
+        model(), CLEAN, CORRUPTED, ["hook_embed", "*hook_resid_post", "ln_final.hook_normalized"], answers=ANSWERS
+    )
+    assert later.recovery[:3].tolist() == [1.0, 1.0, 1.0]
+    np.testing.assert_allclose(later.recovery[3], 1, atol=1e-5)  # times the weight, which the kernel does in one go
+
+
+def test_positions_are_patched_one_by_one() -> None:
+    found = patch(model(), CLEAN, CORRUPTED, "*hook_resid_*", positions=True, answers=ANSWERS)
+    assert found.recovery.shape == (6, COUNT)
+    # Where both have the same token, and nothing else before it, there is nothing to bring back.
+    assert found.recovery[0].astype(bool).tolist() == [a != b for a, b in zip(CLEAN, CORRUPTED, strict=True)]
+    assert not found.recovery[:, :4].any()
+    # After the last layer only the last position counts.
+    assert found.recovery[5].tolist() == [0.0] * (COUNT - 1) + [1.0]
+
+
+@given(st.sampled_from(NAMES), st.booleans(), st.booleans(), st.randoms(use_true_random=False))
+@settings(max_examples=25, deadline=None)
+def test_a_patch_is_a_hook(name: str, positions: bool, heads: bool, random: Any) -> None:
+    value = clean()[name]
+    square = name.endswith(("attn_scores", "hook_pattern"))
+    heads = heads and value.ndim == 3
+    found = patch(model(), CLEAN, CORRUPTED, name, positions=positions, heads=heads, answers=ANSWERS)
+    count = value.shape[0 if square else 1] if heads else 1
+    assert found.recovery.shape == (1, *((COUNT,) if positions else ()), *((count,) if heads else ()))
+    token, head = random.randrange(COUNT), random.randrange(count)
+    tokens: Any = token if positions else slice(None)
+    which: Any = head if heads else slice(None)
+    place = (which, tokens) if square else (tokens, which) if heads else (tokens,)
+
+    def put(mine: Any, of: str) -> None:
+        mine[place] = value[place]
+
+    expected = recovery(run_with_hooks(model(), CORRUPTED, {name: put}))
+    at = (0, *((token,) if positions else ()), *((head,) if heads else ()))
+    assert found.recovery[at] == expected
+
+
+def test_scores_that_look_elsewhere_matter() -> None:
+    """A pattern of another text changes what is read: patterns are not left as they are."""
+    found = patch(model(), CLEAN, CORRUPTED, "*hook_pattern", heads=True, positions=True, answers=ANSWERS)
+    assert found.recovery.shape == (2, COUNT, 4)
+    assert not found.recovery[:, :4].any()
+    assert found.recovery[0, 5:].all()
+    assert found.recovery[1, -1].all()
+
+
+def test_a_metric_of_ones_own_is_used() -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def last_entropy(logits: Any) -> float:
+        seen.append(logits.shape)
+        logs = logits[-1] - np.log(np.exp(logits[-1]).sum())
+        return float(-(np.exp(logs) * logs).sum())
+
+    found = patch(model(), CLEAN, CORRUPTED, "blocks.1.hook_resid_pre", metric=last_entropy)
+    assert found.recovery.tolist() == [1.0]
+    assert seen == [(COUNT, model().config.vocab_size)] * 3
+
+
+def test_answers_are_texts_or_ids_or_what_the_model_says() -> None:
+    ids = tuple(int(model().tokenizer.encode(answer)[0]) for answer in ANSWERS)
+    by_id = patch(model(), CLEAN, CORRUPTED, positions=True, answers=ids)  # type: ignore[arg-type]
+    assert (
+        by_id.recovery.tobytes() == patch(model(), CLEAN, CORRUPTED, positions=True, answers=ANSWERS).recovery.tobytes()
+    )
+    both = [int(model().run_with_cache(text, "hook_embed")[0][-1].argmax()) for text in (CLEAN, CORRUPTED)]
+    assert both[0] != both[1]
+    said = patch(model(), CLEAN, CORRUPTED)
+    assert said.clean > 0 > said.corrupted
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "why"),
+    [
+        ({"corrupted": "the brown"}, "ShapeError", "got 13 clean .* and 9 corrupted"),
+        ({"corrupted": CLEAN}, "OptionError", "after both texts"),
+        ({"corrupted": CLEAN, "answers": ANSWERS}, "OptionError", "nothing to recover"),
+        ({"answers": ("ab", "b")}, "OptionError", "'ab' is 2 tokens"),
+        ({"answers": ("a", "a")}, "OptionError", "two different tokens"),
+        ({"answers": ("a",)}, "OptionError", "must be two"),
+        ({"answers": "ab"}, "OptionError", "must be two"),
+        ({"answers": (1, 999)}, "TokenIdError", None),
+        ({"answers": ANSWERS, "metric": difference}, "OptionError", "not both"),
+        ({"metric": lambda logits: float("nan")}, "NumericError", "the metric gave nan"),
+        ({"names": "blocks.7.*"}, "OptionError", "fits no name"),
+        ({"heads": True}, "OptionError", "blocks.0.hook_resid_pre has none"),
+        ({"names": ["*hook_q", "*hook_k"], "heads": True}, "OptionError", "hook_k has 2 heads and .*hook_q has 4"),
+        ({"clean": ""}, "OptionError", "empty"),
+    ],
+)
+def test_what_cannot_be_patched_is_an_error_that_says_why(changes: dict[str, Any], error: str, why: str | None) -> None:
+    with pytest.raises(getattr(llama_ext, error), match=why):
+        patch(model(), **{"clean": CLEAN, "corrupted": CORRUPTED, **changes})
+
+
+def test_it_is_read_as_a_list_of_the_best() -> None:
+    found = patch(model(), CLEAN, CORRUPTED, "*hook_z", positions=True, heads=True, answers=ANSWERS)
+    lines = str(found).splitlines()
+    assert lines[0].startswith("Patching of 'the brown dog' with 'the quick fox': recovery of shape (2, 13, 4)")
+    shown = [float(line.split()[0]) for line in lines[1:]]
+    assert shown == sorted(shown, reverse=True)
+    assert shown[0] == round(float(found.recovery.max()), 3)
+    name, token, head = np.unravel_index(found.recovery.argmax(), found.recovery.shape)
+    assert f"blocks.{name}.attn.hook_z, token {token} " in lines[1]
+    assert lines[1].endswith(f"head {head}")
+
+
+def test_pictures_are_of_the_table() -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra `plot`")
+    flat = patch(model(), CLEAN, CORRUPTED, positions=True, answers=ANSWERS)
+    np.testing.assert_array_equal(flat.plot().axes[0].images[0].get_array(), flat.recovery)
+    by_head = patch(model(), CLEAN, CORRUPTED, "*hook_z", heads=True, answers=ANSWERS)
+    assert by_head.plot().axes[0].get_xlabel() == "head"
+    patch(model(), CLEAN, CORRUPTED, answers=ANSWERS).plot().canvas.draw()
+    deep = patch(model(), CLEAN, CORRUPTED, "*hook_z", positions=True, heads=True, answers=ANSWERS)
+    picture = deep.plot("blocks.1.attn.hook_z").axes[0]
+    np.testing.assert_array_equal(picture.images[0].get_array(), deep.recovery[1].T)
+    assert [label.get_text() for label in picture.get_yticklabels()] == ["head 0", "head 1", "head 2", "head 3"]
+    for table, name in ((deep, None), (flat, "blocks.0.hook_resid_pre"), (deep, "hook_embed")):
+        with pytest.raises(llama_ext.OptionError, match="plot: "):
+            table.plot(name)
+
+
+def test_a_long_run_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llama_ext.interpret import patching
+
+    told: list[tuple[str, int, str]] = []
+
+    class Bar:
+        def __init__(self, label: str, total: int, unit: str) -> None:
+            told.append((label, total, unit))
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            told.append(("end", 0, ""))
+
+        def advance(self, amount: int) -> None:
+            told.append(("one", amount, ""))
+
+    monkeypatch.setattr(patching, "ProgressBar", Bar)
+    patch(model(), CLEAN, CORRUPTED, positions=True, answers=ANSWERS)
+    assert told == [("Patching", 26, "runs"), *[("one", 1, "")] * 26, ("end", 0, "")]
