@@ -49,6 +49,7 @@ void bind_generation(py::module_& module);
 /// What bind_model calls once there is a class Model.
 void bind_adapter(py::module_& module);
 void bind_train(py::module_& module);
+void bind_input_gradients(py::module_& module);
 
 /// bindings/backends.cpp, the only file that names all backends.
 std::shared_ptr<Backend> make_backend(const std::string& device, int threads, const std::string& isa);
