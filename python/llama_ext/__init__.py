@@ -27,7 +27,7 @@ from llama_ext.errors import (
 )
 
 if TYPE_CHECKING:
-    from llama_ext import onnx, ops, training
+    from llama_ext import interpret, onnx, ops, training
     from llama_ext.limits import Limits
     from llama_ext.models.config import LlamaConfig
     from llama_ext.models.lora import LoRA
@@ -80,6 +80,7 @@ __all__ = [
     "convert",
     "get_num_threads",
     "info",
+    "interpret",
     "onnx",
     "ops",
     "quantize",
@@ -88,7 +89,7 @@ __all__ = [
     "training",
 ]
 
-# Where each lazy name lives. `ops`, `onnx` and `training` are modules themselves.
+# Where each lazy name lives. `interpret`, `ops`, `onnx` and `training` are modules themselves.
 _LAZY = {
     "GenerationOutput": "llama_ext.runtime.generation",
     "Info": "llama_ext.system_info",
@@ -118,7 +119,7 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> object:
-    if name in ("ops", "onnx", "training"):
+    if name in ("interpret", "ops", "onnx", "training"):
         return importlib.import_module(f"llama_ext.{name}")
     module = _LAZY.get(name)
     if module is None:
