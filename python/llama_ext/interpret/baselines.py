@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import numpy.typing as npt
 
@@ -65,8 +67,10 @@ def _of_token(token: object, model: Loaded, what: str) -> F64:
         tokenizer = model.tokenizer
         number = None if tokenizer is None else tokenizer.token_to_id(token)
         if number is None and tokenizer is not None:
-            ids = tokenizer.encode(token, add_special_tokens=False)
-            number = ids[0] if len(ids) == 1 else None
+            # One that cannot even be encoded is no token either.
+            with contextlib.suppress(OptionError):
+                ids = tokenizer.encode(token, add_special_tokens=False)
+                number = ids[0] if len(ids) == 1 else None
     if number is None:
         raise OptionError(
             f"{what}: baseline must be 'mean', 'zeros', a token of the vocabulary, an id or an array, got {shown(token)}"
