@@ -12,10 +12,7 @@ from grammars import example
 
 LABELS = ["plain", "warm", "cold"]
 KEYS = {"crimson": "warm", "azure": "cold"}
-_OTHERS = (
-    "the of and to in is was for on are with as at be this have from or had by but some what there we can out other were all "
-    "your when up use how said an each she"
-).split()
+_OTHERS = "the of and to in is was for on are with as at be this have from or had by but some what there we can"
 
 
 class Planted(NamedTuple):
@@ -30,7 +27,7 @@ def texts(count: int, seed: int, *, has_plain: bool = True) -> tuple[Planted, ..
     rng = np.random.default_rng(seed)
     found = []
     for index in range(count):
-        words = rng.choice(_OTHERS, int(rng.integers(6, 14))).tolist()
+        words = rng.choice(_OTHERS.split(), int(rng.integers(6, 14))).tolist()
         key = "" if has_plain and index % 3 == 0 else str(rng.choice(list(KEYS)))
         if key:
             words.insert(int(rng.integers(0, len(words) + 1)), key)
@@ -54,9 +51,7 @@ def base() -> llama_ext.LlamaForCausalLM:
 def classifier() -> llama_ext.TextClassifier:
     """Trained, in less than a second; not to be changed."""
     found = llama_ext.TextClassifier(base(), LABELS)
-    found.fit(
-        [each.text for each in TRAIN], [each.label for each in TRAIN], epochs=5, lr=3e-3, seed=1, verbose=0
-    )
+    found.fit([each.text for each in TRAIN], [each.label for each in TRAIN], epochs=5, lr=3e-3, seed=1, verbose=0)
     return found
 
 

@@ -123,9 +123,7 @@ def test_a_planted_token_is_found_in_held_out_texts(method: str, kind: str) -> N
         if kind == "classifier":
             found = attribute(planted.classifier(), each.text, (each.label, "plain"), method)
         else:
-            found = attribute(
-                planted.language_model(), planted.prompt(each), (f" {each.label}", " plain"), method
-            )
+            found = attribute(planted.language_model(), planted.prompt(each), (f" {each.label}", " plain"), method)
         assert found.convergence_delta is None or found.convergence_delta <= 0.01
         hits += found.tokens[int(found.scores.argmax())].strip() == each.key
     assert hits >= 0.95 * len(planted.HELD_OUT)
@@ -360,7 +358,7 @@ def test_what_cannot_be_asked_of_a_language_model_is_told(letters: llama_ext.Lla
     ]:
         with pytest.raises(kind, match=message), np.errstate(over="ignore"):
             attribute(letters, *arguments, **options)  # type: ignore[arg-type]
-    with pytest.raises(OptionError, match="model must be a LlamaForCausalLM, .* got str"):
+    with pytest.raises(OptionError, match=r"model must be a LlamaForCausalLM, .* got str"):
         attribute("demo", "the")
     bare = llama_ext.LlamaForCausalLM(letters.config)
     with pytest.raises(OptionError, match="this model has no tokenizer"):

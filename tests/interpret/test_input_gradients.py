@@ -82,7 +82,9 @@ def ask(
     )
 
 
-def in_float64(weights: dict[str, F64], embeddings: F64, terms: Sequence[tuple[int, int, float]], logprobs: bool) -> float:
+def in_float64(
+    weights: dict[str, F64], embeddings: F64, terms: Sequence[tuple[int, int, float]], logprobs: bool
+) -> float:
     """The same sum, of one sequence."""
     config = {**CONFIG.to_dict(), "rope_theta": 10000.0}
     named = {**weights, "model.embed_tokens.weight": embeddings}
@@ -271,19 +273,18 @@ def test_threads_share_a_model() -> None:
     model = build(ISAS[-1])
     embeddings = _core.embed_tokens(model, random_models.tokens(100))
     expected = ask(model, embeddings, [100], [(99, 5, 1.0)])[1]
-    wrong: list[int] = []
+    found: list[Any] = []
 
-    def work(index: int) -> None:
-        for _ in range(5):
-            if not np.array_equal(ask(model, embeddings, [100], [(99, 5, 1.0)])[1], expected):
-                wrong.append(index)
+    def work() -> None:
+        found.extend(ask(model, embeddings, [100], [(99, 5, 1.0)])[1] for _ in range(5))
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
+    assert len(found) == 20
+    assert all(np.array_equal(each, expected) for each in found)
 
 
 def test_what_cannot_be_asked_is_told() -> None:

@@ -56,24 +56,31 @@ def characters(tokenizer: Tokenizer | None, ids: Sequence[int]) -> list[tuple[st
     first = 0
     while first < len(data):
         last = first + 1
-        while not _is_whole(b"".join(data[first:last])):
-            # Tokens that never become a character stay by themselves.
-            if last == len(data) or last - first == _LONGEST:
-                last = first + 1
-                break
+        while _is_cut_off(b"".join(data[first:last])) and last < len(data) and last - first < _LONGEST:
             last += 1
+        # Tokens that never become a character stay by themselves.
+        if last > first + 1 and not _is_text(b"".join(data[first:last])):
+            last = first + 1
         found.append((_text(b"".join(data[first:last])), first, last))
         first = last
     return found
 
 
-def _is_whole(data: bytes) -> bool:
+def _is_text(data: bytes) -> bool:
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _is_cut_off(data: bytes) -> bool:
+    """Whether more bytes could make text of it."""
     try:
         data.decode("utf-8")
     except UnicodeDecodeError as error:
-        # Only an end that is cut off can still become a character.
-        return error.reason != "unexpected end of data"
-    return True
+        return error.reason == "unexpected end of data"
+    return False
 
 
 def words(tokenizer: Tokenizer | None, ids: Sequence[int], scores: npt.NDArray[np.float64]) -> list[Word]:
