@@ -15,8 +15,11 @@
 namespace llama_ext {
 namespace {
 
-// Rows of a pass, unless one sequence alone has more.
+// Rows of a pass, unless one sequence alone has more: fewer where their activations would take more memory than the weights, and
+// more than 1 GiB. No sequence's bits depend on it.
 constexpr int64_t kPassRows = 2048;
+constexpr int64_t kLeastPassRows = 64;
+constexpr int64_t kActivations = int64_t{1} << 30;
 
 constexpr const char* kOp = "input_gradients";
 
@@ -62,8 +65,15 @@ struct PassRange {
   int64_t terms() const { return static_cast<int64_t>(last_term - first_term); }
 };
 
+int64_t pass_rows(const Model& model) {
+  const ModelConfig& config = model.config();
+  const int64_t kept = 2 * config.width + config.qkv_size() + config.heads + config.q_size() + 2 * config.ffn_width;
+  const int64_t row_bytes = config.layers * kept * static_cast<int64_t>(sizeof(float));
+  return std::clamp(std::max(kActivations, model.weights().nbytes()) / row_bytes, kLeastPassRows, kPassRows);
+}
+
 /// Whole sequences, until there are enough rows. What no term asks for is left out.
-std::vector<PassRange> cut_into_passes(const EmbeddedBatch& batch) {
+std::vector<PassRange> cut_into_passes(const EmbeddedBatch& batch, int64_t most) {
   std::vector<PassRange> passes;
   PassRange pass;
   const auto end_pass = [&] {
@@ -76,7 +86,7 @@ std::vector<PassRange> cut_into_passes(const EmbeddedBatch& batch) {
             .last_term = pass.last_term};
   };
   for (const int64_t length : batch.lengths) {
-    if (pass.rows > 0 && pass.rows + length > kPassRows) end_pass();
+    if (pass.rows > 0 && pass.rows + length > most) end_pass();
     ++pass.last_sequence;
     pass.rows += length;
     while (pass.last_term < batch.terms.size() && batch.terms[pass.last_term].row < pass.row + pass.rows) {
@@ -110,7 +120,7 @@ class InputGradientsCall {
   InputGradientsCall& operator=(const InputGradientsCall&) = delete;
 
   void run() {
-    const std::vector<PassRange> passes = cut_into_passes(batch_);
+    const std::vector<PassRange> passes = cut_into_passes(batch_, pass_rows(model_));
     if (passes.empty()) return;
     TrainingWorkspace::Size size{.trains = differentiates()};
     for (const PassRange& range : passes) {

@@ -30,8 +30,8 @@ struct EmbeddedBatch {
 /// A gradient is of a sequence's own terms, as sequences do not see each other. values: (terms) f64; d_embeddings: (M, C) f32,
 /// contiguous; both in host memory. Products are float32, whatever the weights are kept as: those of training, and of its passes. The
 /// model needs separate gate and up matrices; neither it nor the adapter changes, and other threads may use them. Long batches run in
-/// passes of whole sequences, so memory does not grow with the batch. A sequence's bits depend on nothing else in the batch, and not
-/// on threads.
+/// passes of whole sequences, so memory does not grow with the batch. On a CPU a sequence's bits depend on nothing else in the batch, and
+/// not on threads.
 /// Throws ShapeError, DTypeError, TokenIdError, ContextLengthError, UnsupportedError, OutOfMemoryError, NumericError (a value that is
 /// not finite), Interrupted.
 void input_gradients(const Model& model, const Adapter* adapter, const EmbeddedBatch& batch, std::span<double> values,

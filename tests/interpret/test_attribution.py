@@ -11,6 +11,7 @@ import pytest
 
 import llama_ext
 import planted
+from devices import requires_cuda
 from letter_models import make
 from llama_ext import LoRA, _core
 from llama_ext.errors import (
@@ -317,6 +318,26 @@ def test_ctrl_c_ends_it() -> None:
     with pytest.raises(KeyboardInterrupt):
         go_on()
     timer.join()
+
+
+@pytest.mark.gpu
+@requires_cuda
+@each_method
+def test_a_gpu_gives_the_scores_of_the_cpu(method: str) -> None:
+    cpu = make()
+    gpu = llama_ext.LlamaForCausalLM(cpu.config, cpu.tokenizer, seed=0, device="cuda")
+    for target in (3, (3, 7), " dog"):
+        expected = attribute(cpu, "the lazy", target, method)
+        found = attribute(gpu, "the lazy", target, method)
+        assert found.scores == pytest.approx(expected.scores, abs=1e-4)
+        assert found.value == pytest.approx(expected.value, abs=1e-4)
+    bits = llama_ext.LlamaForCausalLM(cpu.config, cpu.tokenizer, seed=0, device="cuda", dtype="bfloat16")
+    assert attribute(bits, "the lazy", 3, method).scores == pytest.approx(
+        attribute(
+            llama_ext.LlamaForCausalLM(cpu.config, cpu.tokenizer, dtype="bfloat16"), "the lazy", 3, method
+        ).scores,
+        abs=1e-4,
+    )
 
 
 # What cannot be asked.

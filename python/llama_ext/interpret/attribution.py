@@ -52,7 +52,7 @@ class Attribution:
         method: "integrated_gradients", "gradient_x_input" or "occlusion".
         steps: Gradients, or windows, that were computed.
         baseline: (T, C) float64, the embeddings that stand for tokens that are not there.
-        warning: What is wrong with the scores, or None.
+        warning: What is wrong with the scores, or None: they add up to 1%, or to what float32 can tell.
         adapter: The adapter that was in use, or None.
     """
 
@@ -167,7 +167,7 @@ def attribute(
             computed; `steps` leaves it as it is.
         window: Of occlusion: tokens that are replaced at once, in [1, T]; a token gets the mean of its windows.
         adapter: A name, or a list with a name or None (the base); None: the active one.
-        batch_size: Sequences that run together; None: what fills a pass. It changes no bit of the result.
+        batch_size: Sequences that run together; None: what fills a pass. On a CPU it changes no bit of the result.
         verbose: 0 shows no progress bar on a terminal.
 
     Returns:

@@ -92,7 +92,7 @@ class Question:
         tail: Tokens after the prompt, which stay what they are: a continuation without its last one.
         target: What is asked.
         logprobs: Whether values are log probabilities; of a contrast they never are.
-        batch_size: Sequences that run together, or None: what fills a pass. It changes no bit.
+        batch_size: Sequences that run together, or None: what fills a pass. On a CPU it changes no bit.
     """
 
     def __init__(
