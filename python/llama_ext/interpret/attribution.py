@@ -139,7 +139,7 @@ def attribute(
     output: str = "logprob",
     baseline: Any = None,
     steps: int = 50,
-    max_steps: int = 1000,
+    max_steps: int = 500,
     window: int = 1,
     adapter: AdapterChoice = None,
     batch_size: int | None = None,
