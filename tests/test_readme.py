@@ -1,4 +1,4 @@
-"""The examples of the README and of docs/running.md do what they show."""
+"""The examples of the README, of docs/running.md and of docs/attribution.md do what they show."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import llama_ext
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 RUNNING = README.parent / "docs" / "running.md"
+ATTRIBUTION = README.parent / "docs" / "attribution.md"
 
 
 def blocks(language: str, guide: Path = README) -> list[str]:
@@ -71,6 +72,23 @@ def test_the_guide_to_running_models_does_what_it_shows(tmp_path: Path, monkeypa
     sizes = [model.session(32, kv_dtype=kind).nbytes // 32 for kind in ("float32", "bfloat16", "int8")]  # type: ignore[arg-type]
     assert "Of the demo that is {:,}, {:,} and {:,} bytes".format(*sizes) in RUNNING.read_text(encoding="utf-8")
     assert (tmp_path / "demo.gguf").exists()
+
+
+def test_the_guide_to_attribution_does_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names, printed = run_blocks(ATTRIBUTION)
+    assert len(blocks("python", ATTRIBUTION)) >= 6
+    why, verdict, best, measures = (names[name] for name in ("why", "verdict", "best", "measures"))
+    assert isinstance(why, llama_ext.interpret.Attribution)
+    assert str(why) in printed
+    assert isinstance(verdict, llama_ext.interpret.Attribution)
+    assert verdict.warning is None
+    assert isinstance(best, llama_ext.interpret.Word)
+    assert best.text.strip() == "good"
+    assert isinstance(measures, llama_ext.interpret.Faithfulness)
+    assert measures.comprehensiveness.beats_random
+    assert measures.insertion_auc.beats_random
+    assert (tmp_path / "why.html").exists()
 
 
 @pytest.mark.parametrize("guide", [README, RUNNING], ids=lambda guide: guide.name)

@@ -85,6 +85,7 @@ PYBIND11_MODULE(_core, module) {
   bind_session(module);
   bind_generation(module);
   bind_train(module);
+  bind_input_gradients(module);
 }
 
 }  // namespace llama_ext

@@ -31,6 +31,14 @@ TensorView part_of(const TensorView& scratch, int64_t rows, int64_t count) {
 
 Backend& backend_of(const TrainingPass& pass) { return pass.model->backend(); }
 
+/// Where the gradient of a matrix is added up, or none when it is frozen; and of a vector.
+Matrix* gradient_of(const TrainingPass& pass, const Matrix* matrix) {
+  return pass.parameters == nullptr ? nullptr : pass.parameters->gradient_of(matrix);
+}
+TensorView gradient_of(const TrainingPass& pass, const TensorView& vector) {
+  return pass.parameters == nullptr ? TensorView() : pass.parameters->gradient_of(vector);
+}
+
 /// Q, K and V within the fused rows.
 struct Heads {
   TensorView q;
@@ -91,11 +99,8 @@ void adapter_backward(const TrainingPass& pass, int64_t layer, Target target, co
   const TensorView d_inner = part_of(pass.scratch.d_low_rank, x.rows(), part->a->rows());
   backend.matmul({.x = input, .weight = part->a.get(), .bias = {}, .y = inner, .compute = Compute::kExact});
   set_scaled(backend, inner, inner, part->scale);
-  backend.matmul_backward({.d_y = d_y,
-                           .weight = part->b.get(),
-                           .x = inner,
-                           .d_x = d_inner,
-                           .d_weight = pass.parameters->gradient_of(part->b.get())});
+  backend.matmul_backward(
+      {.d_y = d_y, .weight = part->b.get(), .x = inner, .d_x = d_inner, .d_weight = gradient_of(pass, part->b.get())});
   set_scaled(backend, d_inner, d_inner, part->scale);
   const bool drops = pass.dropout.adapter > 0.0;
   const TensorView d_input = drops ? part_of(pass.scratch.d_dropped, x.rows(), x.dim(1)) : d_x;
@@ -104,7 +109,7 @@ void adapter_backward(const TrainingPass& pass, int64_t layer, Target target, co
                            .x = input,
                            .d_x = d_input,
                            .accumulate = !drops,
-                           .d_weight = pass.parameters->gradient_of(part->a.get())});
+                           .d_weight = gradient_of(pass, part->a.get())});
   if (!drops) return;
   backend.dropout({.x = d_input,
                    .y = d_x,
@@ -184,9 +189,8 @@ void attention_backward(const TrainingPass& pass, int64_t layer, const Saved& sa
   adapter_backward(pass, layer, Target::kQ, columns(saved.qkv, 0, config.q_size()), normed, scratch.d_normed);
   adapter_backward(pass, layer, Target::kK, columns(saved.qkv, k_begin, config.kv_size()), normed, scratch.d_normed);
   adapter_backward(pass, layer, Target::kV, columns(saved.qkv, v_begin, config.kv_size()), normed, scratch.d_normed);
-  norm_backward(
-      pass, weights.attention_norm, saved.x, scratch.d_normed, d, /*accumulate=*/true,
-      deferred != nullptr ? deferred->d_attention_norm : pass.parameters->gradient_of(weights.attention_norm.weight));
+  norm_backward(pass, weights.attention_norm, saved.x, scratch.d_normed, d, /*accumulate=*/true,
+                deferred != nullptr ? deferred->d_attention_norm : gradient_of(pass, weights.attention_norm.weight));
 }
 
 void feed_forward_backward(const TrainingPass& pass, int64_t layer, const Saved& saved, const TensorView& d) {
@@ -218,7 +222,7 @@ void feed_forward_backward(const TrainingPass& pass, int64_t layer, const Saved&
   adapter_backward(pass, layer, Target::kGate, saved.gate, normed, scratch.d_normed);
   adapter_backward(pass, layer, Target::kUp, saved.up, normed, scratch.d_normed);
   norm_backward(pass, weights.ffn_norm, saved.middle, scratch.d_normed, d, /*accumulate=*/true,
-                deferred != nullptr ? deferred->d_ffn_norm : pass.parameters->gradient_of(weights.ffn_norm.weight));
+                deferred != nullptr ? deferred->d_ffn_norm : gradient_of(pass, weights.ffn_norm.weight));
 }
 
 }  // namespace
@@ -269,13 +273,14 @@ MatmulBackwardArgs weight_gradient(const TrainingPass& pass, const TensorView& d
   return {.d_y = d_y,
           .weight = nullptr,
           .x = x,
-          .d_weight = pass.parameters->gradient_of(&weight),
-          .d_bias = pass.parameters->gradient_of(bias),
+          .d_weight = gradient_of(pass, &weight),
+          .d_bias = gradient_of(pass, bias),
           .compute = pass.compute};
 }
 
 void weight_backward(const TrainingPass& pass, const TensorView& d_y, const TensorView& x, const Matrix& weight,
                      const TensorView& bias) {
+  if (pass.parameters == nullptr) return;
   backend_of(pass).matmul_backward(weight_gradient(pass, d_y, x, weight, bias));
 }
 
@@ -348,7 +353,7 @@ void block_weights_backward(const TrainingPass& pass, int64_t layer, const Saved
   add(deferred.d_out, deferred.wide, weights.down);
   // A bias' gradient is the sum of rows, and so are these.
   const auto add_rows = [&](const TensorView& parts, const Norm& norm) {
-    all.push_back({.d_y = parts, .weight = nullptr, .d_bias = pass.parameters->gradient_of(norm.weight)});
+    all.push_back({.d_y = parts, .weight = nullptr, .d_bias = gradient_of(pass, norm.weight)});
   };
   add_rows(deferred.d_attention_norm, weights.attention_norm);
   add_rows(deferred.d_ffn_norm, weights.ffn_norm);

@@ -426,6 +426,27 @@ class Trainer:
     @property
     def nbytes(self) -> int: ...
 
+def input_gradients(
+    model: Model,
+    embeddings: FloatArray,
+    lengths: npt.NDArray[np.int64],
+    rows: npt.NDArray[np.int64],
+    outputs: IntArray,
+    weights: npt.NDArray[np.float64],
+    *,
+    logprobs: bool = False,
+    adapter: Adapter | None = None,
+    differentiate: bool = True,
+) -> tuple[npt.NDArray[np.float64], FloatArray | None]:
+    """Outputs of sequences given as embeddings, and how they change with these; see csrc/train/input_gradients.h.
+
+    embeddings: float32 (M, C); lengths: int64, their sum M. Term i is the logit, or log probability, of outputs[i] at row rows[i],
+    which ascend; values: float64, as many. d_embeddings: (M, C), of sum(weights * values); None unless `differentiate`.
+    """
+
+def embed_tokens(model: Model, ids: IntArray) -> FloatArray:
+    """The embeddings (M, C) of token ids (M)."""
+
 class Session:
     """`append` gives logits of shape (V,) for rows="last", (T, V) for "all", (0, V) for "none".
 

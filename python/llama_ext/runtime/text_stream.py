@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from llama_ext.runtime.tokenizer import Tokenizer
 
-__all__ = ["DecodePlan", "StopStrings", "TextStream", "decode_plan"]
+__all__ = ["DecodePlan", "StopStrings", "TextStream", "decode_plan", "token_bytes"]
 
 # What the ByteFallback decoder takes for a byte: six characters, and two that Rust parses as base 16 (a sign included).
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f+][0-9A-Fa-f])>")
@@ -100,6 +100,45 @@ def _byte_of_character() -> dict[str, int]:
     return table | {chr(0x100 + index): byte for index, byte in enumerate(others)}
 
 
+def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
+    """The UTF-8 bytes that one token stands for: part of a character, where a character spans several.
+
+    What a decoder does at the start of a text, such as to drop a space, is left out.
+
+    Args:
+        tokenizer: The tokenizer of the id.
+        token_id: An id in [0, vocabulary).
+
+    Returns:
+        The bytes; none for an id that the vocabulary leaves out.
+
+    Raises:
+        TokenIdError: The id is outside the vocabulary.
+    """
+    token = tokenizer.id_to_token(token_id)
+    if token is None:
+        return b""
+    plan = tokenizer.decode_plan
+    if token_id in tokenizer.special_ids:
+        return token.encode("utf-8")
+    if plan.kind == "bytes":
+        return _bytes_of(token)
+    if plan.kind == "whole":
+        return tokenizer.decode([token_id], skip_special_tokens=False).encode("utf-8")
+    if plan.kind == "metaspace":
+        return token.replace(plan.strip, " ").encode("utf-8")
+    for old, new in plan.replacements:
+        token = token.replace(old, new)
+    byte = _BYTE_TOKEN.fullmatch(token) if plan.byte_fallback else None
+    return bytes([int(byte[1], 16)]) if byte else token.encode("utf-8")
+
+
+def _bytes_of(token: str) -> bytes:
+    """Of a token of byte-level BPE; an added one is text."""
+    table = _byte_of_character()
+    return bytes(table[c] for c in token) if all(c in table for c in token) else token.encode("utf-8")
+
+
 class TextStream:
     """Decode ids one at a time.
 
@@ -154,9 +193,7 @@ class TextStream:
         if plan.kind == "pieces":
             return self._push_piece(token)
         if plan.kind == "bytes":
-            table = _byte_of_character()
-            data = bytes(table[c] for c in token) if all(c in table for c in token) else token.encode("utf-8")
-            return self._utf8.decode(data)
+            return self._utf8.decode(_bytes_of(token))
         if plan.kind == "whole":
             self._ids.append(int(token_id))
             return ""
