@@ -7,14 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import letter_models
 import llama_ext
 from devices import CUDA, each_isa, requires_cuda
 from llama_ext import _core, interpret
-from llama_ext.interpret.observed import token_texts
 from llama_ext.onnx.reference import Reference, weights_of_core
 from random_models import CONFIG, build, tokens
 
@@ -206,40 +203,6 @@ def test_the_active_adapter_applies() -> None:
     adapt(adapted)
     logits, cache = adapted.run_with_cache(TEXT)
     assert logits.tobytes() == adapted(cache.token_ids[None])[0].tobytes() != before.tobytes()
-
-
-def test_tokens_are_shown_as_a_person_reads_them() -> None:
-    class Pieces:
-        """A tokenizer of SentencePiece's kind, whose decoder drops a first space, and of bytes."""
-
-        names = ("<s>", "\u2581the", "fox", "\u2581", "<0xE2>")
-
-        def decode(self, ids: list[int], *, skip_special_tokens: bool) -> str:
-            assert not skip_special_tokens
-            return ("<s>", "the", "fox", "", "\ufffd")[ids[0]]
-
-        def id_to_token(self, token: int) -> str | None:
-            return self.names[token]
-
-    pieces = letter_models.make()
-    assert token_texts(pieces, [0, 1]) == [pieces.tokenizer.decode([token]) for token in (0, 1)]
-    pieces.tokenizer = Pieces()
-    assert token_texts(pieces, range(5)) == ["<s>", " the", "fox", " ", "<0xE2>"]
-    pieces.tokenizer = None
-    assert token_texts(pieces, [4, 2]) == ["4", "2"]
-
-
-@given(st.lists(st.integers(0, 20), min_size=1, max_size=48), st.data())
-@settings(max_examples=25, deadline=None)
-def test_any_choice_of_names_gives_the_same_values_and_logits(ids: list[int], data: st.DataObject) -> None:
-    every = interpret.hook_names(model().config)
-    chosen = data.draw(st.lists(st.sampled_from(every), min_size=1, unique=True))
-    logits, cache = model().run_with_cache(ids, chosen)
-    assert list(cache) == [name for name in every if name in chosen]
-    assert logits.tobytes() == model()([ids])[0].tobytes()
-    _, whole = model().run_with_cache(ids)
-    for name, value in cache.items():
-        assert value.tobytes() == whole[name].tobytes(), name
 
 
 def test_a_cache_is_a_mapping_with_short_names() -> None:

@@ -77,10 +77,10 @@ def test_html_is_one_well_formed_file_with_everything_escaped(tmp_path: Path) ->
     attribution = made(source)
     attribution.to_html(tmp_path / "a.html")
     text, page = read(tmp_path / "a.html")
-    assert text.startswith("<!DOCTYPE html>")
+    assert text.startswith("<!doctype html>")
     assert "script" not in page.names
     assert not re.search(r"(src|href)=|url\(|@import", text), "it must need no other file"
-    assert "color-scheme:light dark" in text
+    assert "color-scheme: light dark" in text
     assert "for the log probability of &#x27;&lt;b&gt;&#x27;" in text
     shown = "".join(seen for _, seen in page.spans)
     assert shown == source.replace("\n", "\u23ce\n").replace("\x07", "\\x07")

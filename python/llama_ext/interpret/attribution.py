@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from llama_ext._arrays import as_whole
-from llama_ext._options import shown
+from llama_ext._options import shown, whole
 from llama_ext.errors import OptionError
 from llama_ext.interpret import methods, rendering
 from llama_ext.interpret.baselines import embedding_of
+from llama_ext.interpret.pages import page, write_page
 from llama_ext.interpret.questions import Target, ask, bar, loaded
 from llama_ext.interpret.token_texts import Word, characters, pieces, words
-from llama_ext.io.atomic import atomic_write
 from llama_ext.runtime.adapted import AdapterChoice
 
 if TYPE_CHECKING:
@@ -87,9 +86,7 @@ class Attribution:
         Raises:
             OSError: It cannot be written.
         """
-        text = rendering.page(self._heading(), self._repr_html_())
-        with atomic_write(path) as file:
-            file.write(text.encode("utf-8"))
+        write_page(path, page(self._heading(), self._coloured("")))
 
     def plot(self) -> Figure:
         """A bar for each token, as a matplotlib figure.
@@ -100,11 +97,14 @@ class Attribution:
         return rendering.figure(self._heading(), self.tokens, self.scores)
 
     def _repr_html_(self) -> str:
+        return self._coloured(self._heading())
+
+    def _coloured(self, heading: str) -> str:
         parts = [
             (text, float(self.scores[first:last].sum()), self.token_ids[first:last])
             for text, first, last in characters(self._tokenizer, self.token_ids)
         ]
-        return rendering.fragment(self._heading(), self._notes(), parts)
+        return rendering.fragment(heading, self._notes(), parts)
 
     def _heading(self) -> str:
         return f"{self.method} for the {self.target}"
@@ -187,16 +187,14 @@ def attribute(
     """
     if method not in _METHODS:
         raise OptionError(f"attribute: method must be one of {', '.join(_METHODS)}, got {shown(method)}")
-    first_steps = _whole("steps", steps, 1)
-    most_steps = max(first_steps, _whole("max_steps", max_steps, 1))
+    first_steps = whole("attribute: steps", steps, 1, _MOST_STEPS)
+    most_steps = max(first_steps, whole("attribute: max_steps", max_steps, 1, _MOST_STEPS))
     found = loaded(model)
     with ask(found, text, target, output=output, adapter=adapter, batch_size=batch_size, what="attribute") as question:
         if baseline is None:
             baseline = "zeros" if method == "gradient_x_input" else "mean"
         replaced = embedding_of(baseline, found, question, "attribute")
-        width = _whole("window", window, 1)
-        if width > question.tokens:
-            raise OptionError(f"attribute: window must be in [1, {question.tokens}], the text's tokens, got {width}")
+        width = whole("attribute: window", window, 1, question.tokens)
         ends = (question.embeddings, replaced)
         value, baseline_value = question.values(2, lambda index: ends[index]).tolist()
         delta = warning = None
@@ -241,10 +239,3 @@ def attribute(
             adapter=found.active_adapter if adapter is None else adapter if isinstance(adapter, str) else adapter[0],
             _tokenizer=found.tokenizer,
         )
-
-
-def _whole(name: str, value: object, least: int) -> int:
-    number = as_whole(value)
-    if number is None or not least <= number <= _MOST_STEPS:
-        raise OptionError(f"attribute: {name} must be a whole number in [{least}, {_MOST_STEPS:,}], got {shown(value)}")
-    return number

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from llama_ext._arrays import FloatArray, IntArray, as_whole
+from llama_ext._arrays import FloatArray, IntArray
+from llama_ext._options import whole
 from llama_ext._plots import new_figure
-from llama_ext.errors import NumericError, OptionError
+from llama_ext.errors import NumericError
 from llama_ext.interpret.cache import run_with_cache
-from llama_ext.interpret.observed import token_texts
 from llama_ext.interpret.pages import in_notebook, label, page, shown_text, write_page
+from llama_ext.interpret.token_texts import pieces
 from llama_ext.runtime.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -86,10 +87,7 @@ class LogitLens:
             OptionError: There is no such layer.
         """
         layers = len(self._states)
-        number = as_whole(layer)
-        if number is None or not -layers <= number < layers:
-            raise OptionError(f"layer must be a whole number in [{-layers}, {layers}), got {layer!r}")
-        return self._model._core.read_out(self._states[number])
+        return self._model._core.read_out(self._states[whole("layer", layer, -layers, layers - 1)])
 
     def top(self, k: int = 5) -> list[list[list[tuple[str, float]]]]:
         """The most likely next tokens.
@@ -104,11 +102,7 @@ class LogitLens:
             OptionError: k is out of range.
         """
         kept = self.top_ids.shape[-1]
-        number = as_whole(k)
-        if number is None or not 1 <= number <= kept:
-            raise OptionError(
-                f"k must be a whole number in [1, {kept}], got {k!r}; logit_lens(model, text, k=...) keeps more"
-            )
+        k = whole("k", k, 1, kept)  # logit_lens(model, text, k=...) keeps more
         return [
             [
                 [(self.top_tokens[int(token)], float(share)) for token, share in zip(ids[:k], shares[:k], strict=True)]
@@ -226,9 +220,7 @@ def logit_lens(model: LlamaForCausalLM, text: object, k: int = 10) -> LogitLens:
         NumericError: A logit of a layer is not finite.
         UnsupportedError, ShapeError, ContextLengthError, TokenIdError, OutOfMemoryError: As `LlamaForCausalLM.run_with_cache`.
     """
-    number, vocabulary = as_whole(k), model.config.vocab_size
-    if number is None or not 1 <= number <= vocabulary:
-        raise OptionError(f"k must be a whole number in [1, {vocabulary}], got {k!r}")
+    number = whole("k", k, 1, model.config.vocab_size)
     _, cache = run_with_cache(model, text, "blocks.*.hook_resid_post")
     states = cache.stack("hook_resid_post")
     layers, count = states.shape[:2]
@@ -253,7 +245,7 @@ def logit_lens(model: LlamaForCausalLM, text: object, k: int = 10) -> LogitLens:
                 shares[layer, rows] = np.exp(np.take_along_axis(logs, top_ids[layer, rows], 1))
                 bar.advance(len(logits))
     every = np.unique(top_ids).tolist()
-    names = dict(zip(every, token_texts(model, every), strict=True))
+    names = dict(zip(every, pieces(model.tokenizer, every), strict=True))
     return LogitLens(
         cache.tokens, cache.token_ids, final, rank, entropy, kl, top_ids, shares, names, _model=model, _states=states
     )

@@ -10,8 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from llama_ext._arrays import as_whole
-from llama_ext._options import shown
+from llama_ext._options import shown, whole, whole_seed
 from llama_ext.errors import OptionError
 from llama_ext.interpret.attribution import Attribution
 from llama_ext.interpret.baselines import embedding_of
@@ -153,14 +152,8 @@ def faithfulness(
     if not isinstance(attribution, Attribution):
         raise OptionError(f"faithfulness: attribution must be what `attribute` gave, got {type(attribution).__name__}")
     shares = _shares(fractions)
-    count = as_whole(permutations)
-    if count is None or not 2 <= count <= _MOST_ORDERS:
-        raise OptionError(
-            f"faithfulness: permutations must be a whole number in [2, {_MOST_ORDERS}], got {shown(permutations)}"
-        )
-    number = as_whole(seed)
-    if number is None or not 0 <= number < 2**64:
-        raise OptionError(f"faithfulness: seed must be a whole number in [0, 2^64), got {shown(seed)}")
+    count = whole("faithfulness: permutations", permutations, 2, _MOST_ORDERS)
+    number = whole_seed(seed, "faithfulness")
     found = loaded(model)
     target: Any = attribution.target
     wanted = list(target.ids) if target.against is None else (target.ids[0], target.against)

@@ -16,19 +16,16 @@ import numpy as np
 from llama_ext._arrays import FloatArray, IntArray
 from llama_ext.errors import ContextLengthError, ShapeError, UnsupportedError
 from llama_ext.interpret.names import attention_of, layer_of, norm_of, shape_of, site_of
+from llama_ext.interpret.token_texts import pieces
 from llama_ext.runtime.prompts import read_prompts
 
 if TYPE_CHECKING:
     from llama_ext.runtime.model import LlamaForCausalLM
 
-__all__ = ["Text", "observe", "read_text", "token_texts"]
+__all__ = ["Text", "observe", "read_text"]
 
 # Is given a name and its value, which it may keep and does not write to, and returns what takes its place, or None.
 See = Callable[[str, FloatArray], FloatArray | None]
-
-
-# What SentencePiece writes for a space.
-_SPACE = "\u2581"
 
 
 class Text(NamedTuple):
@@ -36,7 +33,7 @@ class Text(NamedTuple):
 
     Attributes:
         ids: (T) int32, at least one.
-        tokens: Each as a person reads it.
+        tokens: Each by itself, as `token_texts.pieces` writes it.
     """
 
     ids: IntArray
@@ -75,22 +72,7 @@ def read_text(model: LlamaForCausalLM, text: object, what: str = "the text") -> 
     context = model.config.max_position_embeddings
     if ids.size > context:
         raise ContextLengthError(f"{what} has {ids.size} tokens, the model's context is {context}: nothing is cut")
-    return Text(ids, token_texts(model, ids.tolist()))
-
-
-def token_texts(model: LlamaForCausalLM, ids: Collection[int]) -> list[str]:
-    """Each token as a person reads it: what it decodes to, its name where that is no text of its own, its id without a tokenizer."""
-    if model.tokenizer is None:
-        return [str(token) for token in ids]
-    texts = []
-    for token in ids:
-        text = model.tokenizer.decode([token], skip_special_tokens=False)
-        name = model.tokenizer.id_to_token(token) or str(token)
-        if name.startswith(_SPACE):
-            text = name.replace(_SPACE, " ")  # decoders of SentencePiece drop the space that begins a text
-        # A part of a character decodes to U+FFFD alone.
-        texts.append(text if text and "\ufffd" not in text else name)
-    return texts
+    return Text(ids, pieces(model.tokenizer, ids.tolist()))
 
 
 def observe(model: LlamaForCausalLM, ids: IntArray, names: Collection[str], see: See) -> FloatArray:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from llama_ext import _core
 from llama_ext._arrays import FloatArray, IntArray, as_whole, token_ids
-from llama_ext._options import shown
+from llama_ext._options import shown, whole
 from llama_ext.errors import ContextLengthError, DTypeError, OptionError, ShapeError, TokenIdError
 from llama_ext.runtime.adapted import AdapterChoice
 from llama_ext.runtime.classifier import LlamaForSequenceClassification
@@ -198,9 +198,7 @@ def ask(
     if output not in _OUTPUTS:
         raise OptionError(f"{what}: output must be one of {', '.join(_OUTPUTS)}, got {shown(output)}")
     kind: Output = "logit" if output == "logit" else "logprob"
-    size = None if batch_size is None else as_whole(batch_size)
-    if batch_size is not None and (size is None or size < 1):
-        raise OptionError(f"{what}: batch_size must be a whole number of at least 1, got {shown(batch_size)}")
+    size = None if batch_size is None else whole(f"{what}: batch_size", batch_size, 1)
     chosen = model._chosen(adapter, 1)[0]
     _separate(model)
     with contextlib.ExitStack() as stack:

@@ -14,7 +14,7 @@ from llama_ext._plots import new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["figure", "fragment", "page", "quoted"]
+__all__ = ["figure", "fragment", "quoted"]
 
 F64 = npt.NDArray[np.float64]
 # Blue for, orange against: told apart also without red and green.
@@ -23,32 +23,20 @@ _FOR, _AGAINST = (31, 119, 220), (230, 110, 0)
 _STRONGEST = 0.6
 _MOST_BARS = 80
 
-_STYLE = (
-    ":root{color-scheme:light dark}"
-    "body{font-family:system-ui,sans-serif;line-height:1.6;max-width:60rem;margin:2rem auto;padding:0 1rem}"
-)
-
-
-def page(title: str, body: str) -> str:
-    """A whole document. The title is escaped here, the body is HTML."""
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
-        f"<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
-    )
-
 
 def fragment(heading: str, notes: Sequence[str], parts: Sequence[tuple[str, float, list[int]]]) -> str:
     """A text with colours behind it.
 
     Args:
-        heading, notes: Plain text.
+        heading, notes: Plain text; a heading may be empty.
         parts: Text, score and token ids of what is coloured as one.
     """
     largest = max((abs(score) for _, score, _ in parts), default=0.0) or 1.0
     spans = "".join(_span(text, score, ids, largest) for text, score, ids in parts)
+    title = f"<div><b>{html.escape(heading)}</b></div>" if heading else ""
     small = "".join(f'<div style="font-size:85%;opacity:.8">{html.escape(note)}</div>' for note in notes)
     return (
-        f'<div class="llama-ext-attribution"><div><b>{html.escape(heading)}</b></div>{small}'
+        f'<div class="llama-ext-attribution">{title}{small}'
         f'<p style="white-space:pre-wrap;line-height:1.9;overflow-wrap:anywhere">{spans}</p>'
         f'<div style="font-size:85%">{_legend(largest)}</div></div>'
     )
