@@ -165,6 +165,7 @@ class Backend {
   /// attend, then the product of what it gave: projection.x is args.y, seen as (M, H D). At once where a device can, and then y is left
   /// as it was.
   virtual void attend_and_project(const KvStoreArgs& store, const AttentionArgs& args, const MatmulArgs& projection) {
+    check_projection(args, projection.x);
     attend(store, args);
     matmul(projection);
   }

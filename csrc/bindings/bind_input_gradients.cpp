@@ -1,26 +1,30 @@
 // input_gradients and embed_tokens: a model read through its embeddings.
 #include "train/input_gradients.h"
 
+#include <cstring>
+
 #include "bindings/bindings.h"
 
 namespace llama_ext {
 namespace {
 
-/// A contiguous array of int64, (n). Valid while the array is.
-std::span<const int64_t> whole_numbers(const py::object& array, std::string_view what) {
+/// A contiguous array of int64, (n), copied: they are counted on while other threads of Python may write to the array.
+std::vector<int64_t> whole_numbers(const py::object& array, std::string_view what) {
   if (!py::isinstance<py::array_t<int64_t, py::array::c_style>>(array)) {
     fail(ErrorKind::kDType, "input_gradients: ", what, " must be a contiguous array of int64");
   }
   const auto numbers = py::reinterpret_borrow<py::array>(array);
   require(numbers.ndim() == 1, ErrorKind::kShape, "input_gradients: ", what, " must have one dimension, got ",
           numbers.ndim());
-  return {static_cast<const int64_t*>(numbers.data()), static_cast<size_t>(numbers.size())};
+  std::vector<int64_t> copy(static_cast<size_t>(numbers.size()));
+  if (!copy.empty()) std::memcpy(copy.data(), numbers.data(), copy.size() * sizeof(int64_t));  // aligned or not
+  return copy;
 }
 
 py::tuple gradients(const Model& model, const py::object& embeddings, const py::object& lengths, const py::object& rows,
                     const py::object& outputs, const py::object& weights, bool logprobs,
                     const std::shared_ptr<Adapter>& adapter, bool differentiate) {
-  const std::span<const int64_t> term_rows = whole_numbers(rows, "rows");
+  const std::vector<int64_t> term_rows = whole_numbers(rows, "rows");
   const std::vector<int32_t> term_outputs = token_ids(outputs, "input_gradients", "outputs");
   const TensorView term_weights = read_view(weights, DType::kF64, 1, "input_gradients", "weights");
   require(term_outputs.size() == term_rows.size() && term_weights.size() == static_cast<int64_t>(term_rows.size()),
@@ -31,8 +35,9 @@ py::tuple gradients(const Model& model, const py::object& embeddings, const py::
     terms.push_back(
         {.row = term_rows[i], .output = term_outputs[i], .weight = static_cast<const double*>(term_weights.data())[i]});
   }
+  const std::vector<int64_t> sequence_lengths = whole_numbers(lengths, "lengths");
   const EmbeddedBatch batch{.embeddings = read_view(embeddings, DType::kF32, 2, "input_gradients", "embeddings"),
-                            .lengths = whole_numbers(lengths, "lengths"),
+                            .lengths = sequence_lengths,
                             .terms = terms,
                             .logprobs = logprobs};
   py::array_t<double> values(static_cast<py::ssize_t>(terms.size()));

@@ -13,8 +13,15 @@ namespace {
 /// Calls see(site, layer, values) at the places that are named, with the GIL.
 class PythonObserver : public Observer {
  public:
-  PythonObserver(const std::vector<std::pair<std::string, int64_t>>& places, py::object see) : see_(std::move(see)) {
-    for (const auto& [site, layer] : places) places_.emplace(site_from_name(site), layer);
+  PythonObserver(const std::vector<std::pair<std::string, int64_t>>& places, int64_t layers, py::object see)
+      : see_(std::move(see)) {
+    for (const auto& [name, layer] : places) {
+      const Site site = site_from_name(name);
+      const int64_t count = is_of_a_layer(site) ? layers : 1;
+      require(layer >= 0 && layer < count, ErrorKind::kOption, "forward: ", name, " is shown of layers 0 to ",
+              count - 1, ", not of ", layer);
+      places_.emplace(site, layer);
+    }
   }
 
   bool wants(Site site, int64_t layer) const override { return places_.contains({site, layer}); }
@@ -41,7 +48,7 @@ py::array observed_logits(const Model& model, const py::object& tokens,
                           const std::vector<std::pair<std::string, int64_t>>& places, const py::object& see,
                           const std::shared_ptr<Adapter>& adapter) {
   const std::vector<int32_t> ids = token_ids(tokens, "forward", "tokens");
-  PythonObserver observer(places, see);
+  PythonObserver observer(places, model.config().layers, see);
   py::array logits = new_array(DType::kF32, {static_cast<int64_t>(ids.size()), model.config().outputs()}, "the logits");
   float* data = float_data(logits);
   without_gil([&] { forward_observed(model, ids, adapter.get(), observer, data); });

@@ -289,6 +289,7 @@ bool has_attention_decode(const KvSegmentView* segments, int64_t count, int head
 
 void attention_decode(const Gpu& gpu, const KvSegmentView* segments, int64_t count, const KvRowsView& rows, Rows q,
                       int heads, float scale, Rows y, int* arrived, const AheadView& ahead) {
+  bool is_first = true;
   for_each_list(segments, count, [&](const SegmentList& list) {
     const KvLayerView& layer = list.of[0].layer;
     DecodeView view;
@@ -302,7 +303,8 @@ void attention_decode(const Gpu& gpu, const KvSegmentView* segments, int64_t cou
     a.parts = static_cast<int>(blocks_for(longest_row(list), kDecodeKeys));
     view.rows = rows;
     view.arrived = arrived;
-    view.ahead = ahead;
+    if (is_first) view.ahead = ahead;
+    is_first = false;
     const int64_t numbers = a.parts > 1 ? list.tokens * heads * a.parts * (layer.head_dim + 2) : 0;
     const Scratch partial(gpu, static_cast<size_t>(numbers) * sizeof(float));
     a.partial = partial.as<float>();

@@ -79,6 +79,7 @@ KvRowsView kv_rows_of(const KvStoreArgs& args) {
 
 /// What there is room for of the weights that come next.
 AheadView ahead_of(const Gpu& gpu, const AttentionArgs& args) {
+  static_assert(std::tuple_size_v<decltype(args.next_weights)> <= AheadView::kMost);
   AheadView ahead;
   int64_t room = gpu.bytes_ahead();
   int count = 0;
@@ -341,16 +342,20 @@ void CudaBackend::attend(const KvStoreArgs& store, const AttentionArgs& args) {
 
 void CudaBackend::attend_and_project(const KvStoreArgs& store, const AttentionArgs& args,
                                      const MatmulArgs& projection) {
-  check(args);
-  check(projection);
   const WeightView weight = own(*projection.weight, "attend_and_project").view();
   const int64_t rows = args.q.rows();
+  // On the tensor cores a product rounds its rows, which attention can do as it stores them.
+  const bool rounds = args.compute != Compute::kExact && projection.compute != Compute::kExact && takes_bf16(weight) &&
+                      !rounds_weights(weight, projection.compute) &&
+                      !takes_few_rows(weight, rows, projection.compute) && !projection.norm.weight &&
+                      operand_stride(weight, rows) == weight.cols;
+  if (!rounds) return Backend::attend_and_project(store, args, projection);
+  check(args);
+  check(projection);
+  check_projection(args, projection.x);
   const int heads = static_cast<int>(args.q.dim(1));
   const std::vector<KvSegmentView> segments = segments_of(args.segments, args.layer, "attend_and_project");
-  // On the tensor cores a product rounds its rows, which attention can do as it stores them.
-  bool is_rounded = args.compute != Compute::kExact && projection.compute != Compute::kExact && takes_bf16(weight) &&
-                    !rounds_weights(weight, projection.compute) && !takes_few_rows(weight, rows, projection.compute) &&
-                    !projection.norm.weight && operand_stride(weight, rows) == weight.cols;
+  bool is_rounded = args.q.dim(2) % 2 == 0;  // pairs are stored at once
   int64_t tokens = 0;
   for (const KvSegmentView& segment : segments) {
     is_rounded = is_rounded && has_attention_wgmma(*gpu_, segment, heads, static_cast<float>(args.scale));

@@ -173,7 +173,8 @@ void add_to_residual(const Model& model, int64_t layer, const Pass& pass, Site s
   }
 }
 
-/// The same block once more, which stops wherever there is something to see. The same bits, unless something is changed.
+/// The same block once more, which stops wherever there is something to see. The same bits, unless something is changed, as those of
+/// feed_forward() and of its products one by one are.
 void block_observed(const Model& model, int64_t layer, const Pass& pass) {
   const BlockWeights& weights = model.weights().block(layer);
   const ModelConfig& config = model.config();
@@ -202,6 +203,10 @@ void block_observed(const Model& model, int64_t layer, const Pass& pass) {
   add_to_residual(model, layer, pass, Site::kAttentionOut, pass.attended, weights.o, Target::kO);
   show(Site::kResidualMiddle, pass.x);
 
+  if (pass.adapters.empty() && !pass.observation->wants_any(layer, Site::kFeedForwardNorm, Site::kFeedForwardOut)) {
+    feed_forward(model, weights, pass.x);
+    return show(Site::kResidualAfter, pass.x);
+  }
   normalize(model, pass.x, weights.ffn_norm, pass.normed);
   show(Site::kFeedForwardNorm, pass.normed);
   project_gate_up(model, layer, pass);
@@ -221,7 +226,7 @@ void normalize(const Model& model, const TensorView& x, const Norm& norm, const 
 
 void block(const Model& model, int64_t layer, const Pass& pass) {
   const Range range(model.backend(), "layer ", layer);
-  if (pass.observation != nullptr) return block_observed(model, layer, pass);
+  if (pass.observation != nullptr && pass.observation->wants_any(layer)) return block_observed(model, layer, pass);
   if (!pass.adapters.empty()) return block_with_adapters(model, layer, pass);
   const BlockWeights& weights = model.weights().block(layer);
 

@@ -20,8 +20,9 @@ struct AdapterRows {
 /// All tensors are f32 on the device.
 struct Pass {
   std::vector<KvSegment> segments;
-  TensorView x;         // (M, C) the residual stream
-  TensorView normed;    // (M, C) a norm: the final one of the rows whose logits are asked for, or the block's
+  TensorView x;  // (M, C) the residual stream
+  TensorView
+      normed;  // (M, C) a norm: the final one of the rows whose logits are asked for, or the block's; free once it was read
   TensorView qkv;       // (M, (H + 2 K) D) a row is its Q, then its K, then its V
   TensorView attended;  // (M, H D)
   // Where a row has an adapter, these as well: products are made one by one then.

@@ -36,6 +36,13 @@ Site site_from_name(std::string_view name) {
   return static_cast<Site>(found - kNames.begin());
 }
 
+bool Observation::wants_any(int64_t layer, Site first, Site last) const {
+  for (int site = static_cast<int>(first); site <= static_cast<int>(last); ++site) {
+    if (wants(static_cast<Site>(site), layer)) return true;
+  }
+  return false;
+}
+
 std::vector<RowRun> Observation::show(Site site, int64_t layer, const TensorView& values) {
   if (!observer_.wants(site, layer)) return {};
   const int64_t width = values.inner_size();

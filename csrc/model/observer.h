@@ -33,6 +33,9 @@ enum class Site : uint8_t {
 };
 inline constexpr int kSiteCount = 18;
 
+/// All but the first and the last, whose layer is 0.
+constexpr bool is_of_a_layer(Site site) { return site != Site::kEmbedding && site != Site::kFinalNorm; }
+
 std::string_view name_of(Site site);
 /// Throws OptionError for a name that is none.
 Site site_from_name(std::string_view name);
@@ -60,6 +63,8 @@ class Observation {
   Observation(Backend& backend, Observer& observer) : backend_(backend), observer_(observer) {}
 
   bool wants(Site site, int64_t layer) const { return observer_.wants(site, layer); }
+  /// Whether there is anything to show between two sites of a layer, these included.
+  bool wants_any(int64_t layer, Site first = Site::kResidualBefore, Site last = Site::kResidualAfter) const;
   /// values: of the device, (M, N) f32, rows may be strided. Returns which rows were changed.
   std::vector<RowRun> show(Site site, int64_t layer, const TensorView& values);
 

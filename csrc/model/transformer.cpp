@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "backend/range.h"
+#include "core/checked.h"
 #include "core/interrupt.h"
 #include "model/block.h"
 #include "model/workspace.h"
@@ -350,7 +351,17 @@ void forward_observed(const Model& model, const std::vector<int32_t>& tokens, co
                       Observer& observer, float* logits) {
   require(!tokens.empty(), ErrorKind::kOption, "forward: there is nothing to look at without a token");
   const int64_t count = static_cast<int64_t>(tokens.size());
-  const std::unique_ptr<KvCache> cache = model.backend().create_kv_cache(model.kv_shape(count, DType::kF32));
+  const KvCacheShape shape = model.kv_shape(count, DType::kF32);
+  const WorkspaceSize size{.rows = count,
+                           .head_rows = std::min(count, kHeadRows),
+                           .angles = count,
+                           .rank = adapter == nullptr ? 0 : adapter->rank(),
+                           .is_observed = true};
+  // Both at once, as each alone might still seem to fit.
+  model.backend().require_memory(
+      checked_add(model.backend().kv_cache_nbytes(shape), workspace_nbytes(model, size), "forward"),
+      "forward: the activations of a text in one pass");
+  const std::unique_ptr<KvCache> cache = model.backend().create_kv_cache(shape);
   const std::vector<Chunk> chunks = {{.cache = cache.get(),
                                       .position = 0,
                                       .tokens = tokens.data(),

@@ -62,9 +62,9 @@ struct Chunk {
 /// positions written are undefined, everything before `position` is intact.
 void forward(const Model& model, const std::vector<Chunk>& chunks, float* logits);
 
-/// The logits of a whole sequence, (count, V; a classifier's labels), of the same bits as forward()'s, with an observer who may
-/// look at the pass and change it. It is one pass whatever its length, so that each site shows all tokens. tokens: at least one.
-/// Throws as forward(), and what the observer throws.
+/// The logits of a whole sequence, (count, V; a classifier's labels), with an observer who may look at the pass and change it. It is
+/// one pass whatever its length, so that each site shows all tokens. The bits are forward()'s; on a GPU, whose kernels depend on a pass's
+/// rows, of up to pass_rows() tokens. tokens: at least one. Throws as forward(), OutOfMemoryError, and what the observer throws.
 void forward_observed(const Model& model, const std::vector<int32_t>& tokens, const Adapter* adapter,
                       Observer& observer, float* logits);
 

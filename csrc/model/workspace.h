@@ -22,6 +22,8 @@ struct WorkspaceSize {
   bool is_observed = false;
 };
 
+/// Bytes of one. Throws LimitError.
+int64_t workspace_nbytes(const Model& model, const WorkspaceSize& size);
 /// Throws OutOfMemoryError, LimitError.
 Workspace make_workspace(const Model& model, const WorkspaceSize& size);
 

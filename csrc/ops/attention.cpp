@@ -18,4 +18,10 @@ void check(const AttentionArgs& args) {
           " heads of q are not a multiple of the ", kv_heads, " key/value heads in the caches");
 }
 
+void check_projection(const AttentionArgs& args, const TensorView& x) {
+  require_shape(x, {args.y.dim(0), args.y.dim(1) * args.y.dim(2)}, "attend_and_project", "the product's x");
+  require(x.data() == args.y.data() && x.row_stride() == args.y.row_stride(), ErrorKind::kShape,
+          "attend_and_project: the product's x must be what attention gives");
+}
+
 }  // namespace llama_ext

@@ -31,5 +31,7 @@ struct AttentionArgs {
 };
 
 void check(const AttentionArgs& args);
+/// Of Backend::attend_and_project: x of the product is y, seen as (M, H D). Throws ShapeError.
+void check_projection(const AttentionArgs& args, const TensorView& x);
 
 }  // namespace llama_ext

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -31,8 +32,10 @@ void check_batch(const Model& model, const EmbeddedBatch& batch, size_t values, 
   for (size_t i = 0; i < batch.lengths.size(); ++i) {
     const int64_t length = batch.lengths[i];
     require(length >= 1, ErrorKind::kShape, kOp, ": sequence ", i, " must have at least 1 token, got ", length);
-    require(length <= config.context && length <= kMostAttentionTokens, ErrorKind::kContextLength, kOp, ": sequence ",
-            i, " has ", length, " tokens, the model's context is ", config.context);
+    require(length <= config.context, ErrorKind::kContextLength, kOp, ": sequence ", i, " has ", length,
+            " tokens, the model's context is ", config.context);
+    require(length <= kMostAttentionTokens, ErrorKind::kContextLength, kOp, ": sequence ", i, " has ", length,
+            " tokens, attention with gradients takes at most ", kMostAttentionTokens);
     total = checked_add(total, length, "input_gradients: lengths");
   }
   require_dtype(batch.embeddings, DType::kF32, kOp, "embeddings");
@@ -49,7 +52,8 @@ void check_batch(const Model& model, const EmbeddedBatch& batch, size_t values, 
     before = term.row;
     require(term.output >= 0 && term.output < config.outputs(), ErrorKind::kTokenId, kOp, ": output ", term.output,
             " at index ", i, " must be in [0, ", config.outputs(), ")");
-    require(std::isfinite(term.weight), ErrorKind::kOption, kOp, ": weights must be finite, got ", term.weight);
+    require(std::abs(term.weight) <= static_cast<double>(std::numeric_limits<float>::max()), ErrorKind::kOption, kOp,
+            ": weights must be finite, and within float32, got ", term.weight);
   }
 }
 
@@ -72,7 +76,7 @@ int64_t pass_rows(const Model& model) {
   return std::clamp(std::max(kActivations, model.weights().nbytes()) / row_bytes, kLeastPassRows, kPassRows);
 }
 
-/// Whole sequences, until there are enough rows. What no term asks for is left out.
+/// Whole sequences, until there are enough rows or terms. What no term asks for is left out.
 std::vector<PassRange> cut_into_passes(const EmbeddedBatch& batch, int64_t most) {
   std::vector<PassRange> passes;
   PassRange pass;
@@ -86,7 +90,7 @@ std::vector<PassRange> cut_into_passes(const EmbeddedBatch& batch, int64_t most)
             .last_term = pass.last_term};
   };
   for (const int64_t length : batch.lengths) {
-    if (pass.rows > 0 && pass.rows + length > most) end_pass();
+    if (pass.rows > 0 && (pass.rows + length > most || pass.terms() >= most)) end_pass();
     ++pass.last_sequence;
     pass.rows += length;
     while (pass.last_term < batch.terms.size() && batch.terms[pass.last_term].row < pass.row + pass.rows) {
@@ -120,18 +124,32 @@ class InputGradientsCall {
   InputGradientsCall& operator=(const InputGradientsCall&) = delete;
 
   void run() {
-    const std::vector<PassRange> passes = cut_into_passes(batch_, pass_rows(model_));
-    if (passes.empty()) return;
+    for (int64_t most = pass_rows(model_);; most /= 2) {
+      const std::vector<PassRange> passes = cut_into_passes(batch_, most);
+      if (passes.empty()) return;
+      if (!allocate(passes, /*is_last_try=*/most <= kLeastPassRows)) continue;
+      for (const PassRange& range : passes) run_pass(range);
+      return;
+    }
+  }
+
+ private:
+  /// Memory for the largest pass; false where there is too little of it and smaller passes may be tried.
+  bool allocate(const std::vector<PassRange>& passes, bool is_last_try) {
     TrainingWorkspace::Size size{.trains = differentiates()};
     for (const PassRange& range : passes) {
       size.rows = std::max(size.rows, range.rows);
       size.head_rows = std::max(size.head_rows, range.terms());
     }
-    workspace_ = std::make_unique<TrainingWorkspace>(backend_, model_, adapter_, TrainerOptions{}, size);
-    for (const PassRange& range : passes) run_pass(range);
+    try {
+      workspace_ = std::make_unique<TrainingWorkspace>(backend_, model_, adapter_, TrainerOptions{}, size);
+      return true;
+    } catch (const Error& error) {
+      if (is_last_try || error.kind() != ErrorKind::kOutOfMemory) throw;
+      return false;
+    }
   }
 
- private:
   bool differentiates() const { return static_cast<bool>(d_embeddings_); }
 
   void run_pass(const PassRange& range) {
@@ -270,6 +288,11 @@ class InputGradientsCall {
               ". Either the weights or the embeddings hold a number that is not finite, or an activation is beyond "
               "float32");
     }
+    if (!differentiates()) return;
+    const TensorView d = d_embeddings_.slice_rows(range.row, range.rows);
+    require(std::all_of(d.f32(), d.f32() + d.size(), [](float x) { return std::isfinite(x); }), ErrorKind::kNumeric,
+            kOp, ": a gradient of rows [", range.row, ", ", range.row + range.rows,
+            ") is not finite: it is beyond float32");
   }
 
   const Model& model_;

@@ -30,10 +30,10 @@ struct EmbeddedBatch {
 /// A gradient is of a sequence's own terms, as sequences do not see each other. values: (terms) f64; d_embeddings: (M, C) f32,
 /// contiguous; both in host memory. Products are float32, whatever the weights are kept as: those of training, and of its passes. The
 /// model needs separate gate and up matrices; neither it nor the adapter changes, and other threads may use them. Long batches run in
-/// passes of whole sequences, so memory does not grow with the batch. On a CPU a sequence's bits depend on nothing else in the batch, and
+/// passes of whole sequences, shorter ones where memory is short: it grows with the longest sequence and its terms, not with the batch. On a CPU a sequence's bits depend on nothing else in the batch, and
 /// not on threads.
-/// Throws ShapeError, DTypeError, TokenIdError, ContextLengthError, UnsupportedError, OutOfMemoryError, NumericError (a value that is
-/// not finite), Interrupted.
+/// Throws ShapeError, DTypeError, TokenIdError, ContextLengthError, UnsupportedError, OutOfMemoryError, OptionError, NumericError (a value or a
+/// gradient that is not finite), Interrupted.
 void input_gradients(const Model& model, const Adapter* adapter, const EmbeddedBatch& batch, std::span<double> values,
                      const TensorView& d_embeddings);
 

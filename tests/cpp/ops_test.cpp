@@ -312,6 +312,10 @@ void test_attention_checks() {
     a.q = t.at(0, {3, 3, 4});
     a.y = t.at(100, {3, 3, 4});
   });
+
+  check_projection(good, t.at(100, {3, 16}));
+  CHECK_ERROR(ErrorKind::kShape, "the product's x must have shape (3, 16)", check_projection(good, t.at(100, {4, 16})));
+  CHECK_ERROR(ErrorKind::kShape, "must be what attention gives", check_projection(good, t.at(200, {3, 16})));
 }
 
 void test_feed_forward_check() {

@@ -139,7 +139,8 @@ def test_logits_of_a_pass_that_is_looked_at_have_the_same_bits(
     isa: str, dtype: str, group: int, compute: str, changes: dict[str, Any]
 ) -> None:
     core = build(_core.Backend("cpu", 2, isa), dtype, compute, group, **changes)
-    places = [(site, layer) for site in SITES for layer in range(CONFIG["layers"])]
+    of_layers = [(site, layer) for site in SITES[1:-1] for layer in range(CONFIG["layers"])]
+    places = [("embedding", 0), *of_layers, ("final_norm", 0)]
     apart = core.converted(core.types(), True)  # gate and up as two matrices, as adapters need them
     adapter = _core.Adapter(apart, {"layers.0.q": (3, 0.5), "layers.1.down": (2, 1.0), "layers.1.gate": (2, 1.0)})
     for slot, _, _ in adapter.slots():
@@ -156,7 +157,17 @@ def test_logits_of_a_pass_that_is_looked_at_have_the_same_bits(
                 seen.append((site, layer))
 
             assert expected == case.observed_logits(tokens(length), places, look, chosen).tobytes()
-            assert sorted(seen) == sorted({(s, 0 if s in ("embedding", "final_norm") else n) for s, n in places})
+            assert sorted(seen) == sorted(places)
+            # Where a layer has nothing to show, or half of it, the rest is done as if nobody looked.
+            for place in places:
+                assert expected == case.observed_logits(tokens(length), [place], lambda *_: None, chosen).tobytes()
+
+
+def test_a_place_that_there_is_not_is_refused() -> None:
+    core = build(_core.Backend("cpu", 1), "float32", "auto", 0)
+    for place in (("q", CONFIG["layers"]), ("q", -1), ("embedding", 1), ("final_norm", 1)):
+        with pytest.raises(llama_ext.OptionError, match=f"{place[0]} is shown of layers 0 to"):
+            core.observed_logits(tokens(3), [place], lambda *_: None)
 
 
 @pytest.mark.gpu

@@ -223,6 +223,10 @@ def _nan(value: Any, name: str) -> None:
     value[1, 2] = np.nan
 
 
+def _huge(value: Any, name: str) -> None:
+    value[1] = 1e25
+
+
 def _infinite(value: Any, name: str) -> None:
     value[0, 0] = np.inf
 
@@ -245,6 +249,7 @@ def _infinite(value: Any, name: str) -> None:
         ),
         ("hook_embed", lambda v, n: 3.0, "DTypeError", "got float"),
         ("blocks.1.mlp.hook_post", _nan, "NumericError", r"blocks.1.mlp.hook_post left nan at \[1, 2\]"),
+        ("blocks.1.hook_resid_pre", _huge, "NumericError", "so must the squares of what a norm reads"),
         ("blocks.1.attn.hook_attn_scores", _infinite, "NumericError", r"left inf at \[0, 0, 0\]"),
         ("blocks.1.attn.hook_pattern", lambda v, n: v - np.float32(np.inf), "NumericError", "left -inf"),
         ("blocks.9.hook_resid_mid", lambda v, n: None, "OptionError", "no such name"),

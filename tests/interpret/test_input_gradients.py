@@ -298,7 +298,8 @@ def test_what_cannot_be_asked_is_told() -> None:
         ([8], [(4, 0, 1.0), (3, 0, 1.0)], ShapeError, "row 3 at index 1"),
         ([8], [(-1, 0, 1.0)], ShapeError, "row -1 at index 0"),
         ([8], [(0, 23, 1.0)], TokenIdError, r"output 23 at index 0 must be in \[0, 23\)"),
-        ([8], [(0, 0, float("inf"))], OptionError, "weights must be finite, got inf"),
+        ([8], [(0, 0, float("inf"))], OptionError, "weights must be finite, and within float32, got inf"),
+        ([8], [(0, 0, 1e300)], OptionError, "weights must be finite, and within float32, got 1e"),
     ]:
         with pytest.raises(kind, match=message):
             ask(model, embeddings, lengths, terms)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ import itertools
 import os
 import shutil
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,22 @@ def test_saving_a_model_over_a_folder_of_links_leaves_the_files_they_name(tmp_pa
     assert {path.name: path.read_bytes() for path in blobs.iterdir()} == before
     assert not any(path.is_symlink() for path in snapshot.iterdir())
     assert (snapshot / "model.safetensors").read_bytes() != before["model.safetensors"]
+
+
+def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
+    """Failure elsewhere: saving to /dev/null as root left a file in its place."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    found = []
+    reader = threading.Thread(target=lambda: found.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    (tmp_path / "link").symlink_to(pipe)
+    with atomic_write(tmp_path / "link", follow_links=True) as file:
+        file.write(b"through")
+    reader.join(10)
+    assert found == [b"through"]
+    assert pipe.is_fifo()
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_a_file_in_a_missing_directory_is_named_and_so_is_the_directory(tmp_path: Path) -> None:

@@ -20,6 +20,9 @@ __all__ = ["Hook", "run_with_hooks"]
 # (value, name) -> what takes its place, or None: the value, as the function left it.
 Hook = Callable[[FloatArray, str], FloatArray | None]
 
+# What norms read.
+_RESIDUALS = frozenset({"hook_embed", "hook_resid_pre", "hook_resid_mid", "hook_resid_post"})
+
 
 def run_with_hooks(model: LlamaForCausalLM, text: object, hooks: Mapping[Any, Hook]) -> FloatArray:
     """Runs the model on a text while functions look at what it computes, and change it.
@@ -88,6 +91,13 @@ def _require_finite(value: FloatArray, name: str) -> None:
     bad = ~np.isfinite(value)
     if layer_of(name)[1] == "attn.hook_attn_scores":
         bad &= value != -np.inf
+    if name.rpartition(".")[2] in _RESIDUALS:
+        # A norm squares them in float32: beyond it, it would give zeros, and nobody would know.
+        bad |= (np.square(value.astype(np.float64)).sum(axis=-1, keepdims=True) > np.finfo(np.float32).max) & (
+            value != 0
+        )
     if bad.any():
         place = tuple(int(axis[0]) for axis in np.nonzero(bad))
-        raise NumericError(f"the hook of {name} left {value[place]} at {list(place)}: values must be finite")
+        raise NumericError(
+            f"the hook of {name} left {value[place]} at {list(place)}: values must be finite, and so must the squares of what a norm reads"
+        )

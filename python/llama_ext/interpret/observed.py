@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Text", "observe", "read_text"]
 
+_F64 = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 # Is given a name and its value, which it may keep and does not write to, and returns what takes its place, or None.
 See = Callable[[str, FloatArray], FloatArray | None]
 
@@ -167,7 +168,7 @@ class _Observed:
         future = np.triu(np.ones((self._tokens, self._tokens), dtype=np.bool_), 1)
         made = np.empty((q.shape[0], self._tokens, self._tokens), dtype=np.float32)
         for head, queries in enumerate(q):
-            made[head] = queries @ k[head // shared].T / math.sqrt(self._config.head_dim)
+            made[head] = _product(queries, k[head // shared].T) / math.sqrt(self._config.head_dim)
         made[:, future] = -np.inf
         scores, is_scored = self._ask(name + "hook_attn_scores", made)
         powers = _softmax(scores)
@@ -177,7 +178,7 @@ class _Observed:
         differs = (_differs(scores, made) | _differs(pattern, powers))[..., 0]  # (H, T)
         result = z.reshape(self._tokens, -1, self._config.head_dim).copy()
         for head, rows in enumerate(differs):
-            result[rows, head] = pattern[head, rows].astype(np.float64) @ v[head // shared]
+            result[rows, head] = _product(pattern[head, rows].astype(np.float64), v[head // shared])
         return result
 
     def _heads(self, site: str, layer: int) -> np.ndarray[tuple[int, int, int], np.dtype[np.float64]]:
@@ -185,6 +186,25 @@ class _Observed:
         rows = self._kept.pop((site, layer)).reshape(self._tokens, -1, self._config.head_dim)
         heads: np.ndarray[tuple[int, int, int], np.dtype[np.float64]] = rows.transpose(1, 0, 2).astype(np.float64)
         return heads
+
+
+# Multiplications of a product that every BLAS leaves to the calling thread: its own threads and the core's, one waiting while the other
+# works, took ten times as long.
+_OF_ONE_THREAD = 1 << 17
+_EDGE = 256
+
+
+def _product(a: _F64, b: _F64) -> _F64:
+    """a b, in pieces."""
+    product = np.zeros((a.shape[0], b.shape[1]))
+    depth, width = min(a.shape[1], _EDGE), min(b.shape[1], _EDGE)
+    rows = max(2, _OF_ONE_THREAD // max(1, depth * width))  # of one row, others count
+    for row in range(0, a.shape[0], rows):
+        for column in range(0, b.shape[1], _EDGE):
+            for k in range(0, a.shape[1], _EDGE):
+                some = slice(row, row + rows), slice(column, column + _EDGE)
+                product[some] += a[some[0], k : k + _EDGE] @ b[k : k + _EDGE, some[1]]
+    return product
 
 
 def _norm_places(layers: int, norm: str) -> tuple[tuple[str, int], tuple[str, int]]:

@@ -209,6 +209,15 @@ def _temporary(target: Path) -> Path:
     return target.with_name(f".{name}.{secrets.token_hex(8)}.tmp")
 
 
+def _is_special(path: Path) -> bool:
+    """Whether a device, a pipe or a socket is there: something that must not give way to a file."""
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode))
+
+
 def _refuse_folder(target: Path) -> None:
     if target.is_dir() and not target.is_symlink():
         raise IsADirectoryError(errno.EISDIR, "this is a directory: name a file", os.fspath(target))
@@ -236,7 +245,7 @@ def atomic_write(
 
     The bytes go to a temporary file in the same folder; when the block ends it is synced, renamed over `path`, and
     the folder is synced. If the block raises, the temporary file is removed and `path` is untouched. A memory map
-    or an open handle of the old file stays valid.
+    or an open handle of the old file stays valid. A device or a pipe at `path` is written to as it is.
 
     Args:
         path: The file to create or replace; its folder must exist. The permissions of a replaced file are kept.
@@ -254,6 +263,15 @@ def atomic_write(
         OSError: When the folder does not exist or cannot be written, or the disk is full; `filename` is `path`.
     """
     target = Path(os.path.realpath(path) if follow_links else path)
+    if _is_special(target):
+        try:
+            with open(target, "wb") as file:
+                yield file
+        except OSError as error:
+            raise _named(error, path, target) from error
+        if replacing is not None:
+            replacing()
+        return
     mode = None
     with contextlib.suppress(OSError):
         found = os.lstat(target).st_mode
