@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from llama_ext.errors import (
     ShapeError,
     TokenIdError,
 )
-from llama_ext.interpret import attribute
+from llama_ext.interpret import attribute, methods
 
 METHODS = ("integrated_gradients", "gradient_x_input", "occlusion")
 each_method = pytest.mark.parametrize("method", METHODS)
@@ -76,6 +77,90 @@ def test_the_path_is_halved_until_scores_add_up(demo: llama_ext.LlamaForCausalLM
     assert 50 < fine.steps <= 4000
     between = attribute(demo, TEXTS[1], baseline="zeros", max_steps=100)
     assert 50 < between.steps <= 100
+    assert attribute(demo, TEXTS[1], baseline="zeros").warning is None
+
+
+@pytest.mark.parametrize("text", ["KING RICHARD I", *TEXTS[1:]])
+def test_no_unwarned_scores_are_far_from_converged_ones(demo: llama_ext.LlamaForCausalLM, text: str) -> None:
+    exact = attribute(demo, text, baseline="zeros", max_steps=8000, steps=100)
+    assert exact.warning is None
+    for steps, most in [(1, 1), (10, 10), (50, 50), (50, 150), (50, 200), (50, 500), (77, 101), (150, 150), (2, 2000)]:
+        found = attribute(demo, text, baseline="zeros", steps=steps, max_steps=most)
+        error = np.abs(found.scores - exact.scores).sum() / np.abs(exact.scores).sum()
+        assert found.warning is not None or error < 0.05, (steps, most)
+        assert found.convergence_delta is not None
+        assert found.convergence_delta > 0.01 or found.warning is None or "half of the steps" in found.warning
+
+
+class Made:
+    """Two tokens whose gradients along the path are given, and add up to `slope` everywhere."""
+
+    tokens = 2
+    embeddings = np.eye(2)
+
+    def __init__(
+        self, first: Callable[[float], float], slope: Callable[[float], float], value: Callable[[float], float]
+    ):
+        self.first, self.slope, self.of = first, slope, value
+
+    def gradients(self, count: int, prompts: Any, advance: Any) -> Any:
+        for index in range(count):
+            place = prompts(index)[0, 0]
+            yield index, np.diag([self.first(place), self.slope(place) - self.first(place)])
+
+    def value(self, prompt: Any) -> float:
+        return self.of(prompt[0, 0])
+
+
+def integrated(question: Any, steps: int, most: int) -> methods.Integral:
+    ends = question.of(1.0), question.of(0.0)
+    return methods.integrated_gradients(
+        question, np.zeros((2, 2)), *ends, steps=steps, max_steps=most, tolerance=0.01, shows=False
+    )
+
+
+def test_one_part_that_adds_up_by_chance_is_not_trusted() -> None:
+    # As from zeros, all happens at the beginning; what one token is off by the other is, too, and the sum is right.
+    def steep(place: float) -> float:
+        return 3e-2 / (place + 1e-4) ** 1.5
+
+    made = Made(steep, lambda place: 2.0, lambda place: 2 * place)
+    exact = 6e-2 * (1e-4**-0.5 - 1.0001**-0.5)
+    for most in (50, 73):
+        alone = integrated(made, 50, most)
+        assert alone.steps == 50
+        assert alone.delta < 1e-9
+        assert alone.adds_up(2.0, 0.0, 0.01)
+        assert not alone.agrees(2.0, 0.0)
+        assert abs(alone.scores[0] - exact) > 0.1 * exact
+    found = integrated(made, 50, 2000)
+    assert 50 < found.steps < 500
+    assert found.agrees(2.0, 0.0)
+    assert found.scores == pytest.approx([exact, 2 - exact], rel=0.02)
+    smooth = integrated(Made(lambda place: 3 * place**2, lambda place: 2.0, lambda place: 2 * place), 50, 500)
+    assert smooth.steps == 50
+    assert smooth.agrees(2.0, 0.0)
+    assert smooth.scores == pytest.approx([1, 1])
+
+
+def test_errors_of_parts_do_not_make_good_for_each_other() -> None:
+    # A step up in one half and down in the other: what both are off by is as much, with two signs.
+    def slope(place: float) -> float:
+        return 2.0 + 9 * (0.2 < place < 0.7)
+
+    made = Made(slope, slope, lambda place: 2 * place + 9 * min(max(place - 0.2, 0), 0.5))
+    found = integrated(made, 2, 26)
+    assert found.steps == 26
+    assert abs(found.scores.sum() - made.of(1.0)) < 1e-9
+    assert found.delta > 0.2
+    assert not found.adds_up(made.of(1.0), 0.0, 0.01)
+
+
+def test_one_line_says_what_it_is(demo: llama_ext.LlamaForCausalLM) -> None:
+    found = attribute(demo, TEXTS[1], method="occlusion")
+    assert repr(found) == (
+        f"Attribution of {TEXTS[1]!r}: occlusion for the {found.target}, {len(found.tokens)} tokens, value {found.value:.4g}"
+    )
 
 
 def linear_model() -> llama_ext.LlamaForCausalLM:
@@ -217,6 +302,7 @@ def test_baselines_may_be_tokens_ids_and_arrays(letters: llama_ext.LlamaForCausa
         "token": attribute(letters, "the dog", 3, baseline="x"),
         "id": attribute(letters, "the dog", 3, baseline=token),
         "array": attribute(letters, "the dog", 3, baseline=table[token]),
+        "list": attribute(letters, "the dog", 3, baseline=table[token].tolist()),
         "arrays": attribute(letters, "the dog", 3, baseline=np.tile(table[token].astype(np.float64), (7, 1))),
     }
     for each in found.values():
@@ -346,8 +432,10 @@ def test_a_gpu_gives_the_scores_of_the_cpu(method: str) -> None:
 def test_what_cannot_be_asked_of_a_language_model_is_told(letters: llama_ext.LlamaForCausalLM) -> None:
     size = letters.config.vocab_size
     for arguments, options, kind, message in [
-        (("",), {}, OptionError, "the text is empty"),
-        (([],), {}, ShapeError, "the text has no token"),
+        (("",), {}, OptionError, "the text is empty: give at least one character"),
+        (([],), {}, ShapeError, "the text has no tokens: give at least one, for example the BOS token"),
+        (("the", (5, 5)), {}, OptionError, r"a contrast is of two that differ, and \(5, 5\) names one twice"),
+        (("the", ("d", "d")), {}, OptionError, "names one twice"),
         (([size],), {}, TokenIdError, rf"the text\[0\] is {size}"),
         ((3.5,), {}, DTypeError, "the text must be a sequence of integers, got float"),
         (("the", size), {}, TokenIdError, f"target {size} is no token id"),
@@ -373,6 +461,9 @@ def test_what_cannot_be_asked_of_a_language_model_is_told(letters: llama_ext.Lla
         (("the", 1), {"baseline": size}, TokenIdError, f"baseline {size} is no token id"),
         (("the", 1), {"baseline": np.zeros(23)}, ShapeError, r"baseline must have shape \(24,\), .* got \(23,\)"),
         (("the", 1), {"baseline": np.zeros((2, 24))}, ShapeError, r"or \(3, 24\), one for each token, got \(2, 24\)"),
+        (("the", 1), {"baseline": [0.5] * 23}, ShapeError, r"baseline must have shape \(24,\), .* got \(23,\)"),
+        (("the", 1), {"baseline": [1, 2]}, DTypeError, "baseline must be an array of floats, got int64"),
+        (("the", 1), {"baseline": [[0.5], [0.5, 1.0]]}, ShapeError, "parts are of different lengths"),
         (("the", 1), {"baseline": np.zeros(24, int)}, DTypeError, "baseline must be an array of floats, got int64"),
         (("the", 1), {"baseline": np.full(24, np.nan)}, OptionError, "a number that is not finite"),
         (("the", 1), {"baseline": np.full(24, 1e300)}, NumericError, "is (nan|-?inf)"),
@@ -396,6 +487,8 @@ def test_what_cannot_be_asked_of_a_classifier_is_told() -> None:
             attribute(classifier, "the warm", target)
     with pytest.raises(OptionError, match="must have 2 members, got 1"):
         attribute(classifier, "the warm", ("warm",))
+    with pytest.raises(OptionError, match="names one twice"):
+        attribute(classifier, "the warm", ("warm", 1))
     with pytest.raises(OptionError, match="the text is empty"):
         attribute(classifier, "")
     with pytest.raises(ContextLengthError, match="tokens, the model's context is 96"):

@@ -238,6 +238,34 @@ def test_a_cache_is_a_mapping_with_short_names() -> None:
     assert "more" in repr(cache)
 
 
+def test_a_part_of_the_layer_may_be_named_as_in_transformer_lens() -> None:
+    _, cache = model().run_with_cache(TEXT)
+    assert cache["z", 0, "attn"] is cache["blocks.0.attn.hook_z"]
+    assert cache["scale", -1, "ln2"] is cache["blocks.1.ln2.hook_scale"]
+    assert cache["z", np.int64(1)] is cache["z", 1]
+    with pytest.raises(KeyError, match="was not kept"):
+        _ = cache["z", 0, "mlp"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [("z", "0"), ("z",), (), (0, "z"), ("z", True), ("z", 0, 1), ("z", 0, "attn", 1), 5, None, ["z"]]
+)
+def test_what_is_no_name_is_a_key_error(wrong: Any) -> None:
+    _, cache = model().run_with_cache(TEXT)
+    with pytest.raises(KeyError, match="expected"):
+        _ = cache[wrong]
+    assert wrong not in cache
+
+
+def test_caches_and_stacks_are_equal_where_they_are_the_same() -> None:
+    _, cache = model().run_with_cache(TEXT)
+    _, other = model().run_with_cache(TEXT)
+    stack, again = cache.residual_stack(), cache.residual_stack()
+    assert cache == cache and cache != other  # noqa: PT018
+    assert stack == stack and stack != again  # noqa: PT018
+    assert len({cache, other}) == len({stack, again}) == 2
+
+
 def test_the_residual_stream_is_stacked() -> None:
     _, cache = model().run_with_cache(TEXT, "blocks.*.hook_resid_*")
     values, labels = cache.residual_stack()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import html
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +130,23 @@ def test_the_picture_has_every_layer() -> None:
     np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), lens().top_probabilities[:, :, 0])
     assert len(figure.axes[0].texts) == 3 * 19
     figure.canvas.draw()
+
+
+def test_it_is_pickled_without_the_model() -> None:
+    again = pickle.loads(pickle.dumps(lens()))
+    assert again.kl.tobytes() == lens().kl.tobytes()
+    assert str(again) == str(lens())
+    assert again.top(2) == lens().top(2)
+    assert again._page() == lens()._page()
+    with pytest.raises(llama_ext.OptionError, match="needs the model"):
+        again.logits(0)
+    assert again != lens()
+    assert lens() == lens()
+
+
+def test_probabilities_are_taken_once_for_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    exp = np.exp
+    monkeypatch.setattr(np, "exp", lambda values, *rest: (taken.append(values.size), exp(values, *rest))[1])
+    logit_lens(model(), TEXT)
+    assert sum(taken) == 3 * 19 * model().config.vocab_size

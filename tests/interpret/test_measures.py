@@ -97,7 +97,7 @@ def test_it_does_not_depend_on_batches_or_on_what_was_explained() -> None:
     assert str(again) == str(found)
     assert again.random_deletion.tobytes() == found.random_deletion.tobytes()
     # Of the probability, whether logits or their logarithms were attributed.
-    other = dataclasses.replace(attribution, target=dataclasses.replace(attribution.target, output="logprob"))
+    other = dataclasses.replace(attribute(model, "the lazy dog", 3, "occlusion"), scores=attribution.scores)
     assert faithfulness(model, other, seed=1).deletion.tobytes() == found.deletion.tobytes()
     assert faithfulness(model, attribution, seed=2).random_deletion.tobytes() != found.random_deletion.tobytes()
 
@@ -155,6 +155,23 @@ def test_the_table_says_what_is_better() -> None:
     assert not Measure(0.5, 0.3, 0.05, "lower").beats_random
     assert not Measure(0.39, 0.3, 0.05, "higher").beats_random
     assert Measure(0.1, 0.3, 0.05, "lower").beats_random
+
+
+@pytest.mark.parametrize("target", [3, (3, 7), " dog"])
+def test_an_attribution_of_another_model_or_another_time_is_refused(target: Any) -> None:
+    model = make()
+    for output in ("logprob", "logit") if target != " dog" else ("logprob",):
+        attribution = attribute(model, "the lazy", target, "occlusion", output=output)
+        faithfulness(make(threads=2), attribution, permutations=2)
+        with pytest.raises(
+            OptionError, match=r"in this model, and was .* it is another model, or has been changed since"
+        ):
+            faithfulness(make(seed=1), attribution)
+        trained = make()
+        trained.compile(lr=1e-3)
+        trained.fit(["the lazy dog"], epochs=3, batch_size=1, verbose=0)
+        with pytest.raises(OptionError, match="has been changed since"):
+            faithfulness(trained, attribution)
 
 
 def test_what_cannot_be_measured_is_told() -> None:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import letter_models
 import llama_ext
 from llama_ext.interpret import hook_names, match_names
 from small_config import config_of
@@ -62,3 +63,11 @@ def test_patterns_functions_and_lists_choose(names: Any, count: int) -> None:
 def test_what_means_nothing_is_an_error_that_names_its_neighbours(names: Any, why: str) -> None:
     with pytest.raises(llama_ext.OptionError, match=why):
         match_names(CONFIG, names)
+
+
+def test_a_model_is_no_config() -> None:
+    for call in (lambda: hook_names(letter_models.make()), lambda: match_names(letter_models.make(), None)):  # type: ignore[arg-type]
+        with pytest.raises(
+            llama_ext.OptionError, match=r"must be a LlamaConfig, got LlamaForCausalLM: .* model\.config"
+        ):
+            call()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -138,11 +139,58 @@ def test_answers_are_texts_or_ids_or_what_the_model_says() -> None:
         ({"heads": True}, "OptionError", "blocks.0.hook_resid_pre has none"),
         ({"names": ["*hook_q", "*hook_k"], "heads": True}, "OptionError", "hook_k has 2 heads and .*hook_q has 4"),
         ({"clean": ""}, "OptionError", "empty"),
+        ({"heads": 3, "names": "*hook_z"}, "OptionError", "heads must be True or False, got 3"),
+        ({"heads": "no", "names": "*hook_z"}, "OptionError", "heads must be True or False, got 'no'"),
+        ({"positions": "no"}, "OptionError", "positions must be True, False or a list of positions, got 'no'"),
+        ({"positions": 2}, "OptionError", "positions must be True, False or a list of positions, got 2"),
+        ({"positions": []}, "OptionError", r"positions must be True, False or a list of positions, got \[\]"),
+        ({"positions": [1, COUNT]}, "OptionError", r"positions\[1\] must be a whole number in \[-13, 12\], got 13"),
+        ({"positions": [1.5]}, "OptionError", r"positions\[0\] must be a whole number in"),
+        ({"positions": [1, 1 - COUNT]}, "OptionError", "must be different ones"),
+        ({"metric": 3}, "OptionError", r"metric must be a function of logits \(T, V\), got 3"),
+        ({"metric": lambda logits: None}, "DTypeError", "the metric must give a number, got None"),
+        ({"metric": lambda logits: "1"}, "DTypeError", "the metric must give a number, got '1'"),
+        ({"metric": lambda logits: logits[-1]}, "DTypeError", "the metric must give a number, got array"),
+        ({"answers": np.array([1, 2, 3])}, "OptionError", "must be two"),
+        ({"answers": np.array([[1], [2]])}, "DTypeError", "answers"),
     ],
 )
 def test_what_cannot_be_patched_is_an_error_that_says_why(changes: dict[str, Any], error: str, why: str | None) -> None:
     with pytest.raises(getattr(llama_ext, error), match=why):
         patch(model(), **{"clean": CLEAN, "corrupted": CORRUPTED, **changes})
+
+
+@pytest.mark.parametrize("positions", [[6, 4, -1], (6, 4, 12), np.array([6, 4, 12])])
+def test_some_positions_are_those_of_the_whole_table(positions: Any) -> None:
+    names = ["blocks.0.hook_resid_pre", "blocks.1.attn.hook_pattern"]
+    whole = patch(model(), CLEAN, CORRUPTED, names, positions=True, answers=ANSWERS)
+    some = patch(model(), CLEAN, CORRUPTED, names, positions=positions, answers=ANSWERS)
+    assert whole.positions == list(range(COUNT))
+    assert some.positions == [6, 4, 12]
+    np.testing.assert_array_equal(some.recovery, whole.recovery[:, [6, 4, 12]])
+    best = some.positions[int(some.recovery[0].argmax())]
+    assert f"token {best} {CORRUPTED[best]!r}" in str(some)
+    assert patch(model(), CLEAN, CORRUPTED, answers=ANSWERS).positions == []
+
+
+@pytest.mark.parametrize("kind", [list, np.array])
+def test_answers_may_be_any_two(kind: Any) -> None:
+    ids = [int(model().tokenizer.encode(answer)[0]) for answer in ANSWERS]
+    found = patch(model(), CLEAN, CORRUPTED, positions=[-1], answers=kind(ids))
+    assert found.clean == difference(clean().logits)
+
+
+def test_colours_reach_as_far_as_the_table() -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra `plot`")
+    found = patch(model(), CLEAN, CORRUPTED, positions=True, answers=ANSWERS)
+    for factor in (0.01, 3.0, 0.0):
+        small = dataclasses.replace(found, recovery=found.recovery * factor)
+        largest = float(np.abs(small.recovery).max()) or 1.0
+        drawing = small.plot()
+        assert drawing.axes[0].images[0].get_clim() == (-largest, largest)
+        scale = drawing.axes[1]
+        assert [label.get_text() for label in scale.get_yticklabels()][::4] == [f"{-largest:+.2g}", f"{largest:+.2g}"]
+        assert scale.get_ylabel() == "recovery (1: clean)"
 
 
 def test_it_is_read_as_a_list_of_the_best() -> None:
@@ -174,7 +222,7 @@ def test_pictures_are_of_the_table() -> None:
 
 
 def test_a_long_run_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llama_ext.interpret import patching
+    from llama_ext.interpret import questions
 
     told: list[tuple[str, int, str]] = []
 
@@ -191,6 +239,8 @@ def test_a_long_run_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None
         def advance(self, amount: int) -> None:
             told.append(("one", amount, ""))
 
-    monkeypatch.setattr(patching, "ProgressBar", Bar)
+    monkeypatch.setattr(questions, "ProgressBar", Bar)
     patch(model(), CLEAN, CORRUPTED, positions=True, answers=ANSWERS)
     assert told == [("Patching", 26, "runs"), *[("one", 1, "")] * 26, ("end", 0, "")]
+    patch(model(), CLEAN, CORRUPTED, positions=True, answers=ANSWERS, verbose=0)
+    assert len(told) == 28

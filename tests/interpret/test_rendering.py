@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import re
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ class Page(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
         self.open: list[str] = []
+        self.classes: list[str | None] = []
         self.names: list[str] = []
         self.spans: list[tuple[str, str]] = []  # title, text
 
@@ -54,12 +57,14 @@ class Page(HTMLParser):
             self.spans.append((title, ""))
         if tag != "meta":
             self.open.append(tag)
+            self.classes.append(dict(attrs).get("class"))
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
+        self.classes.pop()
 
     def handle_data(self, data: str) -> None:
-        if self.open[-1:] == ["span"] and self.spans and "p" in self.open:
+        if self.open[-1:] == ["span"] and self.spans and "text" in self.classes:
             self.spans[-1] = (self.spans[-1][0], self.spans[-1][1] + data)
 
 
@@ -89,6 +94,39 @@ def test_html_is_one_well_formed_file_with_everything_escaped(tmp_path: Path) ->
     ids = attribution.token_ids[-3:]
     assert title == f"{attribution.scores[-3:].sum():+.4g} (tokens {', '.join(map(str, ids))})"
     assert re.sub("<div><b>.*?</b></div>", "", attribution._repr_html_(), count=1) in text  # where the page has a title
+
+
+def test_text_has_the_colour_and_the_width_of_the_page() -> None:
+    # A paragraph of a page is faint and narrow, and a notebook has no colour by that name.
+    seen = made("the cat")._repr_html_()
+    assert "<p" not in seen
+    assert re.search(r'<div class="text" style="[^"]*color:var\(--ink,inherit\)', seen)
+
+
+def test_every_character_that_is_not_printable_is_an_escape(tmp_path: Path) -> None:
+    attribution = dataclasses.replace(made("the\tcat\r\n\u200b"), tokens=["the\t", "\r\n", "\u200b"])
+    attribution = dataclasses.replace(attribution, scores=np.ones(3), _tokenizer=None, token_ids=[1, 2, 3])
+    assert [line.split("  ")[-1] for line in str(attribution).splitlines()[3:]] == [
+        r"'the\t'",
+        "'\\r\u23ce'",
+        r"'\u200b'",
+    ]
+    made("the\tcat\r\n\u200b").to_html(tmp_path / "a.html")
+    assert "".join(seen for _, seen in read(tmp_path / "a.html")[1].spans) == "the\\tcat\\r\u23ce\n\\u200b"
+
+
+def test_a_tab_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra `plot`")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made("the\tcat").plot().savefig(tmp_path / "a.png")
+
+
+def test_a_link_that_the_user_named_survives(tmp_path: Path) -> None:
+    (tmp_path / "link.html").symlink_to("real.html")
+    made("the").to_html(tmp_path / "link.html")
+    assert (tmp_path / "link.html").is_symlink()
+    assert (tmp_path / "real.html").stat().st_size > 0
 
 
 def test_colours_are_by_sign_and_size(tmp_path: Path) -> None:

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llama_ext._arrays import FloatArray, IntArray, as_whole
+from llama_ext._options import shown
 from llama_ext._plots import new_figure
 from llama_ext.errors import LimitError, OptionError
 from llama_ext.interpret.attention_page import attention_page
-from llama_ext.interpret.cache import run_with_cache
-from llama_ext.interpret.pages import in_notebook, label, shown_text, write_page
+from llama_ext.interpret.cache import require_memory
+from llama_ext.interpret.observed import observe, read_text
+from llama_ext.interpret.pages import in_notebook, label, shown_text, whole_text, write_page
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +34,7 @@ _PAGE_BYTES = 64 << 20
 _NAMED = 48
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class AttentionMaps:
     """The patterns of attention of a text.
 
@@ -42,16 +44,18 @@ class AttentionMaps:
         tokens: The T tokens as a person reads them.
         token_ids: (T) int32.
         layers: The number of each of the L layers.
+        text: What the tokens say together; empty: the tokens one after the other.
     """
 
     patterns: FloatArray
     tokens: list[str]
     token_ids: IntArray = field(repr=False)
     layers: list[int] = field(default_factory=list)
+    text: str = field(default="", repr=False)
 
     def __repr__(self) -> str:
         layers, heads, tokens, _ = self.patterns.shape
-        return f"AttentionMaps of {tokens} tokens ({label(self.tokens)!r}), {layers} layers, {heads} heads"
+        return f"AttentionMaps of {tokens} tokens ({label(self.text or self.tokens)!r}), {layers} layers, {heads} heads"
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Writes a page for a browser: one file, which loads nothing else.
@@ -76,7 +80,7 @@ class AttentionMaps:
                 f"a page of {layers} layers, {heads} heads and {tokens} tokens would have {nbytes >> 20} MiB, at most "
                 f"{_PAGE_BYTES >> 20} are written: choose layers, attention(model, text, layers=[0, 1]), or a shorter text"
             )
-        return attention_page(self.patterns, self.layers, self.tokens)
+        return attention_page(self.patterns, self.layers, self.tokens, self.text)
 
     def plot(self, layer: int | None = None, head: int | None = None) -> Figure:
         """Draws patterns, by matplotlib (extra `plot`).
@@ -130,9 +134,13 @@ class AttentionMaps:
     def _chosen(self, what: str, number: int | None, there: list[int]) -> list[int]:
         if number is None:
             return list(range(len(there)))
-        if as_whole(number) not in there:
-            raise OptionError(f"{what} must be one of {there[0]} to {there[-1]}, got {number!r}")
-        return [there.index(number)]
+        found = as_whole(number)
+        if found is None or found not in there:
+            first, last = there[0], there[-1]
+            whole_range = there == list(range(first, last + 1))
+            are = f"{first} to {last}" if whole_range else ", ".join(map(str, there))
+            raise OptionError(f"{what} must be one of {are}, got {shown(number)}")
+        return [there.index(found)]
 
 
 def attention(model: LlamaForCausalLM, text: object, layers: Sequence[int] | None = None) -> AttentionMaps:
@@ -150,11 +158,33 @@ def attention(model: LlamaForCausalLM, text: object, layers: Sequence[int] | Non
         OptionError: There is no such layer, or one is named twice.
         UnsupportedError, ShapeError, ContextLengthError, TokenIdError, OutOfMemoryError: As `LlamaForCausalLM.run_with_cache`.
     """
-    count = model.config.num_hidden_layers
-    chosen = list(range(count)) if layers is None else [as_whole(layer) for layer in layers]
-    if not chosen or len(set(chosen)) < len(chosen) or any(layer is None or not 0 <= layer < count for layer in chosen):
-        raise OptionError(f"layers must be different numbers from 0 to {count - 1}, got {layers!r}")
-    numbers = sorted(layer for layer in chosen if layer is not None)
-    names = [f"blocks.{layer}.attn.hook_pattern" for layer in numbers]
-    _, cache = run_with_cache(model, text, names)
-    return AttentionMaps(np.stack([cache[name] for name in names]), cache.tokens, cache.token_ids, numbers)
+    read = read_text(model, text)
+    numbers = _numbers(layers, model.config.num_hidden_layers)
+    names = {f"blocks.{layer}.attn.hook_pattern": row for row, layer in enumerate(numbers)}
+    count = read.ids.size
+    require_memory(model, list(names), count, "attention")
+    patterns = np.empty((len(numbers), model.config.num_attention_heads, count, count), np.float32)
+
+    def keep(name: str, value: FloatArray) -> None:
+        patterns[names[name]] = value  # at once: a cache of them all and a stack of that would be twice the memory
+
+    observe(model, read.ids, names, keep)
+    return AttentionMaps(patterns, read.tokens, read.ids, numbers, text=whole_text(model.tokenizer, read.ids.tolist()))
+
+
+def _numbers(layers: object, count: int) -> list[int]:
+    """The layers that are meant, in the model's order.
+
+    Raises:
+        OptionError: They are not different numbers of layers.
+    """
+    if layers is None:
+        return list(range(count))
+    try:
+        given = [as_whole(layer) for layer in layers]  # type: ignore[attr-defined]
+    except TypeError:
+        given = []
+    numbers = sorted(layer for layer in set(given) if layer is not None and 0 <= layer < count)
+    if not numbers or len(numbers) < len(given):
+        raise OptionError(f"layers must be different numbers from 0 to {count - 1}, got {shown(layers)}")
+    return numbers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from llama_ext._options import shown, whole
 from llama_ext.errors import OptionError
 from llama_ext.interpret import methods, rendering
 from llama_ext.interpret.baselines import embedding_of
-from llama_ext.interpret.pages import page, write_page
+from llama_ext.interpret.pages import label, page, write_page
 from llama_ext.interpret.questions import Target, ask, bar, loaded
 from llama_ext.interpret.token_texts import Word, characters, pieces, words
 from llama_ext.runtime.adapted import AdapterChoice
@@ -35,7 +35,7 @@ _MOST_STEPS = 1_000_000
 _SHOWN = 40
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Attribution:
     """How much each token counts for a target.
 
@@ -46,12 +46,14 @@ class Attribution:
         target: What is explained.
         value: The target's value for the text.
         baseline_value: And with the baseline in the place of every token.
-        convergence_delta: Of integrated gradients, |sum of scores - (value - baseline_value)| as a share of |value -
-            baseline_value|: 0 is exact. None for other methods, whose scores need not add up.
+        convergence_delta: Of integrated gradients, how far the scores of each part of the path are from the difference of values at
+            its ends, added up over the parts, as a share of |value - baseline_value|: 0 is exact. None for other methods, whose
+            scores need not add up.
         method: "integrated_gradients", "gradient_x_input" or "occlusion".
         steps: Gradients, or windows, that were computed.
         baseline: (T, C) float64, the embeddings that stand for tokens that are not there.
-        warning: What is wrong with the scores, or None: they add up to 1%, or to what float32 can tell.
+        warning: What is wrong with the scores, or None: they add up to 1%, or to what float32 can tell, and half of the steps tells
+            much the same.
         adapter: The adapter that was in use, or None.
     """
 
@@ -64,10 +66,10 @@ class Attribution:
     convergence_delta: float | None
     method: str
     steps: int
-    baseline: F64 = field(repr=False)
+    baseline: F64
     warning: str | None = None
     adapter: str | None = None
-    _tokenizer: Tokenizer | None = field(default=None, repr=False)
+    _tokenizer: Tokenizer | None = None
 
     def words(self) -> list[Word]:
         """Tokens joined to words, with the sums of their scores.
@@ -106,6 +108,12 @@ class Attribution:
         ]
         return rendering.fragment(heading, self._notes(), parts)
 
+    def __repr__(self) -> str:
+        return (
+            f"Attribution of {label(self.tokens)!r}: {self._heading()}, {len(self.tokens)} tokens, value {self.value:.4g}"
+            + (", with a warning" if self.warning is not None else "")
+        )
+
     def _heading(self) -> str:
         return f"{self.method} for the {self.target}"
 
@@ -113,7 +121,7 @@ class Attribution:
         notes = [f"value {self.value:.4f}, with the baseline alone {self.baseline_value:.4f}"]
         if self.convergence_delta is not None:
             notes.append(
-                f"scores add up to {self.scores.sum():+.4f} (off by {self.convergence_delta:.2%}, {self.steps} steps)"
+                f"scores add up to {self.scores.sum():+.4f} (parts off by {self.convergence_delta:.2%}, {self.steps} steps)"
             )
         if self.warning is not None:
             notes.append(f"warning: {self.warning}")
@@ -130,6 +138,27 @@ class Attribution:
         return "\n".join(lines + ([f"and {left} tokens that count less"] if left else []))
 
 
+def _warning(integral: methods.Integral, value: float, baseline_value: float) -> str | None:
+    """What is wrong with integrated gradients."""
+    found = []
+    if not integral.adds_up(value, baseline_value, _TOLERANCE):
+        found.append(
+            f"the scores add up to {integral.scores.sum():.4g} instead of {value - baseline_value:.4g}, and parts of the path are off "
+            f"by {integral.delta:.4g} in all"
+        )
+    if integral.steps == 1:
+        found.append("there is no second step to compare the first with")
+    elif not integral.agrees(value, baseline_value):
+        share = integral.spread / methods.size(integral.scores, value, baseline_value)
+        found.append(f"half of the steps alone gives scores that differ by {share:.0%} of all")
+    if not found:
+        return None
+    return (
+        f"{'; '.join(found)}: the gradient changes too fast for {integral.steps} step{'s' if integral.steps > 1 else ''}. Raise steps "
+        "and max_steps, or take another baseline"
+    )
+
+
 def attribute(
     model: Any,
     text: Any,
@@ -139,7 +168,7 @@ def attribute(
     output: str = "logprob",
     baseline: Any = None,
     steps: int = 50,
-    max_steps: int = 500,
+    max_steps: int = 2000,
     window: int = 1,
     adapter: AdapterChoice = None,
     batch_size: int | None = None,
@@ -160,11 +189,11 @@ def attribute(
             "occlusion": how much the value falls without the token.
         output: What is explained: "logprob" or "logit" of the target.
         baseline: What stands for a token that is not there: "mean", the mean of all embeddings; "zeros"; a token or its id; an
-            array of floats (C,) or (T, C). None: "mean", and of gradient_x_input "zeros". See docs/attribution.md on why zeros
-            mislead the other two.
+            array or lists of floats (C,) or (T, C). None: "mean", and of gradient_x_input "zeros". See docs/attribution.md on why
+            zeros mislead the other two.
         steps: Of integrated gradients: Gauss-Legendre nodes on the whole path, >= 1.
-        max_steps: Of the same: where scores are off by more than 1%, the path is halved where needed until so many gradients are
-            computed; `steps` leaves it as it is.
+        max_steps: Of the same: where scores are off by more than 1%, or half of the steps tells others, the path is halved where
+            needed until so many gradients are computed; `steps` leaves it as it is.
         window: Of occlusion: tokens that are replaced at once, in [1, T]; a token gets the mean of its windows.
         adapter: A name, or a list with a name or None (the base); None: the active one.
         batch_size: Sequences that run together; None: what fills a pass. On a CPU it changes no bit of the result.
@@ -213,11 +242,7 @@ def attribute(
             scores, done = integral.scores, integral.steps
             span = abs(value - baseline_value)
             delta = integral.delta / span if span else (0.0 if integral.delta == 0 else float("inf"))
-            if not methods.is_close(integral.delta, value, baseline_value, _TOLERANCE):
-                warning = (
-                    f"the scores add up to {scores.sum():.4g} instead of {value - baseline_value:.4g}: the gradient changes too "
-                    f"fast for {done} steps. Raise steps and max_steps, or take another baseline"
-                )
+            warning = _warning(integral, value, baseline_value)
         elif method == "gradient_x_input":
             scores = methods.gradient_x_input(question, replaced, lambda amount: None)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,7 @@ def embedding_of(baseline: object, model: Loaded, question: Question, what: str)
     """The baseline (T, C) of a prompt.
 
     Args:
-        baseline: "mean", "zeros", a token or its id, or an array (C,) or (T, C).
+        baseline: "mean", "zeros", a token or its id, or an array or lists (C,) or (T, C).
         model: Whose embeddings they are.
         question: The prompt.
         what: Who asks, for messages.
@@ -35,6 +36,13 @@ def embedding_of(baseline: object, model: Loaded, question: Question, what: str)
     """
     shape = question.embeddings.shape
     array = array_by_protocol(f"{what}: baseline", baseline)
+    if isinstance(baseline, Sequence) and not isinstance(baseline, (str, bytes)):
+        try:
+            array = np.asarray(baseline)
+        except ValueError as error:
+            raise ShapeError(
+                f"{what}: baseline is a list whose parts are of different lengths, {shown(baseline)}"
+            ) from error
     if array is not None and array.ndim > 0:
         if array.dtype.kind != "f":
             raise DTypeError(f"{what}: baseline must be an array of floats, got {array.dtype}")

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from llama_ext import _core
-from llama_ext._arrays import FloatArray, IntArray
+from llama_ext._arrays import FloatArray, IntArray, as_whole
+from llama_ext._options import shown
 from llama_ext.errors import OptionError, OutOfMemoryError
 from llama_ext.interpret.names import Names, match_names, shape_of
 from llama_ext.interpret.observed import observe, read_text
@@ -18,7 +19,7 @@ from llama_ext.interpret.observed import observe, read_text
 if TYPE_CHECKING:
     from llama_ext.runtime.model import LlamaForCausalLM
 
-__all__ = ["ActivationCache", "ResidualStack", "run_with_cache"]
+__all__ = ["ActivationCache", "ResidualStack", "require_memory", "run_with_cache"]
 
 
 class ResidualStack(NamedTuple):
@@ -32,11 +33,22 @@ class ResidualStack(NamedTuple):
     values: FloatArray
     labels: list[str]
 
+    # Arrays have no single answer to ==, so it asks whether both are the same object; a tuple has its own != as well.
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __ne__(self, other: object) -> bool:
+        return self is not other
+
+    def __hash__(self) -> int:
+        return id(self)
+
 
 class ActivationCache(Mapping[str, FloatArray]):
     """What a pass computed: a mapping from names to arrays, in the order of computation.
 
-    `cache["blocks.0.attn.hook_z"]` is also `cache["z", 0]`, as in TransformerLens; a negative layer counts from the last one.
+    `cache["blocks.0.attn.hook_z"]` is also `cache["z", 0]` and `cache["z", 0, "attn"]`, as in TransformerLens; a negative layer counts from
+    the last one. Two caches are equal where they are the same object.
 
     Attributes:
         token_ids: (T) int32.
@@ -59,13 +71,19 @@ class ActivationCache(Mapping[str, FloatArray]):
         self.tokens = tokens
         self.logits = logits
 
-    def __getitem__(self, name: str | tuple[str, int]) -> FloatArray:
-        if isinstance(name, tuple):
-            name = self._full_name(name)
-        if name not in self._values:
-            near = difflib.get_close_matches(str(name), self._values, 3, cutoff=0.3)
-            raise KeyError(f"{name!r} was not kept" + (f"; near: {', '.join(near)}" if near else ""))
-        return self._values[name]
+    def __getitem__(self, name: str | tuple[str, int] | tuple[str, int, str]) -> FloatArray:
+        key = self._full_name(name) if isinstance(name, tuple) else name
+        if not isinstance(key, str):
+            raise KeyError(f"a name, or a name and a layer, was expected, got {shown(name)}")
+        if key not in self._values:
+            near = difflib.get_close_matches(key, self._values, 3, cutoff=0.3)
+            raise KeyError(f"{shown(key)} was not kept" + (f"; near: {', '.join(near)}" if near else ""))
+        return self._values[key]
+
+    def __eq__(self, other: object) -> bool:
+        return self is other  # a mapping's would compare arrays, which have no single answer
+
+    __hash__ = object.__hash__
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
@@ -126,16 +144,20 @@ class ActivationCache(Mapping[str, FloatArray]):
             )
         return ResidualStack(np.stack([self._values[name] for name in labels]), labels)
 
-    def _full_name(self, short: tuple[str, int]) -> str:
-        """Of ("z", 0) or ("attn.hook_z", 0)."""
-        name, layer = short
-        index = layer + self._layers if layer < 0 else layer
+    def _full_name(self, short: tuple[object, ...]) -> str:
+        """Of ("z", 0), ("attn.hook_z", 0) or ("z", 0, "attn")."""
+        name, layer, part = (*short, None)[:3] if len(short) in (2, 3) else (None, None, None)
+        number = as_whole(layer)
+        if not isinstance(name, str) or number is None or not isinstance(part, str | None):
+            raise KeyError(f"a name, a layer's number and, if you like, a part of it were expected, got {shown(short)}")
+        prefix = f"blocks.{number + self._layers if number < 0 else number}."
         rest = name if "hook_" in name else f"hook_{name}"
-        prefix = f"blocks.{index}."
+        if part is not None:
+            return f"{prefix}{part}.{rest}"
         found = [each for each in self._values if each.startswith(prefix) and each.endswith(f".{rest}")]
         if len(found) != 1:
             which = "is in two norms: say ln1.hook_scale or the like" if found else "was not kept"
-            raise KeyError(f"{name!r} of layer {layer} {which}")
+            raise KeyError(f"{name!r} of layer {number} {which}")
         return found[0]
 
 
@@ -147,7 +169,7 @@ def run_with_cache(model: LlamaForCausalLM, text: object, names: Names = None) -
     """The body of `LlamaForCausalLM.run_with_cache`."""
     read = read_text(model, text)
     chosen = match_names(model.config, names)
-    _require_memory(model, chosen, read.ids.size)
+    require_memory(model, chosen, read.ids.size, "run_with_cache")
     values: dict[str, FloatArray] = {}
 
     def keep(name: str, value: FloatArray) -> None:
@@ -159,8 +181,12 @@ def run_with_cache(model: LlamaForCausalLM, text: object, names: Names = None) -
     return logits, ActivationCache(ordered, layers=layers, token_ids=read.ids, tokens=read.tokens, logits=logits)
 
 
-def _require_memory(model: LlamaForCausalLM, names: list[str], tokens: int) -> None:
+def require_memory(model: LlamaForCausalLM, names: list[str], tokens: int, what: str) -> None:
     """Asked before the first is made: each of them alone might still seem to fit.
+
+    Args:
+        model, names, tokens: What is to be kept.
+        what: Who asks, for the message.
 
     Raises:
         OutOfMemoryError: All together are more than the machine can give.
@@ -169,7 +195,8 @@ def _require_memory(model: LlamaForCausalLM, names: list[str], tokens: int) -> N
     total, available = sum(needed.values()), _core.available_memory()
     if total > available:
         largest = max(needed, key=lambda name: needed[name])
+        fewer = "layers" if what == "attention" else "names, for example names='blocks.*.hook_resid_post'"
         raise OutOfMemoryError(
-            f"run_with_cache: {len(names)} values of {tokens} tokens take {total} bytes, and {available} are available. Name fewer, "
-            f"for example names='blocks.*.hook_resid_post', or take a shorter text; the largest is {largest} of {needed[largest]}"
+            f"{what}: {len(names)} values of {tokens} tokens take {total} bytes, and {available} are available. Choose fewer {fewer}, "
+            f"or take a shorter text; the largest is {largest} of {needed[largest]}"
         )

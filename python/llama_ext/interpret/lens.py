@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +16,10 @@ import numpy.typing as npt
 from llama_ext._arrays import FloatArray, IntArray
 from llama_ext._options import whole
 from llama_ext._plots import new_figure
-from llama_ext.errors import NumericError
+from llama_ext.errors import NumericError, OptionError
 from llama_ext.interpret.cache import run_with_cache
-from llama_ext.interpret.pages import in_notebook, label, page, shown_text, write_page
+from llama_ext.interpret.observed import read_text
+from llama_ext.interpret.pages import in_notebook, label, page, shown_text, whole_text, write_page
 from llama_ext.interpret.token_texts import pieces
 from llama_ext.runtime.progress import ProgressBar
 
@@ -29,8 +30,11 @@ if TYPE_CHECKING:
 
 __all__ = ["LogitLens", "logit_lens"]
 
-# Rows whose probabilities are in memory at once, in float64.
-_ROWS = 64
+F64 = npt.NDArray[np.float64]
+# Rows whose probabilities are in memory at once, in float64; as many as the core reads out at once, so that a GPU takes the same kernels.
+_ROWS = 128
+# And rows that the arithmetic of one layer goes through at once.
+_FEW = 4
 # Positions that str() and pictures have room for.
 _SHOWN = 6
 _DRAWN = 32
@@ -45,11 +49,14 @@ td.same { outline: 1px solid var(--mark); outline-offset: -1px; }
 """
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class LogitLens:
     """What the model would say next after each layer, at each position.
 
+    It can be pickled, and copied, without the model; `logits` is then an error, and everything else stays.
+
     Attributes:
+        text: What the tokens say together.
         tokens: The T tokens of the text as a person reads them.
         token_ids: (T) int32.
         final: (T): the id that the whole model finds the most likely next.
@@ -62,6 +69,7 @@ class LogitLens:
         top_tokens: The text of every id in `top_ids`.
     """
 
+    text: str
     tokens: list[str]
     token_ids: IntArray
     final: npt.NDArray[np.int64]
@@ -71,11 +79,14 @@ class LogitLens:
     top_ids: npt.NDArray[np.int64]
     top_probabilities: npt.NDArray[np.float64]
     top_tokens: dict[int, str]
-    _model: LlamaForCausalLM = field(repr=False)
+    _model: LlamaForCausalLM | None = field(repr=False)
     _states: FloatArray = field(repr=False)
 
     def logits(self, layer: int) -> FloatArray:
         """The logits of a layer, computed anew; those of the last have the bits of the model's own.
+
+        They are of the states that were kept and the final norm and head as they are now: after training, or a write to these weights,
+        no longer those that `rank`, `kl` and the others are of.
 
         Args:
             layer: Its number; a negative one counts from the last.
@@ -84,10 +95,18 @@ class LogitLens:
             (T, V) float32.
 
         Raises:
-            OptionError: There is no such layer.
+            OptionError: There is no such layer; or the lens was pickled or copied, and has no model.
         """
         layers = len(self._states)
-        return self._model._core.read_out(self._states[whole("layer", layer, -layers, layers - 1)])
+        states = self._states[whole("layer", layer, -layers, layers - 1)]
+        if self._model is None:
+            raise OptionError(
+                "LogitLens.logits needs the model, which a pickle or a copy does not hold: call logit_lens(model, text) again"
+            )
+        return self._model._core.read_out(states)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_model": None}
 
     def top(self, k: int = 5) -> list[list[list[tuple[str, float]]]]:
         """The most likely next tokens.
@@ -127,7 +146,7 @@ class LogitLens:
 
     def __repr__(self) -> str:
         layers, count = self.rank.shape
-        return f"LogitLens of {count} tokens ({label(self.tokens)!r}), {layers} layers"
+        return f"LogitLens of {count} tokens ({label(self.text)!r}), {layers} layers"
 
     def _repr_html_(self) -> str:
         return in_notebook(self._page())
@@ -156,7 +175,7 @@ class LogitLens:
             "frame marks what the whole model says. Point at a cell for more.</p>\n"
             f'<div class="scroll"><table>\n{chr(10).join(rows)}\n<tr><th>text</th>{names}</tr>\n</table></div>'
         )
-        return page(f"Logit lens: {label(self.tokens)}", body, _STYLE)
+        return page(f"Logit lens: {label(self.text)}", body, _STYLE)
 
     def _html_cell(self, layer: int, place: int, ranked: list[tuple[str, float]]) -> str:
         lines = [f"{shown_text(token)}  {share:.4f}" for token, share in ranked]
@@ -220,8 +239,9 @@ def logit_lens(model: LlamaForCausalLM, text: object, k: int = 10) -> LogitLens:
         NumericError: A logit of a layer is not finite.
         UnsupportedError, ShapeError, ContextLengthError, TokenIdError, OutOfMemoryError: As `LlamaForCausalLM.run_with_cache`.
     """
+    read = read_text(model, text)
     number = whole("k", k, 1, model.config.vocab_size)
-    _, cache = run_with_cache(model, text, "blocks.*.hook_resid_post")
+    _, cache = run_with_cache(model, read.ids, "blocks.*.hook_resid_post")
     states = cache.stack("hook_resid_post")
     layers, count = states.shape[:2]
     final = cache.logits.argmax(axis=-1)
@@ -229,44 +249,81 @@ def logit_lens(model: LlamaForCausalLM, text: object, k: int = 10) -> LogitLens:
     entropy, kl = np.empty((layers, count)), np.empty((layers, count))
     top_ids, shares = np.empty((layers, count, number), np.int64), np.empty((layers, count, number))
     with ProgressBar("Reading layers", layers * count, "rows") as bar:
-        for layer in range(layers):
-            for begin in range(0, count, _ROWS):
-                rows = slice(begin, begin + _ROWS)
+        for begin in range(0, count, _ROWS):
+            rows = slice(begin, begin + _ROWS)
+            last: _Figures | None = None
+            for layer in reversed(range(layers)):  # the last one first: all others are compared with it
                 logits = model._core.read_out(states[layer, rows])
                 if not np.isfinite(logits).all():
                     raise NumericError(
                         f"logit_lens: a logit of layer {layer} is not finite: its states are beyond float32"
                     )
-                logs, last = _log_softmax(logits), _log_softmax(cache.logits[rows])
-                rank[layer, rows] = (logits > np.take_along_axis(logits, final[rows, None], 1)).sum(axis=1)
-                entropy[layer, rows] = -(np.exp(logs) * logs).sum(axis=1)
-                kl[layer, rows] = (np.exp(last) * (last - logs)).sum(axis=1)
-                top_ids[layer, rows] = _largest(logits, number)
-                shares[layer, rows] = np.exp(np.take_along_axis(logs, top_ids[layer, rows], 1))
+                best = logits[np.arange(len(logits)), final[rows]]
+                rank[layer, rows] = np.count_nonzero(logits > best[:, None], axis=1)
+                top_ids[layer, rows] = ids = _largest(logits, number)
+                found = _figures(logits, ids, None if last is None else last.all)
+                last = last or found
+                entropy[layer, rows], shares[layer, rows] = found.entropy, found.top
+                # Sums of the same numbers in the same order: the last layer's is 0, and no other's below it but by rounding.
+                kl[layer, rows] = np.maximum(last.cross - found.cross, 0)
                 bar.advance(len(logits))
     every = np.unique(top_ids).tolist()
     names = dict(zip(every, pieces(model.tokenizer, every), strict=True))
+    written = whole_text(model.tokenizer, read.ids.tolist())
     return LogitLens(
-        cache.tokens, cache.token_ids, final, rank, entropy, kl, top_ids, shares, names, _model=model, _states=states
+        written, read.tokens, read.ids, final, rank, entropy, kl, top_ids, shares, names, _model=model, _states=states
     )
 
 
-def _log_softmax(logits: FloatArray) -> npt.NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    logs: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return logs
+class _Figures(NamedTuple):
+    """What there is to say of rows of logits.
+
+    Attributes:
+        all: (R, V): the probabilities of the last layer.
+        cross: (R): the sum of these times this layer's log-probabilities.
+        entropy: (R): in nats.
+        top: (R, k): the probabilities of the tokens that were asked for.
+    """
+
+    all: F64
+    cross: F64
+    entropy: F64
+    top: F64
+
+
+def _figures(logits: FloatArray, ids: npt.NDArray[np.int64], last: F64 | None) -> _Figures:
+    """In float64, a few rows at a time, which stay in the processor's cache; exp, which costs the most, is taken once.
+
+    Args:
+        logits: (R, V).
+        ids: (R, k), of the tokens whose probabilities are wanted.
+        last: The probabilities (R, V) of the last layer; None: this is the last layer.
+    """
+    probabilities = np.empty(logits.shape) if last is None else last
+    cross, entropy, top = np.empty(len(logits)), np.empty(len(logits)), np.empty(ids.shape)
+    for begin in range(0, len(logits), _FEW):
+        rows = slice(begin, begin + _FEW)
+        shifted = logits[rows].astype(np.float64)
+        shifted -= shifted.max(axis=-1, keepdims=True)
+        powers = np.exp(shifted)
+        total = powers.sum(axis=-1)
+        if last is None:
+            np.divide(powers, total[:, None], out=probabilities[rows])
+        entropy[rows] = np.log(total) - np.einsum("rv,rv->r", powers, shifted) / total
+        cross[rows] = np.einsum("rv,rv->r", probabilities[rows], shifted) - np.log(total)
+        top[rows] = np.take_along_axis(powers, ids[rows], 1) / total[:, None]
+    return _Figures(probabilities, cross, entropy, top)
 
 
 def _largest(logits: FloatArray, k: int) -> npt.NDArray[np.int64]:
-    """The ids of the k largest of each row, the largest first, lower ids first among equals."""
-    ids = np.sort(np.argpartition(-logits, k - 1, axis=-1)[:, :k], axis=-1)
-    order = np.argsort(-np.take_along_axis(logits, ids, 1), axis=-1, kind="stable")
-    # The first is the model's own choice, which among equals is the lowest id of all.
-    found = np.take_along_axis(ids, order, 1)
-    best = logits.argmax(axis=-1)
-    for row in np.flatnonzero(found[:, 0] != best):
-        rest = [token for token in found[row] if token != best[row]]
-        found[row] = [best[row], *rest][:k]
+    """The ids of the k largest of each row, the largest first, lower ids first among equals, as argmax has it."""
+    count, vocabulary = logits.shape
+    least = np.partition(logits, vocabulary - k, axis=-1)[:, vocabulary - k]
+    # More than k of a row where several are equal to the least.
+    rows, ids = np.divmod(np.flatnonzero(logits >= least[:, None]), vocabulary)
+    order = np.lexsort((ids, -logits[rows, ids], rows))
+    first = np.searchsorted(rows, np.arange(count))
+    found: npt.NDArray[np.int64] = ids[order[first[:, None] + np.arange(k)]]
     return found
 
 

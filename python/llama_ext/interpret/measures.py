@@ -22,6 +22,8 @@ F64 = npt.NDArray[np.float64]
 Better = Literal["higher", "lower"]
 
 FRACTIONS = (0.01, 0.05, 0.1, 0.2, 0.5)
+# Values that are the same: of another device or batch they are this near, as a share of at least 1.
+_SAME = 1e-3
 # Points of a curve, at most: a long text loses several tokens between two of them.
 _POINTS = 50
 _MOST_ORDERS = 10_000
@@ -143,7 +145,7 @@ def faithfulness(
         The measures; `str` of them is a table.
 
     Raises:
-        OptionError: An option is out of range, or the attribution is of another model.
+        OptionError: An option is out of range, or the attribution is of another model, or of this one before it was changed.
         TokenIdError, ShapeError, DTypeError, NumericError, OutOfMemoryError: As `attribute`.
 
     Source: DeYoung et al., "ERASER: A Benchmark to Evaluate Rationalized NLP Models", 2020 (comprehensiveness, sufficiency); Petsiuk,
@@ -159,15 +161,15 @@ def faithfulness(
     wanted = list(target.ids) if target.against is None else (target.ids[0], target.against)
     if target.against is None and found.config.is_classifier:
         wanted = target.ids[0]
-    with ask(
-        found,
-        attribution.token_ids,
-        wanted,
-        output="logprob",
-        adapter=[attribution.adapter],
-        batch_size=batch_size,
-        what="faithfulness",
-    ) as question:
+    asked: dict[str, Any] = {"adapter": [attribution.adapter], "batch_size": batch_size, "what": "faithfulness"}
+    with ask(found, attribution.token_ids, wanted, output=target.output, **asked) as question:
+        value = question.value(question.embeddings)
+        if not abs(value - attribution.value) <= _SAME * max(1.0, abs(value)):
+            raise OptionError(
+                f"faithfulness: the {target} is {value:.6g} in this model, and was {attribution.value:.6g} in the one that was attributed: "
+                "it is another model, or has been changed since. Attribute it anew"
+            )
+    with ask(found, attribution.token_ids, wanted, output="logprob", **asked) as question:
         tokens = question.tokens
         replaced = embedding_of(baseline, found, question, "faithfulness")
         # How many tokens are gone, or there, at each point.

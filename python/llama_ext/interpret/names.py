@@ -74,7 +74,12 @@ def hook_names(config: LlamaConfig) -> list[str]:
 
     Returns:
         "hook_embed"; for each layer i "blocks.{i}." and what a layer computes; "ln_final.hook_scale", "ln_final.hook_normalized".
+
+    Raises:
+        OptionError: It is no LlamaConfig.
     """
+    if not isinstance(config, LlamaConfig):
+        raise OptionError(f"config must be a LlamaConfig, got {type(config).__name__}: a model's is model.config")
     blocks = [f"blocks.{layer}.{name}" for layer in range(config.num_hidden_layers) for name in _BLOCK]
     return ["hook_embed", *blocks, *(f"ln_final.{name}" for name in _NORMS)]
 
@@ -92,7 +97,7 @@ def match_names(config: LlamaConfig, names: Names, what: str = "names") -> list[
         At least one.
 
     Raises:
-        OptionError: A name that the model does not have, a pattern or a function that fits none, or something else.
+        OptionError: config is no LlamaConfig; a name that the model does not have, a pattern or a function that fits none, or something else.
     """
     every = hook_names(config)
     if names is None:

@@ -7,9 +7,11 @@ import json
 import os
 from collections.abc import Sequence
 
+from llama_ext.interpret.token_texts import characters
 from llama_ext.io.atomic import atomic_write
+from llama_ext.runtime.tokenizer import Tokenizer
 
-__all__ = ["as_json", "in_notebook", "label", "page", "shown_text", "write_page"]
+__all__ = ["as_json", "in_notebook", "label", "page", "shown_text", "visible", "whole_text", "write_page"]
 
 # A notebook that holds more than this is slow to open; and the height that fits most screens.
 _NOTEBOOK_BYTES = 16 << 20
@@ -51,16 +53,35 @@ def as_json(value: object) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
+def visible(text: str) -> str:
+    """A text on one line: characters that a browser would swallow or act on, white space but for the space among them, as escapes."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
 def shown_text(token: str) -> str:
-    """A token as one line in which white space can be seen."""
-    visible = token.replace("\r", "\\r").replace("\n", "\\n").replace("\t", "\\t")
-    return visible if visible.strip(" ") else visible.replace(" ", "\u00b7")
+    """A token as one line, with the spaces at its ends as dots: ' I' is another token than 'I'."""
+    text = visible(token)
+    inner = text.strip(" ")
+    before = len(text) - len(text.lstrip(" "))
+    return "\u00b7" * before + inner + "\u00b7" * (len(text) - before - len(inner))
 
 
-def label(tokens: Sequence[str]) -> str:
-    """The text of a page's title: the beginning of what was run."""
-    text = " ".join("".join(tokens).split())
-    return text if len(text) <= 60 else text[:59] + "\u2026"
+def whole_text(tokenizer: Tokenizer | None, ids: Sequence[int]) -> str:
+    """What the tokens say together: bytes of a character may be in several. Without a tokenizer, the ids."""
+    return ("" if tokenizer else " ").join(text for text, _, _ in characters(tokenizer, ids))
+
+
+def label(text: str | Sequence[str]) -> str:
+    """The text of a page's title: the beginning of what was run.
+
+    Args:
+        text: As `whole_text` has it, or its parts.
+    """
+    line = " ".join("".join(text).split())
+    return visible(line if len(line) <= 60 else line[:59] + "\u2026")
 
 
 def write_page(path: str | os.PathLike[str], text: str) -> None:
@@ -69,7 +90,7 @@ def write_page(path: str | os.PathLike[str], text: str) -> None:
     Raises:
         OSError: It cannot be written.
     """
-    with atomic_write(path) as file:
+    with atomic_write(path, follow_links=True) as file:
         file.write(text.encode("utf-8"))
 
 

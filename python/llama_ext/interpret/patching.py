@@ -8,19 +8,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from llama_ext._arrays import FloatArray, token_ids
+from llama_ext._arrays import FloatArray, array_by_protocol, token_ids
+from llama_ext._options import shown, whole
 from llama_ext._plots import new_figure
-from llama_ext.errors import NumericError, OptionError, ShapeError
+from llama_ext.errors import DTypeError, NumericError, OptionError, ShapeError
 from llama_ext.interpret.cache import run_with_cache
 from llama_ext.interpret.names import Names, layer_of, match_names, shape_of
 from llama_ext.interpret.observed import observe, read_text
 from llama_ext.interpret.pages import label, shown_text
-from llama_ext.runtime.progress import ProgressBar
+from llama_ext.interpret.questions import bar
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,13 +40,14 @@ class Patching:
     """How much of the clean run's answer each patch brings back.
 
     Attributes:
-        recovery: (names), (names, T), (names, heads) or (names, T, heads) float64: 0 is what the corrupted run gives, 1 the clean one.
-            It may be below 0 or above 1.
+        recovery: (names), (names, positions), (names, heads) or (names, positions, heads) float64: 0 is what the corrupted run gives, 1
+            the clean one. It may be below 0 or above 1.
         names: What was patched.
         clean: What the metric is of the clean run.
         corrupted: And of the corrupted one.
         clean_tokens, corrupted_tokens: The T tokens of each, as a person reads them.
-        positions, heads: Whether positions, and heads, were patched one by one.
+        positions: Those that were patched one by one, in the order of the table; none where all of them were at once.
+        heads: Whether heads were patched one by one.
     """
 
     recovery: npt.NDArray[np.float64]
@@ -54,7 +56,7 @@ class Patching:
     corrupted: float
     clean_tokens: list[str]
     corrupted_tokens: list[str]
-    positions: bool
+    positions: list[int]
     heads: bool
 
     def __repr__(self) -> str:
@@ -70,7 +72,8 @@ class Patching:
             name, *rest = np.unravel_index(flat, self.recovery.shape)
             where = [self.names[int(name)]]
             if self.positions:
-                where.append(f"token {rest[0]} {shown_text(self.corrupted_tokens[int(rest[0])])!r}")
+                token = self.positions[int(rest[0])]
+                where.append(f"token {token} {shown_text(self.corrupted_tokens[token])!r}")
             if self.heads:
                 where.append(f"head {rest[-1]}")
             lines.append(f"  {self.recovery.flat[flat]:8.3f}  {', '.join(where)}")
@@ -78,6 +81,8 @@ class Patching:
 
     def plot(self, name: str | None = None) -> Figure:
         """Draws the table, by matplotlib (extra `plot`): blue brings the clean answer back, red takes it further away.
+
+        The strongest colour is the largest magnitude of what is drawn, which the colour bar says.
 
         Args:
             name: Of a value: its own table of positions and heads. Needed where both were patched one by one, and only there.
@@ -99,14 +104,16 @@ class Patching:
         table = self.recovery if name is None else self.recovery[self.names.index(name)].T
         rows = self.names if name is None else [f"head {head}" for head in range(len(table))]
         table = table[:, None] if table.ndim == 1 else table
-        across = self.positions
+        across = bool(self.positions)
         count = table.shape[1]
         figure = new_figure("Patching.plot", (min(20.0, 0.4 * count + 4.5), min(30.0, 0.24 * len(rows) + 2)))
         axes = figure.subplots()
-        largest = max(1.0, float(np.abs(table).max()))
+        largest = float(np.abs(table).max()) or 1.0
         image = axes.imshow(table, vmin=-largest, vmax=largest, cmap="RdBu", aspect="auto", interpolation="nearest")
         columns = (
-            [shown_text(token) for token in self.corrupted_tokens] if across else [str(head) for head in range(count)]
+            [shown_text(self.corrupted_tokens[token]) for token in self.positions]
+            if across
+            else [str(head) for head in range(count)]
         )
         if across or self.heads:
             axes.set_xticks(range(count), columns, rotation=60 if across else 0, parse_math=False, fontsize=8)
@@ -115,7 +122,10 @@ class Patching:
             axes.set_xticks([])
         axes.set_yticks(range(len(rows)), rows, fontsize=8)
         axes.set_title("Patching" if name is None else f"Patching {name}", fontsize=10)
-        figure.colorbar(image, ax=axes, label="recovery")
+        scale = figure.colorbar(image, ax=axes, label="recovery (1: clean)")
+        # Its ends are numbers: a pale table is told from a small one.
+        ticks = [largest * share for share in (-1, -0.5, 0, 0.5, 1)]
+        scale.set_ticks(ticks, labels=[f"{tick:+.2g}" if tick else "0" for tick in ticks])
         return figure
 
 
@@ -129,10 +139,11 @@ def patch(
     corrupted: object,
     names: Names = "blocks.*.hook_resid_pre",
     *,
-    positions: bool = False,
+    positions: bool | Sequence[int] | npt.NDArray[Any] = False,
     heads: bool = False,
-    answers: tuple[Answer, Answer] | None = None,
+    answers: Sequence[Answer] | npt.NDArray[Any] | None = None,
     metric: Metric | None = None,
+    verbose: int = 1,
 ) -> Patching:
     """Runs the corrupted text once for each patch: a value, a position or a head of it, as it was in the clean run.
 
@@ -141,11 +152,13 @@ def patch(
         clean: A text, a list of token ids or an array (T): where the model gives the right answer.
         corrupted: Another with as many tokens, where it does not.
         names: Which values to patch, as in `run_with_cache`.
-        positions: Whether to patch each position by itself: tokens, or for scores and patterns of attention the token that looks.
+        positions: Whether to patch each position by itself: tokens, or for scores and patterns of attention the token that looks; or a
+            list of those to patch, each by itself, where negative ones count from the last.
         heads: Whether to patch each head by itself; for values of heads alone (q, k, v, z, scores, patterns).
         answers: The right and the wrong next token, texts of one token each or ids: the metric is the difference of their logits at the
             last position. None: the most likely one after each text.
         metric: Instead, a function of logits (T, V) that gives a finite number.
+        verbose: 0 shows no progress bar on a terminal.
 
     Returns:
         The table of recoveries: (metric - corrupted) / (clean - corrupted).
@@ -153,8 +166,10 @@ def patch(
     Raises:
         ShapeError: The texts have different numbers of tokens.
         OptionError: Names that are none, of no heads, or of different numbers of them; answers that are not one token each, or the same;
-            answers and a metric; a metric that is the same of both texts.
-        NumericError: A metric is not finite.
+            answers and a metric; a metric that is no function, or is the same of both texts; positions that are none of the text,
+            or twice the same; heads that is no bool.
+        DTypeError: A metric gives no number.
+        NumericError: Or one that is not finite.
         UnsupportedError, ContextLengthError, TokenIdError, OutOfMemoryError: As `LlamaForCausalLM.run_with_cache`.
     """
     right, wrong = read_text(model, clean, "the clean text"), read_text(model, corrupted, "the corrupted text")
@@ -164,6 +179,13 @@ def patch(
             f"patch needs texts of equally many tokens, got {count} clean ({' '.join(map(repr, right.tokens[:12]))}) and "
             f"{wrong.ids.size} corrupted ({' '.join(map(repr, wrong.tokens[:12]))}): change words for others that are as long in tokens"
         )
+    if not isinstance(heads, (bool, np.bool_)):
+        raise OptionError(
+            f"patch: heads must be True or False, got {shown(heads)}: a value's heads are patched one by one or all at once"
+        )
+    tokens = _positions(positions, count)
+    if metric is not None and not callable(metric):
+        raise OptionError(f"patch: metric must be a function of logits (T, V), got {shown(metric)}")
     if answers is not None and metric is not None:
         raise OptionError("patch takes answers or a metric of your own, not both")
     chosen = match_names(model.config, names)
@@ -176,12 +198,12 @@ def patch(
         raise OptionError(
             f"patch: the metric is {best:.6g} of both texts, so there is nothing to recover: choose texts that the model answers differently"
         )
-    shape = (len(chosen), *((count,) if positions else ()), *((several,) if heads else ()))
+    shape = (len(chosen), *((len(tokens),) if tokens else ()), *((several,) if heads else ()))
     recovery = np.empty(shape)
-    with ProgressBar("Patching", recovery.size, "runs") as bar:
+    with bar("Patching", recovery.size, "runs", shown=bool(verbose)) as advance:
         for index in np.ndindex(shape):
             name, *rest = index
-            place = _place(chosen[name], rest, positions=positions, heads=heads)
+            place = _place(chosen[name], tokens[rest[0]] if tokens else None, rest[-1] if heads else None)
 
             def see(of: str, value: FloatArray, place: tuple[int | slice, ...] = place) -> FloatArray | None:
                 there = cache[of][place]
@@ -193,21 +215,35 @@ def patch(
 
             logits = observe(model, wrong.ids, [chosen[name]], see)
             recovery[index] = (_measured(measure, logits) - worst) / (best - worst)
-            bar.advance(1)
-    return Patching(recovery, chosen, best, worst, right.tokens, wrong.tokens, positions, heads)
+            advance(1)
+    return Patching(recovery, chosen, best, worst, right.tokens, wrong.tokens, tokens, bool(heads))
 
 
 def _is_square(name: str) -> bool:
     return layer_of(name)[1].endswith(("attn_scores", "hook_pattern"))
 
 
-def _place(name: str, rest: Sequence[int], *, positions: bool, heads: bool) -> tuple[int | slice, ...]:
-    """What of a value is patched, as an index."""
-    token: int | slice = rest[0] if positions else slice(None)
-    head: int | slice = rest[-1] if heads else slice(None)
+def _positions(positions: object, count: int) -> list[int]:
+    """Those to patch one by one, in [0, count); none: all at once."""
+    if isinstance(positions, (bool, np.bool_)):
+        return list(range(count)) if positions else []
+    given = array_by_protocol("patch: positions", positions)
+    listed = given.tolist() if given is not None and given.ndim == 1 else positions
+    if isinstance(listed, (str, bytes)) or not isinstance(listed, Sequence) or not listed:
+        raise OptionError(f"patch: positions must be True, False or a list of positions, got {shown(positions)}")
+    found = [whole(f"patch: positions[{index}]", each, -count, count - 1) % count for index, each in enumerate(listed)]
+    if len(set(found)) < len(found):
+        raise OptionError(f"patch: positions must be different ones, got {shown(positions)}")
+    return found
+
+
+def _place(name: str, token: int | None, head: int | None) -> tuple[int | slice, ...]:
+    """What of a value is patched, as an index; None: all."""
+    tokens = slice(None) if token is None else token
+    heads = slice(None) if head is None else head
     if _is_square(name):
-        return head, token
-    return (token, head) if heads else (token,)
+        return heads, tokens
+    return (tokens,) if head is None else (tokens, head)
 
 
 def _heads(model: LlamaForCausalLM, names: list[str], count: int) -> int:
@@ -237,9 +273,11 @@ def _difference(model: LlamaForCausalLM, answers: object, clean: FloatArray, cor
                 f"patch: the most likely next token is {right} after both texts: give the right and the wrong one, answers=(..., ...)"
             )
     else:
-        if not isinstance(answers, (tuple, list)) or len(answers) != 2:
-            raise OptionError(f"answers must be two, the right one and the wrong one, got {answers!r}")
-        right, wrong = (_answer(model, answer) for answer in answers)
+        given = array_by_protocol("answers", answers)
+        two = answers if given is None else given.tolist()
+        if not isinstance(two, (tuple, list)) or len(two) != 2:
+            raise OptionError(f"answers must be two, the right one and the wrong one, got {shown(answers)}")
+        right, wrong = (_answer(model, answer) for answer in two)
         if right == wrong:
             raise OptionError(f"answers must be two different tokens, both are {right}")
 
@@ -263,7 +301,12 @@ def _answer(model: LlamaForCausalLM, answer: object) -> int:
 
 
 def _measured(metric: Metric, logits: FloatArray) -> float:
-    value = float(metric(logits))
+    given: object = metric(logits)
+    try:
+        # A text of digits is no number, though Python would read it.
+        value = float("none" if isinstance(given, (str, bytes)) else given)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DTypeError(f"patch: the metric must give a number, got {shown(given)}") from error
     if not math.isfinite(value):
         raise NumericError(f"patch: the metric gave {value}, it must be a finite number")
     return value

@@ -254,12 +254,12 @@ def _with_head(model: LlamaForSequenceClassification, head: FloatArray | None) -
 def _prompt_ids(model: Loaded, text: object, what: str) -> IntArray:
     if isinstance(text, str):
         if not text:
-            raise OptionError(f"{what}: the text is empty: there is nothing whose share could be found")
+            raise OptionError(f"{what}: the text is empty: give at least one character")
         ids = encode_text(text, model.tokenizer, model.bos_token_id, model.config.vocab_size, what=f"{what}: the text")
     else:
         ids = token_ids(f"{what}: the text", text, model.config.vocab_size)
     if ids.size == 0:
-        raise ShapeError(f"{what}: the text has no token: there is nothing whose share could be found")
+        raise ShapeError(f"{what}: the text has no tokens: give at least one, for example the BOS token")
     return ids
 
 
@@ -294,6 +294,7 @@ def _of_classifier(
         target = _most_likely(model, ids, adapter, what)
     if isinstance(target, tuple):
         first, second = (index(each) for each in _pair(target, what))
+        _require_contrast(first, second, target, what)
         return ids, Target(f"{labels[first]!r} rather than {labels[second]!r}", (first,), second, output)
     number = index(target)
     return ids, Target(repr(labels[number]), (number,), None, output)
@@ -306,6 +307,13 @@ def _pair(target: tuple[object, ...], what: str) -> tuple[object, object]:
             "a continuation is a list"
         )
     return target[0], target[1]
+
+
+def _require_contrast(first: int, second: int, target: tuple[object, ...], what: str) -> None:
+    if first == second:
+        raise OptionError(
+            f"{what}: a contrast is of two that differ, and {shown(target)} names one twice: nothing speaks for it rather than for itself"
+        )
 
 
 def _of_language_model(
@@ -353,6 +361,7 @@ def _of_language_model(
                 f"{what}: a contrast is of two tokens that may come next, and {shown(target)} are {first.size} and "
                 f"{second.size} tokens after this text. Give the ids of tokens"
             )
+        _require_contrast(int(first[0]), int(second[0]), target, what)
         return ids, Target(f"{name(first)} rather than {name(second)}", (int(first[0]),), int(second[0]), output)
     ids, following = reading(target)
     if following.size == 0:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llama_ext._plots import new_figure
+from llama_ext.interpret.pages import visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,6 +23,9 @@ _FOR, _AGAINST = (31, 119, 220), (230, 110, 0)
 # Text keeps the page's colour, light or dark, so what lies behind it must not hide it.
 _STRONGEST = 0.6
 _MOST_BARS = 80
+_LINE_END = "\u23ce"
+# Of the page, where there is one: a notebook has its own.
+_TEXT = "white-space:pre-wrap;line-height:1.9;overflow-wrap:anywhere;margin:.25rem 0 .75rem;color:var(--ink,inherit)"
 
 
 def fragment(heading: str, notes: Sequence[str], parts: Sequence[tuple[str, float, list[int]]]) -> str:
@@ -37,33 +41,25 @@ def fragment(heading: str, notes: Sequence[str], parts: Sequence[tuple[str, floa
     small = "".join(f'<div style="font-size:85%;opacity:.8">{html.escape(note)}</div>' for note in notes)
     return (
         f'<div class="llama-ext-attribution">{title}{small}'
-        f'<p style="white-space:pre-wrap;line-height:1.9;overflow-wrap:anywhere">{spans}</p>'
+        f'<div class="text" style="{_TEXT}">{spans}</div>'
         f'<div style="font-size:85%">{_legend(largest)}</div></div>'
     )
 
 
 def _span(text: str, score: float, ids: list[int], largest: float) -> str:
     title = f"{score:+.4g} ({'token' if len(ids) == 1 else 'tokens'} {', '.join(map(str, ids))})"
-    seen = html.escape(_visible(text))
+    seen = html.escape(_visible(text, _LINE_END + "\n"))
     return f'<span title="{html.escape(title)}" style="background:{_colour(score / largest)};border-radius:3px">{seen}</span>'
 
 
-def _visible(text: str) -> str:
-    """Characters that a browser would swallow, or act on, as escapes; a line's end is seen and kept."""
-    shown = []
-    for character in text:
-        if character == "\n":
-            shown.append("\u23ce\n")
-        elif character.isprintable() or character == "\t":
-            shown.append(character)
-        else:
-            shown.append(character.encode("unicode_escape").decode("ascii"))
-    return "".join(shown)
+def _visible(text: str, end: str) -> str:
+    """Characters that a browser would swallow, act on or not draw, as escapes; `end` in the place of a line's end."""
+    return end.join(visible(line) for line in text.split("\n"))
 
 
 def quoted(text: str) -> str:
     """A token on one line, in quotes."""
-    return f"'{_visible(text).replace(chr(0x23CE) + chr(10), chr(0x23CE))}'"
+    return f"'{_visible(text, _LINE_END)}'"
 
 
 def _colour(share: float) -> str:
