@@ -10,6 +10,9 @@ namespace {
 
 constexpr int kTokens = 128;  // met at a time, and threads of a block
 
+/// Numbers that a row of a head has in shared memory: the compiler reads its last ones as 16 bytes, which must not be others' business.
+__host__ __device__ constexpr int row_pitch(int dim) { return (dim + 3) / 4 * 4; }
+
 /// A weight after dropout, of a query's row and a key's token.
 __device__ __forceinline__ float dropped(const CausalView& a, int64_t row, int head, int64_t key, float weight) {
   if (a.threshold == 0) return weight;
@@ -25,8 +28,8 @@ __device__ __forceinline__ float dot(const float* a, const float* b, int size) {
 
 __global__ void forward_kernel(const __grid_constant__ CausalView a, const __grid_constant__ Ranges ranges) {
   auto* query = reinterpret_cast<float*>(shared_memory());  // (dim)
-  float* sums = query + a.head_dim;                         // (dim)
-  float* weights = sums + a.head_dim;                       // (kTokens)
+  float* sums = query + row_pitch(a.head_dim);              // (dim)
+  float* weights = sums + row_pitch(a.head_dim);            // (kTokens)
   float* place = weights + kTokens;
   int64_t token = blockIdx.x;
   const TokenRange& range = ranges.find(token);
@@ -94,8 +97,8 @@ __device__ __forceinline__ Slope slope(const CausalView& a, int64_t row, int hea
 __global__ void d_q_kernel(const __grid_constant__ CausalView a, const __grid_constant__ Ranges ranges,
                            const float* deltas, float* d_q) {
   auto* query = reinterpret_cast<float*>(shared_memory());
-  float* d_y = query + a.head_dim;
-  float* slopes = d_y + a.head_dim;  // (kTokens)
+  float* d_y = query + row_pitch(a.head_dim);
+  float* slopes = d_y + row_pitch(a.head_dim);  // (kTokens)
   int64_t token = blockIdx.x;
   const TokenRange& range = ranges.find(token);
   const int64_t row = range.row + token;
@@ -130,9 +133,9 @@ __global__ void d_q_kernel(const __grid_constant__ CausalView a, const __grid_co
 __global__ void d_kv_kernel(const __grid_constant__ CausalView a, const __grid_constant__ Ranges ranges,
                             const float* deltas, float* d_k, float* d_v) {
   auto* key = reinterpret_cast<float*>(shared_memory());
-  float* value = key + a.head_dim;
-  float* slopes = value + a.head_dim;  // (kTokens)
-  float* weights = slopes + kTokens;   // (kTokens)
+  float* value = key + row_pitch(a.head_dim);
+  float* slopes = value + row_pitch(a.head_dim);  // (kTokens)
+  float* weights = slopes + kTokens;              // (kTokens)
   int64_t token = blockIdx.x;
   const TokenRange& range = ranges.find(token);
   const int64_t row = range.row + token;
@@ -187,7 +190,7 @@ __global__ void copy_kernel(const __grid_constant__ Ranges ranges, const float* 
 }  // namespace
 
 void causal_attention(const Gpu& gpu, const CausalView& a, const TokenRange* ranges, int64_t count) {
-  const size_t floats = static_cast<size_t>(2 * a.head_dim + kTokens) + kWarp;
+  const size_t floats = static_cast<size_t>(2 * row_pitch(a.head_dim) + kTokens) + kWarp;
   for_each_list(ranges, count, [&](const Ranges& list) {
     launch(gpu, forward_kernel, dim3(static_cast<unsigned>(list.tokens), static_cast<unsigned>(a.heads)), kTokens,
            floats * sizeof(float), a, list);
@@ -203,7 +206,7 @@ void causal_attention_backward(const Gpu& gpu, const CausalView& a, const TokenR
   float* d_q = deltas + rows * a.heads;
   float* d_k = d_q + rows * q_width;
   float* d_v = d_k + rows * kv_width;
-  const size_t shared = static_cast<size_t>(2 * a.head_dim + 2 * kTokens) * sizeof(float);
+  const size_t shared = static_cast<size_t>(2 * row_pitch(a.head_dim) + 2 * kTokens) * sizeof(float);
   for_each_list(ranges, count, [&](const Ranges& list) {
     const auto grid = [&](int heads) { return dim3(static_cast<unsigned>(list.tokens), static_cast<unsigned>(heads)); };
     launch(gpu, delta_kernel, grid(a.heads), kTokens, kWarp * sizeof(float), a, list, deltas);

@@ -58,7 +58,7 @@ FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int32]
 
 
-class Bfloat16Bits(npt.NDArray[np.uint16]):
+class Bfloat16Bits(np.ndarray[Any, np.dtype[np.uint16]]):
     """The bits of bfloat16 numbers that are known to be such: what comes from DLPack, as NumPy has no bfloat16."""
 
 
