@@ -116,8 +116,8 @@ CUDA_ONLY = {
         "cuda/launch.h",
         "cuda/tensor_map.cpp",
     },
-    r"\bcuda_emulation::": {"cuda/ahead.h", "cuda/launch.h", "cuda/mma.h", "cuda/device_views.h"},
-    r"\basm\b": {"cuda/ahead.h", "cuda/numeric.h", "cuda/mma.h", "cuda/wgmma.h", "cuda/launch.h"},
+    r"\bcuda_emulation::": {"cuda/launch.h", "cuda/mma.h", "cuda/device_views.h"},
+    r"\basm\b": {"cuda/numeric.h", "cuda/mma.h", "cuda/wgmma.h", "cuda/launch.h"},
     r"\b__shared__\b": {"cuda/launch.h"},  # memory that the emulator can guard and fill with NaN
     r"<<<": set(),
     # Sums in an order that nobody knows; of whole numbers, which do not depend on it, where tokens are drawn and blocks counted.

@@ -2,11 +2,7 @@
 // absolute position, of one key/value head of a token, for all of the query heads that share it, which are the rows of products on
 // the tensor cores: both are read once. Each of its 4 warps weighs 32 keys by itself; their results are merged in order. The block
 // that has the new token's position rotates, rounds and stores its key and value. Blocks leave their parts in memory, and the last
-// one to do so merges them in order: which one that is changes no bits. Bound by the cache's memory, which leaves the weights' idle:
-// blocks beyond the parts ask for what the next products read, and end.
-#include <algorithm>
-
-#include "cuda/ahead.h"
+// one to do so merges them in order: which one that is changes no bits. Bound by the cache's memory.
 #include "cuda/attention_parts.h"
 #include "cuda/mma.h"
 #include "cuda/rotation.h"
@@ -19,14 +15,11 @@ constexpr int kDecodeThreads = kDecodeWarps * static_cast<int>(kWarp);
 constexpr int kWarpKeys = 32;
 constexpr int kDecodeKeys = kDecodeWarps * kWarpKeys;
 constexpr int kQueryRows = 16;  // of the products; the most heads that share keys and values
-constexpr int64_t kAheadBlocks = 64;
-constexpr int64_t kMostBlocksInDepth = 65535;
 
 struct DecodeView {
   AttentionView attention;
   KvRowsView rows;
   int* arrived = nullptr;  // (tokens, K): parts that are there; zeros, before and after
-  AheadView ahead;
 };
 
 template <int kDim>
@@ -51,18 +44,12 @@ __global__ void __launch_bounds__(kDecodeThreads) attention_decode_kernel(const 
   constexpr int kOutputs = kDim / 8;
   auto& shared = *reinterpret_cast<S*>(shared_memory());
   const AttentionView& a = view.attention;
-  const int part = static_cast<int>(blockIdx.z);
-  if (part >= a.parts) {
-    const int64_t block = (int64_t{part - a.parts} * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
-    const int64_t blocks = int64_t{gridDim.z - a.parts} * gridDim.y * gridDim.x;
-    if (threadIdx.x < kWarp) bring_near(view.ahead, block * kWarp + threadIdx.x, blocks * kWarp);
-    return;
-  }
   wait_for_predecessors_alone();
   const KvSegmentView& segment = a.segments.of[blockIdx.x];
   const KvLayerView& layer = segment.layer;
   const int64_t position = segment.first_position();
   const int parts = static_cast<int>(position / kDecodeKeys) + 1;
+  const int part = static_cast<int>(blockIdx.z);
   if (part >= parts) return;
   const int kv_head = static_cast<int>(blockIdx.y);
   const int dim = layer.head_dim;
@@ -266,13 +253,9 @@ template <int kDim>
 void start(const Gpu& gpu, const DecodeView& view) {
   const AttentionView& a = view.attention;
   const KvLayerView& layer = a.segments.of[0].layer;
-  int64_t depth = a.parts;
-  if (view.ahead.nbytes[0] > 0) {
-    depth = std::min(depth + blocks_for(kAheadBlocks, a.segments.tokens * layer.kv_heads), kMostBlocksInDepth);
-  }
   launch<Start::kEarly>(gpu, attention_decode_kernel<kDim>,
                         dim3(static_cast<unsigned>(a.segments.tokens), static_cast<unsigned>(layer.kv_heads),
-                             static_cast<unsigned>(depth)),
+                             static_cast<unsigned>(a.parts)),
                         kDecodeThreads, sizeof(DecodeShared<kDim>), view);
 }
 
@@ -280,7 +263,7 @@ void start(const Gpu& gpu, const DecodeView& view) {
 
 bool has_attention_decode(const KvSegmentView* segments, int64_t count, int heads) {
   for (int64_t i = 0; i < count; ++i) {
-    if (segments[i].tokens != 1 || (segments[i].position + 1) > kMostBlocksInDepth * kDecodeKeys) return false;
+    if (segments[i].tokens != 1 || (segments[i].position + 1) > int64_t{65535} * kDecodeKeys) return false;
   }
   const KvLayerView& layer = segments[0].layer;
   return layer.kind == KvKind::kBF16 && layer.head_dim % 8 == 0 && layer.head_dim <= 128 &&
@@ -288,8 +271,7 @@ bool has_attention_decode(const KvSegmentView* segments, int64_t count, int head
 }
 
 void attention_decode(const Gpu& gpu, const KvSegmentView* segments, int64_t count, const KvRowsView& rows, Rows q,
-                      int heads, float scale, Rows y, int* arrived, const AheadView& ahead) {
-  bool is_first = true;
+                      int heads, float scale, Rows y, int* arrived) {
   for_each_list(segments, count, [&](const SegmentList& list) {
     const KvLayerView& layer = list.of[0].layer;
     DecodeView view;
@@ -303,8 +285,6 @@ void attention_decode(const Gpu& gpu, const KvSegmentView* segments, int64_t cou
     a.parts = static_cast<int>(blocks_for(longest_row(list), kDecodeKeys));
     view.rows = rows;
     view.arrived = arrived;
-    if (is_first) view.ahead = ahead;
-    is_first = false;
     const int64_t numbers = a.parts > 1 ? list.tokens * heads * a.parts * (layer.head_dim + 2) : 0;
     const Scratch partial(gpu, static_cast<size_t>(numbers) * sizeof(float));
     a.partial = partial.as<float>();

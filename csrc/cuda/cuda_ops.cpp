@@ -1,5 +1,5 @@
 // Operations: arguments are checked, views become pointers into the GPU's memory, and kernels are chosen.
-#include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "cuda/cuda_backend_internal.h"
@@ -75,24 +75,6 @@ KvRowsView kv_rows_of(const KvStoreArgs& args) {
     rows.q_heads = static_cast<int>(args.q.dim(1));
   }
   return rows;
-}
-
-/// What there is room for of the weights that come next.
-AheadView ahead_of(const Gpu& gpu, const AttentionArgs& args) {
-  static_assert(std::tuple_size_v<decltype(args.next_weights)> <= AheadView::kMost);
-  AheadView ahead;
-  int64_t room = gpu.bytes_ahead();
-  int count = 0;
-  for (const Matrix* matrix : args.next_weights) {
-    if (matrix == nullptr) continue;
-    const WeightView weight = own(*matrix, "attend").view();
-    const int64_t nbytes = std::min(room, weight.nbytes) / 16 * 16;
-    if (nbytes == 0) continue;
-    ahead.data[count] = weight.data;
-    ahead.nbytes[count++] = nbytes;
-    room -= nbytes;
-  }
-  return ahead;
 }
 
 const LogitsLoops& logits_loops() {
@@ -336,8 +318,7 @@ void CudaBackend::attend(const KvStoreArgs& store, const AttentionArgs& args) {
     return Backend::attend(store, args);
   }
   attention_decode(*gpu_, segments.data(), count, kv_rows_of(store), rows_of(args.q), heads,
-                   static_cast<float>(args.scale), rows_of(args.y), static_cast<int*>(arrived_->data()),
-                   ahead_of(*gpu_, args));
+                   static_cast<float>(args.scale), rows_of(args.y), static_cast<int*>(arrived_->data()));
 }
 
 void CudaBackend::attend_and_project(const KvStoreArgs& store, const AttentionArgs& args,

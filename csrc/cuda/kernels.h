@@ -24,13 +24,6 @@ struct NormView {
   float eps = 0.0f;
 };
 
-/// Weights that the kernels after this one read first: to be brought into the second cache (ahead.h).
-struct AheadView {
-  static constexpr int kMost = 2;
-  const unsigned char* data[kMost] = {};
-  int64_t nbytes[kMost] = {};  // multiples of 16
-};
-
 // rms_norm.cu. inverse_rms: (rows) or null.
 void rms_norm(const Gpu& gpu, Rows x, int64_t rows, int width, NormView norm, Rows y, float* inverse_rms);
 
@@ -202,9 +195,9 @@ void attention_wgmma_rounded(const Gpu& gpu, const KvSegmentView& segment, Rows 
 // attention_decode.cu: kv_store and attention of one token a segment, at once. q and k stay as they are, not rotated.
 inline constexpr int kMostDecodeHeads = 1024;
 bool has_attention_decode(const KvSegmentView* segments, int64_t count, int heads);
-/// arrived: kMostSegments kMostDecodeHeads zeros, which are zeros again afterwards. ahead: is brought nearer meanwhile.
+/// arrived: kMostSegments kMostDecodeHeads zeros, which are zeros again afterwards.
 void attention_decode(const Gpu& gpu, const KvSegmentView* segments, int64_t count, const KvRowsView& rows, Rows q,
-                      int heads, float scale, Rows y, int* arrived, const AheadView& ahead);
+                      int heads, float scale, Rows y, int* arrived);
 
 // sample_next.cu: ops/sample_next.h.
 struct SampleNextView {

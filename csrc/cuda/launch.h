@@ -29,9 +29,6 @@ inline void allow_shared_memory(const Gpu& gpu, const void* kernel) {
 }
 #endif
 
-/// Whether a kernel that may start early does: in a recording, on a GPU that can.
-inline bool starts_early(const Gpu& gpu) { return gpu.overlaps() && Capture::of(gpu) != nullptr; }
-
 /// Runs kernel(args...) on the GPU's stream, in blocks of `threads` (a multiple of 32) with `shared_bytes` of dynamic shared
 /// memory. An empty grid is no work. Throws DeviceError.
 template <Start kStart = Start::kInOrder, typename... Parameters, typename... Arguments>
@@ -41,7 +38,7 @@ void launch(const Gpu& gpu, void (*kernel)(Parameters...), dim3 grid, unsigned t
   gpu.use();
 #if defined(LLAMA_EXT_CUDA_EMULATED)
   // By value: a recording keeps it.
-  const bool is_early = kStart == Start::kEarly && starts_early(gpu);
+  const bool is_early = kStart == Start::kEarly && gpu.overlaps() && Capture::of(gpu) != nullptr;
   cuda_emulation::launch(gpu.stream(), {grid, threads, shared_bytes, 1, is_early},
                          [=] { kernel(static_cast<Parameters>(arguments)...); });
   require_success(cudaGetLastError(), "a kernel");
@@ -49,7 +46,7 @@ void launch(const Gpu& gpu, void (*kernel)(Parameters...), dim3 grid, unsigned t
   if (shared_bytes > 48 * 1024) allow_shared_memory(gpu, reinterpret_cast<const void*>(kernel));
   const auto start = [&](Parameters... parameters) {
     void* pointers[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
-    if (kStart == Start::kEarly && starts_early(gpu)) {
+    if (kStart == Start::kEarly && gpu.overlaps() && Capture::of(gpu) != nullptr) {
       cudaLaunchAttribute early{};
       early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
       early.val.programmaticStreamSerializationAllowed = 1;

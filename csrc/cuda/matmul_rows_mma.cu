@@ -12,7 +12,6 @@
 // the warps' shares are added in order. Bound by the GPU's memory.
 #include <algorithm>
 
-#include "cuda/ahead.h"
 #include "cuda/kernels.h"
 #include "cuda/mma.h"
 #include "cuda/rows_mma.h"
@@ -101,18 +100,17 @@ __global__ void __launch_bounds__(kThreadCount, 1) matmul_rows_mma_kernel(const 
   // not written.
   const unsigned char* from[2];
   const uint16_t* scales[2];
-  const auto row_of = [&](int tile, int number) {  // number: of the tile's 16
-    if (p.is_gate_up) {
-      const int f = tile * 8 + number % 8 < p.width ? tile * 8 + number % 8 : p.width - 1;
-      return f / kGateGroup * (2 * kGateGroup) + f % kGateGroup + number / 8 * kGateGroup;
-    }
-    const int n = tile * kTileRows + number;
-    return n < w.rows ? n : w.rows - 1;
-  };
   const auto enter = [&](int tile) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = row_of(tile, half * 8 + g);
+      int row;
+      if (p.is_gate_up) {
+        const int f = tile * 8 + g < p.width ? tile * 8 + g : p.width - 1;
+        row = f / kGateGroup * (2 * kGateGroup) + f % kGateGroup + half * kGateGroup;
+      } else {
+        const int n = tile * kTileRows + half * 8 + g;
+        row = n < w.rows ? n : w.rows - 1;
+      }
       from[half] = w.data + int64_t{row} * chunks * 16 + my_share * 64 + t * 16;
       if constexpr (kIsCodes) {
         scales[half] = reinterpret_cast<const uint16_t*>(w.data + w.scales_at) + int64_t{row} * groups;
@@ -147,32 +145,6 @@ __global__ void __launch_bounds__(kThreadCount, 1) matmul_rows_mma_kernel(const 
   for (int i = 0; i < kInFlight; ++i) {
     buffer[i] = {};
     load(true, i);
-  }
-  if (v.ahead > 0 && lane == 0) {
-    // What follows these loads, of the tile's rows and the next one's: the memory is not to wait for x.
-    const int row_bytes = chunks * 16;
-    const int loaded = kInFlight * along_k * 64;
-    const int left = row_bytes > loaded ? row_bytes - loaded : 0;
-    const int here = left < v.ahead ? left : v.ahead;
-    const int there = v.ahead - here < row_bytes ? v.ahead - here : row_bytes;
-    const auto bring = [&](int of_tile, int number, int at, int nbytes) {
-      if (nbytes == 0 || of_tile >= v.tiles) return;
-      const int64_t row = row_of(of_tile, number);
-      bring_near(w.data + row * row_bytes + at, static_cast<uint32_t>(nbytes));
-      if constexpr (kIsCodes) {
-        const unsigned char* of_row = w.data + w.scales_at + row * groups * 2;
-#pragma unroll 1
-        for (int byte = 0; byte < 2 * groups; byte += 32) {
-          bring_sector_near(of_row + byte);
-          if constexpr (kHasMin) bring_sector_near(of_row + 2 * mins_after + byte);
-        }
-      }
-    };
-#pragma unroll 1
-    for (int number = my_share; number < kTileRows; number += along_k) {
-      bring(tile + my_side, number, loaded, here);
-      bring(tile + my_side + stride, number, 0, there);
-    }
   }
   float4 gains[kGains];
 #pragma unroll
@@ -291,9 +263,6 @@ __global__ void __launch_bounds__(kThreadCount, 1) matmul_rows_mma_kernel(const 
   }
 }
 
-// That a block asks for ahead: as much as it has on its way to registers, so that the memory is busy for 4 us, while a block needs 2 to 3 to
-// see the end of the one before it and to bring x.
-constexpr int kAheadBytes = 64 * 1024;
 // Of the largest GPU that there is, so that the order of a product's sums is that of its shape.
 constexpr int kMostBlocks = 132;
 // With fewer a block would have more tiles at a time than it has threads for their numbers, one each.
@@ -343,13 +312,10 @@ void start(const Gpu& gpu, const ProductView& p) {
          v.tiles >= int64_t{kMostBlocks} * (2 * kWarps / v.along_k)) {
     v.along_k /= 2;
   }
-  // In a recording, where there is a wait to fill.
-  const int side_by_side = kWarps / v.along_k;
-  v.ahead = gpu.bytes_ahead() > 0 && starts_early(gpu) ? kAheadBytes / (side_by_side * kTileRows) : 0;
   const size_t shared = fixed_bytes(p.weight) + row_bytes(p.weight) * static_cast<size_t>(p.rows);
   launch<Start::kEarly>(
       gpu, matmul_rows_mma_kernel<kKind, kHasMin>,
-      dim3(static_cast<unsigned>(std::min<int64_t>(blocks_for(v.tiles, side_by_side), gpu.multiprocessors()))),
+      dim3(static_cast<unsigned>(std::min<int64_t>(blocks_for(v.tiles, kWarps / v.along_k), gpu.multiprocessors()))),
       kThreadCount, shared, v);
 }
 

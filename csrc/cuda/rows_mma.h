@@ -51,7 +51,6 @@ struct RowsMmaView {
   int tiles;
   int along_k;      // warps that share a tile's k, a power of two: a block has kWarps / along_k tiles at a time
   int group_shift;  // steps of a group, as a power of two
-  int ahead;        // bytes of each row of W that are asked for beyond those that are loaded before x is known
   bool is_aligned;  // rows of x and the norm's weight, to 16 bytes
   uint32_t base;    // kBase, which no kernel knows to be a constant
 };

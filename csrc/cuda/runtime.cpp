@@ -21,10 +21,9 @@ std::shared_mutex& captures() {
   return mutex;
 }
 
-/// For comparison: LLAMA_EXT_CUDA_OVERLAP=0 starts every kernel after the one before, LLAMA_EXT_CUDA_AHEAD=0 brings no weights
-/// into the second cache before their product starts.
-bool is_wanted(const char* name) {
-  const char* text = std::getenv(name);
+/// LLAMA_EXT_CUDA_OVERLAP=0 starts every kernel after the one before, for comparison.
+bool wants_overlap() {
+  const char* text = std::getenv("LLAMA_EXT_CUDA_OVERLAP");
   return text == nullptr || std::string_view(text) != "0";
 }
 
@@ -88,9 +87,7 @@ Gpu::Gpu(int index) : index_(index) {
   require(attribute(cudaDevAttrMemoryPoolsSupported) != 0, ErrorKind::kDevice, "device 'cuda:", index,
           "': this driver offers no memory pools, which are needed. Use device='cpu'");
   // Later ones run what was compiled for 8.0, where kernels do not wait (wait_for_predecessors).
-  overlaps_ = capability_ == 90 && is_wanted("LLAMA_EXT_CUDA_OVERLAP");
-  // Half of the cache: the rest is for what kernels read meanwhile.
-  if (capability_ == 90 && is_wanted("LLAMA_EXT_CUDA_AHEAD")) bytes_ahead_ = attribute(cudaDevAttrL2CacheSize) / 2;
+  overlaps_ = capability_ == 90 && wants_overlap();
   use();
   // Memory of the pool is kept between operations.
   require_success(cudaDeviceGetDefaultMemPool(&pool_, index), "asking for the memory pool");

@@ -35,8 +35,6 @@ class Gpu {
   cudaStream_t stream() const;
   /// Whether kernels that wait for their predecessors themselves (launch.h) may be started before those are done.
   bool overlaps() const { return overlaps_; }
-  /// Of weights, how many bytes may be brought into the second cache ahead of their use (ahead.h); 0 where that is not done.
-  int64_t bytes_ahead() const { return bytes_ahead_; }
   /// 90 for compute capability 9.0.
   int capability() const { return capability_; }
   int multiprocessors() const { return multiprocessors_; }
@@ -80,7 +78,6 @@ class Gpu {
   cudaStream_t stream_ = nullptr;
   cudaMemPool_t pool_ = nullptr;
   bool overlaps_ = false;
-  int64_t bytes_ahead_ = 0;
 };
 
 /// While it lives, other GPUs may be used; then the calling thread's is what it was, also for other libraries in the process.

@@ -45,7 +45,6 @@ struct SelfAttention {
 
 SelfAttention self_attention(const Model& model, int64_t layer, const Pass& pass) {
   const ModelConfig& config = model.config();
-  const BlockWeights& weights = model.weights().block(layer);
 
   const TensorView q = head_slice(model, pass.qkv, 0, config.heads);
   SelfAttention args;
@@ -64,8 +63,6 @@ SelfAttention self_attention(const Model& model, int64_t layer, const Pass& pass
   attention.compute = model.compute();
   attention.scale = 1.0 / std::sqrt(static_cast<double>(config.head_dim));
   attention.y = TensorView(pass.attended.data(), DType::kF32, {pass.attended.rows(), config.heads, config.head_dim});
-  attention.next_weights = {weights.o.weight.get(),
-                            weights.gate_up.weight ? weights.gate_up.weight.get() : weights.gate.weight.get()};
   return args;
 }
 

@@ -1,6 +1,5 @@
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -26,8 +25,6 @@ struct AttentionArgs {
   double scale = 1.0;
   TensorView y;
   Compute compute = Compute::kExact;
-  // What the operations after this one read first, in order, or null: a device may begin to bring it nearer. Changes no bits.
-  std::array<const Matrix*, 2> next_weights{};
 };
 
 void check(const AttentionArgs& args);

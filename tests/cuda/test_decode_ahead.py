@@ -38,22 +38,6 @@ def tiny(device: str = "cuda", dtype: str = "float32", compute: str = "auto") ->
     return llama_ext.LlamaForCausalLM(config, seed=11, device=device, dtype=dtype, compute=compute)
 
 
-@functools.cache
-def wide(dtype: str) -> llama_ext.LlamaForCausalLM:
-    """Rows of more than the 4,096 bytes that products load before x is known, and more tiles than there are multiprocessors."""
-    config = llama_ext.LlamaConfig(
-        vocab_size=500,
-        hidden_size=256,
-        intermediate_size=8448,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.1,
-    )
-    return llama_ext.LlamaForCausalLM(config, seed=3, device="cuda", dtype=dtype)
-
-
 def start(
     model: llama_ext.LlamaForCausalLM,
     prompts: Sequence[Sequence[int]],
@@ -156,15 +140,6 @@ def test_positions_may_grow_beyond_what_a_recording_is_good_for(kv_dtype: str) -
     expected = one_by_one(tiny(), prompt, 12, sampling, kv_dtype)
     events = steps(start(tiny(), [prompt], 12, sampling=sampling, kv_dtype=kv_dtype))
     assert [step[0][1] for step in events] == [token for token, _ in expected]
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
-def test_weights_that_are_brought_nearer_ahead_change_nothing(dtype: str) -> None:
-    """In a recording, attention asks for what comes after it and products for what follows their first loads, up to the last row."""
-    expected = one_by_one(wide(dtype), PROMPTS[0], 9, {"temperature": 0.0}, "bfloat16")
-    events = steps(start(wide(dtype), PROMPTS[:1], 9, kv_dtype="bfloat16"))
-    assert [step[0][1] for step in events] == [token for token, _ in expected]
-    assert [step[0][2] for step in events] == pytest.approx([logprob for _, logprob in expected], rel=1e-6)
 
 
 def test_rows_that_end_early_make_room_and_change_nothing_for_the_others() -> None:

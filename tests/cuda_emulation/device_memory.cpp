@@ -203,9 +203,6 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrMultiProcessorCount:
       *value = 4;
       break;
-    case cudaDevAttrL2CacheSize:
-      *value = 64 << 10;  // small, so that what is asked for ahead of it ends within a matrix
-      break;
     case cudaDevAttrComputeCapabilityMajor:
       *value = capability() / 10;
       break;

@@ -13,7 +13,6 @@
 
 #include "claims.h"
 #include "core/half.h"
-#include "cuda/ahead.h"
 #include "cuda/launch.h"
 #include "cuda/mma.h"
 #include "device_memory.h"
@@ -56,9 +55,6 @@ __global__ void different_collectives_kernel(float* out) {
   out[threadIdx.x] = threadIdx.x % 2 == 0 ? __shfl_xor_sync(kAllLanes, value, 1) : __shfl_sync(kAllLanes, value, 0);
 }
 __global__ void store_kernel(float* out, int at) { out[at] = 1.0f; }
-__global__ void ahead_kernel(const unsigned char* from, unsigned nbytes) {
-  if (threadIdx.x == 0) bring_near(from, nbytes);
-}
 __global__ void shared_store_kernel(int at) { reinterpret_cast<float*>(shared_memory())[at] = 1.0f; }
 __global__ void unwaited_copy_kernel(const float* from, float* out) {
   auto* shared = reinterpret_cast<float*>(shared_memory());
@@ -238,13 +234,6 @@ int main() {
          "a store beyond an allocation ends the process");
   expect(signal_of([&] { launch(gpu, shared_store_kernel, dim3(1), 32, 64, 16); }) == SIGSEGV,
          "a store beyond the shared memory ends the process");
-  const auto* bytes = reinterpret_cast<const unsigned char*>(memory);
-  expect(!throws([&] { launch(gpu, ahead_kernel, dim3(1), 32, 0, bytes + 4096 * 4 - 32, 32u); }),
-         "the last bytes of an allocation may be asked for ahead");
-  expect(throws([&] { launch(gpu, ahead_kernel, dim3(1), 32, 0, bytes + 4096 * 4 - 32, 48u); }) &&
-             throws([&] { launch(gpu, ahead_kernel, dim3(1), 32, 0, bytes, 8u); }) &&
-             throws([&] { launch(gpu, ahead_kernel, dim3(1), 32, 0, bytes + 8, 16u); }),
-         "bytes beyond it, or not in pieces of 16, are an error");
   if (cuda_emulation::has_protection_keys()) {
     expect(signal_of([&] { host[0] = memory[0]; }) == SIGSEGV,
            "host code that follows a device pointer ends the process");
