@@ -173,6 +173,70 @@ def test_attention_of_a_token_has_the_same_bits_in_prefill_chunks_batches_and_de
             assert_same_bits(run(tokens, last, copies), whole[:, last - tokens : last], f"{tokens} of {last}, {copies}")
 
 
+def one_head_size(heads: int, kv_heads: int, head_dim: int) -> llama_ext.LlamaForCausalLM:
+    config = llama_ext.LlamaConfig(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=80,
+        initializer_range=0.3,
+    )
+    return llama_ext.LlamaForCausalLM(config, seed=5, device="cuda")
+
+
+# Heads whose numbers a thread takes four at a time, and others; of int8 caches some of these are not taken so; groups that are not full.
+HEADS = [(4, 2, 8), (9, 3, 16), (6, 1, 64), (10, 5, 80), (8, 8, 128), (2, 1, 256), (5, 5, 264), (4, 2, 6), (4, 2, 20)]
+
+
+@pytest.mark.parametrize("cache", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_many_tokens_are_rotated_and_stored_with_the_bits_of_few(heads: tuple[int, int, int], cache: str) -> None:
+    """From 32 tokens on another kernel does it; queries show in the second layer's keys."""
+    model = one_head_size(*heads)
+    ids = np.random.default_rng(8).integers(0, 40, 66).astype(np.int32)
+    found = []
+    for sizes in ([66], [22, 22, 22], [13, 53]):
+        session = _core.Session(model._core, 80, cache)
+        ends = np.cumsum(sizes)
+        logits = [session.append(ids[end - size : end], "all") for size, end in zip(sizes, ends, strict=True)]
+        found.append([np.concatenate(logits), *session.read_layer(0), *session.read_layer(1)])
+    for others in found[1:]:
+        for one, other in zip(found[0], others, strict=True):
+            assert_same_bits(other, one)
+
+
+@pytest.mark.parametrize("cache", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_where_keys_and_values_lie_does_not_change_what_is_stored(heads: tuple[int, int, int], cache: str) -> None:
+    """Rows that do not begin at 16 bytes are read number by number."""
+    kv_heads, head_dim = heads[1:]
+    tokens, width = 37, kv_heads * head_dim
+    rng = np.random.default_rng(9)
+    k, v = (rng.standard_normal((tokens, width)).astype(np.float32) for _ in range(2))
+    k[3], k[6], v[4, 0], v[5, -1] = 0, k[6] * 1e30, np.nan, np.inf
+    session = _core.Session(one_head_size(*heads)._core, 80, cache)
+
+    def stored(between: int, after: int) -> Any:
+        """Columns of one array, which goes to the GPU as it is, with gaps beside them."""
+        rows = np.full((tokens, width + between + width + after), np.nan, np.float32)
+        of_k, of_v = rows[:, :width], rows[:, width + between :][:, :width]
+        of_k[...], of_v[...] = k, v
+        shape: tuple[int, ...] = (tokens, kv_heads, head_dim)
+        views = of_k.reshape(shape), of_v.reshape(shape)
+        assert all(np.shares_memory(each, rows) for each in views)
+        session.restore(np.arange(tokens, dtype=np.int32), lambda _: views)
+        return session.read_layer(1)
+
+    aligned = stored(0, 0)
+    for gaps in ((4, 8), (1, 3), (2, 2), (0, 1), (0, 2)):
+        for one, other in zip(aligned, stored(*gaps), strict=True):
+            assert_same_bits(other, one, gaps)
+
+
 def test_a_half_precision_product_takes_activations_beyond_float16() -> None:
     rng = np.random.default_rng(4)
     made = weights(Kept("float16"), rng, 20, 96)
