@@ -89,6 +89,7 @@ Gpu::Gpu(int index) : index_(index) {
   // Later ones run what was compiled for 8.0, where kernels do not wait (wait_for_predecessors).
   overlaps_ = capability_ == 90 && wants_overlap();
   use();
+  total_memory_ = memory().total;
   // Memory of the pool is kept between operations.
   require_success(cudaDeviceGetDefaultMemPool(&pool_, index), "asking for the memory pool");
   uint64_t threshold = UINT64_MAX;

@@ -40,6 +40,8 @@ class Gpu {
   int multiprocessors() const { return multiprocessors_; }
   /// Shared memory that a block may ask for.
   size_t shared_bytes_per_block() const { return shared_bytes_per_block_; }
+  /// memory().total, without asking.
+  size_t total_memory() const { return total_memory_; }
   /// Makes this GPU the calling thread's. Everything below does so, and launch() too.
   void use() const;
 
@@ -75,6 +77,7 @@ class Gpu {
   int capability_ = 0;
   int multiprocessors_ = 0;
   size_t shared_bytes_per_block_ = 0;
+  size_t total_memory_ = 0;
   cudaStream_t stream_ = nullptr;
   cudaMemPool_t pool_ = nullptr;
   bool overlaps_ = false;
