@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kDecodeThreads) attention_decode_kernel(const 
   constexpr int kOutputs = kDim / 8;
   auto& shared = *reinterpret_cast<S*>(shared_memory());
   const AttentionView& a = view.attention;
-  wait_for_predecessors_alone();
+  wait_for_predecessors();
   const KvSegmentView& segment = a.segments.of[blockIdx.x];
   const KvLayerView& layer = segment.layer;
   const int64_t position = segment.first_position();
@@ -253,6 +253,7 @@ template <int kDim>
 void start(const Gpu& gpu, const DecodeView& view) {
   const AttentionView& a = view.attention;
   const KvLayerView& layer = a.segments.of[0].layer;
+  divide_alike(attention_decode_kernel<kDim>);
   launch<Start::kEarly>(gpu, attention_decode_kernel<kDim>,
                         dim3(static_cast<unsigned>(a.segments.tokens), static_cast<unsigned>(layer.kv_heads),
                              static_cast<unsigned>(a.parts)),

@@ -29,6 +29,19 @@ inline void allow_shared_memory(const Gpu& gpu, const void* kernel) {
 }
 #endif
 
+/// For the large kernels of a recorded token, which run beside each other where one starts early: a multiprocessor is divided alike for
+/// all of them, 64 KB of Hopper's 228 for shared memory (more where a block needs more), so that it never has to be divided anew in
+/// between, and loads on their way have the first cache.
+template <typename... Parameters>
+void divide_alike([[maybe_unused]] void (*kernel)(Parameters...)) {
+#if !defined(LLAMA_EXT_CUDA_EMULATED)
+  constexpr int kPercentShared = 28;
+  require_success(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                       cudaFuncAttributePreferredSharedMemoryCarveout, kPercentShared),
+                  "how a kernel divides its multiprocessor");
+#endif
+}
+
 /// Runs kernel(args...) on the GPU's stream, in blocks of `threads` (a multiple of 32) with `shared_bytes` of dynamic shared
 /// memory. An empty grid is no work. Throws DeviceError.
 template <Start kStart = Start::kInOrder, typename... Parameters, typename... Arguments>
@@ -71,15 +84,6 @@ void launch(const Gpu& gpu, void (*kernel)(Parameters...), dim3 grid, unsigned t
 __device__ __forceinline__ void wait_for_predecessors() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#elif defined(LLAMA_EXT_CUDA_EMULATED)
-  cuda_emulation::wait_for_predecessors();
-#endif
-}
-
-/// The same, but the next kernel starts when this one ends: where it would find its multiprocessors occupied by this one.
-__device__ __forceinline__ void wait_for_predecessors_alone() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #elif defined(LLAMA_EXT_CUDA_EMULATED)
   cuda_emulation::wait_for_predecessors();

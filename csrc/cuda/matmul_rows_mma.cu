@@ -13,8 +13,7 @@
 #include <algorithm>
 
 #include "cuda/kernels.h"
-#include "cuda/mma.h"
-#include "cuda/rows_mma.h"
+#include "cuda/rows_mma_step.h"
 #include "cuda/weight_codes.h"
 
 namespace llama_ext::cuda {
@@ -22,56 +21,10 @@ namespace {
 
 using namespace rows_mma;
 
-/// Bytes 2 i and 2 i + 1 of a word as numbers.
-__device__ __forceinline__ uint32_t byte_pair(uint32_t word, int i) {
-#if defined(__CUDA_ARCH__)
-  return __byte_perm(word, kBase, i == 0 ? 0x5150 : 0x5352);
-#else
-  const uint32_t bytes = word >> (16 * i);
-  return (bytes & 255u) | (bytes >> 8 & 255u) << 16 | kBase;
-#endif
-}
-
-/// Nibbles of bytes 0 and 2 of a word as numbers: the lower ones, or 16 times the upper ones.
-__device__ __forceinline__ uint32_t nibble_pair(uint32_t word, bool upper, uint32_t base) {
-  return upper ? and_or<0x00f000f0>(word, base) : and_or<0x000f000f>(word, base);
-}
-
-/// A step of two rows of W, in registers.
-template <Kind kKind>
-struct Step {
-  uint4 words[2];
-  uint32_t factors[2];  // scale and minimum, as float16
-
-  /// Products m = 0, 1, ... of 16 k.
-  static constexpr int kProducts = kChunkElements<kKind> / 4;
-
-  __device__ __forceinline__ static uint32_t word(const uint4& of, int i) {
-    return i == 0 ? of.x : i == 1 ? of.y : i == 2 ? of.z : of.w;
-  }
-
-  __device__ __forceinline__ void operand(int m, uint32_t base, uint32_t a[4]) const {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if constexpr (kKind == Kind::kBF16) {
-        a[r] = word(words[r], 2 * m);
-        a[2 + r] = word(words[r], 2 * m + 1);
-      } else if constexpr (kKind == Kind::kQ8) {
-        a[r] = byte_pair(word(words[r], m), 0);
-        a[2 + r] = byte_pair(word(words[r], m), 1);
-      } else {
-        a[r] = nibble_pair(word(words[r], m / 2), m % 2 != 0, base);
-        a[2 + r] = nibble_pair(word(words[r], m / 2) >> 8, m % 2 != 0, base);
-      }
-    }
-  }
-};
-
 template <Kind kKind, bool kHasMin>
 __global__ void __launch_bounds__(kThreadCount, 1) matmul_rows_mma_kernel(const __grid_constant__ RowsMmaView v) {
   constexpr bool kIsCodes = is_quantized(kKind);
   constexpr int kElements = kChunkElements<kKind>;
-  constexpr int kProducts = Step<kKind>::kProducts;
   const ProductView& p = v.product;
   const WeightView& w = p.weight;
   const int lane = static_cast<int>(threadIdx.x % kWarp);
@@ -97,28 +50,30 @@ __global__ void __launch_bounds__(kThreadCount, 1) matmul_rows_mma_kernel(const 
   auto* x = reinterpret_cast<uint16_t*>(totals + (kHasMin ? steps * kColumns : 0));
 
   // Where the lane loads the next steps of its two rows of a tile. Beyond the last row it is the last one again, whose sums are
-  // not written.
+  // not written. Factors are loaded for two steps at once, one by each lane: of row lane % 16, of the first step or the second.
   const unsigned char* from[2];
-  const uint16_t* scales[2];
+  const uint16_t* scales = nullptr;
+  const auto row_of = [&](int tile, int half, int of_half) {
+    if (p.is_gate_up) {
+      const int f = min(tile * 8 + of_half, p.width - 1);
+      return f / kGateGroup * (2 * kGateGroup) + f % kGateGroup + half * kGateGroup;
+    }
+    return min(tile * kTileRows + half * 8 + of_half, w.rows - 1);
+  };
   const auto enter = [&](int tile) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      int row;
-      if (p.is_gate_up) {
-        const int f = tile * 8 + g < p.width ? tile * 8 + g : p.width - 1;
-        row = f / kGateGroup * (2 * kGateGroup) + f % kGateGroup + half * kGateGroup;
-      } else {
-        const int n = tile * kTileRows + half * 8 + g;
-        row = n < w.rows ? n : w.rows - 1;
-      }
-      from[half] = w.data + int64_t{row} * chunks * 16 + my_share * 64 + t * 16;
-      if constexpr (kIsCodes) {
-        scales[half] = reinterpret_cast<const uint16_t*>(w.data + w.scales_at) + int64_t{row} * groups;
-      }
+      from[half] = w.data + int64_t{row_of(tile, half, g)} * chunks * 16 + my_share * 64 + t * 16;
+    }
+    if constexpr (kIsCodes) {
+      const int64_t row = row_of(tile, lane / 8 % 2, lane % 8);
+      scales = reinterpret_cast<const uint16_t*>(w.data + w.scales_at) + row * groups;
     }
   };
   const int64_t mins_after = (w.mins_at - w.scales_at) / 2;
-  Step<kKind> buffer[kInFlight];
+  uint4 words[kInFlight][2] = {};
+  uint32_t factors[kInFlight / 2][kHasMin ? 2 : 1] = {};
+  static_assert(kInFlight % 2 == 0);
   // The warp's next step, as number i of those that are on their way.
   int next_step = my_share;
   const auto load = [&](bool is_tile, int i) {
@@ -127,15 +82,18 @@ __global__ void __launch_bounds__(kThreadCount, 1) matmul_rows_mma_kernel(const 
     const unsigned char* at[2] = {from[0], from[1]};
     from[0] += along_k * 64;
     from[1] += along_k * 64;
-    if (!is_tile || step >= steps) return;
+    if (!is_tile) return;
+    if (step < steps) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      buffer[i].words[half] = __ldcs(reinterpret_cast<const uint4*>(at[half]));
-      if constexpr (kIsCodes) {
-        const int group = step >> v.group_shift;
-        buffer[i].factors[half] = scales[half][group];
-        if constexpr (kHasMin) buffer[i].factors[half] |= uint32_t{scales[half][mins_after + group]} << 16;
-      }
+      for (int half = 0; half < 2; ++half) words[i][half] = __ldcs(reinterpret_cast<const uint4*>(at[half]));
+    }
+    if constexpr (kIsCodes) {
+      if (i % 2 == 0) return;
+      const int of_factors = lane < 16 ? step - along_k : step;
+      if (of_factors >= steps) return;
+      const int group = of_factors >> v.group_shift;
+      factors[i / 2][0] = scales[group];
+      if constexpr (kHasMin) factors[i / 2][1] = scales[mins_after + group];
     }
   };
   // Of the block, the first one; the warp's is my_side after it.
@@ -143,7 +101,6 @@ __global__ void __launch_bounds__(kThreadCount, 1) matmul_rows_mma_kernel(const 
   enter(tile + my_side);
 #pragma unroll
   for (int i = 0; i < kInFlight; ++i) {
-    buffer[i] = {};
     load(true, i);
   }
   float4 gains[kGains];
@@ -185,45 +142,16 @@ __global__ void __launch_bounds__(kThreadCount, 1) matmul_rows_mma_kernel(const 
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
         if (step < steps) {
-          uint32_t b[2 * kProducts];
+          Step<kKind> of{{words[i][0], words[i][1]}, {}, {}};
+          if constexpr (kIsCodes) {
 #pragma unroll
-          for (int part = 0; part < kProducts / 2; ++part) {
-            const uint4 four = *reinterpret_cast<const uint4*>(column_at + 4 * kAtOnce * part);
-            b[4 * part] = four.x;
-            b[4 * part + 1] = four.y;
-            b[4 * part + 2] = four.z;
-            b[4 * part + 3] = four.w;
-          }
-          if constexpr (!kIsCodes) {
-#pragma unroll
-            for (int m = 0; m < kProducts; ++m) {
-              uint32_t a[4];
-              buffer[i].operand(m, v.base, a);
-              mma<MmaType::kBF16>(sums, a, b + 2 * m);
-            }
-          } else {
-            const float2 off = *reinterpret_cast<const float2*>(excess_at);
-            float dots[2][4] = {{off.x, off.y, off.x, off.y}, {}};
-#pragma unroll
-            for (int m = 0; m < kProducts; ++m) {
-              uint32_t a[4];
-              buffer[i].operand(m, v.base, a);
-              mma<MmaType::kF16>(dots[m % 2], a, b + 2 * m);
-            }
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-              const float scale = from_f16(static_cast<uint16_t>(buffer[i].factors[c / 2]));
-              sums[c] = fmaf(scale, dots[0][c] + dots[1][c], sums[c]);
-            }
-            if constexpr (kHasMin) {
-              const float2 total = *reinterpret_cast<const float2*>(totals_at);
-#pragma unroll
-              for (int c = 0; c < 4; ++c) {
-                sums[c] = fmaf(from_f16(static_cast<uint16_t>(buffer[i].factors[c / 2] >> 16)),
-                               c % 2 == 0 ? total.x : total.y, sums[c]);
-              }
+            for (int half = 0; half < 2; ++half) {
+              const int from_lane = i % 2 * 16 + half * 8 + g;
+              of.scales[half] = __shfl_sync(kAllLanes, factors[i / 2][0], from_lane);
+              if constexpr (kHasMin) of.mins[half] = __shfl_sync(kAllLanes, factors[i / 2][1], from_lane);
             }
           }
+          multiply_step<kKind, kHasMin>(sums, of, v.base, column_at, excess_at, totals_at);
         }
         step += along_k;
         column_at += along_k * kStep<kKind>;
@@ -313,6 +241,7 @@ void start(const Gpu& gpu, const ProductView& p) {
     v.along_k /= 2;
   }
   const size_t shared = fixed_bytes(p.weight) + row_bytes(p.weight) * static_cast<size_t>(p.rows);
+  divide_alike(matmul_rows_mma_kernel<kKind, kHasMin>);
   launch<Start::kEarly>(
       gpu, matmul_rows_mma_kernel<kKind, kHasMin>,
       dim3(static_cast<unsigned>(std::min<int64_t>(blocks_for(v.tiles, kWarps / v.along_k), gpu.multiprocessors()))),

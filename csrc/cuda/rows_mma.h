@@ -86,6 +86,7 @@ struct Shared {
 
 // Of a row of x, what a thread keeps in registers between its two looks at it: vectors of 4.
 inline constexpr int kKept = 4;
+inline constexpr int kMore = 3;   // of what does not fit there, on their way together
 inline constexpr int kGains = 2;  // and of the norm's weight, before x is known
 
 /// Rows of x in shared memory: normalised, rounded, in the product's order, zeros beyond the last column. gains: the thread's first
@@ -130,10 +131,20 @@ __device__ __forceinline__ void bring_rows(const RowsMmaView& v, int padded, int
 #pragma unroll
       for (int i = 0; i < kKept; ++i) look(kept[i], gain_of(i));
 #pragma unroll 1
-      for (int k = first + 4 * kKept * kThreadCount; k < cols; k += 4 * kThreadCount) {
-        float4 gain{1.0f, 1.0f, 1.0f, 1.0f};
-        if (kIsCodes && has_norm) gain = load_four(p.norm.weight, k, cols, v.is_aligned);
-        look(load_four(row, k, cols, v.is_aligned), gain);
+      for (int base = 4 * kKept * kThreadCount; base < cols; base += 4 * kMore * kThreadCount) {
+        float4 more[kMore];
+#pragma unroll
+        for (int i = 0; i < kMore; ++i) {
+          more[i] = load_four(row, base + first + 4 * i * kThreadCount, cols, v.is_aligned);
+        }
+#pragma unroll
+        for (int i = 0; i < kMore; ++i) {
+          float4 gain{1.0f, 1.0f, 1.0f, 1.0f};
+          if (kIsCodes && has_norm) {
+            gain = load_four(p.norm.weight, base + first + 4 * i * kThreadCount, cols, v.is_aligned);
+          }
+          look(more[i], gain);
+        }
       }
       sum = warp_sum(sum);
       if (kIsCodes) largest = warp_max(largest);
@@ -191,10 +202,20 @@ __device__ __forceinline__ void bring_rows(const RowsMmaView& v, int padded, int
       store(first + 4 * i * kThreadCount, kept[i], gain_of(i));
     }
 #pragma unroll 1
-    for (int base = 4 * kKept * kThreadCount; base < padded; base += 4 * kThreadCount) {
-      float4 gain{1.0f, 1.0f, 1.0f, 1.0f};
-      if (has_norm) gain = load_four(p.norm.weight, base + first, cols, v.is_aligned);
-      store(base + first, load_four(row, base + first, cols, v.is_aligned), gain);
+    for (int base = 4 * kKept * kThreadCount; base < padded; base += 4 * kMore * kThreadCount) {
+      float4 more[kMore];
+#pragma unroll
+      for (int i = 0; i < kMore; ++i) {
+        more[i] = load_four(row, base + first + 4 * i * kThreadCount, cols, v.is_aligned);
+      }
+#pragma unroll
+      for (int i = 0; i < kMore; ++i) {
+        const int at = base + 4 * i * kThreadCount;
+        if (at >= padded) break;
+        float4 gain{1.0f, 1.0f, 1.0f, 1.0f};
+        if (has_norm) gain = load_four(p.norm.weight, at + first, cols, v.is_aligned);
+        store(at + first, more[i], gain);
+      }
     }
   }
   __syncthreads();
