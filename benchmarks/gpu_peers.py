@@ -17,6 +17,8 @@ from llama_ext import ops
 # Bytes of weights that calls take turns with: more than any L2 cache.
 ROTATED_BYTES = 256 << 20
 ROUNDS = 20
+# Times that all products of a prompt are made.
+CHAINS = 5
 
 
 def torch_for(device: str) -> Any:
@@ -64,6 +66,31 @@ def product_seconds(torch: Any, device: str, rows: int, n: int, k: int) -> tuple
     return ours, seconds(in_turn(calls), ROUNDS)
 
 
+def products_seconds(torch: Any, device: str, shape: Shape, tokens: int) -> float:
+    """Of all products of a prompt by torch, in bfloat16 and with nothing between them: a prefill cannot take less. 0 without torch.
+
+    The blocks' products and the head's, of the last token alone, are one chain that is waited for once, as a prefill is."""
+    if torch is None:
+        return 0.0
+
+    def random(*extents: int) -> Any:
+        return torch.randn(extents, device=device, dtype=torch.bfloat16)
+
+    matrices = products(shape).values()
+    copies = min(shape.layers, -(-ROTATED_BYTES // (2 * sum(n * k for n, k in matrices))))
+    rotated = [[random(n, k) for n, k in matrices] for _ in range(copies)]
+    inputs = [random(tokens, k) for _, k in matrices]
+    head, last = random(shape.vocabulary, shape.width), random(1, shape.width)
+
+    def chain() -> None:
+        for layer in range(shape.layers):
+            for x, weight in zip(inputs, rotated[layer % copies], strict=True):
+                torch.nn.functional.linear(x, weight)
+        torch.nn.functional.linear(last, head)
+
+    return seconds(waiting(torch, device, chain), CHAINS)
+
+
 def attention_seconds(torch: Any, device: str, shape: Shape, tokens: int) -> tuple[float, float]:
     """Causal attention of a sequence: of ours, which stores keys and values in a bfloat16 cache first, and of torch."""
     rng = np.random.default_rng(0)
@@ -78,10 +105,10 @@ def attention_seconds(torch: Any, device: str, shape: Shape, tokens: int) -> tup
     return ours, seconds(call, ROUNDS)
 
 
-def compare(torch: Any, device: str, shape: Shape, tokens: int) -> tuple[list[list[object]], float]:
-    """Rows (operation, ours, torch, ratio) in TFLOP/s of a prompt; and the seconds of all products of torch. Nothing without it."""
+def compare(torch: Any, device: str, shape: Shape, tokens: int) -> list[list[object]]:
+    """Rows (operation, ours, torch, ratio) in TFLOP/s, of a prompt. None without torch."""
     if torch is None:
-        return [], 0.0
+        return []
     rows: list[list[object]] = []
 
     def add(name: str, operations: float, ours: float, theirs: float) -> None:
@@ -89,16 +116,11 @@ def compare(torch: Any, device: str, shape: Shape, tokens: int) -> tuple[list[li
             [name, f"{1e-12 * operations / ours:,.1f}", f"{1e-12 * operations / theirs:,.1f}", f"{theirs / ours:.2f}"]
         )
 
-    total = 0.0
     for name, (n, k) in products(shape).items():
-        ours, theirs = product_seconds(torch, device, tokens, n, k)
-        add(f"{name} ({tokens} x {n} x {k})", 2.0 * tokens * n * k, ours, theirs)
-        total += shape.layers * theirs
-    # The head, of the last token alone.
-    total += product_seconds(torch, device, 1, shape.vocabulary, shape.width)[1]
-    ours, theirs = attention_seconds(torch, device, shape, tokens)
-    add(f"attention of {tokens} tokens", 2.0 * tokens * tokens * shape.heads * shape.head_dim, ours, theirs)
-    return rows, total
+        add(f"{name} ({tokens} x {n} x {k})", 2.0 * tokens * n * k, *product_seconds(torch, device, tokens, n, k))
+    operations = 2.0 * tokens * tokens * shape.heads * shape.head_dim
+    add(f"attention of {tokens} tokens", operations, *attention_seconds(torch, device, shape, tokens))
+    return rows
 
 
 def transformers_speed(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
+import time
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from benchmarks import gpu, gpu_peers
@@ -18,21 +21,36 @@ def test_products_are_the_parameters_that_every_token_meets() -> None:
 
 
 def test_without_torch_there_is_nothing_beside() -> None:
-    assert gpu_peers.compare(None, "cuda:0", SHAPES["tiny"], 9) == ([], 0.0)
+    assert gpu_peers.compare(None, "cuda:0", SHAPES["tiny"], 9) == []
+    assert gpu_peers.products_seconds(None, "cuda:0", SHAPES["tiny"], 9) == 0
     assert gpu_peers.torch_for("cuda:63") is None
 
 
 def test_operations_are_compared_with_those_of_torch() -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed")
     shape = SHAPES["tiny"]
-    rows, total = gpu_peers.compare(torch, "cpu", shape, 9)
+    rows = gpu_peers.compare(torch, "cpu", shape, 9)
     names = [str(row[0]) for row in rows]
     assert names[0] == "qkv (9 x 128 x 64)"
     assert names[-1] == "attention of 9 tokens"
     assert len(rows) == 5
     assert all(float(str(row[3])) > 0 for row in rows)
-    assert total > 0
-    assert np.isfinite(total)
+
+
+def test_products_alone_are_all_that_a_prefill_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    shape = SHAPES["tiny"]
+    made: list[tuple[int, ...]] = []
+    linear = torch.nn.functional.linear
+
+    def counted(x: Any, weight: Any) -> Any:
+        made.append((x.shape[0], *weight.shape))
+        return linear(x, weight)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", counted)
+    assert gpu_peers.products_seconds(torch, "cpu", shape, 9) > 0
+    once = [(9, n, k) for n, k in products(shape).values()] * shape.layers + [(1, shape.vocabulary, shape.width)]
+    assert made == once * (1 + gpu_peers.CHAINS)
 
 
 def test_transformers_is_timed_beside() -> None:
@@ -43,11 +61,78 @@ def test_transformers_is_timed_beside() -> None:
     assert float(str(decode).replace(",", ""))
 
 
+SANITIZER = """#!/bin/sh
+case $2 in
+memcheck) echo '========= ERROR SUMMARY: 0 errors' ;;
+racecheck) echo '========= Error: Race reported'; exit 9 ;;
+*) sleep 60 & echo $! >child; wait ;;
+esac
+"""
+
+
+@pytest.fixture
+def sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Finds nothing, a race, or never ends, each as one of its tools."""
+    path = tmp_path / "compute-sanitizer"
+    path.write_text(SANITIZER)
+    path.chmod(0o755)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    return str(path)
+
+
+def test_each_sanitizer_is_told_of_with_what_it_found(
+    sanitizer: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "SANITIZERS", ("memcheck", "racecheck"))
+    assert not gpu.sanitize(sanitizer)
+    said = capsys.readouterr().out
+    for part in ("memcheck: clean after", "racecheck: FAILED after", "Race reported"):
+        assert part in said
+    assert "0 errors" not in said, "what is clean has nothing more to say"
+    monkeypatch.setattr(gpu, "SANITIZERS", ("memcheck",))
+    assert gpu.sanitize(sanitizer)
+
+
+def is_running(process: str) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_sanitizer_that_does_not_end_is_stopped_with_what_it_started(
+    sanitizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "SANITIZERS", ("initcheck",))
+    monkeypatch.setattr(gpu, "SANITIZER_SECONDS", 1.0)
+    assert not gpu.sanitize(sanitizer)
+    assert "initcheck: not finished after" in capsys.readouterr().out
+    if (started := tmp_path / "child").exists():  # A machine with much else to do may not have come so far.
+        deadline = time.monotonic() + 10  # A signal takes effect when the process has its turn.
+        while is_running(started.read_text().strip()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not is_running(started.read_text().strip())
+
+
+def test_what_sanitizers_watch_is_there() -> None:
+    for selection in gpu.SANITIZED:
+        path, _, name = selection.partition("[")[0].partition("::")
+        assert not name or f"def {name}(" in (gpu.ROOT / path).read_text(), selection
+
+
+def test_nothing_is_both_alone_and_beside_its_peers(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu.main(["--alone", "--peers"])
+    assert "not allowed with" in capsys.readouterr().err
+
+
 @requires_cuda
 @pytest.mark.gpu
-def test_the_table_has_a_row_for_each_kind_of_weights(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu.main(["--shapes", "tiny"]) == 0
+@pytest.mark.parametrize("options", [[], ["--alone"]], ids=str)
+def test_the_table_has_a_row_for_each_kind_of_weights(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main(["--shapes", "tiny", *options]) == 0
     lines = capsys.readouterr().out.splitlines()
     header = next(i for i, line in enumerate(lines) if "prefill tok/s" in line)
     kinds = [line.split()[1] for line in lines[header + 1 : header + 5]]
     assert kinds == ["float32", "bfloat16", "int8", "int4"]
+    assert any("beside nothing" in line or "each call waited for" in line for line in lines) != bool(options)
