@@ -138,8 +138,8 @@ void matmul_tiles(const Gpu& gpu, const ProductView& product);
 
 // matmul_mma.cu: many rows, on the tensor cores.
 /// The most rows that codes are multiplied with as they are; where there are more, their numbers are unpacked first
-/// (rounded_products.h). Unpacking a weight takes about 0.5 ps on an H200 (up to a byte read, 2 written to the L2 cache), a product of up
-/// to 128 rows another 0.5; on codes as they are, 64 rows take about 1.3, each further 32 rows half as much again. Not tuned on a GPU.
+/// (rounded_products.h). Higher than it should be, by an H200's figures: unpacking takes 0.8 ps a weight, and 64 rows on codes as they
+/// are take three times as long as on bfloat16 weights (docs/decisions.md).
 inline constexpr int64_t kMostRowsOfCodes = 64;
 struct MmaView {
   const uint16_t* x = nullptr;  // (M, weight.stride), from prepare_rows
