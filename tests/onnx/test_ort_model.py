@@ -104,7 +104,7 @@ def test_rows_begin_where_others_end(
     """Seven rows that end after 1 to 13 tokens, two of them at once at most, and so on: nobody notices."""
     vocabulary = native.config.vocab_size
     prompts = [[1 + (7 * row + at) % (vocabulary - 1) for at in range(2 + 3 * (row % 3))] for row in range(7)]
-    for options in ({"max_length": 15}, {"max_length": 15, "temperature": 1.0, "seed": 8}):
+    for options in ({"max_length": 15, "do_sample": False}, {"max_length": 15, "temperature": 1.0, "seed": 8}):
         theirs = native.generate(prompts, eos_token_id=[], **options)
         ours = models[profile].generate(prompts, eos_token_id=[], max_batch_size=size, **options)
         assert ours == theirs
@@ -132,10 +132,12 @@ def test_no_tokens_are_no_tokens(models: dict[str, OrtModel]) -> None:
 
 
 def test_an_end_token_ends_a_row(models: dict[str, OrtModel], native: llama_ext.LlamaForCausalLM) -> None:
-    found = models["standard"].generate("The", max_new_tokens=20, return_details=True, eos_token_id=[])
+    found = models["standard"].generate("The", max_new_tokens=20, do_sample=False, return_details=True, eos_token_id=[])
     end = found.token_ids[7]
     first = found.token_ids.index(end)
-    again = models["standard"].generate("The", max_new_tokens=20, return_details=True, eos_token_id=end)
+    again = models["standard"].generate(
+        "The", max_new_tokens=20, do_sample=False, return_details=True, eos_token_id=end
+    )
     assert again.token_ids == found.token_ids[: first + 1]
     assert again.finish_reason == "stop"
     assert models["standard"].eos_token_ids == native.eos_token_ids
@@ -147,10 +149,10 @@ def test_a_prompt_as_long_as_the_context_is_taken_in_pieces(
     """Where its logits would take much memory."""
     context, vocabulary = native.config.max_position_embeddings, native.config.vocab_size
     ids = [1 + (5 * at) % (vocabulary - 1) for at in range(context - 4)]
-    whole = models["standard"].generate(ids, max_new_tokens=4, eos_token_id=[])
+    whole = models["standard"].generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=[])
     monkeypatch.setattr("llama_ext.onnx.ort_model_generation._LOGITS_BYTES", 4 * vocabulary * 7)
-    assert models["standard"].generate(ids, max_new_tokens=4, eos_token_id=[]) == whole
-    assert native.generate(ids, max_new_tokens=4, eos_token_id=[]) == whole
+    assert models["standard"].generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=[]) == whole
+    assert native.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=[]) == whole
     with pytest.raises(llama_ext.ContextLengthError):
         models["standard"].generate(ids, max_new_tokens=5)
 
