@@ -167,7 +167,7 @@ def largest(kept: Kept, rows: int, columns: int) -> Weights:
 
 
 # The most rows that a GPU multiplies with codes as they are: with more, it rounds the weights to bfloat16, too.
-MOST_ROWS_OF_CODES = 64
+MOST_ROWS_OF_CODES = 32
 
 
 def gpu_rounding_bound(kept: Kept, x: Array, exact_weights: F64) -> F64:

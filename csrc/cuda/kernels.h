@@ -137,10 +137,10 @@ void matmul_rows_mma(const Gpu& gpu, const ProductView& product);
 void matmul_tiles(const Gpu& gpu, const ProductView& product);
 
 // matmul_mma.cu: many rows, on the tensor cores.
-/// The most rows that codes are multiplied with as they are; where there are more, their numbers are unpacked first
-/// (rounded_products.h). Higher than it should be, by an H200's figures: unpacking takes 0.8 ps a weight, and 64 rows on codes as they
-/// are take three times as long as on bfloat16 weights (docs/decisions.md).
-inline constexpr int64_t kMostRowsOfCodes = 64;
+/// The most rows that codes are multiplied with as they are, a tile's; where there are more, their numbers are unpacked first
+/// (rounded_products.h). On an H200 64 rows on codes as they are took three times as long as on bfloat16 weights, and unpacking takes half
+/// as long as these.
+inline constexpr int64_t kMostRowsOfCodes = 32;
 struct MmaView {
   const uint16_t* x = nullptr;  // (M, weight.stride), from prepare_rows
   const float* row_scales = nullptr;

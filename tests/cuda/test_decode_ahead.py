@@ -117,7 +117,7 @@ def test_each_token_is_the_one_that_its_logits_give(sampling: dict[str, Any], dt
     ids=str,
 )
 def test_large_batches_decode_like_any_others(rows: int, dtype: str, kv_dtype: str) -> None:
-    """Keys of 32 rows and more are stored by a kernel of their own, and products of more than 64 unpack quantised weights."""
+    """Keys of 32 rows and more are stored by a kernel of their own, and products of more rows unpack quantised weights."""
     prompts = [[i % VOCABULARY, (7 * i + 1) % VOCABULARY] for i in range(rows)]
     options: dict[str, Any] = {"max_batch_size": rows, "kv_dtype": kv_dtype}
     found, again = (by_row(steps(start(tiny(dtype=dtype), prompts, 5, **options))) for _ in range(2))

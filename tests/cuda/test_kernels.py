@@ -15,7 +15,7 @@ import numpy_ops
 from devices import CUDA, IS_EMULATED, requires_cuda
 from guarded import guarded, guarded_empty
 from llama_ext import DeviceError, DTypeError, UnsupportedError, _core
-from quantized import LAYOUTS, Kept, each_layout, weights
+from quantized import LAYOUTS, MOST_ROWS_OF_CODES, Kept, each_layout, weights
 from tolerances import TINY, assert_same_bits, assert_within
 
 Array = npt.NDArray[Any]
@@ -56,7 +56,7 @@ def test_a_product_has_the_same_bits_again_and_in_any_order_of_turns(
 @pytest.mark.parametrize("compute", ["auto", "exact"])
 @each_weight
 def test_a_row_of_a_product_depends_on_whether_there_are_few_rows_and_on_nothing_else(kept: Kept, compute: str) -> None:
-    """Few are 4, or 8 for weights that have a kernel for few rows on the tensor cores; many, for quantised weights, more than 64."""
+    """Few are 4, or 8 for weights that have a kernel for few rows on the tensor cores; many, for quantised weights, more than 32."""
     rng = np.random.default_rng(1)
     matrix = matrix_of(kept, rng, 45, 330)
     x = rng.standard_normal((140, matrix.shape[1])).astype(np.float32)
@@ -69,11 +69,11 @@ def test_a_row_of_a_product_depends_on_whether_there_are_few_rows_and_on_nothing
         if first + rows <= most:
             assert_same_bits(multiply(x[first : first + rows], matrix, compute), few[first : first + rows], rows)
     is_unpacked = compute == "auto" and kept not in FLOATS
-    for first, rows in ((0, 9), (3, 16), (7, 33), (20, 44), (60, 64), (60, 65), (1, 128)):
+    for first, rows in ((0, 9), (3, 16), (7, 32), (7, 33), (20, 44), (60, 64), (60, 65), (1, 128)):
         at = slice(first, first + rows)
-        if is_unpacked and rows <= 64:
-            begin = min(first, len(x) - 64)
-            expected = multiply(x[begin : begin + 64], matrix, compute)[first - begin :][:rows]
+        if is_unpacked and rows <= MOST_ROWS_OF_CODES:
+            begin = min(first, len(x) - MOST_ROWS_OF_CODES)
+            expected = multiply(x[begin : begin + MOST_ROWS_OF_CODES], matrix, compute)[first - begin :][:rows]
             assert not np.array_equal(expected, many[at])
         else:
             expected = many[at]

@@ -117,7 +117,7 @@ def test_logits_are_those_of_the_cpu(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_a_long_prompt_of_quantised_weights_costs_no_more_than_bfloat16_weights(dtype: str) -> None:
-    """Of more than 64 rows: their products round the weights to bfloat16."""
+    """Of more than 32 rows: their products round the weights to bfloat16."""
     ids = np.arange(90)[None] * 7 % 53
     for symmetric in (None, False):
         model = {device: tiny(device, dtype=dtype, symmetric=symmetric, compute="exact") for device in ("cpu", "cuda")}
