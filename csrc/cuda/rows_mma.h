@@ -86,7 +86,7 @@ struct Shared {
 
 // Of a row of x, what a thread keeps in registers between its two looks at it: vectors of 4.
 inline constexpr int kKept = 4;
-inline constexpr int kMore = 3;   // of what does not fit there, on their way together
+inline constexpr int kMore = 2;   // of what does not fit there, on their way together
 inline constexpr int kGains = 2;  // and of the norm's weight, before x is known
 
 /// Rows of x in shared memory: normalised, rounded, in the product's order, zeros beyond the last column. gains: the thread's first
