@@ -86,7 +86,12 @@ struct Shared {
 
 // Of a row of x, what a thread keeps in registers between its two looks at it: vectors of 4.
 inline constexpr int kKept = 4;
-inline constexpr int kMore = 2;   // of what does not fit there, on their way together
+// Of what does not fit there, on their way together. Three spill on sm_80.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+inline constexpr int kMore = 2;
+#else
+inline constexpr int kMore = 3;
+#endif
 inline constexpr int kGains = 2;  // and of the norm's weight, before x is known
 
 /// Rows of x in shared memory: normalised, rounded, in the product's order, zeros beyond the last column. gains: the thread's first
@@ -109,6 +114,12 @@ __device__ __forceinline__ void bring_rows(const RowsMmaView& v, int padded, int
 #pragma unroll 1
   for (int m = 0; m < static_cast<int>(p.rows); ++m) {
     const float* row = p.x.row(m);
+    const auto load_more = [&](int base, float4(&more)[kMore]) {
+#pragma unroll
+      for (int i = 0; i < kMore; ++i) {
+        more[i] = load_four(row, base + first + 4 * i * kThreadCount, cols, v.is_aligned);
+      }
+    };
     float4 kept[kKept];
 #pragma unroll
     for (int i = 0; i < kKept; ++i) kept[i] = load_four(row, first + 4 * i * kThreadCount, cols, v.is_aligned);
@@ -133,10 +144,7 @@ __device__ __forceinline__ void bring_rows(const RowsMmaView& v, int padded, int
 #pragma unroll 1
       for (int base = 4 * kKept * kThreadCount; base < cols; base += 4 * kMore * kThreadCount) {
         float4 more[kMore];
-#pragma unroll
-        for (int i = 0; i < kMore; ++i) {
-          more[i] = load_four(row, base + first + 4 * i * kThreadCount, cols, v.is_aligned);
-        }
+        load_more(base, more);
 #pragma unroll
         for (int i = 0; i < kMore; ++i) {
           float4 gain{1.0f, 1.0f, 1.0f, 1.0f};
@@ -204,10 +212,7 @@ __device__ __forceinline__ void bring_rows(const RowsMmaView& v, int padded, int
 #pragma unroll 1
     for (int base = 4 * kKept * kThreadCount; base < padded; base += 4 * kMore * kThreadCount) {
       float4 more[kMore];
-#pragma unroll
-      for (int i = 0; i < kMore; ++i) {
-        more[i] = load_four(row, base + first + 4 * i * kThreadCount, cols, v.is_aligned);
-      }
+      load_more(base, more);
 #pragma unroll
       for (int i = 0; i < kMore; ++i) {
         const int at = base + 4 * i * kThreadCount;
