@@ -53,7 +53,7 @@ class CudaRecording final : public Recording {
       : gpu_(std::move(gpu)), arena_(*gpu_) {
     cudaGraph_t graph = nullptr;
     {
-      const Capture capture(*gpu_, arena_);
+      Capture capture(*gpu_, arena_);
       operations();
       graph = capture.end();
     }

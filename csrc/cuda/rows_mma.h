@@ -1,7 +1,7 @@
 // Rows of x as matmul_rows_mma.cu multiplies them: in shared memory, normalised, rounded, in the product's order.
 #pragma once
 
-#include "cuda/kernels.h"
+#include "cuda/link_views.h"
 #include "cuda/numeric.h"
 #include "cuda/weight_codes.h"
 
@@ -46,15 +46,6 @@ __host__ __device__ constexpr int column_pitch(int padded) { return padded + (pa
 inline constexpr uint32_t kBase = 0x64006400;
 inline constexpr float kBaseValue = 1024.0f;
 
-struct RowsMmaView {
-  ProductView product;
-  int tiles;
-  int along_k;      // warps that share a tile's k, a power of two: a block has kWarps / along_k tiles at a time
-  int group_shift;  // steps of a group, as a power of two
-  bool is_aligned;  // rows of x and the norm's weight, to 16 bytes
-  uint32_t base;    // kBase, which no kernel knows to be a constant
-};
-
 __device__ __forceinline__ float4 load_four(const float* row, int k, int cols, bool is_aligned) {
   if (is_aligned && k + 4 <= cols) return *reinterpret_cast<const float4*>(row + k);
   float4 four{0.0f, 0.0f, 0.0f, 0.0f};
@@ -86,24 +77,28 @@ struct Shared {
 
 // Of a row of x, what a thread keeps in registers between its two looks at it: vectors of 4.
 inline constexpr int kKept = 4;
-// Of what does not fit there, on their way together. Three spill on sm_80.
+// Of what does not fit there, on their way together. More spill on sm_80.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-inline constexpr int kMore = 2;
+template <Kind kKind>
+inline constexpr int kMore = kKind == Kind::kQ4 ? 1 : 2;
 #else
+template <Kind kKind>
 inline constexpr int kMore = 3;
 #endif
 inline constexpr int kGains = 2;  // and of the norm's weight, before x is known
 
 /// Rows of x in shared memory: normalised, rounded, in the product's order, zeros beyond the last column. gains: the thread's first
-/// ones, which were loaded early.
-template <Kind kKind>
-__device__ __forceinline__ void bring_rows(const RowsMmaView& v, int padded, int pitch, Shared& shared, uint16_t* x,
-                                           float* excess, float* totals, const float4 (&gains)[kGains]) {
+/// ones, which were loaded early. thread: of the kThreadCount, for which sync is.
+template <Kind kKind, typename Sync>
+__device__ __forceinline__ void bring_rows(const RowsMmaView& v, int thread, int padded, int pitch, Shared& shared,
+                                           uint16_t* x, float* excess, float* totals, const float4 (&gains)[kGains],
+                                           Sync sync) {
   constexpr bool kIsCodes = is_quantized(kKind);
+  constexpr int kAfter = kMore<kKind>;
   const ProductView& p = v.product;
   const int cols = p.weight.cols;
   const bool has_norm = p.norm.weight != nullptr;
-  const int first = 4 * static_cast<int>(threadIdx.x);
+  const int first = 4 * thread;
   const auto gained = [](const float4& of, const float4& gain) {
     return float4{of.x * gain.x, of.y * gain.y, of.z * gain.z, of.w * gain.w};
   };
@@ -114,9 +109,9 @@ __device__ __forceinline__ void bring_rows(const RowsMmaView& v, int padded, int
 #pragma unroll 1
   for (int m = 0; m < static_cast<int>(p.rows); ++m) {
     const float* row = p.x.row(m);
-    const auto load_more = [&](int base, float4(&more)[kMore]) {
+    const auto load_more = [&](int base, float4(&more)[kAfter]) {
 #pragma unroll
-      for (int i = 0; i < kMore; ++i) {
+      for (int i = 0; i < kAfter; ++i) {
         more[i] = load_four(row, base + first + 4 * i * kThreadCount, cols, v.is_aligned);
       }
     };
@@ -142,11 +137,11 @@ __device__ __forceinline__ void bring_rows(const RowsMmaView& v, int padded, int
 #pragma unroll
       for (int i = 0; i < kKept; ++i) look(kept[i], gain_of(i));
 #pragma unroll 1
-      for (int base = 4 * kKept * kThreadCount; base < cols; base += 4 * kMore * kThreadCount) {
-        float4 more[kMore];
+      for (int base = 4 * kKept * kThreadCount; base < cols; base += 4 * kAfter * kThreadCount) {
+        float4 more[kAfter];
         load_more(base, more);
 #pragma unroll
-        for (int i = 0; i < kMore; ++i) {
+        for (int i = 0; i < kAfter; ++i) {
           float4 gain{1.0f, 1.0f, 1.0f, 1.0f};
           if (kIsCodes && has_norm) {
             gain = load_four(p.norm.weight, base + first + 4 * i * kThreadCount, cols, v.is_aligned);
@@ -156,8 +151,8 @@ __device__ __forceinline__ void bring_rows(const RowsMmaView& v, int padded, int
       }
       sum = warp_sum(sum);
       if (kIsCodes) largest = warp_max(largest);
-      if (threadIdx.x % kWarp == 0) shared.looks[m % 2][threadIdx.x / kWarp] = {sum, largest};
-      __syncthreads();
+      if (thread % static_cast<int>(kWarp) == 0) shared.looks[m % 2][thread / static_cast<int>(kWarp)] = {sum, largest};
+      sync();
       sum = 0.0f;
       largest = 0.0f;
 #pragma unroll 4  // all at once would take registers from the loads on their way
@@ -169,7 +164,7 @@ __device__ __forceinline__ void bring_rows(const RowsMmaView& v, int padded, int
       if (has_norm) inverse = 1.0f / sqrtf(sum / static_cast<float>(cols) + p.norm.eps);
       if constexpr (kIsCodes) {
         power = power_for_f16(largest * inverse);
-        if (threadIdx.x == 0) shared.row_scales[m] = 1.0f / power;
+        if (thread == 0) shared.row_scales[m] = 1.0f / power;
       }
     }
     const auto store = [&](int k, const float4& four, const float4& gain) {
@@ -210,11 +205,11 @@ __device__ __forceinline__ void bring_rows(const RowsMmaView& v, int padded, int
       store(first + 4 * i * kThreadCount, kept[i], gain_of(i));
     }
 #pragma unroll 1
-    for (int base = 4 * kKept * kThreadCount; base < padded; base += 4 * kMore * kThreadCount) {
-      float4 more[kMore];
+    for (int base = 4 * kKept * kThreadCount; base < padded; base += 4 * kAfter * kThreadCount) {
+      float4 more[kAfter];
       load_more(base, more);
 #pragma unroll
-      for (int i = 0; i < kMore; ++i) {
+      for (int i = 0; i < kAfter; ++i) {
         const int at = base + 4 * i * kThreadCount;
         if (at >= padded) break;
         float4 gain{1.0f, 1.0f, 1.0f, 1.0f};
@@ -223,7 +218,7 @@ __device__ __forceinline__ void bring_rows(const RowsMmaView& v, int padded, int
       }
     }
   }
-  __syncthreads();
+  sync();
 }
 
 }  // namespace llama_ext::cuda::rows_mma

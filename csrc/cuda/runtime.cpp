@@ -13,7 +13,7 @@ constexpr int kNeededDriver = CUDART_VERSION / 1000 * 1000;
 constexpr const char* kNeededDriverText = kNeededDriver >= 13000 ? "580" : "525";
 constexpr int kNeededCapability = 80;
 
-thread_local const Capture* current_capture = nullptr;
+thread_local Capture* current_capture = nullptr;
 
 /// Shared by those who record, held alone by who waits for a whole device.
 std::shared_mutex& captures() {
@@ -21,10 +21,10 @@ std::shared_mutex& captures() {
   return mutex;
 }
 
-/// LLAMA_EXT_CUDA_OVERLAP=0 starts every kernel after the one before, for comparison.
-bool wants_overlap() {
-  const char* text = std::getenv("LLAMA_EXT_CUDA_OVERLAP");
-  return text == nullptr || std::string_view(text) != "0";
+/// A setting of the environment, "0" or "1", for comparison.
+bool is_set(const char* name, bool otherwise) {
+  const char* text = std::getenv(name);
+  return text == nullptr ? otherwise : std::string_view(text) != "0";
 }
 
 std::string version_text(int version) { return cat(version / 1000, ".", version % 1000 / 10); }
@@ -87,7 +87,8 @@ Gpu::Gpu(int index) : index_(index) {
   require(attribute(cudaDevAttrMemoryPoolsSupported) != 0, ErrorKind::kDevice, "device 'cuda:", index,
           "': this driver offers no memory pools, which are needed. Use device='cpu'");
   // Later ones run what was compiled for 8.0, where kernels do not wait (wait_for_predecessors).
-  overlaps_ = capability_ == 90 && wants_overlap();
+  overlaps_ = capability_ == 90 && is_set("LLAMA_EXT_CUDA_OVERLAP", true);
+  chains_ = capability_ == 90 && is_set("LLAMA_EXT_CUDA_CHAIN", false);
   use();
   total_memory_ = memory().total;
   // Memory of the pool is kept between operations.
@@ -103,7 +104,7 @@ Gpu::~Gpu() {
 }
 
 cudaStream_t Gpu::stream() const {
-  const Capture* capture = Capture::of(*this);
+  Capture* capture = Capture::of(*this);
   return capture == nullptr ? stream_ : capture->stream();
 }
 
@@ -160,6 +161,11 @@ void Gpu::copy_to_device(void* device, const void* host, size_t nbytes) const {
   if (nbytes == 0) return;
   use();
   require_success(cudaMemcpyAsync(device, host, nbytes, cudaMemcpyHostToDevice, stream()), "a copy to the GPU");
+}
+
+void Gpu::copy_to_device_now(void* device, const void* host, size_t nbytes) const {
+  use();
+  require_success(cudaMemcpyAsync(device, host, nbytes, cudaMemcpyHostToDevice, stream_), "a copy to the GPU");
 }
 
 void Gpu::copy_to_host(void* host, const void* device, size_t nbytes) const {
@@ -219,13 +225,15 @@ void* Arena::take(size_t nbytes) {
   for (Block& block : blocks_) {
     if (!block.is_taken && block.nbytes >= nbytes && (best == nullptr || block.nbytes < best->nbytes)) best = &block;
   }
-  if (best == nullptr) {
-    blocks_.reserve(blocks_.size() + 1);
-    blocks_.push_back({gpu_.allocate(nbytes, "scratch memory of a recording", Gpu::Source::kPool), nbytes, false});
-    best = &blocks_.back();
-  }
+  if (best == nullptr) return keep(nbytes);
   best->is_taken = true;
   return best->memory;
+}
+
+void* Arena::keep(size_t nbytes) {
+  blocks_.reserve(blocks_.size() + 1);
+  blocks_.push_back({gpu_.allocate(nbytes, "scratch memory of a recording", Gpu::Source::kPool), nbytes, true});
+  return blocks_.back().memory;
 }
 
 void Arena::give_back(void* memory) noexcept {
@@ -256,14 +264,20 @@ Capture::~Capture() {
   cudaStreamDestroy(stream_);
 }
 
-cudaGraph_t Capture::end() const {
+cudaStream_t Capture::stream() {
+  // Its own launches come here again.
+  if (const std::unique_ptr<PutOff> work = std::move(put_off_)) work->start();
+  return stream_;
+}
+
+cudaGraph_t Capture::end() {
   gpu_.use();
   cudaGraph_t graph = nullptr;
-  require_success(cudaStreamEndCapture(stream_, &graph), "recording kernels");
+  require_success(cudaStreamEndCapture(stream(), &graph), "recording kernels");
   return graph;
 }
 
-const Capture* Capture::of(const Gpu& gpu) {
+Capture* Capture::of(const Gpu& gpu) {
   return current_capture != nullptr && &current_capture->gpu_ == &gpu ? current_capture : nullptr;
 }
 

@@ -51,7 +51,8 @@ namespace {
 
 constexpr size_t kStack = 128 * 1024;
 constexpr unsigned kMostThreads = 1024;
-constexpr unsigned kMostCluster = 2;
+constexpr unsigned kMostTogether = 4;  // blocks; as many as there are multiprocessors
+constexpr unsigned kMostFibers = kMostTogether * kMostThreads;
 constexpr size_t kSharedWindow = 228 * 1024;
 
 struct Copy {
@@ -104,10 +105,12 @@ struct Resident {
 
 /// Everything a host thread needs to run blocks; made at its first launch.
 struct Machine {
-  std::vector<Resident> residents = std::vector<Resident>(kMostCluster);
-  std::vector<Fiber> fibers = std::vector<Fiber>(kMostThreads);
-  std::vector<Warp> warps = std::vector<Warp>(kMostThreads / kWarpSize);
+  std::vector<Resident> residents = std::vector<Resident>(kMostTogether);
+  std::vector<Fiber> fibers = std::vector<Fiber>(kMostFibers);
+  std::vector<Warp> warps = std::vector<Warp>(kMostFibers / kWarpSize);
   unsigned char* stacks = nullptr;
+  unsigned guarded =
+      0;  // stacks that end at a forbidden page; more of them once they are used, as a process has few such pages
   unsigned cluster = 1;
   unsigned at_cluster_barrier = 0;
   uint64_t cluster_barrier = 0;
@@ -127,8 +130,7 @@ struct Machine {
       if (memory == MAP_FAILED) std::abort();
       return static_cast<unsigned char*>(memory);
     };
-    stacks = map(kMostThreads * kStack);
-    for (unsigned i = 0; i < kMostThreads; ++i) mprotect(stacks + i * kStack, 4096, PROT_NONE);
+    stacks = map(kMostFibers * kStack);
     for (Resident& resident : residents) {
       resident.window = map(kSharedWindow + 4096);
       mprotect(resident.window + kSharedWindow, 4096, PROT_NONE);
@@ -237,6 +239,7 @@ void run_cluster(Machine& m, uint64_t first, const dim3& grid, unsigned threads,
   m.at_cluster_barrier = 0;
   m.copies.clear();
   const unsigned all = threads * m.cluster;
+  for (; m.guarded < all; ++m.guarded) mprotect(m.stacks + m.guarded * kStack, 4096, PROT_NONE);
   for (unsigned w = 0; w < all / kWarpSize; ++w) {
     m.warps[w].arrived = 0;
     m.warps[w].syncs = 0;
@@ -369,7 +372,7 @@ bool current_place(const void* data, Place& place) {
   const Machine* m = running;
   if (m == nullptr || !m->is_watched) return false;
   const auto* byte = static_cast<const unsigned char*>(data);
-  if (byte >= m->stacks && byte < m->stacks + kMostThreads * kStack) return false;
+  if (byte >= m->stacks && byte < m->stacks + kMostFibers * kStack) return false;
   const Fiber& fiber = *m->current;
   place = {m->launch,         fiber.has_waited ? m->launch : m->first_unfinished, fiber.home->number,
            fiber.home->epoch, m->warps[fiber.thread.number / kWarpSize].syncs,    fiber.thread.number};
@@ -414,6 +417,11 @@ void wait_for_copies(int pending) {
   }
 }
 
+uint32_t cuda_emulation_launches() {
+  const std::lock_guard lock(launch_mutex);
+  return launches;
+}
+
 void begin_in_order() {
   const std::lock_guard lock(launch_mutex);
   first_of_chain = launches + 1;
@@ -427,7 +435,7 @@ void launch(CUstream_st* stream, const LaunchShape& shape, const std::function<v
   const dim3& grid = shape.grid;
   const unsigned threads = shape.threads;
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535 || threads == 0 ||
-      threads % kWarpSize != 0 || shape.cluster > kMostCluster || threads * shape.cluster > kMostThreads ||
+      threads % kWarpSize != 0 || threads > kMostThreads || shape.cluster > kMostTogether ||
       grid.x % shape.cluster != 0 || shape.shared_bytes > shared_memory_per_block()) {
     set_last_error(cudaErrorInvalidValue, "a launch of impossible size");
     return;

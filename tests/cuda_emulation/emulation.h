@@ -76,6 +76,8 @@ struct LaunchShape {
 /// Runs `kernel` for every thread of the grid, or, where the stream captures, with each launch of the graph. Device memory can only be
 /// followed meanwhile. Errors show in cudaGetLastError.
 void launch(CUstream_st* stream, const LaunchShape& shape, const std::function<void()>& kernel);
+/// How many have been launched: for tests that ask the library.
+extern "C" __attribute__((visibility("default"))) uint32_t cuda_emulation_launches();
 /// No kernel after this starts before those ahead of it are done.
 void begin_in_order();
 void wait_for_predecessors();
