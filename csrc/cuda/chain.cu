@@ -15,9 +15,13 @@ using namespace rows_mma;
 
 constexpr int kFillingWarps = 4;
 constexpr int kChainThreads = kThreadCount + kFillingWarps * static_cast<int>(kWarp);
-// Registers of a thread. Of a multiprocessor's 65,536 each had as many at first.
+// Registers of a thread: what some get over those of the launch others have given back, or they wait for ever. Of the 65,536 of a
+// multiprocessor the launch has as many as all threads may have alike, in eights; what is left over nobody gets.
 constexpr int kFillingRegisters = 32;
-constexpr int kLinkRegisters = 120;
+constexpr int kLinkRegisters = 112;
+constexpr int kLaunchRegisters = 65536 / kChainThreads / 8 * 8;
+static_assert(kThreadCount * kLinkRegisters + (kChainThreads - kThreadCount) * kFillingRegisters <=
+              kChainThreads * kLaunchRegisters);
 constexpr int kMostPlaces = 16;
 constexpr int kStepBytes = 64;  // of a row
 constexpr int kPlaceSteps = kWarps;

@@ -124,6 +124,7 @@ __device__ __forceinline__ void multiply_rows(const RowsMmaView& v, int thread, 
   const Walk<kKind> walk(v);
   const int steps = walk.steps;
   const int along_k = v.along_k;
+  const uint32_t base = v.base;  // here, as a link's view lies in shared memory
   const int rounds = (walk.stages + kInFlight - 1) / kInFlight;
   const int my_share = warp & (along_k - 1);
   const int my_side = warp / along_k;
@@ -190,7 +191,7 @@ __device__ __forceinline__ void multiply_rows(const RowsMmaView& v, int thread, 
         if (step < steps) {
           Step<kKind> of{{weights.words(i, 0), weights.words(i, 1)}, {}, {}};
           factors.give(i, of);
-          multiply_step<kKind, kHasMin>(sums, of, v.base, column_at, excess_at, totals_at);
+          multiply_step<kKind, kHasMin>(sums, of, base, column_at, excess_at, totals_at);
         }
         step += along_k;
         column_at += along_k * kStep<kKind>;

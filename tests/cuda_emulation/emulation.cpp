@@ -96,6 +96,7 @@ struct Resident {
   unsigned at_barrier = 0;
   uint64_t barrier = 0;
   uint32_t epoch = 0;
+  int64_t registers = 0;  // that its threads have more than at the launch
   struct Named {
     unsigned arrived = 0;
     uint64_t generation = 0;
@@ -229,6 +230,7 @@ void run_cluster(Machine& m, uint64_t first, const dim3& grid, unsigned threads,
     resident.left = threads;
     resident.at_barrier = 0;
     resident.epoch = 0;
+    resident.registers = 0;
     resident.named.fill({});
     for (unsigned i = 0; i < threads; ++i) {
       const unsigned at = rank * threads + i;
@@ -274,6 +276,10 @@ void run_cluster(Machine& m, uint64_t first, const dim3& grid, unsigned threads,
     if (!m.failure.empty()) return;
   }
   if (!m.copies.empty()) m.failure = "copies that nobody waited for";
+  // A GPU would not go on where too few were given back.
+  for (unsigned rank = 0; rank < m.cluster; ++rank) {
+    if (m.residents[rank].registers > 0) m.failure = "threads that take more registers than others have given back";
+  }
 }
 
 }  // namespace
@@ -345,6 +351,14 @@ void wait_for_products(int pending) {
     for (const auto& product : self.products.front()) product();
     self.products.pop_front();
   }
+}
+
+void have_registers(int count) {
+  // As many at the launch as all threads can have alike, in eights: what is left over belongs to no block.
+  constexpr unsigned kAll = 65536;
+  const auto at_launch = static_cast<int>(kAll / block().size.x / 8 * 8);
+  if (count % 8 != 0 || count < 24 || count > 256) fail_launch("so many registers no thread can have");
+  machine().current->home->registers += count - at_launch;
 }
 
 void stop_watching() { machine().is_watched = false; }

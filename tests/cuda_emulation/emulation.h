@@ -99,6 +99,8 @@ void copy_later(std::function<void()> copy);
 void multiply_later(std::function<void()> product);
 void commit_products();
 void wait_for_products(int pending);
+/// From here on, of the calling thread, which all of its block may do once. Together they have no more than at the launch.
+void have_registers(int count);
 /// What follows in this launch is ordered by what the race check does not know.
 void stop_watching();
 /// Ends the launch with an error.

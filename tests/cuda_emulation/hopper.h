@@ -74,9 +74,13 @@ inline void wait_for_count(const uint64_t* counter, uint64_t count) {
   while (*counter < count) cuda_emulation::wait_for_change(counter, *counter);
 }
 template <int kCount>
-inline void give_registers() {}
+inline void give_registers() {
+  cuda_emulation::have_registers(kCount);
+}
 template <int kCount>
-inline void take_registers() {}
+inline void take_registers() {
+  cuda_emulation::have_registers(kCount);
+}
 
 inline void fence_products() {}
 inline void commit_products() { cuda_emulation::commit_products(); }

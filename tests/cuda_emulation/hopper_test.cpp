@@ -75,6 +75,12 @@ __global__ void cluster_kernel(float* out, bool stays) {
   if (stays) sync_cluster();
 }
 
+/// Of 640 threads, which have 96 registers each.
+template <int kTaken>
+__global__ void registers_kernel() {
+  threadIdx.x < 512 ? take_registers<kTaken>() : give_registers<32>();
+}
+
 enum class Meeting { kNone, kNobodyWaits, kOddBytes, kBytesOfTheHost };
 
 /// Each block writes its number, and the sum of all of them once all have; then `bytes` come by the copy engine.
@@ -161,6 +167,10 @@ int main() {
   };
   expect(in_cluster(true).empty(), "blocks of a cluster arrive at each other's barriers");
   expect(in_cluster(false).find("ended") != std::string::npos, "but not at those of one that has ended");
+
+  const auto take = [&](void (*kernel)()) { return error_of([&] { launch(gpu, kernel, dim3(1), 640, 0); }); };
+  expect(take(registers_kernel<112>).empty(), "threads take the registers that others give back");
+  expect(take(registers_kernel<120>).find("given back") != std::string::npos, "and no more of them");
 
   constexpr unsigned kAll = 4;  // multiprocessors
   std::vector<unsigned char> bytes(32);
