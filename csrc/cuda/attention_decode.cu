@@ -1,6 +1,6 @@
 // kv_store and attention of one new token a sequence in one kernel, for caches of bfloat16: decoding. A block has 128 keys, at an
 // absolute position, of one key/value head of a token, for all of the query heads that share it, which are the rows of products on
-// the tensor cores: both are read once. Each of its 4 warps weighs 32 keys by itself; their results are merged in order. The block
+// the tensor cores: both are read once. The block
 // that has the new token's position rotates, rounds and stores its key and value. Blocks leave their parts in memory, and the last
 // one to do so merges them in order: which one that is changes no bits. Bound by the cache's memory.
 #include "cuda/attention_decode.h"
@@ -10,10 +10,13 @@
 namespace llama_ext::cuda {
 namespace {
 
+constexpr int kDecodeWarps = 8;
+constexpr int kDecodeThreads = kDecodeWarps * static_cast<int>(kWarp);
+
 template <int kDim>
 __global__ void __launch_bounds__(kDecodeThreads) attention_decode_kernel(const __grid_constant__ DecodeView view) {
   wait_for_predecessors();
-  attend_to_part<kDim>(
+  attend_to_part<kDim, kDecodeWarps>(
       view, *reinterpret_cast<DecodeShared<kDim>*>(shared_memory()), static_cast<int>(threadIdx.x),
       static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z), [] {},
       [] { __syncthreads(); });

@@ -1,4 +1,5 @@
-// Decoding attention, for attention_decode.cu and chain.cu: what kDecodeThreads threads do for 128 keys of one key/value head of a token.
+// Decoding attention, for attention_decode.cu and chain.cu: what a block's warps do for 128 keys of one key/value head of a token. They share
+// out tiles of 8 keys, then tiles of 8 dimensions; how many warps there are changes no bits.
 #pragma once
 
 #include "cuda/attention_parts.h"
@@ -8,36 +9,32 @@
 
 namespace llama_ext::cuda {
 
-inline constexpr int kDecodeWarps = 4;
-inline constexpr int kDecodeThreads = kDecodeWarps * static_cast<int>(kWarp);
-inline constexpr int kWarpKeys = 32;
-inline constexpr int kDecodeKeys = kDecodeWarps * kWarpKeys;
+inline constexpr int kDecodeKeys = 128;
 inline constexpr int kQueryRows = 16;  // of the products; the most heads that share keys and values
+inline constexpr int kKeyTiles = kDecodeKeys / 8;
 
 template <int kDim>
 struct DecodeShared {
   static constexpr int kPitch = kDim + 8;  // rows do not meet in a bank
+  static constexpr int kWeightPitch = kDecodeKeys + 8;
   uint16_t queries[kQueryRows][kPitch];
   uint16_t values[kDecodeKeys][kPitch];
   union {
     uint16_t keys[kDecodeKeys][kPitch];
-    float sums[kDecodeWarps][kQueryRows][kDim];  // once the keys have been used
+    uint16_t weights[kQueryRows][kWeightPitch];  // once the keys have been used
   };
-  float largest[kDecodeWarps][kQueryRows];
-  float totals[kDecodeWarps][kQueryRows];
+  float largest[kQueryRows][kKeyTiles];
+  float totals[kQueryRows][kKeyTiles];
   int is_last;
 };
 
 /// Part `part` of the keys of a key/value head of token `token` of the list; nothing where there is none. The last part to come merges
-/// them all. thread: of the kDecodeThreads, for which sync is. wait, once: until the token's query, key and value may be read; what the cache
+/// them all. thread: of the 32 kDecodeWarps, for which sync is. wait, once: until the token's query, key and value may be read; what the cache
 /// has of earlier tokens is asked for before.
-template <int kDim, typename Wait, typename Sync>
+template <int kDim, int kDecodeWarps, typename Wait, typename Sync>
 __device__ __forceinline__ void attend_to_part(const DecodeView& view, DecodeShared<kDim>& shared, int thread,
                                                int token, int kv_head, int part, Wait wait, Sync sync) {
-  using S = DecodeShared<kDim>;
-  constexpr int kPitchWords = S::kPitch / 2;
-  constexpr int kScoreTiles = kWarpKeys / 8;
-  constexpr int kOutputs = kDim / 8;
+  constexpr int kDecodeThreads = kDecodeWarps * static_cast<int>(kWarp);
   const AttentionView& a = view.attention;
   const KvSegmentView& segment = a.segments.of[token];
   const KvLayerView& layer = segment.layer;
@@ -52,57 +49,84 @@ __device__ __forceinline__ void attend_to_part(const DecodeView& view, DecodeSha
 
   // It comes while the new token is rotated.
   constexpr int kVectors = kDim / 8;
-  const int64_t first_row = layer.row(kv_head, first_key) * layer.row_bytes;
-  for (int i = thread; i < kDecodeKeys * kVectors; i += kDecodeThreads) {
-    const int key = i / kVectors;
-    const int vector = i % kVectors;
-    const bool is_there = key < stored && vector * 8 < dim;
+  constexpr int kAtOnce = kDecodeThreads / kVectors;  // keys
+  const int vector = thread % kVectors;
+  const int64_t first_at = layer.row(kv_head, first_key) * layer.row_bytes;
+  const int64_t vector_at = first_at + vector * 16;
+#pragma unroll
+  for (int key = thread / kVectors; key < kDecodeKeys; key += kAtOnce) {
     if (key == stored) continue;  // the new one, if it belongs here
-    const int64_t at = first_row + (is_there ? int64_t{key} * layer.row_bytes + vector * 16 : 0);
+    const bool is_there = key < stored && vector * 8 < dim;
+    const int64_t at = is_there ? vector_at + int64_t{key} * layer.row_bytes : first_at;
     copy_async(&shared.keys[key][vector * 8], layer.keys + at, is_there);
     copy_async(&shared.values[key][vector * 8], layer.values + at, is_there);
   }
   commit_copies();
+  constexpr int kHalf = kDim / 2;
+  for (int i = thread; i < kQueryRows * kHalf; i += kDecodeThreads) {
+    const int row = i / kHalf;
+    const int d = i % kHalf;
+    if (row >= a.group || d >= half_dim) shared.queries[row][2 * d] = shared.queries[row][2 * d + 1] = 0;
+  }
   wait();
 
+  // All loads before the first store: each wait for one would be a microsecond's half.
+  const bool has_new = visible > stored;
   const int64_t angles = (segment.live_position == nullptr ? segment.row : position) * half_dim;
   const float* cosines = view.rows.cosines + angles;
   const float* sines = view.rows.sines + angles;
+  static_assert(kDim <= kDecodeThreads);
+  float new_key[2] = {};
+  float new_value = 0.0f;
+  float turn[2] = {};
+  if (has_new && thread < half_dim) {
+    const float* k = view.rows.k.row(segment.row) + kv_head * dim;
+    new_key[0] = k[thread];
+    new_key[1] = k[thread + half_dim];
+    turn[0] = cosines[thread];
+    turn[1] = sines[thread];
+  }
+  if (has_new && thread < dim) new_value = view.rows.v.row(segment.row)[kv_head * dim + thread];
+  constexpr int kPairs = 2;
   const float* q = a.q.row(segment.row) + kv_head * a.group * dim;
-  for (int i = thread; i < kQueryRows * (kDim / 2); i += kDecodeThreads) {
-    const int row = i / (kDim / 2);
-    const int d = i % (kDim / 2);
-    if (row < a.group && d < half_dim) {
-      float first = q[row * dim + d];
-      float second = q[row * dim + d + half_dim];
-      rotate(first, second, cosines[d], sines[d]);
-      shared.queries[row][d] = to_bf16(first);
-      shared.queries[row][d + half_dim] = to_bf16(second);
-    } else if (row >= a.group) {
-      shared.queries[row][2 * d] = shared.queries[row][2 * d + 1] = 0;
+#pragma unroll 1
+  for (int base = thread; base < a.group * kHalf; base += kPairs * kDecodeThreads) {
+    float first[kPairs];
+    float second[kPairs];
+    float cosine[kPairs];
+    float sine[kPairs];
+    const auto is_there = [&](int i) { return i / kHalf < a.group && i % kHalf < half_dim; };
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      const int i = base + j * kDecodeThreads;
+      if (!is_there(i)) continue;
+      const int d = i % kHalf;
+      first[j] = q[i / kHalf * dim + d];
+      second[j] = q[i / kHalf * dim + d + half_dim];
+      cosine[j] = cosines[d];
+      sine[j] = sines[d];
     }
-    if (row < a.group && d >= half_dim) {  // between dim and kDim
-      shared.queries[row][2 * d] = shared.queries[row][2 * d + 1] = 0;
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      const int i = base + j * kDecodeThreads;
+      if (!is_there(i)) continue;
+      rotate(first[j], second[j], cosine[j], sine[j]);
+      shared.queries[i / kHalf][i % kHalf] = to_bf16(first[j]);
+      shared.queries[i / kHalf][i % kHalf + half_dim] = to_bf16(second[j]);
     }
   }
-  if (visible > stored) {
-    const float* k = view.rows.k.row(segment.row) + kv_head * dim;
-    const float* v = view.rows.v.row(segment.row) + kv_head * dim;
+  if (has_new) {
     const int64_t at = layer.row(kv_head, position) * layer.row_bytes;
-    auto* to_key = reinterpret_cast<uint16_t*>(layer.keys + at);
-    auto* to_value = reinterpret_cast<uint16_t*>(layer.values + at);
-    for (int d = thread; d < half_dim; d += kDecodeThreads) {
-      float first = k[d];
-      float second = k[d + half_dim];
-      rotate(first, second, cosines[d], sines[d]);
-      to_key[d] = shared.keys[stored][d] = to_bf16(first);
-      to_key[d + half_dim] = shared.keys[stored][d + half_dim] = to_bf16(second);
+    if (thread < half_dim) {
+      auto* to_key = reinterpret_cast<uint16_t*>(layer.keys + at);
+      rotate(new_key[0], new_key[1], turn[0], turn[1]);
+      to_key[thread] = shared.keys[stored][thread] = to_bf16(new_key[0]);
+      to_key[thread + half_dim] = shared.keys[stored][thread + half_dim] = to_bf16(new_key[1]);
     }
-    for (int d = thread; d < kDim; d += kDecodeThreads) {
-      const uint16_t value = d < dim ? to_bf16(v[d]) : uint16_t{0};
-      shared.values[stored][d] = value;
-      if (d < dim) to_value[d] = value;
-      if (d >= dim) shared.keys[stored][d] = 0;
+    if (thread < kDim) {
+      shared.values[stored][thread] = to_bf16(new_value);
+      if (thread < dim) reinterpret_cast<uint16_t*>(layer.values + at)[thread] = shared.values[stored][thread];
+      if (thread >= dim) shared.keys[stored][thread] = 0;
     }
   }
   wait_for_copies<0>();
@@ -112,101 +136,104 @@ __device__ __forceinline__ void attend_to_part(const DecodeView& view, DecodeSha
   const int lane = thread % static_cast<int>(kWarp);
   const int g = lane / 4;
   const int t = lane % 4;
-  float scores[kScoreTiles][4] = {};
-  const auto* q_words = reinterpret_cast<const uint32_t*>(&shared.queries[g][0]) + t;
-  const auto* k_words = reinterpret_cast<const uint32_t*>(&shared.keys[warp * kWarpKeys + g][0]) + t;
+  // Rows of operand A that a lane names to load_matrices().
+  const int a_row = lane / 8 % 2 * 8 + lane % 8;
+  const int a_column = lane / 16 * 8;
+  constexpr int kTilesEach = kKeyTiles / kDecodeWarps;
+  float scores[kTilesEach][2][4] = {};
 #pragma unroll
-  for (int step = 0; step < kDim / 16; ++step) {
-    const uint32_t rows[4] = {q_words[step * 8], q_words[8 * kPitchWords + step * 8], q_words[step * 8 + 4],
-                              q_words[8 * kPitchWords + step * 8 + 4]};
+  for (int step = 0; step < kDim / 16; step += 2) {
+    uint32_t rows[2][4];
+    load_matrices(rows[0], &shared.queries[a_row][a_column + step * 16]);
+    load_matrices(rows[1], &shared.queries[a_row][a_column + step * 16 + 16]);
 #pragma unroll
-    for (int j = 0; j < kScoreTiles; ++j) {
-      const uint32_t* at = k_words + j * 8 * kPitchWords + step * 8;
-      const uint32_t keys[2] = {at[0], at[4]};
-      mma<MmaType::kBF16>(scores[j], rows, keys);
+    for (int j = 0; j < kTilesEach; ++j) {
+      uint32_t keys[4];
+      load_matrices(keys, &shared.keys[(warp + j * kDecodeWarps) * 8 + lane % 8][lane / 8 * 8 + step * 16]);
+      mma<MmaType::kBF16>(scores[j][0], rows[0], keys);
+      mma<MmaType::kBF16>(scores[j][1], rows[1], keys + 2);
     }
   }
-  uint32_t weights[kScoreTiles][2];
   const float scale = a.scale;
+#pragma unroll
+  for (int j = 0; j < kTilesEach; ++j) {
+    const int tile = warp + j * kDecodeWarps;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float top = -INFINITY;
+#pragma unroll
+      for (int c = 2 * half; c < 2 * half + 2; ++c) {
+        const int key = tile * 8 + 2 * t + c % 2;
+        scores[j][0][c] = key < visible ? (scores[j][0][c] + scores[j][1][c]) * scale : -INFINITY;
+        top = max_or_nan(top, scores[j][0][c]);
+      }
+      top = max_or_nan(top, __shfl_xor_sync(kAllLanes, top, 1));
+      top = max_or_nan(top, __shfl_xor_sync(kAllLanes, top, 2));
+      if (t == 0) shared.largest[8 * half + g][tile] = top;
+    }
+  }
+  sync();
+
+  float top_scores[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float top = -INFINITY;
 #pragma unroll
-    for (int j = 0; j < kScoreTiles; ++j) {
-#pragma unroll
-      for (int c = 2 * half; c < 2 * half + 2; ++c) {
-        const int key = warp * kWarpKeys + j * 8 + 2 * t + c % 2;
-        scores[j][c] = key < visible ? scores[j][c] * scale : -INFINITY;
-        top = max_or_nan(top, scores[j][c]);
-      }
-    }
-    top = max_or_nan(top, __shfl_xor_sync(kAllLanes, top, 1));
-    top = max_or_nan(top, __shfl_xor_sync(kAllLanes, top, 2));
+    for (int tile = 0; tile < kKeyTiles; ++tile) top = max_or_nan(top, shared.largest[8 * half + g][tile]);
+    top_scores[half] = top;
     const AttentionShift shift(top);
-    float total = 0.0f;
 #pragma unroll
-    for (int j = 0; j < kScoreTiles; ++j) {
-      const float low = fast_exp2(fmaf(scores[j][2 * half], kLog2E, -shift.binary));
-      const float high = fast_exp2(fmaf(scores[j][2 * half + 1], kLog2E, -shift.binary));
-      total += low + high;
-      weights[j][half] = round_pair(low, high);
+    for (int j = 0; j < kTilesEach; ++j) {
+      const int tile = warp + j * kDecodeWarps;
+      const float low = fast_exp2(fmaf(scores[j][0][2 * half], kLog2E, -shift.binary));
+      const float high = fast_exp2(fmaf(scores[j][0][2 * half + 1], kLog2E, -shift.binary));
+      uint16_t* weights = shared.weights[8 * half + g] + tile * 8 + 2 * t;
+      *reinterpret_cast<uint32_t*>(weights) = round_pair(low, high);
+      float total = low + high;
+      total += __shfl_xor_sync(kAllLanes, total, 1);
+      total += __shfl_xor_sync(kAllLanes, total, 2);
+      if (t == 0) shared.totals[8 * half + g][tile] = total;
     }
-    total += __shfl_xor_sync(kAllLanes, total, 1);
-    total += __shfl_xor_sync(kAllLanes, total, 2);
-    if (t == 0) {
-      shared.largest[warp][8 * half + g] = top;
-      shared.totals[warp][8 * half + g] = total;
-    }
-  }
-  float sums[kOutputs][4] = {};
-  const uint16_t* v_rows = &shared.values[warp * kWarpKeys + lane / 8 % 2 * 8 + lane % 8][lane / 16 * 8];
-#pragma unroll
-  for (int step = 0; step < kWarpKeys / 16; ++step) {
-    const uint32_t rows[4] = {weights[2 * step][0], weights[2 * step][1], weights[2 * step + 1][0],
-                              weights[2 * step + 1][1]};
-#pragma unroll
-    for (int j = 0; j < kOutputs; j += 2) {
-      uint32_t columns[4];
-      load_transposed(columns, v_rows + step * 16 * S::kPitch + j * 8);
-      mma<MmaType::kBF16>(sums[j], rows, columns);
-      mma<MmaType::kBF16>(sums[j + 1], rows, columns + 2);
-    }
-  }
-  sync();  // the keys have been used
-#pragma unroll
-  for (int j = 0; j < kOutputs; ++j) {
-    *reinterpret_cast<float2*>(&shared.sums[warp][g][j * 8 + 2 * t]) = {sums[j][0], sums[j][1]};
-    *reinterpret_cast<float2*>(&shared.sums[warp][g + 8][j * 8 + 2 * t]) = {sums[j][2], sums[j][3]};
   }
   sync();
 
-  // The block's part, from its warps'.
+  float totals[2] = {};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int tile = 0; tile < kKeyTiles; ++tile) totals[half] += shared.totals[8 * half + g][tile];
+  }
   float* y = a.y.row(segment.row) + kv_head * a.group * dim;
   const int first_head = kv_head * a.group;
-  for (int i = thread; i < a.group * dim; i += kDecodeThreads) {
-    const int row = i / dim;
-    const int d = i % dim;
-    float largest = shared.largest[0][row];
-#pragma unroll
-    for (int w = 1; w < kDecodeWarps; ++w) largest = max_or_nan(largest, shared.largest[w][row]);
-    const AttentionShift shift(largest);
-    float total = 0.0f;
-    float sum = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kDecodeWarps; ++w) {
-      const float factor = fast_exp2(fmaf(shared.largest[w][row], kLog2E, -shift.binary));
-      total = fmaf(shared.totals[w][row], factor, total);
-      sum = fmaf(shared.sums[w][row][d], factor, sum);
+#pragma unroll 1
+  for (int first = warp * 8; first < dim; first += kDecodeWarps * 8) {
+    float sums[2][4] = {};
+#pragma unroll 2
+    for (int key = 0; key < visible; key += 32) {
+      uint32_t rows[2][4];
+      uint32_t columns[4];
+      load_matrices(rows[0], &shared.weights[a_row][a_column + key]);
+      load_matrices(rows[1], &shared.weights[a_row][a_column + key + 16]);
+      load_transposed(columns, &shared.values[key + lane][first]);
+      mma<MmaType::kBF16>(sums[0], rows[0], columns);
+      mma<MmaType::kBF16>(sums[1], rows[1], columns + 2);
     }
-    if (parts == 1) {
-      y[i] = sum / total;
-      continue;
-    }
-    float* partial = a.partial + partial_at(a, token, first_head + row, part, dim);
-    partial[2 + d] = sum;
-    if (d == 0) {
-      partial[0] = largest;
-      partial[1] = total;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const int row = c / 2 * 8 + g;
+      if (row >= a.group) continue;
+      const int d = first + 2 * t + c % 2;
+      const float sum = sums[0][c] + sums[1][c];
+      if (parts == 1) {
+        y[row * dim + d] = sum / totals[c / 2];
+        continue;
+      }
+      float* partial = a.partial + partial_at(a, token, first_head + row, part, dim);
+      partial[2 + d] = sum;
+      if (d == 0) {
+        partial[0] = top_scores[c / 2];
+        partial[1] = totals[c / 2];
+      }
     }
   }
   if (parts == 1) return;

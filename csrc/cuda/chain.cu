@@ -160,8 +160,8 @@ __device__ __forceinline__ void attend(const DecodeView& view, int thread, unsig
     const int token = i / heads % static_cast<int>(a.segments.tokens);
     const int part = i / heads / static_cast<int>(a.segments.tokens);
     if (part >= a.parts) break;
-    attend_to_part<kDim>(view, *reinterpret_cast<DecodeShared<kDim>*>(memory), unknown(thread), token, i % heads, part,
-                         wait, sync);
+    attend_to_part<kDim, kWarps>(view, *reinterpret_cast<DecodeShared<kDim>*>(memory), unknown(thread), token,
+                                 i % heads, part, wait, sync);
     sync();  // the next one has the same memory
   }
   if (i == static_cast<int>(blockIdx.x)) wait();
@@ -198,13 +198,10 @@ __device__ __forceinline__ void run_links(const ChainView& c, ChainShared& share
     const Link& link = shared.links[i % 2];
     if (link.is_attention) {
       if (thread == 0) shared.taken[(i + 1) % 2] = shared.taken[i % 2];
-      if (thread < kDecodeThreads) {
-        const DecodeView& view = link.attention;
-        const auto sync_these = [] { sync_warps(2, kDecodeThreads); };
-        const auto wait_these = [&] { wait(sync_these); };
-        view.attention.segments.of[0].layer.head_dim <= 64 ? attend<64>(view, thread, memory, wait_these, sync_these)
-                                                           : attend<128>(view, thread, memory, wait_these, sync_these);
-      }
+      const DecodeView& view = link.attention;
+      const auto wait_all = [&] { wait(sync); };
+      view.attention.segments.of[0].layer.head_dim <= 64 ? attend<64>(view, thread, memory, wait_all, sync)
+                                                         : attend<128>(view, thread, memory, wait_all, sync);
     } else {
       int taken = shared.taken[i % 2];
       const auto wait_all = [&] { wait(sync); };
