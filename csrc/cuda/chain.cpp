@@ -6,8 +6,6 @@
 namespace llama_ext::cuda {
 namespace {
 
-/// Of a block's shared memory, what a link may have for itself; the ring has the rest. Attention with heads of 128 needs 75 KB.
-constexpr size_t kMostOwnBytes = size_t{80} * 1024;
 /// Of attention, the most parts for each block: a block has one at a time, a kernel of its own has three on a multiprocessor.
 constexpr int64_t kMostPartsEach = 2;
 

@@ -22,99 +22,134 @@ constexpr int kLinkRegisters = 112;
 constexpr int kLaunchRegisters = 65536 / kChainThreads / 8 * 8;
 static_assert(kThreadCount * kLinkRegisters + (kChainThreads - kThreadCount) * kFillingRegisters <=
               kChainThreads * kLaunchRegisters);
-constexpr int kMostPlaces = 16;
-constexpr int kStepBytes = 64;  // of a row
-constexpr int kPlaceSteps = kWarps;
-constexpr int kPlacePitch = kPlaceSteps * kStepBytes + kStepBytes;
+constexpr int kSharesOfPlace = 4;  // of as many warps, side by side
+constexpr int kPlacesOfRound = kWarps / kSharesOfPlace;
+constexpr int kRoundsAhead = 2;
+constexpr int kPlaces = kPlacesOfRound * kRoundsAhead;
+constexpr int kShareBytes = kTogether * kStepBytes;  // of a row
+constexpr int kPlacePitch = kSharesOfPlace * kShareBytes + kStepBytes;
 constexpr int kPlaceBytes = kTileRows * kPlacePitch;
+static_assert(kSharesOfPlace <= 4);  // of a tile's warps, the fewest that there are
 
 struct ChainView {
   const Link* links;
   int count;
   ChainCounters* counters;
-  int places;
   int own_bytes;  // of a link
+};
+
+constexpr int kBuffers = 2;  // of warps' sums
+
+/// Of all links before one.
+struct Progress {
+  int rounds;  // of the ring
+  int turns;   // over tiles
 };
 
 /// A block's shared memory; then own_bytes of the link that runs, and the places of the ring.
 struct ChainShared {
   Link links[2];
-  int taken[2];  // of the ring, before these links
-  uint64_t full[kMostPlaces];
-  uint64_t empty[kMostPlaces];
+  Progress progress[2];  // before these links
+  uint64_t full[kPlaces];
+  uint64_t empty[kPlaces];
+  uint64_t stored[kBuffers];
+  uint64_t added[kBuffers];
 };
 static_assert(sizeof(ChainShared) % 16 == 0);
+static_assert(sizeof(DecodeShared<128>) <= kMostOwnBytes);
+static_assert(sizeof(ChainShared) + kMostOwnBytes + kPlaces * kPlaceBytes <= 227 * 1024);  // what Hopper gives a block
 
 #if defined(LLAMA_EXT_HAS_WGMMA)
-/// The ring, and where a warp is in it. Tiles side by side have a place each in turn.
+/// The ring, and in which round of it a warp is: of a round each four warps have a place, with a share each.
 class Ring {
  public:
-  __device__ __forceinline__ Ring(const ChainView& c, ChainShared& shared, int at)
-      : shared_(shared),
-        memory_(reinterpret_cast<unsigned char*>(&shared + 1) + c.own_bytes),
-        places_(c.places),
-        at_(at) {}
-  __device__ __forceinline__ int at() const { return at_; }
-  __device__ __forceinline__ int place() const { return at_ < places_ ? at_ : at_ - places_; }
-  __device__ __forceinline__ uint32_t turn() const { return at_ < places_ ? 0 : 1; }
-  __device__ __forceinline__ unsigned char* memory() const { return memory_ + place() * kPlaceBytes; }
-  __device__ __forceinline__ uint64_t* full() const { return &shared_.full[place()]; }
-  __device__ __forceinline__ void wait_until_full() const { wait_barrier(full(), turn()); }
+  __device__ __forceinline__ Ring(const ChainView& c, ChainShared& shared, int round)
+      : shared_(shared), memory_(reinterpret_cast<unsigned char*>(&shared + 1) + c.own_bytes), round_(round) {}
+  __device__ __forceinline__ int round() const { return round_; }
+  __device__ __forceinline__ unsigned char* memory(int of_round) const { return memory_ + at(of_round) * kPlaceBytes; }
+  __device__ __forceinline__ uint64_t* full(int of_round) const { return &shared_.full[at(of_round)]; }
+  __device__ __forceinline__ void wait_until_full(int of_round) const { wait_barrier(full(of_round), turn()); }
   /// For who fills it: a place that nobody had is empty.
-  __device__ __forceinline__ void wait_until_empty() const { wait_barrier(&shared_.empty[place()], turn() ^ 1); }
-  /// By one of so many warps that have the place.
-  __device__ __forceinline__ void give_back(int warps) const {
+  __device__ __forceinline__ void wait_until_empty(int of_round) const {
+    wait_barrier(&shared_.empty[at(of_round)], turn() ^ 1);
+  }
+  __device__ __forceinline__ void give_back(int of_round, int thread) const {
     __syncwarp();
-    if (threadIdx.x % kWarp == 0) arrive(&shared_.empty[place()], kWarps / warps);
+    if (thread % static_cast<int>(kWarp) == 0) arrive(&shared_.empty[at(of_round)]);
   }
-  /// count: no more than there are places.
-  __device__ __forceinline__ void advance(int count) {
-    at_ += count;
-    if (at_ >= 2 * places_) at_ -= 2 * places_;
-  }
+  __device__ __forceinline__ void advance() { ++round_; }
 
  private:
+  __device__ __forceinline__ int at(int of_round) const { return round_ % kRoundsAhead * kPlacesOfRound + of_round; }
+  __device__ __forceinline__ uint32_t turn() const { return static_cast<uint32_t>(round_ / kRoundsAhead) & 1; }
   ChainShared& shared_;
   unsigned char* memory_;
-  int places_;
-  int at_;  // of two turns' places
+  int round_;
 };
 
-/// Weights of a product from the ring, for multiply_rows(). The warps of a tile meet its places alone.
+/// Weights of a product from the ring, for multiply_rows().
 class RingWeights {
  public:
-  __device__ __forceinline__ RingWeights(const RowsMmaView& v, int thread, const Ring& ring)
-      : ring_(ring), along_k_(v.along_k), per_place_(kPlaceSteps / along_k_) {
-    const int lane = thread % static_cast<int>(kWarp);
-    const int warp = thread / static_cast<int>(kWarp);
-    first_ = lane / 4 * kPlacePitch + (warp & (along_k_ - 1)) * kStepBytes + lane % 4 * 16;
-    ring_.advance(warp / along_k_);  // to the warp's side
-  }
-  /// What is taken once the product is done, by a warp of the first side.
-  __device__ __forceinline__ int taken() const { return ring_.at(); }
-  __device__ __forceinline__ void enter(int) {}
+  __device__ __forceinline__ RingWeights(int thread, const Ring& ring) : ring_(ring), thread_(thread) {}
+  __device__ __forceinline__ int round() const { return ring_.round(); }
+  __device__ __forceinline__ void enter(const TileRows&, int) {}
   __device__ __forceinline__ void load(bool, int) {}
-  __device__ __forceinline__ void take(int stage, int stages, bool is_there) {
-    if (stage >= stages) return;
-    const int in_place = stage & (per_place_ - 1);
-    if (in_place == 0) ring_.wait_until_full();
-    if (is_there) {
-      const unsigned char* at = ring_.memory() + first_ + in_place * along_k_ * kStepBytes;
-      words_[0] = *reinterpret_cast<const uint4*>(at);
-      words_[1] = *reinterpret_cast<const uint4*>(at + 8 * kPlacePitch);
+  __device__ __forceinline__ void take(int i) {
+    if (i % kTaken != 0) return;
+    const int lane = thread_ % static_cast<int>(kWarp);
+    const int warp = thread_ / static_cast<int>(kWarp);
+    const int place = warp / kSharesOfPlace;
+    if (i == 0) ring_.wait_until_full(place);
+    const unsigned char* at =
+        ring_.memory(place) + lane / 4 * kPlacePitch + warp % kSharesOfPlace * kShareBytes + lane % 4 * 16;
+#pragma unroll
+    for (int j = 0; j < kTaken; ++j) {
+      words_[j][0] = *reinterpret_cast<const uint4*>(at + (i + j) * kStepBytes);
+      words_[j][1] = *reinterpret_cast<const uint4*>(at + (i + j) * kStepBytes + 8 * kPlacePitch);
     }
-    if (in_place + 1 < per_place_ && stage + 1 < stages) return;
-    ring_.give_back(along_k_);
-    ring_.advance(kWarps / along_k_);
+    if (i + kTaken < kTogether) return;
+    ring_.give_back(place, thread_);
+    ring_.advance();
   }
-  __device__ __forceinline__ const uint4& words(int, int half) const { return words_[half]; }
+  __device__ __forceinline__ const uint4& words(int i, int half) const { return words_[i % kTaken][half]; }
 
  private:
+  static constexpr int kTaken = 2;  // steps at once: registers
   Ring ring_;
-  int along_k_;
-  int per_place_;  // steps of a warp, a power of two
-  int first_;      // byte of a place that the lane has
-  uint4 words_[2] = {};
+  int thread_;
+  uint4 words_[kTaken][2];
+};
+
+/// Turns of a block over its tiles, for multiply_rows(), in which warps do not meet: each adds up one turn's sums in its turn, while the others
+/// go on.
+class PassingTurns {
+ public:
+  __device__ __forceinline__ PassingTurns(ChainShared& shared, int thread, int turn)
+      : shared_(shared), thread_(thread), turn_(turn) {}
+  __device__ __forceinline__ int turn() const { return turn_; }
+  __device__ __forceinline__ int buffer() const { return turn_ % kBuffers; }
+  __device__ __forceinline__ bool is_adding() const { return turn_ % kWarps == thread_ / static_cast<int>(kWarp); }
+  __device__ __forceinline__ int first() const { return thread_ % static_cast<int>(kWarp); }
+  __device__ __forceinline__ int step() const { return static_cast<int>(kWarp); }
+  __device__ __forceinline__ void before_sums() const { wait_barrier(&shared_.added[buffer()], phase() ^ 1); }
+  __device__ __forceinline__ void after_sums() const {
+    tell(&shared_.stored[buffer()]);
+    if (is_adding()) wait_barrier(&shared_.stored[buffer()], phase());
+  }
+  __device__ __forceinline__ void next() {
+    if (is_adding()) tell(&shared_.added[buffer()]);
+    ++turn_;
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t phase() const { return static_cast<uint32_t>(turn_ / kBuffers) & 1; }
+  __device__ __forceinline__ void tell(uint64_t* barrier) const {
+    __syncwarp();
+    if (thread_ % static_cast<int>(kWarp) == 0) arrive(barrier);
+  }
+  ChainShared& shared_;
+  int thread_;
+  int turn_;
 };
 
 /// The warps that fill the ring, some rows each: all products, in the order in which they are taken.
@@ -131,19 +166,27 @@ __device__ __forceinline__ void fill_ring(const ChainView& c, Ring ring) {
     const unsigned char* data = v.product.weight.data;
     const int row_bytes = static_cast<int>(v.product.weight.row_bytes());
     const int tiles = v.tiles;
-    const int side_by_side = kWarps / v.along_k;
+    const int along_k = v.along_k;
+    const int k_shift = v.k_shift;
+    const int side_by_side = kWarps >> k_shift;
     for (int tile = static_cast<int>(blockIdx.x) * side_by_side; tile < tiles;
          tile += static_cast<int>(gridDim.x) * side_by_side) {
-      for (int at = 0; at < row_bytes; at += kPlaceSteps * kStepBytes) {
-        const int bytes = min(row_bytes - at, kPlaceSteps * kStepBytes);
-        for (int side = 0; side < side_by_side; ++side) {
-          const int64_t from = int64_t{tile_rows.row(tile + side, row / 8, row % 8)} * row_bytes + at;
-          ring.wait_until_empty();
-          if (lane == 0) arrive_expecting(ring.full(), kRowsEach * bytes);
+      for (int first = 0; first < row_bytes; first += along_k * kShareBytes) {
+#pragma unroll 1  // registers
+        for (int place = 0; place < kPlacesOfRound; ++place) {
+          const int warp = place * kSharesOfPlace;  // the first that has it
+          const int at = first + (warp & (along_k - 1)) * kShareBytes;
+          const int bytes = max(0, min(row_bytes - at, kSharesOfPlace * kShareBytes));
+          const int64_t from = int64_t{tile_rows.row(tile + (warp >> k_shift), row / 8, row % 8)} * row_bytes + at;
+          ring.wait_until_empty(place);
+          __syncwarp();  // a place of no bytes may be full, taken and given back before another lane has looked
+          if (lane == 0) arrive_expecting(ring.full(place), kRowsEach * bytes);
           __syncwarp();
-          if (lane < kRowsEach) bring_bytes(data + from, ring.memory() + row * kPlacePitch, bytes, ring.full());
-          ring.advance(1);
+          if (lane < kRowsEach && bytes > 0) {
+            bring_bytes(data + from, ring.memory(place) + row * kPlacePitch, bytes, ring.full(place));
+          }
         }
+        ring.advance();
       }
     }
   }
@@ -167,13 +210,14 @@ __device__ __forceinline__ void attend(const DecodeView& view, int thread, unsig
   if (i == static_cast<int>(blockIdx.x)) wait();
 }
 
-/// Returns to the first thread what is taken of the ring then.
 template <Kind kKind, bool kHasMin, typename Wait, typename Sync>
-__device__ __forceinline__ int multiply(const ChainView& c, ChainShared& shared, int taken, const RowsMmaView& v,
-                                        int thread, Wait wait, Sync sync) {
-  RingWeights weights(v, thread, Ring(c, shared, taken));
-  multiply_rows<kKind, kHasMin>(v, thread, reinterpret_cast<unsigned char*>(&shared + 1), weights, wait, sync);
-  return weights.taken();
+__device__ __forceinline__ void multiply(const ChainView& c, ChainShared& shared, int i, int thread, Wait wait,
+                                         Sync sync) {
+  RingWeights weights(thread, Ring(c, shared, shared.progress[i % 2].rounds));
+  PassingTurns turns(shared, thread, shared.progress[i % 2].turns);
+  multiply_rows<kKind, kHasMin>(shared.links[i % 2].product, thread, reinterpret_cast<unsigned char*>(&shared + 1),
+                                weights, turns, wait, sync);
+  if (thread == 0) shared.progress[(i + 1) % 2] = {weights.round(), turns.turn()};
 }
 
 /// The threads that multiply and attend.
@@ -183,9 +227,13 @@ __device__ __forceinline__ void run_links(const ChainView& c, ChainShared& share
   const auto bring_link = [&](int thread, int i) {
     const auto* from = reinterpret_cast<const uint4*>(c.links + i);
     auto* to = reinterpret_cast<uint4*>(&shared.links[i % 2]);
-    for (int at = thread; at < static_cast<int>(sizeof(Link) / sizeof(uint4)); at += kThreadCount) to[at] = from[at];
+    for (int at = thread; at < static_cast<int>(sizeof(Link) / sizeof(uint4)); at += kThreadCount) {
+      copy_async(to + at, from + at, true);
+    }
+    commit_copies();
   };
   bring_link(static_cast<int>(threadIdx.x), 0);
+  wait_for_copies<0>();
   sync();
   for (int i = 0; i < c.count; ++i) {
     const int thread = unknown(static_cast<int>(threadIdx.x));  // again and again, as attention leaves no register
@@ -197,27 +245,25 @@ __device__ __forceinline__ void run_links(const ChainView& c, ChainShared& share
     if (i + 1 < c.count) bring_link(thread, i + 1);
     const Link& link = shared.links[i % 2];
     if (link.is_attention) {
-      if (thread == 0) shared.taken[(i + 1) % 2] = shared.taken[i % 2];
+      if (thread == 0) shared.progress[(i + 1) % 2] = shared.progress[i % 2];
       const DecodeView& view = link.attention;
       const auto wait_all = [&] { wait(sync); };
       view.attention.segments.of[0].layer.head_dim <= 64 ? attend<64>(view, thread, memory, wait_all, sync)
                                                          : attend<128>(view, thread, memory, wait_all, sync);
     } else {
-      int taken = shared.taken[i % 2];
       const auto wait_all = [&] { wait(sync); };
-      const RowsMmaView& v = link.product;
-      const bool has_min = v.product.weight.has_min;
-      if (v.product.weight.kind == Kind::kBF16) {
-        taken = multiply<Kind::kBF16, false>(c, shared, taken, v, thread, wait_all, sync);
-      } else if (v.product.weight.kind == Kind::kQ8) {
-        taken = has_min ? multiply<Kind::kQ8, true>(c, shared, taken, v, thread, wait_all, sync)
-                        : multiply<Kind::kQ8, false>(c, shared, taken, v, thread, wait_all, sync);
+      const WeightView& w = link.product.product.weight;
+      if (w.kind == Kind::kBF16) {
+        multiply<Kind::kBF16, false>(c, shared, i, thread, wait_all, sync);
+      } else if (w.kind == Kind::kQ8) {
+        w.has_min ? multiply<Kind::kQ8, true>(c, shared, i, thread, wait_all, sync)
+                  : multiply<Kind::kQ8, false>(c, shared, i, thread, wait_all, sync);
       } else {
-        taken = has_min ? multiply<Kind::kQ4, true>(c, shared, taken, v, thread, wait_all, sync)
-                        : multiply<Kind::kQ4, false>(c, shared, taken, v, thread, wait_all, sync);
+        w.has_min ? multiply<Kind::kQ4, true>(c, shared, i, thread, wait_all, sync)
+                  : multiply<Kind::kQ4, false>(c, shared, i, thread, wait_all, sync);
       }
-      if (thread == 0) shared.taken[(i + 1) % 2] = taken;
     }
+    wait_for_copies<0>();  // of the next link
     sync();
     if (unknown(thread) == 0 && i + 1 < c.count) count_up(&c.counters->arrived);
   }
@@ -230,10 +276,14 @@ __global__ void __launch_bounds__(kChainThreads, 1) chain_kernel(const __grid_co
 #if defined(LLAMA_EXT_HAS_WGMMA)
   auto& shared = *reinterpret_cast<ChainShared*>(shared_memory());
   if (threadIdx.x == 0) {
-    shared.taken[0] = 0;
-    for (int i = 0; i < c.places; ++i) {
+    shared.progress[0] = {};
+    for (int i = 0; i < kPlaces; ++i) {
       init_barrier(&shared.full[i], kFillingWarps);
-      init_barrier(&shared.empty[i], kWarps);
+      init_barrier(&shared.empty[i], kSharesOfPlace);
+    }
+    for (int i = 0; i < kBuffers; ++i) {
+      init_barrier(&shared.stored[i], kWarps);
+      init_barrier(&shared.added[i], 1);
     }
     publish_barriers();
   }
@@ -251,7 +301,7 @@ __global__ void __launch_bounds__(kChainThreads, 1) chain_kernel(const __grid_co
 }  // namespace
 
 void run_chain(const Gpu& gpu, const Link* links, const std::vector<Link>& of, ChainCounters* counters) {
-  ChainView c{links, static_cast<int>(of.size()), counters, 0, 0};
+  ChainView c{links, static_cast<int>(of.size()), counters, 0};
   size_t own = 0;
   for (const Link& link : of) {
     const int head_dim = link.attention.attention.segments.of[0].layer.head_dim;
@@ -260,10 +310,8 @@ void run_chain(const Gpu& gpu, const Link* links, const std::vector<Link>& of, C
                                            : sizeof(DecodeShared<128>));
   }
   c.own_bytes = static_cast<int>((own + 127) / 128 * 128);
-  const int room = static_cast<int>(gpu.shared_bytes_per_block() - sizeof(ChainShared)) - c.own_bytes;
-  c.places = std::min(kMostPlaces, room / kPlaceBytes);
   launch_together(gpu, chain_kernel, static_cast<unsigned>(gpu.multiprocessors()), {.is_all = true}, kChainThreads,
-                  sizeof(ChainShared) + static_cast<size_t>(c.own_bytes + c.places * kPlaceBytes), c);
+                  sizeof(ChainShared) + static_cast<size_t>(c.own_bytes + kPlaces * kPlaceBytes), c);
 }
 
 }  // namespace llama_ext::cuda

@@ -18,6 +18,9 @@ struct alignas(16) Link {
   DecodeView attention;
 };
 
+/// Of a block's shared memory, what a link may have for itself; the ring has the rest. Attention with heads of 128 needs 75 KB.
+inline constexpr size_t kMostOwnBytes = size_t{80} * 1024;
+
 /// Whether the product or attention has become a link: where the calling thread records and the GPU chains, and what a block needs
 /// leaves room for the ring. It starts with the last one, before anything else.
 bool chain_product(const Gpu& gpu, const rows_mma::RowsMmaView& product);

@@ -127,7 +127,8 @@ struct ProductView {
 };
 void matmul_rows(const Gpu& gpu, const ProductView& product);
 
-// matmul_rows_mma.cu: a few rows of x on the tensor cores. x is rounded to bfloat16, or for codes split into two such numbers.
+// matmul_rows_mma.cu: a few rows of x on the tensor cores. x is rounded to bfloat16, or for codes to whole
+// numbers of 16 bits.
 /// The most rows of x that it takes at a time; 0 where there is none for such weights.
 int64_t rows_of_mma(const Gpu& gpu, const WeightView& weight);
 inline constexpr int64_t kMostMmaRows = 8;

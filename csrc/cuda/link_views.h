@@ -19,10 +19,10 @@ namespace rows_mma {
 struct RowsMmaView {
   ProductView product;
   int tiles;
-  int along_k;      // warps that share a tile's k, a power of two: a block has kWarps / along_k tiles at a time
+  int along_k;      // warps that share a tile's k: a block has kWarps / along_k tiles at a time
+  int k_shift;      // along_k as a power of two
   int group_shift;  // steps of a group, as a power of two
-  bool is_aligned;  // rows of x and the norm's weight, to 16 bytes
-  uint32_t base;    // kBase, which no kernel knows to be a constant
+  bool is_whole;    // rows of x are as long as W's padded ones, and they and the norm's weight lie at 16 bytes
 };
 
 /// Of a product of at most rows_of_mma() rows.

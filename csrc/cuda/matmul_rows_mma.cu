@@ -2,14 +2,15 @@
 // needs as fast as what eight need, and take the sums off the other units, which have codes to bring into place.
 //
 // A warp has 16 rows of W (8 gates and their 8 ups) and a share of k: the four lanes of a row load 64 bytes of it at once, a step,
-// and the warps of a block take turns along the row. A block stays on its multiprocessor and goes from tile to tile; the loads of
-// the next steps are always on their way, across tiles, and begin before x is known. k is permuted alike on both sides of a
+// and the warps of a block take turns along the row, four steps each. A block stays on its multiprocessor and goes from tile to tile; the
+// loads of the next steps are always on their way, across tiles, and begin before x is known. k is permuted alike on both sides of a
 // product, so that weights are multiplied in the order in which they are loaded.
 //
-// x lies in shared memory: with weights of bfloat16 as such, with codes as float16, brought into its range by a power of two, 11
-// bits. Codes are put into the lower bits of a float16 number, which makes them too large by a constant; each step's sum is
-// corrected by that times the sum of x, and scaled in float32. A row's bits depend on W's shape and kind, and on nothing else:
-// the warps' shares are added in order. Bound by the GPU's memory.
+// x lies in shared memory: with weights of bfloat16 as such, with codes as whole numbers of 16 bits, which share a power of two in each step,
+// cut into an upper and a lower digit of 8 bits. Codes are multiplied as the bytes that they are, a byte of two of 4 bits masked, once for each
+// digit, and all of a step is summed in whole numbers, without an error: what is not exact is x's rounding, 2^-15 of a step's largest at most,
+// and sums of steps, in float32. A row's bits depend on W's shape and kind, and on nothing else: the warps' shares are added in order.
+// Bound by the GPU's memory.
 #include <algorithm>
 
 #include "cuda/chain.h"
@@ -20,51 +21,49 @@ namespace {
 
 using namespace rows_mma;
 
-/// Weights that loads bring into registers, kInFlight steps ahead.
+/// Weights that loads bring into registers, a share ahead.
 template <Kind kKind>
 class LoadedWeights {
  public:
   __device__ __forceinline__ explicit LoadedWeights(const RowsMmaView& v) : v_(v), chunks_(Walk<kKind>(v).chunks) {}
-  __device__ __forceinline__ void enter(int tile) {
+  __device__ __forceinline__ void enter(const TileRows& rows, int tile) {
     const int lane = static_cast<int>(threadIdx.x % kWarp);
     const int my_share = static_cast<int>(threadIdx.x / kWarp) & (v_.along_k - 1);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      from_[half] = v_.product.weight.data + int64_t{TileRows(v_.product).row(tile, half, lane / 4)} * chunks_ * 16 +
-                    my_share * 64 + lane % 4 * 16;
+      from_[half] = v_.product.weight.data + int64_t{rows.row(tile, half, lane / 4)} * chunks_ * 16 +
+                    my_share * kTogether * kStepBytes + lane % 4 * 16;
     }
   }
   __device__ __forceinline__ void load(bool is_there, int i) {
-    const unsigned char* at[2] = {from_[0], from_[1]};
-    from_[0] += v_.along_k * 64;
-    from_[1] += v_.along_k * 64;
-    if (!is_there) return;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) words_[i][half] = __ldcs(reinterpret_cast<const uint4*>(at[half]));
+    for (int half = 0; half < 2; ++half) {
+      if (is_there) words_[i][half] = __ldcs(reinterpret_cast<const uint4*>(from_[half] + i * kStepBytes));
+      if (i + 1 == kTogether) from_[half] += v_.along_k * kTogether * kStepBytes;
+    }
   }
-  __device__ __forceinline__ void take(int, int, bool) {}
+  __device__ __forceinline__ void take(int) {}
   __device__ __forceinline__ const uint4& words(int i, int half) const { return words_[i][half]; }
 
  private:
   const RowsMmaView& v_;
   int chunks_;
   const unsigned char* from_[2];
-  uint4 words_[kInFlight][2] = {};
+  uint4 words_[kTogether][2] = {};
 };
 
 template <Kind kKind, bool kHasMin>
 __global__ void __launch_bounds__(kThreadCount, 1) matmul_rows_mma_kernel(const __grid_constant__ RowsMmaView v) {
+  const auto sync = [] { __syncthreads(); };
   LoadedWeights<kKind> weights(v);
+  MeetingTurns turns(static_cast<int>(threadIdx.x), sync);
   multiply_rows<kKind, kHasMin>(
-      v, static_cast<int>(threadIdx.x), shared_memory(), weights, [] { wait_for_predecessors(); },
-      [] { __syncthreads(); });
+      v, static_cast<int>(threadIdx.x), shared_memory(), weights, turns, [] { wait_for_predecessors(); }, sync);
 }
 
 // Of the largest GPU that there is, so that the order of a product's sums is that of its shape.
 constexpr int kMostBlocks = 132;
-// With fewer a block would have more tiles at a time than it has threads for their numbers, one each.
-constexpr int kLeastAlongK = kWarps * kTileRows * kColumns / kThreadCount;
-static_assert(kLeastAlongK * kThreadCount == kWarps * kTileRows * kColumns);
+constexpr int kLeastAlongK = 4;  // as many as have a place of a chain's ring together
 
 int step_of(Kind kind) {
   switch (kind) {
@@ -81,15 +80,19 @@ int step_of(Kind kind) {
 
 /// Shared memory beside that of rows of x.
 size_t fixed_bytes(const WeightView& w) {
-  size_t floats = sizeof(Shared) / sizeof(float);
+  size_t bytes = sizeof(Shared);
   if (is_quantized(w.kind)) {
-    floats += static_cast<size_t>(w.stride / step_of(w.kind) * kColumns) * (w.has_min ? 2 : 1);
+    const auto places = static_cast<size_t>(w.stride / step_of(w.kind) * kColumns);
+    bytes += places * (sizeof(StepFactor) + (w.has_min ? sizeof(float) : 0));
   }
-  return floats * sizeof(float);
+  return bytes;
 }
 
 /// Shared memory of one row of x.
-size_t row_bytes(const WeightView& w) { return static_cast<size_t>(column_pitch(w.stride)) * sizeof(uint16_t); }
+size_t row_bytes(const WeightView& w) {
+  return static_cast<size_t>(is_quantized(w.kind) ? kDigits * column_pitch<Kind::kQ8>(w.stride)
+                                                  : column_pitch<Kind::kBF16>(w.stride));
+}
 
 template <Kind kKind, bool kHasMin>
 void start(const Gpu& gpu, const RowsMmaView& v) {
@@ -110,19 +113,20 @@ RowsMmaView rows_mma_view(const ProductView& p) {
   RowsMmaView v;
   v.product = p;
   v.tiles = static_cast<int>(p.is_gate_up ? blocks_for(p.width, 8) : blocks_for(w.rows, kTileRows));
-  v.base = kBase;
-  v.is_aligned = (reinterpret_cast<uintptr_t>(p.x.data) | reinterpret_cast<uintptr_t>(p.norm.weight)) % 16 == 0 &&
-                 p.x.stride % 4 == 0;
+  v.is_whole = (reinterpret_cast<uintptr_t>(p.x.data) | reinterpret_cast<uintptr_t>(p.norm.weight)) % 16 == 0 &&
+               p.x.stride % 4 == 0 && w.cols == w.stride;
   v.group_shift = 0;
   while (is_quantized(w.kind) && (step << v.group_shift) < w.group) ++v.group_shift;
-  // As few warps along k as leave each enough steps to have on its way, but blocks for all multiprocessors (of the largest GPU, so
+  // As many warps along k as have a share each, but fewer only where there are blocks for all multiprocessors (of the largest GPU, so
   // that a product's order of sums is that of its shape).
   const int64_t steps = w.stride / step;
   v.along_k = kWarps;
-  while (v.along_k > kLeastAlongK && steps < int64_t{v.along_k} * kInFlight &&
+  while (v.along_k > kLeastAlongK && steps < int64_t{v.along_k} * kTogether &&
          v.tiles >= int64_t{kMostBlocks} * (2 * kWarps / v.along_k)) {
     v.along_k /= 2;
   }
+  v.k_shift = 0;
+  while ((1 << v.k_shift) < v.along_k) ++v.k_shift;
   return v;
 }
 

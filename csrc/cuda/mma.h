@@ -71,6 +71,29 @@ __device__ __forceinline__ void mma(float c[4], const uint32_t a[4], const uint3
 #endif
 }
 
+/// c += a b of bytes, exactly: m16n8k32, whose words hold four k where those of mma hold two. a: without a sign; b: with one.
+__device__ __forceinline__ void mma_codes(int c[4], const uint32_t a[4], const uint32_t b[2]) {
+#if defined(__CUDA_ARCH__)
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#elif defined(LLAMA_EXT_CUDA_EMULATED)
+  const MmaOperands mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
+  const auto all = cuda_emulation::exchange("mma_codes", mine);
+  const unsigned g = cuda_emulation::lane() / 4;
+  const unsigned t = cuda_emulation::lane() % 4;
+  for (unsigned i = 0; i < 4; ++i) {
+    for (unsigned word = 0; word < 8; ++word) {
+      const uint32_t codes = all[g * 4 + word % 4].a[2 * (word / 4) + i / 2];
+      const uint32_t numbers = all[(2 * t + i % 2) * 4 + word % 4].b[word / 4];
+      for (int k = 0; k < 4; ++k) {
+        c[i] += static_cast<int>(codes >> (8 * k) & 255u) * static_cast<int8_t>(numbers >> (8 * k) & 255u);
+      }
+    }
+  }
+#endif
+}
+
 /// Four matrices of 8 x 8 16-bit numbers from shared memory: lane l names row l % 8 of matrix l / 8, and gets of each matrix its row
 /// l / 4, columns 2 (l % 4) and the next.
 __device__ __forceinline__ void load_matrices(uint32_t out[4], const uint16_t* row) {

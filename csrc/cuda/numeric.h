@@ -68,18 +68,6 @@ __device__ __forceinline__ float code_to_float(uint32_t code, float magic) {
 }
 inline constexpr float kCodeMagic = 8388608.0f;  // plus what is to be subtracted
 
-/// (word & kMask) | base by one instruction, which takes a single constant: `base` must be none that the compiler knows.
-template <uint32_t kMask>
-__device__ __forceinline__ uint32_t and_or(uint32_t word, uint32_t base) {
-#if defined(__CUDA_ARCH__)
-  uint32_t result;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "n"(kMask), "r"(base));
-  return result;
-#else
-  return (word & kMask) | base;
-#endif
-}
-
 // Sums over lanes in one fixed order: every lane gets the same bits.
 __device__ __forceinline__ float warp_sum(float value) {
   for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(kAllLanes, value, lanes);

@@ -1,7 +1,8 @@
-// Rows of x as matmul_rows_mma.cu multiplies them: in shared memory, normalised, rounded, in the product's order.
+// Rows of x as matmul_rows_mma.cu multiplies them: in shared memory, normalised, as the tensor cores take them.
 #pragma once
 
 #include "cuda/link_views.h"
+#include "cuda/mma.h"
 #include "cuda/numeric.h"
 #include "cuda/weight_codes.h"
 
@@ -9,45 +10,55 @@ namespace llama_ext::cuda::rows_mma {
 
 inline constexpr int kWarps = 16;
 inline constexpr int kThreadCount = kWarps * static_cast<int>(kWarp);
-inline constexpr int kInFlight = 4;  // steps
+inline constexpr int kTogether = 4;  // steps, one after the other in a row of W, that a warp takes at a time
+inline constexpr int kStepBytes = 64;
 inline constexpr int kTileRows = 16;
-inline constexpr int kColumns = 8;
+inline constexpr int kColumns = 8;     // of a product: rows of x, with codes digits of them
 inline constexpr int kGateGroup = 16;  // ops/feed_forward.h
 
 template <Kind kKind>
 inline constexpr int kStep = 4 * kChunkElements<kKind>;  // elements of a row that a warp multiplies at a time
 
-/// Where the product wants element e of a chunk, so that a word of codes gives pairs without being sorted.
+// With codes x is whole numbers of 16 bits, in two digits of 8 with a sign: 256 upper + lower. The numbers of a step share a power of two,
+// as large as leaves them in kLargestNumber. Of nibbles, lower ones are multiplied as such and upper ones where they are, 16 times as large.
+inline constexpr int kDigits = 2;
+inline constexpr float kLargestNumber = 32639.0f;  // 256 127 + 127
 template <Kind kKind>
-__host__ __device__ constexpr int place_in_chunk(int e) {
-  if (kKind != Kind::kQ4) return e;
-  const int word = e % 16 / 4;
-  const int is_high = e / 16;  // nibbles
-  return ((2 * word + is_high) * 2 + e % 2) * 2 + e % 4 / 2;
+inline constexpr int kUnit = kKind == Kind::kQ4 ? 16 : 1;  // of a step's sums
+
+/// Where the digit of element k of a row of x lies: a lane loads 16 neighbours at once, and the four lanes of a row neighbours, which do not
+/// meet in a bank.
+template <Kind kKind>
+__host__ __device__ constexpr int place_of_digit(int k) {
+  if (kKind != Kind::kQ4) return k;
+  const int e = k % kChunk;
+  return k / kStep<kKind> * kStep<kKind> + e / 16 * 64 + k % kStep<kKind> / kChunk * 16 + e % 16;
 }
 
-inline constexpr int kAtOnce = 8;  // elements that a lane loads at once
-
-/// Where element k of a row of x lies: a step is its four chunks' first vectors, then their second ones, and so on, so that what the
-/// four lanes of a row load at once are neighbours, which do not meet in a bank.
+/// Bytes between columns of x: rows of lanes must not meet in a bank.
 template <Kind kKind>
-__host__ __device__ constexpr int place_in_column(int k) {
-  constexpr int kElements = kChunkElements<kKind>;
-  const int place = place_in_chunk<kKind>(k % kElements);
-  return k / kStep<kKind> * kStep<kKind> + (place / kAtOnce * 4 + k % kStep<kKind> / kElements) * kAtOnce +
-         place % kAtOnce;
+__host__ __device__ constexpr int column_pitch(int padded) {
+  const int bytes = is_quantized(kKind) ? padded : 2 * padded;
+  return bytes + (bytes % 128 == 0 ? 64 : 0);
 }
 
-/// Elements between columns of x: rows of lanes must not meet in a bank.
-__host__ __device__ constexpr int column_pitch(int padded) { return padded + (padded % 64 == 0 ? 32 : 0); }
+/// Of a step and a row of x.
+struct alignas(8) StepFactor {
+  uint32_t excess;  // what is to be added to a step's sum, as codes are larger than what they stand for by `zero`
+  float scale;      // of the sum
+};
 
-// As float16, 0x6400 | n is 1024 + n: codes become numbers by putting bytes or nibbles there, and what is too much is a sum of x
-// that is taken off again, group by group. The upper nibble of a byte counts 16 times, so x is divided by 16 there.
-inline constexpr uint32_t kBase = 0x64006400;
-inline constexpr float kBaseValue = 1024.0f;
+/// The block's shared memory.
+struct Shared {
+  float partial[2][kWarps][kTileRows][kColumns];
+  float squares[kColumns][kThreads / kWarp];  // of rows of x, as block_inverse_rms() adds them up
+  // Then for codes StepFactor (steps, kColumns) and where there are minima as many sums of x; then x: for each row, or for each digit of
+  // each row, one column.
+};
 
-__device__ __forceinline__ float4 load_four(const float* row, int k, int cols, bool is_aligned) {
-  if (is_aligned && k + 4 <= cols) return *reinterpret_cast<const float4*>(row + k);
+/// Elements k to k + 3 of a row, zeros beyond its last. is_whole: four of them are there and lie at 16 bytes, wherever k begins.
+__device__ __forceinline__ float4 load_four(const float* row, int k, int cols, bool is_whole) {
+  if (is_whole) return *reinterpret_cast<const float4*>(row + k);
   float4 four{0.0f, 0.0f, 0.0f, 0.0f};
   if (k < cols) four.x = row[k];
   if (k + 1 < cols) four.y = row[k + 1];
@@ -56,165 +67,155 @@ __device__ __forceinline__ float4 load_four(const float* row, int k, int cols, b
   return four;
 }
 
-/// Four elements of x at k = 0, 4, ... of a row, to where the product wants them.
-template <Kind kKind>
-__device__ __forceinline__ void store_four(uint16_t* column, int k, const uint16_t four[4]) {
-  // The places of e, e + 2, e + 1, e + 3 of a chunk of nibbles are neighbours.
-  constexpr int kSecond = kKind == Kind::kQ4 ? 2 : 1;
-  *reinterpret_cast<uint2*>(column + place_in_column<kKind>(k)) = {
-      static_cast<uint32_t>(four[0]) | static_cast<uint32_t>(four[kSecond]) << 16,
-      static_cast<uint32_t>(four[3 - kSecond]) | static_cast<uint32_t>(four[3]) << 16};
-}
+inline constexpr int kTurn = 4 * kThreadCount;  // elements of a row of x, a vector of 4 for each thread
+inline constexpr int kAhead = 4;                // vectors of x that a thread has on their way
+inline constexpr int kGains = 2;                // and of the norm's weight, the first ones before x is known
 
-/// The block's shared memory.
-struct Shared {
-  float partial[2][kWarps][kTileRows][kColumns];
-  float2 looks[2][kWarps];  // at a row of x: the sum of squares, the largest
-  float row_scales[kColumns];
-  // Then for codes (steps, kColumns) times the negative of what a step's sums are too large by, and where there are minima as many sums of x;
-  // then x, (kColumns or fewer, pitch).
+/// Where bring_rows() puts rows of x.
+struct BroughtRows {
+  Shared& shared;
+  StepFactor* factors;
+  float* totals;
+  unsigned char* x;
+  int padded;
+  int pitch;
 };
 
-// Of a row of x, what a thread keeps in registers between its two looks at it: vectors of 4.
-inline constexpr int kKept = 4;
-// Of what does not fit there, on their way together. More spill on sm_80.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-template <Kind kKind>
-inline constexpr int kMore = kKind == Kind::kQ4 ? 1 : 2;
-#else
-template <Kind kKind>
-inline constexpr int kMore = 3;
+// Over so many lanes that are neighbours, 16 or all.
+template <int kLanes>
+__device__ __forceinline__ uint32_t largest_of_lanes(uint32_t value) {
+#pragma unroll
+  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
+    const uint32_t other = __shfl_xor_sync(kAllLanes, value, lanes);
+    value = value > other ? value : other;
+  }
+  return value;
+}
+template <int kLanes>
+__device__ __forceinline__ uint32_t sum_of_lanes(uint32_t value) {
+#pragma unroll
+  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(kAllLanes, value, lanes);
+  return value;
+}
+#if defined(__CUDA_ARCH__)
+template <>
+__device__ __forceinline__ uint32_t largest_of_lanes<32>(uint32_t value) {
+  return __reduce_max_sync(kAllLanes, value);
+}
+template <>
+__device__ __forceinline__ uint32_t sum_of_lanes<32>(uint32_t value) {
+  return __reduce_add_sync(kAllLanes, value);
+}
 #endif
-inline constexpr int kGains = 2;  // and of the norm's weight, before x is known
 
-/// Rows of x in shared memory: normalised, rounded, in the product's order, zeros beyond the last column. gains: the thread's first
-/// ones, which were loaded early. thread: of the kThreadCount, for which sync is.
+/// Byte kByte of four words.
+template <int kByte>
+__device__ __forceinline__ uint32_t bytes_of(const uint32_t (&words)[4]) {
+#if defined(__CUDA_ARCH__)
+  constexpr uint32_t kPair = kByte | (4 + kByte) << 4;
+  return __byte_perm(__byte_perm(words[0], words[1], kPair), __byte_perm(words[2], words[3], kPair), 0x5410);
+#else
+  uint32_t bytes = 0;
+  for (int i = 0; i < 4; ++i) bytes |= (words[i] >> (8 * kByte) & 255u) << (8 * i);
+  return bytes;
+#endif
+}
+
+/// Four elements of x at k = 0, 4, ... of row m, for codes. All lanes of a step call it together.
+template <Kind kKind>
+__device__ __forceinline__ void store_digits(const WeightView& w, const BroughtRows& to, int m, int k,
+                                             const float4& four) {
+  constexpr int kLanes = kStep<kKind> / 4;
+  constexpr uint32_t kBias = 127;
+  const float values[4] = {four.x, four.y, four.z, four.w};
+  uint32_t bits = 0;  // of magnitudes, which order like these; those of what is no number are the largest
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    const uint32_t magnitude = __float_as_uint(values[e]) & 0x7fffffffu;
+    bits = bits > magnitude ? bits : magnitude;
+  }
+  const float largest = __uint_as_float(largest_of_lanes<kLanes>(bits));
+  // The power that brings the largest one to 2^14 or beyond, but below 2^15 also when it is larger by what kLargestNumber is less than that.
+  const uint32_t exponent = __float_as_uint(largest * (32768.0f / kLargestNumber)) >> 23;
+  const uint32_t wanted = 2 * kBias + 14 - exponent;
+  const uint32_t biased = wanted < kBias + 100 ? wanted : kBias + 100;
+  const float power = __uint_as_float(biased << 23);
+  constexpr float kRounds = 12582912.0f;  // 1.5 2^23: what is added to it is a whole number in the sum's lower bits
+  uint32_t numbers[4];
+  uint32_t up[4];  // so that their second bytes are the upper digits
+  uint32_t sum = 0;
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    numbers[e] = __float_as_uint(fmaf(values[e], power, kRounds));
+    up[e] = numbers[e] + 128u;
+    sum += numbers[e] - 0x4b400000u;
+  }
+  sum = sum_of_lanes<kLanes>(sum);
+  if (k >= to.padded) return;
+  unsigned char* column = to.x + kDigits * m * to.pitch + place_of_digit<kKind>(k);
+  *reinterpret_cast<uint32_t*>(column) = bytes_of<1>(up);
+  *reinterpret_cast<uint32_t*>(column + to.pitch) = bytes_of<0>(numbers);
+  if (k % kStep<kKind> != 0) return;
+  const float unit = __uint_as_float((2 * kBias - biased) << 23) + (largest - largest);  // NaN for what is no number
+  const int at = k / kStep<kKind> * kColumns + m;
+  to.factors[at] = {0u - static_cast<uint32_t>(kUnit<kKind> * w.zero) * sum, unit / static_cast<float>(kUnit<kKind>)};
+  if (w.has_min) to.totals[at] = unit * static_cast<float>(static_cast<int>(sum));
+}
+
+/// Rows of x in shared memory, zeros beyond the last column: normalised where there is a norm, then rounded to bfloat16 or cut into digits. gains:
+/// the thread's first ones, which were loaded early. thread: of the kThreadCount, for which sync is.
 template <Kind kKind, typename Sync>
-__device__ __forceinline__ void bring_rows(const RowsMmaView& v, int thread, int padded, int pitch, Shared& shared,
-                                           uint16_t* x, float* excess, float* totals, const float4 (&gains)[kGains],
-                                           Sync sync) {
-  constexpr bool kIsCodes = is_quantized(kKind);
-  constexpr int kAfter = kMore<kKind>;
+__device__ __forceinline__ void bring_rows(const RowsMmaView& v, int thread, const BroughtRows& to,
+                                           const float4 (&gains)[kGains], Sync sync) {
   const ProductView& p = v.product;
   const int cols = p.weight.cols;
   const bool has_norm = p.norm.weight != nullptr;
-  const int first = 4 * thread;
-  const auto gained = [](const float4& of, const float4& gain) {
-    return float4{of.x * gain.x, of.y * gain.y, of.z * gain.z, of.w * gain.w};
-  };
-  const auto gain_of = [&](int i) {
-    if (i < kGains || !has_norm) return gains[i < kGains ? i : 0];
-    return load_four(p.norm.weight, first + 4 * i * kThreadCount, cols, v.is_aligned);
-  };
 #pragma unroll 1
   for (int m = 0; m < static_cast<int>(p.rows); ++m) {
     const float* row = p.x.row(m);
-    const auto load_more = [&](int base, float4(&more)[kAfter]) {
-#pragma unroll
-      for (int i = 0; i < kAfter; ++i) {
-        more[i] = load_four(row, base + first + 4 * i * kThreadCount, cols, v.is_aligned);
-      }
+    // What is beyond is part of no step; each lane loads something.
+    const auto load = [&](const float* from, int k, float4& four) {
+      if (k - 4 * thread < to.padded) four = load_four(from, k < to.padded ? k : 0, cols, v.is_whole);
     };
-    float4 kept[kKept];
+    float4 next[kAhead] = {};
+    float4 next_gains[kGains] = {gains[0], gains[1]};
 #pragma unroll
-    for (int i = 0; i < kKept; ++i) kept[i] = load_four(row, first + 4 * i * kThreadCount, cols, v.is_aligned);
+    for (int i = 0; i < kAhead; ++i) load(row, 4 * thread + i * kTurn, next[i]);
     float inverse = 1.0f;
-    float power = 1.0f;
-    if (has_norm || kIsCodes) {
+    if (has_norm) {
+      // In the order of block_inverse_rms(), so that a norm by itself has the same bits.
+      constexpr int kLike = static_cast<int>(kThreads);
       float sum = 0.0f;
-      float largest = 0.0f;
-      const auto look = [&](const float4& four, const float4& gain) {
-        sum = fmaf(four.x, four.x, sum);
-        sum = fmaf(four.y, four.y, sum);
-        sum = fmaf(four.z, four.z, sum);
-        sum = fmaf(four.w, four.w, sum);
-        if constexpr (kIsCodes) {
-          const float4 all = has_norm ? gained(four, gain) : four;
-          largest = max_or_nan(max_or_nan(largest, fabsf(all.x)), fabsf(all.y));
-          largest = max_or_nan(max_or_nan(largest, fabsf(all.z)), fabsf(all.w));
-        }
-      };
-#pragma unroll
-      for (int i = 0; i < kKept; ++i) look(kept[i], gain_of(i));
-#pragma unroll 1
-      for (int base = 4 * kKept * kThreadCount; base < cols; base += 4 * kAfter * kThreadCount) {
-        float4 more[kAfter];
-        load_more(base, more);
-#pragma unroll
-        for (int i = 0; i < kAfter; ++i) {
-          float4 gain{1.0f, 1.0f, 1.0f, 1.0f};
-          if (kIsCodes && has_norm) {
-            gain = load_four(p.norm.weight, base + first + 4 * i * kThreadCount, cols, v.is_aligned);
-          }
-          look(more[i], gain);
-        }
+      if (thread < kLike) {
+#pragma unroll 8
+        for (int k = thread; k < cols; k += kLike) sum = fmaf(row[k], row[k], sum);
+        sum = warp_sum(sum);
+        if (thread % static_cast<int>(kWarp) == 0) to.shared.squares[m][thread / static_cast<int>(kWarp)] = sum;
       }
-      sum = warp_sum(sum);
-      if (kIsCodes) largest = warp_max(largest);
-      if (thread % static_cast<int>(kWarp) == 0) shared.looks[m % 2][thread / static_cast<int>(kWarp)] = {sum, largest};
       sync();
       sum = 0.0f;
-      largest = 0.0f;
 #pragma unroll 4  // all at once would take registers from the loads on their way
-      for (int i = 0; i < kWarps; ++i) {
-        const float2 look_of_warp = shared.looks[m % 2][i];
-        sum += look_of_warp.x;
-        largest = max_or_nan(largest, look_of_warp.y);
-      }
-      if (has_norm) inverse = 1.0f / sqrtf(sum / static_cast<float>(cols) + p.norm.eps);
-      if constexpr (kIsCodes) {
-        power = power_for_f16(largest * inverse);
-        if (thread == 0) shared.row_scales[m] = 1.0f / power;
-      }
-    }
-    const auto store = [&](int k, const float4& four, const float4& gain) {
-      float values[4] = {four.x, four.y, four.z, four.w};
-      const float gain_at[4] = {gain.x, gain.y, gain.z, gain.w};
-      const float part = kKind == Kind::kQ4 && k % kChunk >= 16 ? 0.0625f : 1.0f;
-      uint16_t rounded[4];
-      float sum = 0.0f;
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (has_norm) values[e] = normalized(values[e], inverse, gain_at[e]);
-        if constexpr (kIsCodes) {
-          rounded[e] = to_f16(values[e] * power * part);
-          sum += from_f16(rounded[e]);
-        } else {
-          rounded[e] = to_bf16(values[e]);
-        }
-      }
-      if (k < padded) store_four<kKind>(x + m * pitch, k, rounded);
-      if constexpr (kIsCodes) {
-        // The lanes that have a step are neighbours.
-        float excess_of_step = -(kBaseValue + static_cast<float>(p.weight.zero) / part) * sum;
-        float total = sum / part;
-#pragma unroll
-        for (int lanes = kStep<kKind> / 8; lanes > 0; lanes /= 2) {
-          excess_of_step += __shfl_xor_sync(kAllLanes, excess_of_step, lanes);
-          total += __shfl_xor_sync(kAllLanes, total, lanes);
-        }
-        if (k < padded && k % kStep<kKind> == 0) {
-          excess[k / kStep<kKind> * kColumns + m] = excess_of_step;
-          if (p.weight.has_min) totals[k / kStep<kKind> * kColumns + m] = total;
-        }
-      }
-    };
-#pragma unroll
-    for (int i = 0; i < kKept; ++i) {
-      if (4 * i * kThreadCount >= padded) break;
-      store(first + 4 * i * kThreadCount, kept[i], gain_of(i));
+      for (int i = 0; i < kLike / static_cast<int>(kWarp); ++i) sum += to.shared.squares[m][i];
+      inverse = inverse_rms(sum, cols, p.norm.eps);
     }
 #pragma unroll 1
-    for (int base = 4 * kKept * kThreadCount; base < padded; base += 4 * kAfter * kThreadCount) {
-      float4 more[kAfter];
-      load_more(base, more);
+    for (int k = 4 * thread; k - 4 * thread < to.padded; k += kTurn) {
+      float4 four = next[0];
 #pragma unroll
-      for (int i = 0; i < kAfter; ++i) {
-        const int at = base + 4 * i * kThreadCount;
-        if (at >= padded) break;
-        float4 gain{1.0f, 1.0f, 1.0f, 1.0f};
-        if (has_norm) gain = load_four(p.norm.weight, at + first, cols, v.is_aligned);
-        store(at + first, more[i], gain);
+      for (int i = 0; i + 1 < kAhead; ++i) next[i] = next[i + 1];
+      load(row, k + kAhead * kTurn, next[kAhead - 1]);
+      if (has_norm) {
+        const float4 gain = next_gains[0];
+        next_gains[0] = next_gains[1];
+        load(p.norm.weight, k + kGains * kTurn, next_gains[1]);
+        four = {normalized(four.x, inverse, gain.x), normalized(four.y, inverse, gain.y),
+                normalized(four.z, inverse, gain.z), normalized(four.w, inverse, gain.w)};
+      }
+      if constexpr (is_quantized(kKind)) {
+        store_digits<kKind>(p.weight, to, m, k, four);
+      } else if (k < to.padded) {
+        *reinterpret_cast<uint2*>(to.x + m * to.pitch + 2 * k) = {round_pair(four.x, four.y),
+                                                                  round_pair(four.z, four.w)};
       }
     }
   }

@@ -6,89 +6,66 @@
 
 namespace llama_ext::cuda::rows_mma {
 
-/// Bytes 2 i and 2 i + 1 of a word as numbers.
-__device__ __forceinline__ uint32_t byte_pair(uint32_t word, int i) {
-#if defined(__CUDA_ARCH__)
-  return __byte_perm(word, kBase, i == 0 ? 0x5150 : 0x5352);
-#else
-  const uint32_t bytes = word >> (16 * i);
-  return (bytes & 255u) | (bytes >> 8 & 255u) << 16 | kBase;
-#endif
-}
-
-/// Nibbles of bytes 0 and 2 of a word as numbers: the lower ones, or 16 times the upper ones.
-__device__ __forceinline__ uint32_t nibble_pair(uint32_t word, bool upper, uint32_t base) {
-  return upper ? and_or<0x00f000f0>(word, base) : and_or<0x000f000f>(word, base);
-}
-
-/// A step of two rows of W, in registers.
-template <Kind kKind>
+/// A step of two rows of W, g and g + 8 of a warp's 16.
 struct Step {
-  uint4 words[2];
-  uint32_t scales[2];  // float16, and so are minima
-  uint32_t mins[2];
-
-  /// Products m = 0, 1, ... of 16 k.
-  static constexpr int kProducts = kChunkElements<kKind> / 4;
+  const uint4& first;
+  const uint4& second;
+  float scales[2];
+  float mins[2];
 
   __device__ __forceinline__ static uint32_t word(const uint4& of, int i) {
     return i == 0 ? of.x : i == 1 ? of.y : i == 2 ? of.z : of.w;
   }
-
-  __device__ __forceinline__ void operand(int m, uint32_t base, uint32_t a[4]) const {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if constexpr (kKind == Kind::kBF16) {
-        a[r] = word(words[r], 2 * m);
-        a[2 + r] = word(words[r], 2 * m + 1);
-      } else if constexpr (kKind == Kind::kQ8) {
-        a[r] = byte_pair(word(words[r], m), 0);
-        a[2 + r] = byte_pair(word(words[r], m), 1);
-      } else {
-        a[r] = nibble_pair(word(words[r], m / 2), m % 2 != 0, base);
-        a[2 + r] = nibble_pair(word(words[r], m / 2) >> 8, m % 2 != 0, base);
-      }
-    }
+  /// Product m, of words 2 m and 2 m + 1.
+  __device__ __forceinline__ void operand(int m, uint32_t a[4], uint32_t mask = 0xffffffffu) const {
+    a[0] = word(first, 2 * m) & mask;
+    a[1] = word(second, 2 * m) & mask;
+    a[2] = word(first, 2 * m + 1) & mask;
+    a[3] = word(second, 2 * m + 1) & mask;
   }
 };
 
-/// sums (16, 8) of a warp += a step of its rows of W times x. A lane's sums are of rows g and g + 8, columns 2 t and 2 t + 1. column_at:
-/// the lane's numbers of x; excess_at, totals_at: of its columns.
+/// sums += a step's rows of W, of bfloat16, times x. A lane's sums are of rows g and g + 8, rows 2 t and 2 t + 1 of x. column: the
+/// lane's 8 numbers of x.
+__device__ __forceinline__ void multiply_numbers(float (&sums)[4], const Step& w, const unsigned char* column) {
+  const uint4 x = *reinterpret_cast<const uint4*>(column);
+  const uint32_t b[2][2] = {{x.x, x.y}, {x.z, x.w}};
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+    uint32_t a[4];
+    w.operand(m, a);
+    mma<MmaType::kBF16>(sums, a, b[m]);
+  }
+}
+
+/// The same of codes. A lane's sums are of rows g and g + 8 and row t of x: the columns of a product are the two digits of four rows.
 template <Kind kKind, bool kHasMin>
-__device__ __forceinline__ void multiply_step(float (&sums)[4], const Step<kKind>& w, uint32_t base,
-                                              const uint16_t* column_at, const float* excess_at,
-                                              const float* totals_at) {
-  constexpr bool kIsCodes = is_quantized(kKind);
-  float dots[2][4] = {};
-  if constexpr (kIsCodes) {
-    const float2 off = *reinterpret_cast<const float2*>(excess_at);
-    dots[0][0] = dots[0][2] = off.x;
-    dots[0][1] = dots[0][3] = off.y;
-  }
+__device__ __forceinline__ void multiply_codes(float& first_sum, float& second_sum, const Step& w,
+                                               const unsigned char* column, const StepFactor* factor_at,
+                                               const float* total_at) {
+  constexpr int kHalves = kKind == Kind::kQ4 ? 2 : 1;
+  int dots[kHalves][4] = {};  // of lower nibbles and upper ones, or of bytes
 #pragma unroll
-  for (int part = 0; part < Step<kKind>::kProducts / 2; ++part) {
-    const uint4 four = *reinterpret_cast<const uint4*>(column_at + 4 * kAtOnce * part);
-    const uint32_t b[2][2] = {{four.x, four.y}, {four.z, four.w}};
+  for (int half = 0; half < kHalves; ++half) {
+    const uint4 x = *reinterpret_cast<const uint4*>(column + half * 64);
+    const uint32_t b[2][2] = {{x.x, x.y}, {x.z, x.w}};
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int m = 0; m < 2; ++m) {
       uint32_t a[4];
-      w.operand(2 * part + i, base, a);
-      mma<kIsCodes ? MmaType::kF16 : MmaType::kBF16>(kIsCodes ? dots[i] : sums, a, b[i]);
+      w.operand(m, a, kKind != Kind::kQ4 ? 0xffffffffu : half == 0 ? 0x0f0f0f0fu : 0xf0f0f0f0u);
+      mma_codes(dots[half], a, b[m]);
     }
   }
-  if constexpr (kIsCodes) {
+  const StepFactor factor = *factor_at;
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const float scale = from_f16(static_cast<uint16_t>(w.scales[c / 2]));
-      sums[c] = fmaf(scale, dots[0][c] + dots[1][c], sums[c]);
-    }
-    if constexpr (kHasMin) {
-      const float2 total = *reinterpret_cast<const float2*>(totals_at);
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        sums[c] = fmaf(from_f16(static_cast<uint16_t>(w.mins[c / 2])), c % 2 == 0 ? total.x : total.y, sums[c]);
-      }
-    }
+  for (int r = 0; r < 2; ++r) {
+    // Sums of 128 codes times numbers of 16 bits, times 16: below 2^31. Without a sign, as what is no number may be anything.
+    const auto digit = [&](int half, int d) { return static_cast<uint32_t>(dots[half][2 * r + d]); };
+    uint32_t dot = digit(kHalves - 1, 0) * 256 + digit(kHalves - 1, 1) + factor.excess;
+    if constexpr (kKind == Kind::kQ4) dot += digit(0, 0) * 4096 + digit(0, 1) * 16;
+    float& sum = r == 0 ? first_sum : second_sum;
+    sum = fmaf(w.scales[r] * factor.scale, static_cast<float>(static_cast<int>(dot)), sum);
+    if constexpr (kHasMin) sum = fmaf(w.mins[r], *total_at, sum);
   }
 }
 

@@ -53,29 +53,39 @@ template <Kind kKind>
 bool columns_are_sound() {
   using namespace rows_mma;
   constexpr int kStepElements = kStep<kKind>;
+  constexpr int kBytes = is_quantized(kKind) ? 1 : 2;  // of an element in a column
   bool is_sound = true;
   std::set<int> places;
   for (int k = 0; k < 2 * kStepElements; ++k) {
     const int four = k / 4 * 4;  // stored at once, from its first place on
-    places.insert(place_in_column<kKind>(four) + k % 4);
+    places.insert(kBytes * (place_of_digit<kKind>(four) + k % 4));
   }
-  is_sound =
-      is_sound && static_cast<int>(places.size()) == 2 * kStepElements && *places.rbegin() == 2 * kStepElements - 1;
+  is_sound = is_sound && static_cast<int>(places.size()) == 2 * kStepElements &&
+             *places.rbegin() == kBytes * (2 * kStepElements - 1);
   // Lane t of row g of W reads its chunk in vectors of 16 bytes, of column g or, of one column alone, of that one.
-  for (const int columns : {1, 8}) {
-    for (int part = 0; part < kChunkElements<kKind> / kAtOnce; ++part) {
-      for (int first = 0; first < 32; first += 8) {
-        std::set<int> vectors;
-        std::set<int> banks;
-        for (int lane = first; lane < first + 8; ++lane) {
-          const int at = lane / 4 % columns * column_pitch(kStepElements) + lane % 4 * kAtOnce + 4 * kAtOnce * part;
-          is_sound = is_sound && at % kAtOnce == 0;
-          vectors.insert(at);
-          banks.insert(at / kAtOnce % 8);
+  for (const int padded : {kStepElements, 2 * kStepElements, 3 * kStepElements}) {
+    for (const int columns : {1, 2, 8}) {
+      for (int part = 0; part < kStepElements * kBytes / 64; ++part) {
+        for (int first = 0; first < 32; first += 8) {
+          std::set<int> vectors;
+          std::set<int> banks;
+          for (int lane = first; lane < first + 8; ++lane) {
+            const int column = std::min(lane / 4, columns - 1);
+            const int at = column * column_pitch<kKind>(padded) + part * 64 + lane % 4 * 16;
+            is_sound = is_sound && at % 16 == 0;
+            vectors.insert(at);
+            banks.insert(at / 16 % 8);
+          }
+          is_sound = is_sound && banks.size() == vectors.size();
         }
-        is_sound = is_sound && banks.size() == vectors.size();
       }
     }
+  }
+  // The vectors of a chunk of nibbles are its first 16 elements and its last.
+  for (int k = 0; k < kStepElements; k += 16) {
+    const int part = kKind == Kind::kQ4 ? k / 16 % 2 : 0;
+    const int t = kKind == Kind::kQ4 ? k / kChunk : k / 16;
+    if (is_quantized(kKind)) is_sound = is_sound && place_of_digit<kKind>(k) == part * 64 + t * 16;
   }
   return is_sound;
 }
