@@ -130,8 +130,8 @@ class MeetingTurns {
   int buffer_ = 0;
 };
 
-/// y of the block's tiles. weights.enter(tile_rows, tile): the warp's next tile; load(is_there, i): step i of its next share begins to come, in order;
-/// take(i): step i of that share is needed now; words(i, half): it. turns: before a warp stores its sums in buffer(), after it, and once they
+/// y of the block's tiles. weights.enter(tile_rows, tile): the warp's next tile; load(is_there, i): step i of its next share begins to come, in
+/// order; take(i): step i of that share is needed now; words(i, half): it. turns: before a warp stores its sums in buffer(), after it, and once they
 /// are added up; is_adding(): numbers first(), first() + step(), ... of this turn are the calling thread's, of whole warps. wait: until x may be
 /// read; sync: of the kThreadCount threads. memory: of the block, as Shared describes.
 template <Kind kKind, bool kHasMin, typename Weights, typename Turns, typename Wait, typename Sync>

@@ -53,6 +53,37 @@ def test_a_product_has_the_same_bits_again_and_in_any_order_of_turns(
             assert_same_bits(multiply(x, matrix, compute), whole, f"{rows} rows, {order}")
 
 
+# The columns of a step of codes, which share a power of two.
+STEPS = {"int8": 64, "int4": 128}
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [Kept("int8", 64), Kept("int8", 128), Kept("int8_min", 64), Kept("int4", 128), Kept("int4_min", 128)],
+    ids=str,
+)
+def test_few_rows_meet_codes_as_whole_numbers_of_16_bits(kept: Kept) -> None:
+    """Half a unit, of which each step's largest has 2^14 at least, but for what 256 127 + 127 is less than 2^15; beside it float32 sums."""
+    rng = np.random.default_rng(6)
+    step = STEPS[kept.name.removesuffix("_min")]
+    for k in (1, 130, 1024, 2500):
+        made = weights(kept, rng, 37, k)
+        matrix = made.on(CUDA.backend)
+        # Steps of other sizes each: of the row's largest alone some would be rounded away; one of zeros, and one of a single number.
+        sizes = np.exp2(rng.integers(-20, 21, (8, -(-k // step))))
+        sizes[1, 0] = 0
+        x = (rng.standard_normal((8, k)) * np.repeat(sizes, step, axis=1)[:, :k]).astype(np.float32)
+        x[2, 1:step] = 0
+        magnitude = np.abs(made.exact)
+        bound = 2.0**-22 * (np.abs(x.astype(np.float64)) @ made.factored_magnitude().T) + TINY
+        for first in range(0, k, step):
+            largest = np.abs(x[:, first : first + step].astype(np.float64)).max(axis=1, keepdims=True)
+            bound += 0.5 / 2**14 * (32768 / 32639) * largest * magnitude[:, first : first + step].sum(axis=1)
+        for rows in (1, 2, 5, 8):
+            found = multiply(x[:rows], matrix, "auto")
+            assert_within(found, x[:rows].astype(np.float64) @ made.exact.T, bound[:rows], f"{rows} x {k}")
+
+
 @pytest.mark.parametrize("compute", ["auto", "exact"])
 @each_weight
 def test_a_row_of_a_product_depends_on_whether_there_are_few_rows_and_on_nothing_else(kept: Kept, compute: str) -> None:
