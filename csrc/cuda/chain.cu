@@ -22,14 +22,13 @@ constexpr int kLinkRegisters = 112;
 constexpr int kLaunchRegisters = 65536 / kChainThreads / 8 * 8;
 static_assert(kThreadCount * kLinkRegisters + (kChainThreads - kThreadCount) * kFillingRegisters <=
               kChainThreads * kLaunchRegisters);
-constexpr int kSharesOfPlace = 4;  // of as many warps, side by side
+constexpr int kSharesOfPlace = kLeastAlongK;  // of as many warps, side by side
 constexpr int kPlacesOfRound = kWarps / kSharesOfPlace;
 constexpr int kRoundsAhead = 2;
 constexpr int kPlaces = kPlacesOfRound * kRoundsAhead;
 constexpr int kShareBytes = kTogether * kStepBytes;  // of a row
 constexpr int kPlacePitch = kSharesOfPlace * kShareBytes + kStepBytes;
 constexpr int kPlaceBytes = kTileRows * kPlacePitch;
-static_assert(kSharesOfPlace <= 4);  // of a tile's warps, the fewest that there are
 
 struct ChainView {
   const Link* links;
@@ -37,8 +36,6 @@ struct ChainView {
   ChainCounters* counters;
   int own_bytes;  // of a link
 };
-
-constexpr int kBuffers = 2;  // of warps' sums
 
 /// Of all links before one.
 struct Progress {
@@ -203,8 +200,8 @@ __device__ __forceinline__ void attend(const DecodeView& view, int thread, unsig
     const int token = i / heads % static_cast<int>(a.segments.tokens);
     const int part = i / heads / static_cast<int>(a.segments.tokens);
     if (part >= a.parts) break;
-    attend_to_part<kDim, kWarps>(view, *reinterpret_cast<DecodeShared<kDim>*>(memory), unknown(thread), token,
-                                 i % heads, part, wait, sync);
+    attend_to_part<kDim, kWarps>(view, *reinterpret_cast<DecodeShared<kDim>*>(memory), thread, token, i % heads, part,
+                                 wait, sync);
     sync();  // the next one has the same memory
   }
   if (i == static_cast<int>(blockIdx.x)) wait();
@@ -236,36 +233,35 @@ __device__ __forceinline__ void run_links(const ChainView& c, ChainShared& share
   wait_for_copies<0>();
   sync();
   for (int i = 0; i < c.count; ++i) {
-    const int thread = unknown(static_cast<int>(threadIdx.x));  // again and again, as attention leaves no register
-    // The links before this one are done, in all blocks. `sync_waiting`: of the threads that wait.
-    const auto wait = [&](auto sync_waiting) {
-      if (unknown(thread) == 0) wait_for_count(&c.counters->arrived, uint64_t{gridDim.x} * unknown(i));
-      sync_waiting();
+    // So that what is computed of it is not kept for the whole chain: that would spill.
+    const int thread = unknown(static_cast<int>(threadIdx.x));
+    // The links before this one are done, in all blocks.
+    const auto wait = [&] {
+      if (thread == 0) wait_for_count(&c.counters->arrived, uint64_t{gridDim.x} * i);
+      sync();
     };
     if (i + 1 < c.count) bring_link(thread, i + 1);
     const Link& link = shared.links[i % 2];
     if (link.is_attention) {
       if (thread == 0) shared.progress[(i + 1) % 2] = shared.progress[i % 2];
       const DecodeView& view = link.attention;
-      const auto wait_all = [&] { wait(sync); };
-      view.attention.segments.of[0].layer.head_dim <= 64 ? attend<64>(view, thread, memory, wait_all, sync)
-                                                         : attend<128>(view, thread, memory, wait_all, sync);
+      view.attention.segments.of[0].layer.head_dim <= 64 ? attend<64>(view, thread, memory, wait, sync)
+                                                         : attend<128>(view, thread, memory, wait, sync);
     } else {
-      const auto wait_all = [&] { wait(sync); };
       const WeightView& w = link.product.product.weight;
       if (w.kind == Kind::kBF16) {
-        multiply<Kind::kBF16, false>(c, shared, i, thread, wait_all, sync);
+        multiply<Kind::kBF16, false>(c, shared, i, thread, wait, sync);
       } else if (w.kind == Kind::kQ8) {
-        w.has_min ? multiply<Kind::kQ8, true>(c, shared, i, thread, wait_all, sync)
-                  : multiply<Kind::kQ8, false>(c, shared, i, thread, wait_all, sync);
+        w.has_min ? multiply<Kind::kQ8, true>(c, shared, i, thread, wait, sync)
+                  : multiply<Kind::kQ8, false>(c, shared, i, thread, wait, sync);
       } else {
-        w.has_min ? multiply<Kind::kQ4, true>(c, shared, i, thread, wait_all, sync)
-                  : multiply<Kind::kQ4, false>(c, shared, i, thread, wait_all, sync);
+        w.has_min ? multiply<Kind::kQ4, true>(c, shared, i, thread, wait, sync)
+                  : multiply<Kind::kQ4, false>(c, shared, i, thread, wait, sync);
       }
     }
     wait_for_copies<0>();  // of the next link
     sync();
-    if (unknown(thread) == 0 && i + 1 < c.count) count_up(&c.counters->arrived);
+    if (thread == 0 && i + 1 < c.count) count_up(&c.counters->arrived);
   }
   // Who leaves last puts back what is counted: all others have seen what they waited for.
   if (threadIdx.x == 0 && atomicInc(&c.counters->left, gridDim.x - 1) == gridDim.x - 1) c.counters->arrived = 0;

@@ -63,7 +63,6 @@ __global__ void __launch_bounds__(kThreadCount, 1) matmul_rows_mma_kernel(const 
 
 // Of the largest GPU that there is, so that the order of a product's sums is that of its shape.
 constexpr int kMostBlocks = 132;
-constexpr int kLeastAlongK = 4;  // as many as have a place of a chain's ring together
 
 int step_of(Kind kind) {
   switch (kind) {

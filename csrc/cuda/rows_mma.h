@@ -13,8 +13,10 @@ inline constexpr int kThreadCount = kWarps * static_cast<int>(kWarp);
 inline constexpr int kTogether = 4;  // steps, one after the other in a row of W, that a warp takes at a time
 inline constexpr int kStepBytes = 64;
 inline constexpr int kTileRows = 16;
-inline constexpr int kColumns = 8;     // of a product: rows of x, with codes digits of them
-inline constexpr int kGateGroup = 16;  // ops/feed_forward.h
+inline constexpr int kLeastAlongK = 4;  // warps that share a tile's k, the fewest: a chain's ring has places of as many
+inline constexpr int kBuffers = 2;      // of warps' sums, in turns
+inline constexpr int kColumns = 8;      // of a product: rows of x, with codes digits of them
+inline constexpr int kGateGroup = 16;   // ops/feed_forward.h
 
 template <Kind kKind>
 inline constexpr int kStep = 4 * kChunkElements<kKind>;  // elements of a row that a warp multiplies at a time
@@ -35,6 +37,10 @@ __host__ __device__ constexpr int place_of_digit(int k) {
   return k / kStep<kKind> * kStep<kKind> + e / 16 * 64 + k % kStep<kKind> / kChunk * 16 + e % 16;
 }
 
+/// Bytes of a step in a column of x.
+template <Kind kKind>
+inline constexpr int kStepPitch = kStep<kKind> * (is_quantized(kKind) ? 1 : 2);
+
 /// Bytes between columns of x: rows of lanes must not meet in a bank.
 template <Kind kKind>
 __host__ __device__ constexpr int column_pitch(int padded) {
@@ -50,7 +56,7 @@ struct alignas(8) StepFactor {
 
 /// The block's shared memory.
 struct Shared {
-  float partial[2][kWarps][kTileRows][kColumns];
+  float partial[kBuffers][kWarps][kTileRows][kColumns];
   float squares[kColumns][kThreads / kWarp];  // of rows of x, as block_inverse_rms() adds them up
   // Then for codes StepFactor (steps, kColumns) and where there are minima as many sums of x; then x: for each row, or for each digit of
   // each row, one column.

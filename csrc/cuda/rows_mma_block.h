@@ -97,17 +97,18 @@ struct Number {
   int m;
 
   __device__ __forceinline__ Number(const ProductView& p, int number) {
-    const int each = p.is_gate_up ? 8 : kTileRows;
-    r = number % each;
-    m = number / each % static_cast<int>(p.rows);
-    tile = number / each / static_cast<int>(p.rows);
+    r = number % of_tile(p);
+    m = number / of_tile(p) % static_cast<int>(p.rows);
+    tile = number / of_tile(p) / static_cast<int>(p.rows);
   }
+  /// Of a tile and a row of x.
+  __device__ __forceinline__ static int of_tile(const ProductView& p) { return p.is_gate_up ? 8 : kTileRows; }
   __device__ __forceinline__ static int count(const ProductView& p, int side_by_side) {
-    return (p.is_gate_up ? 8 : kTileRows) * static_cast<int>(p.rows) * side_by_side;
+    return of_tile(p) * static_cast<int>(p.rows) * side_by_side;
   }
   /// Where a row of y has it, of tiles from `first` on.
   __device__ __forceinline__ int place(const ProductView& p, int first) const {
-    return (first + tile) * (p.is_gate_up ? 8 : kTileRows) + r;
+    return (first + tile) * of_tile(p) + r;
   }
 };
 
@@ -122,7 +123,7 @@ class MeetingTurns {
   __device__ __forceinline__ int step() const { return kThreadCount; }
   __device__ __forceinline__ void before_sums() {}
   __device__ __forceinline__ void after_sums() { sync_(); }
-  __device__ __forceinline__ void next() { buffer_ ^= 1; }
+  __device__ __forceinline__ void next() { buffer_ = (buffer_ + 1) % kBuffers; }
 
  private:
   Sync sync_;
@@ -190,8 +191,7 @@ __device__ __forceinline__ void multiply_rows(const RowsMmaView& v, int thread, 
   // Lanes of columns that there are not have some column: what they sum nobody reads.
   const int columns = kIsCodes ? kDigits * rows : rows;
   const auto column_of = [&](int n) { return (n < columns ? n : columns - 1) * brought.pitch; };
-  const unsigned char* column =
-      x + column_of(g) + my_first * kStep<kKind> * (kIsCodes ? 1 : 2) + t * static_cast<int>(sizeof(uint4));
+  const unsigned char* column = x + column_of(g) + my_first * kStepPitch<kKind> + t * static_cast<int>(sizeof(uint4));
   // Of rows of x beyond those of one product.
   const bool has_more = kIsCodes && rows > kRowsOfProduct;
   const int to_more = column_of(g + kColumns) - column_of(g);
@@ -219,23 +219,22 @@ __device__ __forceinline__ void multiply_rows(const RowsMmaView& v, int thread, 
         if (step + i < steps) {
           Step of{weights.words(i, 0), weights.words(i, 1), {}, {}};
           factors.give(i, of);
-          constexpr int kStepPitch = kStep<kKind> * (kIsCodes ? 1 : 2);  // bytes of a column
           if constexpr (kIsCodes) {
             const int at = (step + i) * kColumns + t;
-            multiply_codes<kKind, kHasMin>(sums[0], sums[1], of, column_at + i * kStepPitch, step_factors + at,
+            multiply_codes<kKind, kHasMin>(sums[0], sums[1], of, column_at + i * kStepPitch<kKind>, step_factors + at,
                                            totals + at);
             if (has_more) {
-              multiply_codes<kKind, kHasMin>(sums[2], sums[3], of, column_at + to_more + i * kStepPitch,
+              multiply_codes<kKind, kHasMin>(sums[2], sums[3], of, column_at + to_more + i * kStepPitch<kKind>,
                                              step_factors + at + kRowsOfProduct, totals + at + kRowsOfProduct);
             }
           } else {
-            multiply_numbers(sums, of, column_at + i * kStepPitch);
+            multiply_numbers(sums, of, column_at + i * kStepPitch<kKind>);
           }
         }
         load(is_tile, next_step + i, i);
       }
       step += along_k * kTogether;
-      column_at += along_k * kTogether * kStep<kKind> * (kIsCodes ? 1 : 2);
+      column_at += along_k * kTogether * kStepPitch<kKind>;
     }
     auto& partial = shared.partial[turns.buffer()];
     turns.before_sums();
