@@ -9,8 +9,8 @@
 #include "cuda/entry.h"
 #include "reference/reference_backend.h"
 
-#ifndef LLAMA_EXT_VERSION
-#define LLAMA_EXT_VERSION "0.0.0"
+#ifndef LLAMA_EXT_BUILD
+#define LLAMA_EXT_BUILD "unknown"
 #endif
 
 namespace llama_ext {
@@ -36,8 +36,8 @@ const CudaLibrary& cuda_library() {
     const auto entry = reinterpret_cast<CudaEntry>(dlsym(handle, kCudaEntry));
     require(entry != nullptr, ErrorKind::kDevice, path.string(), " is not the CUDA backend of llama_ext");
     const CudaLibrary* found = entry();
-    require(std::string_view(found->version) == LLAMA_EXT_VERSION, ErrorKind::kDevice, path.string(), " is of version ",
-            found->version, ", llama_ext of ", LLAMA_EXT_VERSION, ". Install the package again");
+    require(std::string_view(found->build) == LLAMA_EXT_BUILD, ErrorKind::kDevice, path.string(), " is of build ",
+            found->build, ", llama_ext of ", LLAMA_EXT_BUILD, ". Install the package again");
     return *found;
   }();
   return library;

@@ -26,7 +26,7 @@ template <int kDim>
 void start(const Gpu& gpu, const DecodeView& view) {
   const AttentionView& a = view.attention;
   const KvLayerView& layer = a.segments.of[0].layer;
-  divide_alike(attention_decode_kernel<kDim>);
+  divide_alike(gpu, attention_decode_kernel<kDim>);
   launch<Start::kEarly>(gpu, attention_decode_kernel<kDim>,
                         dim3(static_cast<unsigned>(a.segments.tokens), static_cast<unsigned>(layer.kv_heads),
                              static_cast<unsigned>(a.parts)),

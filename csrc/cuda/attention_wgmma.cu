@@ -374,8 +374,8 @@ void start_any(const Gpu& gpu, const KvSegmentView& segment, Rows q, int heads, 
   const int64_t size[3] = {layer.row_bytes / 2, segment.position + segment.tokens, layer.kv_heads};
   const int64_t pitch[2] = {layer.row_bytes, layer.capacity * layer.row_bytes};
   const int box[3] = {64, kTileKeys, 1};
-  a.keys = tensor_map(layer.keys, 3, size, pitch, box);
-  a.values = tensor_map(layer.values, 3, size, pitch, box);
+  a.keys = tensor_map(gpu, layer.keys, 3, size, pitch, box);
+  a.values = tensor_map(gpu, layer.values, 3, size, pitch, box);
   a.segment = segment;
   a.q = q;
   a.y = y;

@@ -15,10 +15,11 @@ class Chain final : public PutOff {
   void add(const Link& link) { links_.push_back(link); }
 
   void start() override {
-    if (links_.size() == 1) {
-      const Link& only = links_.front();
-      return only.is_attention ? start_attention_decode(gpu_, only.attention)
-                               : rows_mma::start_rows_mma(gpu_, only.product);
+    if (links_.size() == 1 || !can_run_chain(gpu_, links_)) {
+      for (const Link& link : links_) {
+        link.is_attention ? start_attention_decode(gpu_, link.attention) : rows_mma::start_rows_mma(gpu_, link.product);
+      }
+      return;
     }
     // Not from what operations gave back: that of the links is still in use.
     Arena& arena = Capture::of(gpu_)->arena();

@@ -296,18 +296,34 @@ __global__ void __launch_bounds__(kChainThreads, 1) chain_kernel(const __grid_co
 
 }  // namespace
 
-void run_chain(const Gpu& gpu, const Link* links, const std::vector<Link>& of, ChainCounters* counters) {
-  ChainView c{links, static_cast<int>(of.size()), counters, 0};
+namespace {
+
+/// Of a block's shared memory, what links have for themselves.
+size_t own_bytes(const std::vector<Link>& links) {
   size_t own = 0;
-  for (const Link& link : of) {
+  for (const Link& link : links) {
     const int head_dim = link.attention.attention.segments.of[0].layer.head_dim;
     own = std::max(own, !link.is_attention ? rows_mma_shared_bytes(link.product.product)
                         : head_dim <= 64   ? sizeof(DecodeShared<64>)
                                            : sizeof(DecodeShared<128>));
   }
-  c.own_bytes = static_cast<int>((own + 127) / 128 * 128);
+  return (own + 127) / 128 * 128;
+}
+
+size_t shared_bytes(size_t own) { return sizeof(ChainShared) + own + size_t{kPlaces * kPlaceBytes}; }
+
+}  // namespace
+
+bool can_run_chain(const Gpu& gpu, const std::vector<Link>& links) {
+  return fit_together(gpu, chain_kernel, static_cast<unsigned>(gpu.multiprocessors()), kChainThreads,
+                      shared_bytes(own_bytes(links)));
+}
+
+void run_chain(const Gpu& gpu, const Link* links, const std::vector<Link>& of, ChainCounters* counters) {
+  const size_t own = own_bytes(of);
+  const ChainView c{links, static_cast<int>(of.size()), counters, static_cast<int>(own)};
   launch_together(gpu, chain_kernel, static_cast<unsigned>(gpu.multiprocessors()), {.is_all = true}, kChainThreads,
-                  sizeof(ChainShared) + static_cast<size_t>(c.own_bytes + kPlaces * kPlaceBytes), c);
+                  shared_bytes(own), c);
 }
 
 }  // namespace llama_ext::cuda

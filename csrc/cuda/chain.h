@@ -32,6 +32,8 @@ struct ChainCounters {
   uint64_t arrived = 0;  // over all links
   unsigned left = 0;
 };
+/// Whether the GPU has room for all of a chain's blocks at the same time.
+bool can_run_chain(const Gpu& gpu, const std::vector<Link>& links);
 /// links: the GPU's memory, a copy of `of`.
 void run_chain(const Gpu& gpu, const Link* links, const std::vector<Link>& of, ChainCounters* counters);
 

@@ -5,15 +5,14 @@
 #include "cuda/ranges.h"
 #include "cuda/runtime.h"
 
-#ifndef LLAMA_EXT_VERSION
-#define LLAMA_EXT_VERSION "0.0.0"
+#ifndef LLAMA_EXT_BUILD
+#define LLAMA_EXT_BUILD "unknown"
 #endif
 
 namespace llama_ext {
 namespace {
 
 std::vector<std::string> gpus() {
-  const cuda::CurrentGpu current;
   std::vector<std::string> lines;
   for (int index = 0; index < cuda::gpu_count(); ++index) {
     try {
@@ -30,7 +29,6 @@ std::vector<std::string> gpus() {
 double read_bandwidth(int index, int64_t nbytes, int rounds) {
   require(nbytes > 0 && nbytes % 16 == 0 && rounds > 0, ErrorKind::kOption,
           "read_bandwidth: a multiple of 16 bytes and at least one round, got ", nbytes, " and ", rounds);
-  const cuda::CurrentGpu current;
   return cuda::read_probe(cuda::Gpu(index), nbytes, rounds);
 }
 
@@ -38,7 +36,7 @@ double read_bandwidth(int index, int64_t nbytes, int rounds) {
 }  // namespace llama_ext
 
 extern "C" __attribute__((visibility("default"))) const llama_ext::CudaLibrary* llama_ext_cuda_library() {
-  static const llama_ext::CudaLibrary library = {LLAMA_EXT_VERSION,
+  static const llama_ext::CudaLibrary library = {LLAMA_EXT_BUILD,
                                                  &llama_ext::make_cuda_backend,
                                                  &llama_ext::gpus,
                                                  &llama_ext::cuda::why_no_gpu,

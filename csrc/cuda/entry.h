@@ -9,9 +9,9 @@
 
 namespace llama_ext {
 
-/// What the library offers. Both sides are built together from one source tree: `version` says so.
+/// What the library offers. Both sides are built from the same headers: `build` says so, and stays the first.
 struct CudaLibrary {
-  const char* version;
+  const char* build;  // the version and a number of those headers
   std::unique_ptr<Backend> (*make_backend)(int index);
   /// A line for each GPU: "cuda:0: compute capability 9.0, 132 multiprocessors, ...".
   std::vector<std::string> (*gpus)();

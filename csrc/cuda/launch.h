@@ -33,8 +33,9 @@ inline void allow_shared_memory(const Gpu& gpu, const void* kernel) {
 /// all of them, 64 KB of Hopper's 228 for shared memory (more where a block needs more), so that it never has to be divided anew in
 /// between, and loads on their way have the first cache.
 template <typename... Parameters>
-void divide_alike([[maybe_unused]] void (*kernel)(Parameters...)) {
+void divide_alike([[maybe_unused]] const Gpu& gpu, [[maybe_unused]] void (*kernel)(Parameters...)) {
 #if !defined(LLAMA_EXT_CUDA_EMULATED)
+  const CurrentGpu current = gpu.use();
   constexpr int kPercentShared = 28;
   require_success(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                        cudaFuncAttributePreferredSharedMemoryCarveout, kPercentShared),
@@ -48,7 +49,7 @@ template <Start kStart = Start::kInOrder, typename... Parameters, typename... Ar
 void launch(const Gpu& gpu, void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared_bytes,
             Arguments... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  gpu.use();
+  const CurrentGpu current = gpu.use();
 #if defined(LLAMA_EXT_CUDA_EMULATED)
   // By value: a recording keeps it.
   const bool is_early = kStart == Start::kEarly && gpu.overlaps() && Capture::of(gpu) != nullptr;
@@ -108,12 +109,28 @@ struct Together {
   bool is_all = false;
 };
 
+/// Whether so many blocks can be on the GPU at the same time.
+template <typename... Parameters>
+bool fit_together(const Gpu& gpu, void (*kernel)(Parameters...), unsigned blocks, unsigned threads,
+                  size_t shared_bytes) {
+  const CurrentGpu current = gpu.use();
+  const auto* function = reinterpret_cast<const void*>(kernel);
+#if !defined(LLAMA_EXT_CUDA_EMULATED)
+  allow_shared_memory(gpu, function);
+#endif
+  int each = 0;
+  require_success(
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, function, static_cast<int>(threads), shared_bytes),
+      "asking for the blocks of a multiprocessor");
+  return int64_t{each} * gpu.multiprocessors() >= blocks;
+}
+
 /// As launch(), for kernels of Hopper's own instructions.
 template <typename... Parameters, typename... Arguments>
 void launch_together(const Gpu& gpu, void (*kernel)(Parameters...), unsigned blocks, Together together,
                      unsigned threads, size_t shared_bytes, Arguments... arguments) {
   if (blocks == 0) return;
-  gpu.use();
+  const CurrentGpu current = gpu.use();
 #if defined(LLAMA_EXT_CUDA_EMULATED)
   cuda_emulation::launch(gpu.stream(),
                          {dim3(blocks), threads, shared_bytes, together.is_all ? blocks : together.cluster, false},

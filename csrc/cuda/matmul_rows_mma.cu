@@ -95,7 +95,7 @@ size_t row_bytes(const WeightView& w) {
 
 template <Kind kKind, bool kHasMin>
 void start(const Gpu& gpu, const RowsMmaView& v) {
-  divide_alike(matmul_rows_mma_kernel<kKind, kHasMin>);
+  divide_alike(gpu, matmul_rows_mma_kernel<kKind, kHasMin>);
   launch<Start::kEarly>(
       gpu, matmul_rows_mma_kernel<kKind, kHasMin>,
       dim3(static_cast<unsigned>(std::min<int64_t>(blocks_for(v.tiles, kWarps / v.along_k), gpu.multiprocessors()))),

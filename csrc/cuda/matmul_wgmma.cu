@@ -294,18 +294,18 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) matmul_wgmma_kernel(const __
 }
 
 /// (rows, stride) numbers, in boxes of 64 columns.
-CUtensorMap map_of(const void* data, int64_t rows, int64_t stride, int box_rows) {
+CUtensorMap map_of(const Gpu& gpu, const void* data, int64_t rows, int64_t stride, int box_rows) {
   const int64_t size[2] = {stride, rows};
   const int64_t pitch[1] = {2 * stride};
   const int box[2] = {kTileDepth, box_rows};
-  return tensor_map(data, 2, size, pitch, box);
+  return tensor_map(gpu, data, 2, size, pitch, box);
 }
 
 template <int kColumns, int kCluster, Epilogue kEpilogue>
 void start(const Gpu& gpu, WgmmaView p, const void* x, const WeightView& w) {
   using S = Stages<kColumns, kCluster>;
-  p.x = map_of(x, p.rows, w.stride, kTileRows);
-  p.weight = map_of(w.data, w.rows, w.stride, kColumns / kCluster);
+  p.x = map_of(gpu, x, p.rows, w.stride, kTileRows);
+  p.weight = map_of(gpu, w.data, w.rows, w.stride, kColumns / kCluster);
   p.columns = w.rows;
   p.steps = (w.stride + kTileDepth - 1) / kTileDepth;
   p.grid = tile_grid(p.rows, w.rows, kCluster, kColumns);

@@ -12,14 +12,14 @@ namespace {
 class CudaMark final : public Mark {
  public:
   explicit CudaMark(std::shared_ptr<Gpu> gpu) : gpu_(std::move(gpu)) {
-    gpu_->use();
+    const CurrentGpu current = gpu_->use();
     require_success(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "creating an event");
   }
   ~CudaMark() override { cudaEventDestroy(event_); }
   CudaMark(const CudaMark&) = delete;
   CudaMark& operator=(const CudaMark&) = delete;
   void set() override {
-    gpu_->use();
+    const CurrentGpu current = gpu_->use();
     require_success(cudaEventRecord(event_, gpu_->stream()), "setting an event");
   }
   void wait() override { require_success(cudaEventSynchronize(event_), "waiting for the GPU"); }
@@ -65,7 +65,7 @@ class CudaRecording final : public Recording {
   CudaRecording(const CudaRecording&) = delete;
   CudaRecording& operator=(const CudaRecording&) = delete;
   void replay() override {
-    gpu_->use();
+    const CurrentGpu current = gpu_->use();
     require_success(cudaGraphLaunch(runnable_, gpu_->stream()), "a graph of recorded kernels");
   }
 
@@ -84,7 +84,7 @@ std::unique_ptr<Recording> CudaRecorder::record(const std::function<void()>& ope
 std::unique_ptr<Mark> CudaRecorder::create_mark() { return std::make_unique<CudaMark>(gpu_); }
 
 std::unique_ptr<Buffer> CudaRecorder::allocate_visible(size_t nbytes) {
-  gpu_->use();
+  const CurrentGpu current = gpu_->use();
   return std::make_unique<VisibleBuffer>(nbytes);
 }
 

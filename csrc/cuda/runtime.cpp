@@ -1,5 +1,7 @@
 #include "cuda/runtime.h"
 
+#include <cuda.h>
+
 #include <cstdlib>
 #include <mutex>
 #include <string_view>
@@ -27,6 +29,15 @@ bool is_set(const char* name, bool otherwise) {
   return text == nullptr ? otherwise : std::string_view(text) != "0";
 }
 
+/// Whether anything in this process has used the GPU.
+bool is_in_use(int index) noexcept {
+  using GetState = CUresult (*)(CUdevice, unsigned*, int*);
+  static const auto get_state = reinterpret_cast<GetState>(driver_function("cuDevicePrimaryCtxGetState", 7000));
+  unsigned flags = 0;
+  int is_active = 0;
+  return get_state != nullptr && get_state(index, &flags, &is_active) == CUDA_SUCCESS && is_active != 0;
+}
+
 std::string version_text(int version) { return cat(version / 1000, ".", version % 1000 / 10); }
 
 }  // namespace
@@ -38,6 +49,16 @@ void require_success(cudaError_t error, const char* what) {
   cudaGetLastError();  // forget it: the next call is not to blame
   fail(error == cudaErrorMemoryAllocation ? ErrorKind::kOutOfMemory : ErrorKind::kDevice, "CUDA: ", what, ": ",
        cudaGetErrorString(error), " (", cudaGetErrorName(error), ")");
+}
+
+void* driver_function(const char* name, unsigned version) noexcept {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result{};
+  if (cudaGetDriverEntryPointByVersion(name, &found, version, cudaEnableDefault, &result) != cudaSuccess) {
+    cudaGetLastError();
+    return nullptr;
+  }
+  return result == cudaDriverEntryPointSuccess ? found : nullptr;
 }
 
 std::string why_no_gpu() {
@@ -67,6 +88,19 @@ int gpu_count() {
   return 0;
 }
 
+CurrentGpu::CurrentGpu(int index, std::nothrow_t) noexcept : index_(index) {
+  if (cudaGetDevice(&before_) != cudaSuccess) cudaGetLastError();
+  error_ = cudaSetDevice(index);
+  if (error_ != cudaSuccess) cudaGetLastError();
+}
+
+CurrentGpu::CurrentGpu(int index) : CurrentGpu(index, std::nothrow) { require_success(error_, "choosing the GPU"); }
+
+CurrentGpu::~CurrentGpu() {
+  if (before_ < 0 || before_ == index_ || !is_in_use(before_)) return;
+  if (cudaSetDevice(before_) != cudaSuccess) cudaGetLastError();
+}
+
 Gpu::Gpu(int index) : index_(index) {
   const std::string reason = why_no_gpu();
   require(reason.empty(), ErrorKind::kDevice, "device 'cuda:", index, "': ", reason, ", or use device='cpu'");
@@ -88,8 +122,8 @@ Gpu::Gpu(int index) : index_(index) {
           "': this driver offers no memory pools, which are needed. Use device='cpu'");
   // Later ones run what was compiled for 8.0, where kernels do not wait (wait_for_predecessors).
   overlaps_ = capability_ == 90 && is_set("LLAMA_EXT_CUDA_OVERLAP", true);
-  chains_ = capability_ == 90 && is_set("LLAMA_EXT_CUDA_CHAIN", false);
-  use();
+  chains_ = capability_ == 90 && attribute(cudaDevAttrCooperativeLaunch) != 0 && is_set("LLAMA_EXT_CUDA_CHAIN", false);
+  const CurrentGpu current = use();
   total_memory_ = memory().total;
   // Memory of the pool is kept between operations.
   require_success(cudaDeviceGetDefaultMemPool(&pool_, index), "asking for the memory pool");
@@ -100,7 +134,7 @@ Gpu::Gpu(int index) : index_(index) {
 }
 
 Gpu::~Gpu() {
-  if (cudaSetDevice(index_) == cudaSuccess) cudaStreamDestroy(stream_);
+  if (const CurrentGpu current(index_, std::nothrow); current) cudaStreamDestroy(stream_);
 }
 
 cudaStream_t Gpu::stream() const {
@@ -108,10 +142,8 @@ cudaStream_t Gpu::stream() const {
   return capture == nullptr ? stream_ : capture->stream();
 }
 
-void Gpu::use() const { require_success(cudaSetDevice(index_), "choosing the GPU"); }
-
 Gpu::Memory Gpu::memory() const {
-  use();
+  const CurrentGpu current = use();
   Memory memory{};
   require_success(cudaMemGetInfo(&memory.available, &memory.total), "asking for the free memory");
   return memory;
@@ -124,7 +156,7 @@ void Gpu::trim() const {
 
 void* Gpu::allocate(size_t nbytes, const char* what, Source source) const {
   if (nbytes == 0) return nullptr;
-  use();
+  const CurrentGpu current = use();
   void* memory = nullptr;
   const auto attempt = [&] {
     return source == Source::kPool ? cudaMallocAsync(&memory, nbytes, stream_) : cudaMalloc(&memory, nbytes);
@@ -149,7 +181,9 @@ void* Gpu::allocate(size_t nbytes, const char* what, Source source) const {
 }
 
 void Gpu::release(void* memory, Source source) const noexcept {
-  if (memory == nullptr || cudaSetDevice(index_) != cudaSuccess) return;
+  if (memory == nullptr) return;
+  const CurrentGpu current(index_, std::nothrow);
+  if (!current) return;
   if (source == Source::kPool) {
     cudaFreeAsync(memory, stream_);
   } else {
@@ -159,61 +193,53 @@ void Gpu::release(void* memory, Source source) const noexcept {
 
 void Gpu::copy_to_device(void* device, const void* host, size_t nbytes) const {
   if (nbytes == 0) return;
-  use();
+  const CurrentGpu current = use();
   require_success(cudaMemcpyAsync(device, host, nbytes, cudaMemcpyHostToDevice, stream()), "a copy to the GPU");
 }
 
 void Gpu::copy_to_device_now(void* device, const void* host, size_t nbytes) const {
-  use();
+  const CurrentGpu current = use();
   require_success(cudaMemcpyAsync(device, host, nbytes, cudaMemcpyHostToDevice, stream_), "a copy to the GPU");
 }
 
 void Gpu::copy_to_host(void* host, const void* device, size_t nbytes) const {
   if (nbytes == 0) return;
-  use();
+  const CurrentGpu current = use();
   require_success(cudaMemcpyAsync(host, device, nbytes, cudaMemcpyDeviceToHost, stream()), "a copy from the GPU");
 }
 
 void Gpu::copy_on_device(void* to, const void* from, size_t nbytes) const {
   if (nbytes == 0) return;
-  use();
+  const CurrentGpu current = use();
   require_success(cudaMemcpyAsync(to, from, nbytes, cudaMemcpyDeviceToDevice, stream()), "a copy on the GPU");
 }
 
 void Gpu::copy_rows_on_device(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
                               size_t height) const {
   if (width == 0 || height == 0) return;
-  use();
+  const CurrentGpu current = use();
   require_success(cudaMemcpy2DAsync(to, to_pitch, from, from_pitch, width, height, cudaMemcpyDeviceToDevice, stream()),
                   "a copy on the GPU");
 }
 
 void Gpu::fill_zero(void* memory, size_t pitch, size_t width, size_t height) const {
   if (width == 0 || height == 0) return;
-  use();
+  const CurrentGpu current = use();
   const cudaError_t error = height == 1 ? cudaMemsetAsync(memory, 0, width, stream())
                                         : cudaMemset2DAsync(memory, pitch, 0, width, height, stream());
   require_success(error, "a fill on the GPU");
 }
 
 void Gpu::synchronize() const {
-  use();
+  const CurrentGpu current = use();
   require_success(cudaStreamSynchronize(stream_), "waiting for the GPU");
 }
 
 bool Gpu::synchronize_device() const noexcept {
   const std::unique_lock alone(captures());
-  if (cudaSetDevice(index_) == cudaSuccess && cudaDeviceSynchronize() == cudaSuccess) return true;
+  if (const CurrentGpu current(index_, std::nothrow); current && cudaDeviceSynchronize() == cudaSuccess) return true;
   cudaGetLastError();
   return false;
-}
-
-CurrentGpu::CurrentGpu() {
-  if (cudaGetDevice(&index_) != cudaSuccess) cudaGetLastError();
-}
-
-CurrentGpu::~CurrentGpu() {
-  if (index_ >= 0 && cudaSetDevice(index_) != cudaSuccess) cudaGetLastError();
 }
 
 Arena::~Arena() {
@@ -244,7 +270,7 @@ void Arena::give_back(void* memory) noexcept {
 
 Capture::Capture(const Gpu& gpu, Arena& arena) : gpu_(gpu), arena_(arena), capturing_(captures()) {
   require(current_capture == nullptr, ErrorKind::kInternal, "CUDA: a recording within a recording");
-  gpu.use();
+  const CurrentGpu current = gpu.use();
   require_success(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
   // Relaxed: this thread may allocate meanwhile, and others may do anything. Nothing but what is recorded goes to this stream.
   const cudaError_t error = cudaStreamBeginCapture(stream_, cudaStreamCaptureModeRelaxed);
@@ -271,7 +297,7 @@ cudaStream_t Capture::stream() {
 }
 
 cudaGraph_t Capture::end() {
-  gpu_.use();
+  const CurrentGpu current = gpu_.use();
   cudaGraph_t graph = nullptr;
   require_success(cudaStreamEndCapture(stream(), &graph), "recording kernels");
   return graph;
@@ -287,7 +313,7 @@ Scratch::Scratch(const Gpu& gpu, size_t nbytes) : gpu_(gpu), capture_(Capture::o
     memory_ = capture_->arena().take(nbytes);
     return;
   }
-  gpu.use();
+  const CurrentGpu current = gpu.use();
   require_success(cudaMallocAsync(&memory_, nbytes, gpu.stream()), "scratch memory");
 }
 
@@ -295,7 +321,7 @@ Scratch::~Scratch() {
   if (memory_ == nullptr) return;
   if (capture_ != nullptr) {
     capture_->arena().give_back(memory_);
-  } else {
+  } else if (const CurrentGpu current(gpu_.index(), std::nothrow); current) {
     cudaFreeAsync(memory_, gpu_.stream());
   }
 }

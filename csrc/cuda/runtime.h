@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <new>
 #include <shared_mutex>
 #include <string>
 #include <utility>
@@ -18,10 +19,32 @@ namespace llama_ext::cuda {
 /// Throws OutOfMemoryError or DeviceError, saying what was being done, unless `error` is cudaSuccess.
 void require_success(cudaError_t error, const char* what);
 
+/// A function of the driver, with which we are not linked, as of a version of CUDA (12000 for 12.0). Null where it has none.
+void* driver_function(const char* name, unsigned version) noexcept;
+
 /// Why there is no GPU to be had, with what was found and what is needed; empty when there is one.
 std::string why_no_gpu();
 /// How many there are; 0 when why_no_gpu() says something.
 int gpu_count();
+
+/// While it lives, a GPU is the calling thread's current one. Then that is what it was before, also for other libraries in the process
+/// - unless nothing has used that GPU: making it current would take memory of it.
+class CurrentGpu {
+ public:
+  /// Throws DeviceError.
+  explicit CurrentGpu(int index);
+  /// False where `index` cannot be had.
+  CurrentGpu(int index, std::nothrow_t) noexcept;
+  ~CurrentGpu();
+  CurrentGpu(const CurrentGpu&) = delete;
+  CurrentGpu& operator=(const CurrentGpu&) = delete;
+  explicit operator bool() const { return error_ == cudaSuccess; }
+
+ private:
+  int before_ = -1;
+  int index_;
+  cudaError_t error_;
+};
 
 /// One GPU with the stream that all of a backend's work goes to, in order, whatever thread asks.
 class Gpu {
@@ -46,8 +69,8 @@ class Gpu {
   size_t shared_bytes_per_block() const { return shared_bytes_per_block_; }
   /// memory().total, without asking.
   size_t total_memory() const { return total_memory_; }
-  /// Makes this GPU the calling thread's. Everything below does so, and launch() too.
-  void use() const;
+  /// What a call of the runtime that goes to the current GPU needs. Everything below does so, and launch() too.
+  CurrentGpu use() const { return CurrentGpu(index_); }
 
   struct Memory {
     size_t available;
@@ -88,18 +111,6 @@ class Gpu {
   cudaMemPool_t pool_ = nullptr;
   bool overlaps_ = false;
   bool chains_ = false;
-};
-
-/// While it lives, other GPUs may be used; then the calling thread's is what it was, also for other libraries in the process.
-class CurrentGpu {
- public:
-  CurrentGpu();
-  ~CurrentGpu();
-  CurrentGpu(const CurrentGpu&) = delete;
-  CurrentGpu& operator=(const CurrentGpu&) = delete;
-
- private:
-  int index_ = -1;
 };
 
 /// Scratch memory of the operations of one recording. They run one after the other, so what one has given back the next takes.

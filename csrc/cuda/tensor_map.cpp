@@ -1,7 +1,5 @@
 #include "cuda/tensor_map.h"
 
-#include "cuda/runtime.h"
-
 namespace llama_ext::cuda {
 namespace {
 
@@ -9,23 +7,16 @@ using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, 
                                  const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
                                  CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
-/// The driver's function, without linking the driver.
 EncodeTiled encoder() {
-  static const EncodeTiled function = [] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result{};
-    require_success(
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result),
-        "asking the driver for tensor maps");
-    require(result == cudaDriverEntryPointSuccess, ErrorKind::kDevice, "CUDA: the driver makes no tensor maps");
-    return reinterpret_cast<EncodeTiled>(found);
-  }();
+  static const auto function = reinterpret_cast<EncodeTiled>(driver_function("cuTensorMapEncodeTiled", 12000));
+  require(function != nullptr, ErrorKind::kDevice, "CUDA: the driver makes no tensor maps");
   return function;
 }
 
 }  // namespace
 
-CUtensorMap tensor_map(const void* data, int rank, const int64_t* size, const int64_t* pitch, const int* box) {
+CUtensorMap tensor_map(const Gpu& gpu, const void* data, int rank, const int64_t* size, const int64_t* pitch,
+                       const int* box) {
   constexpr int kMostAxes = 3;
   require(rank >= 1 && rank <= kMostAxes, ErrorKind::kInternal, "tensor_map: ", rank, " axes");
   cuuint64_t sizes[kMostAxes];
@@ -38,6 +29,7 @@ CUtensorMap tensor_map(const void* data, int rank, const int64_t* size, const in
     boxes[i] = static_cast<cuuint32_t>(box[i]);
     steps[i] = 1;
   }
+  const CurrentGpu current = gpu.use();
   CUtensorMap map{};
   const CUresult result =
       encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, static_cast<cuuint32_t>(rank), const_cast<void*>(data), sizes,

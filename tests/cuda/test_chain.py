@@ -130,6 +130,20 @@ def test_a_token_is_one_chain_between_its_embedding_and_its_last_norm() -> None:
     assert counts == {True: 5 + 1, False: 5 + 2 * 5}
 
 
+@only_emulated
+def test_where_its_blocks_do_not_fit_a_chain_is_kernels_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, counts = {}, {}
+    for blocks in ("1", "0"):
+        monkeypatch.setenv("LLAMA_EXT_CUDA_EMULATION_BLOCKS", blocks)
+        before = launches()
+        found[blocks] = events(tiny("odd", "int4", True), PROMPTS[:2], 8)
+        counts[blocks] = launches() - before
+    before = launches()
+    alone = events(tiny("odd", "int4", False), PROMPTS[:2], 8)
+    assert found["0"] == found["1"] == alone
+    assert counts["0"] == launches() - before > counts["1"]
+
+
 def test_long_rows_of_x_and_many_parts_of_a_cache_stay_kernels_of_their_own() -> None:
     """8 rows of 4,232 numbers leave no room for the ring; and 8 heads of 140 positions have more parts than an emulated GPU's blocks take."""
     assert_same("widest-gates", "bfloat16", PROMPTS, 6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,19 @@ def test_the_real_library_opens_without_a_driver_and_says_that_there_is_none() -
     assert "580" in text or "finds no NVIDIA GPU" in text
     assert "device='cpu'" in text
     assert "driver" in run_script("import llama_ext; print(llama_ext.info())", LLAMA_EXT_CUDA_LIBRARY=str(REAL))
+
+
+@pytest.mark.skipif(not (REAL.is_file() or IS_EMULATED), reason="there is no CUDA backend: nvcc was not there")
+def test_a_library_of_other_sources_is_refused(tmp_path: Path) -> None:
+    library = Path(os.environ["LLAMA_EXT_CUDA_LIBRARY"]) if IS_EMULATED else REAL
+    other = tmp_path / "libllama_ext_cuda.so"
+    build = re.compile(re.escape(llama_ext.__version__).encode() + rb"\+[0-9a-f]{12}")
+    content, count = build.subn(lambda found: found[0][:-12] + b"0123456789ab", library.read_bytes())
+    assert count == 1
+    other.write_bytes(content)
+    text = run_script(SCRIPT.format(device="cuda", then="pass"), LLAMA_EXT_CUDA_LIBRARY=str(other))
+    assert text.startswith(f"DeviceError {other} is of build {llama_ext.__version__}+0123456789ab, llama_ext of ")
+    assert text.endswith(". Install the package again\n")
 
 
 def test_a_build_without_the_library_says_so() -> None:

@@ -1,8 +1,9 @@
-// The driver's part that csrc/cuda uses of CUDA: descriptions of matrices for Hopper's copy engine.
+// The driver's part that csrc/cuda uses of CUDA: descriptions of matrices for Hopper's copy engine, and what is asked about a GPU.
 #pragma once
 
 #include <cstdint>
 
+using CUdevice = int;
 using cuuint32_t = uint32_t;
 using cuuint64_t = uint64_t;
 enum CUresult { CUDA_SUCCESS = 0, CUDA_ERROR_INVALID_VALUE = 1 };

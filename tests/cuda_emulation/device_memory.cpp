@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cerrno>
 #include <cstdlib>
@@ -32,6 +33,8 @@ thread_local cudaError_t last_error = cudaSuccess;
 thread_local std::string last_reason;
 thread_local int access_depth = 0;
 thread_local int current_device = 0;
+constexpr size_t kMostDevices = 16;
+std::array<std::atomic<bool>, kMostDevices> is_used;  // whoever makes a GPU current makes its context
 
 int protection_key() {
   static const int key = pkey_alloc(0, 0);
@@ -103,11 +106,18 @@ struct CUgraphExec_st {
   std::vector<std::function<void()>> work;
 };
 struct CUstream_st {
+  int device = current_device;
   CUgraph_st* graph = nullptr;  // while it captures
 };
 struct CUevent_st {};
 
 static std::atomic<int> capturing_streams = 0;
+
+bool cuda_emulation::is_elsewhere(cudaStream_t stream) {
+  if (stream == nullptr || stream->device == current_device) return false;
+  set_last_error(cudaErrorInvalidResourceHandle, "a stream of another GPU than the current one");
+  return true;
+}
 
 bool cuda_emulation::is_capturing(cudaStream_t stream) { return stream != nullptr && stream->graph != nullptr; }
 
@@ -136,6 +146,7 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t* runnable, cudaGraph_t graph, u
   return cudaSuccess;
 }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t runnable, cudaStream_t stream) {
+  if (is_elsewhere(stream)) return last_error;
   if (is_capturing(stream)) return fail(cudaErrorStreamCaptureUnsupported, "a graph within a graph");
   begin_in_order();
   for (const auto& work : runnable->work) work();
@@ -157,7 +168,9 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
   delete event;
   return cudaSuccess;
 }
-cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t stream) {
+  return is_elsewhere(stream) ? last_error : cudaSuccess;
+}
 cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
 cudaError_t cudaHostAlloc(void** memory, size_t nbytes, unsigned) {
   *memory = std::malloc(nbytes);
@@ -187,7 +200,14 @@ cudaError_t cudaSetDevice(int device) {
     return fail(cudaErrorInvalidDevice, "device");
   }
   current_device = device;
+  is_used[static_cast<size_t>(device) % kMostDevices] = true;
   return cudaSuccess;
+}
+
+CUresult cuda_emulation::primary_context_state(CUdevice device, unsigned* flags, int* is_active) {
+  *flags = 0;
+  *is_active = is_used[static_cast<size_t>(device) % kMostDevices];
+  return CUDA_SUCCESS;
 }
 
 cudaError_t cudaGetDevice(int* device) {
@@ -210,9 +230,15 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       *value = capability() % 10;
       break;
     case cudaDevAttrMemoryPoolsSupported:
+    case cudaDevAttrCooperativeLaunch:
       *value = 1;
       break;
   }
+  return cudaSuccess;
+}
+
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, const void*, int, size_t) {
+  *count = static_cast<int>(setting("LLAMA_EXT_CUDA_EMULATION_BLOCKS", 1));
   return cudaSuccess;
 }
 
@@ -265,8 +291,12 @@ cudaError_t cudaFree(void* memory) {
   return cudaSuccess;
 }
 
-cudaError_t cudaMallocAsync(void** memory, size_t nbytes, cudaStream_t) { return cudaMalloc(memory, nbytes); }
-cudaError_t cudaFreeAsync(void* memory, cudaStream_t) { return cudaFree(memory); }
+cudaError_t cudaMallocAsync(void** memory, size_t nbytes, cudaStream_t stream) {
+  return is_elsewhere(stream) ? last_error : cudaMalloc(memory, nbytes);
+}
+cudaError_t cudaFreeAsync(void* memory, cudaStream_t stream) {
+  return is_elsewhere(stream) ? last_error : cudaFree(memory);
+}
 cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t* pool, int) {
   *pool = nullptr;
   return cudaSuccess;
@@ -275,6 +305,7 @@ cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t, cudaMemPoolAttr, void*) { ret
 cudaError_t cudaMemPoolTrimTo(cudaMemPool_t, size_t) { return cudaSuccess; }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t nbytes, cudaMemcpyKind kind, cudaStream_t stream) {
+  if (is_elsewhere(stream)) return last_error;
   // A real graph would read the host's memory again with every launch.
   if (is_capturing(stream)) return fail(cudaErrorStreamCaptureUnsupported, "a copy while kernels are recorded");
   if (!is_valid(to, nbytes, kind != cudaMemcpyDeviceToHost) ||
@@ -299,6 +330,7 @@ cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_
 }
 
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t nbytes, cudaStream_t stream) {
+  if (is_elsewhere(stream)) return last_error;
   if (is_capturing(stream)) {
     capture(stream, [=] { cudaMemsetAsync(memory, value, nbytes, nullptr); });
     return cudaSuccess;
@@ -311,6 +343,7 @@ cudaError_t cudaMemsetAsync(void* memory, int value, size_t nbytes, cudaStream_t
 }
 
 cudaError_t cudaMemset2DAsync(void* memory, size_t pitch, int value, size_t width, size_t height, cudaStream_t stream) {
+  if (is_elsewhere(stream)) return last_error;
   if (is_capturing(stream)) {
     capture(stream, [=] { cudaMemset2DAsync(memory, pitch, value, width, height, nullptr); });
     return cudaSuccess;

@@ -6,6 +6,7 @@
 
 #include <functional>
 
+#include "cuda.h"
 #include "cuda_runtime.h"
 
 namespace cuda_emulation {
@@ -15,9 +16,15 @@ void set_last_error(cudaError_t error, const char* reason);
 /// What a block of the emulated card may have.
 size_t shared_memory_per_block();
 
+/// Whether the stream is of another GPU than the thread's current one: an error, which it says.
+bool is_elsewhere(cudaStream_t stream);
+
 /// Streams that capture keep what was to run.
 bool is_capturing(cudaStream_t stream);
 void capture(cudaStream_t stream, std::function<void()> work);
+
+/// As cuDevicePrimaryCtxGetState.
+CUresult primary_context_state(CUdevice device, unsigned* flags, int* is_active);
 
 /// Whether host code that follows a device pointer is stopped.
 bool has_protection_keys();

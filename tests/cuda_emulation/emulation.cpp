@@ -442,6 +442,7 @@ void begin_in_order() {
 }
 
 void launch(CUstream_st* stream, const LaunchShape& shape, const std::function<void()>& kernel) {
+  if (is_elsewhere(stream)) return;
   if (is_capturing(stream)) {
     capture(stream, [=] { launch(nullptr, shape, kernel); });
     return;

@@ -96,6 +96,18 @@ __global__ void mma_kernel(const uint16_t* a, const uint16_t* b, float* c) {
 }  // namespace
 
 int main() {
+  const auto current_index = [] {
+    int index = -1;
+    cudaGetDevice(&index);
+    return index;
+  };
+  setenv("LLAMA_EXT_CUDA_EMULATION_DEVICES", "4", 1);
+  static_cast<void>(Gpu(1));
+  expect(current_index() == 1, "a GPU that nothing has used does not become current again");
+  cudaSetDevice(0);
+  static_cast<void>(Gpu(1));
+  expect(current_index() == 0, "one that something uses does");
+
   const Gpu gpu(0);
   auto* memory = static_cast<float*>(gpu.allocate(4096 * sizeof(float), "a test"));
   std::vector<float> host(4096);
@@ -225,17 +237,22 @@ int main() {
   read(1);
   expect(host[0] == 6, "one block of each launch comes last");
 
-  setenv("LLAMA_EXT_CUDA_EMULATION_DEVICES", "2", 1);
   {
-    const CurrentGpu current;
     const Gpu other(1);
-    int index = -1;
-    cudaGetDevice(&index);
-    expect(index == 1, "a GPU that is used is the thread's current one");
+    auto* there = static_cast<float*>(other.allocate(4 * sizeof(float), "a test"));
+    launch(other, store_kernel, dim3(1), 32, 0, there, 3);
+    other.copy_to_host(host.data(), there, 4 * sizeof(float));
+    other.release(there);
+    const Scratch scratch(other, 16);
+    other.synchronize();
+    expect(current_index() == 0, "what runs on another GPU leaves the thread's current one as it was");
+    cudaGetLastError();
+    cuda_emulation::launch(other.stream(), {dim3(1), 32, 0, 1, false}, [] {});
+    expect(cudaGetLastError() != cudaSuccess, "a stream of another GPU than the current one is an error");
+    const CurrentGpu current = other.use();
+    expect(current_index() == 1, "a GPU that is used is the current one meanwhile");
   }
-  int current_index = -1;
-  cudaGetDevice(&current_index);
-  expect(current_index == 0, "and no longer than it has to be, where somebody asks for that");
+  expect(current_index() == 0, "and no longer");
   unsetenv("LLAMA_EXT_CUDA_EMULATION_DEVICES");
 
   expect(throws([&] { launch(gpu, divergent_barrier_kernel, dim3(1), 32, 0); }),

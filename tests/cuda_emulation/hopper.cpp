@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <string_view>
 
 #include "device_memory.h"
 
@@ -223,9 +224,11 @@ static CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t r
 
 }  // namespace cuda_emulation
 
-cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, unsigned long long,
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, unsigned long long,
                                              cudaDriverEntryPointQueryResult* result) {
-  *function = reinterpret_cast<void*>(&cuda_emulation::encode_tiled);
+  *function = std::string_view(name) == "cuTensorMapEncodeTiled"
+                  ? reinterpret_cast<void*>(&cuda_emulation::encode_tiled)
+                  : reinterpret_cast<void*>(&cuda_emulation::primary_context_state);
   *result = cudaDriverEntryPointSuccess;
   return cudaSuccess;
 }

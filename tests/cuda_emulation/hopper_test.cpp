@@ -107,10 +107,10 @@ __global__ void meeting_kernel(int* numbers, uint64_t* counter, const unsigned c
   numbers[gridDim.x * (1 + threadIdx.x) + blockIdx.x] = sum;
 }
 
-CUtensorMap map_of(const void* data, int64_t columns, int64_t rows, int64_t pitch) {
+CUtensorMap map_of(const Gpu& gpu, const void* data, int64_t columns, int64_t rows, int64_t pitch) {
   const int64_t size[2] = {columns, rows};
   const int box[2] = {64, 64};
-  return tensor_map(data, 2, size, &pitch, box);
+  return tensor_map(gpu, data, 2, size, &pitch, box);
 }
 
 }  // namespace
@@ -125,8 +125,8 @@ int main() {
   auto* out = static_cast<float*>(gpu.allocate(64 * 64 * sizeof(float), "a test"));
   gpu.copy_to_device(operands, a.data(), 2 * a.size());
   gpu.copy_to_device(operands + a.size(), b.data(), 2 * b.size());
-  const CUtensorMap of_a = map_of(operands, 64, kRows, 128);
-  const CUtensorMap of_b = map_of(operands + a.size(), 64, 64, 128);
+  const CUtensorMap of_a = map_of(gpu, operands, 64, kRows, 128);
+  const CUtensorMap of_b = map_of(gpu, operands + a.size(), 64, 64, 128);
   std::vector<float> c(64 * 64);
   const auto run = [&](Fault fault) {
     const std::string error =
@@ -200,7 +200,7 @@ int main() {
          "and come from the device's memory");
   expect(!meet(Meeting::kNone, kAll + 1).empty(), "no more blocks run together than there are multiprocessors");
 
-  expect(!error_of([&] { map_of(operands, 64, 4, 120); }).empty(), "rows lie a multiple of 16 bytes apart");
-  expect(!error_of([&] { map_of(operands + 1, 64, 4, 128); }).empty(), "and begin at one");
+  expect(!error_of([&] { map_of(gpu, operands, 64, 4, 120); }).empty(), "rows lie a multiple of 16 bytes apart");
+  expect(!error_of([&] { map_of(gpu, operands + 1, 64, 4, 128); }).empty(), "and begin at one");
   return claims::exit_status();
 }
