@@ -121,8 +121,10 @@ class RingWeights {
 /// go on.
 class PassingTurns {
  public:
-  __device__ __forceinline__ PassingTurns(ChainShared& shared, int thread, int turn)
-      : shared_(shared), thread_(thread), turn_(turn) {}
+  __device__ __forceinline__ PassingTurns(ChainShared& shared, const RowsMmaView& v, int thread, int turn)
+      : shared_(shared), v_(v), thread_(thread), turn_(turn) {}
+  /// Computed anew, which keeps a register free.
+  __device__ __forceinline__ int stride() const { return static_cast<int>(gridDim.x) * (kWarps >> v_.k_shift); }
   __device__ __forceinline__ int turn() const { return turn_; }
   __device__ __forceinline__ int buffer() const { return turn_ % kBuffers; }
   __device__ __forceinline__ bool is_adding() const { return turn_ % kWarps == thread_ / static_cast<int>(kWarp); }
@@ -145,6 +147,7 @@ class PassingTurns {
     if (thread_ % static_cast<int>(kWarp) == 0) arrive(barrier);
   }
   ChainShared& shared_;
+  const RowsMmaView& v_;
   int thread_;
   int turn_;
 };
@@ -211,9 +214,9 @@ template <Kind kKind, bool kHasMin, typename Wait, typename Sync>
 __device__ __forceinline__ void multiply(const ChainView& c, ChainShared& shared, int i, int thread, Wait wait,
                                          Sync sync) {
   RingWeights weights(thread, Ring(c, shared, shared.progress[i % 2].rounds));
-  PassingTurns turns(shared, thread, shared.progress[i % 2].turns);
-  multiply_rows<kKind, kHasMin>(shared.links[i % 2].product, thread, reinterpret_cast<unsigned char*>(&shared + 1),
-                                weights, turns, wait, sync);
+  const RowsMmaView& v = shared.links[i % 2].product;
+  PassingTurns turns(shared, v, thread, shared.progress[i % 2].turns);
+  multiply_rows<kKind, kHasMin>(v, thread, reinterpret_cast<unsigned char*>(&shared + 1), weights, turns, wait, sync);
   if (thread == 0) shared.progress[(i + 1) % 2] = {weights.round(), turns.turn()};
 }
 

@@ -21,6 +21,7 @@ struct RowsMmaView {
   int tiles;
   int along_k;      // warps that share a tile's k: a block has kWarps / along_k tiles at a time
   int k_shift;      // along_k as a power of two
+  int groups;       // of a row, with codes
   int group_shift;  // steps of a group, as a power of two
   bool is_whole;    // rows of x are as long as W's padded ones, and they and the norm's weight lie at 16 bytes
 };

@@ -56,7 +56,7 @@ template <Kind kKind, bool kHasMin>
 __global__ void __launch_bounds__(kThreadCount, 1) matmul_rows_mma_kernel(const __grid_constant__ RowsMmaView v) {
   const auto sync = [] { __syncthreads(); };
   LoadedWeights<kKind> weights(v);
-  MeetingTurns turns(static_cast<int>(threadIdx.x), sync);
+  MeetingTurns turns(v, static_cast<int>(threadIdx.x), sync);
   multiply_rows<kKind, kHasMin>(
       v, static_cast<int>(threadIdx.x), shared_memory(), weights, turns, [] { wait_for_predecessors(); }, sync);
 }
@@ -114,6 +114,7 @@ RowsMmaView rows_mma_view(const ProductView& p) {
   v.tiles = static_cast<int>(p.is_gate_up ? blocks_for(p.width, 8) : blocks_for(w.rows, kTileRows));
   v.is_whole = (reinterpret_cast<uintptr_t>(p.x.data) | reinterpret_cast<uintptr_t>(p.norm.weight)) % 16 == 0 &&
                p.x.stride % 4 == 0 && w.cols == w.stride;
+  v.groups = w.groups();
   v.group_shift = 0;
   while (is_quantized(w.kind) && (step << v.group_shift) < w.group) ++v.group_shift;
   // As many warps along k as have a share each, but fewer only where there are blocks for all multiprocessors (of the largest GPU, so
@@ -156,6 +157,7 @@ int64_t rows_of_mma(const Gpu& gpu, const WeightView& w) {
     // A step belongs to one group, and groups are found by a shift.
     const bool is_plain = !w.has_superblocks && w.group % step == 0;  // and so are rows of whole steps
     if (!is_plain || (w.group / step & (w.group / step - 1)) != 0) return 0;
+    if (int64_t{w.rows} * w.groups() > INT32_MAX) return 0;  // Factors
   }
   const size_t fixed = fixed_bytes(w);
   if (fixed >= gpu.shared_bytes_per_block()) return 0;

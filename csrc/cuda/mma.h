@@ -146,6 +146,16 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
 #endif
 }
 
+/// A number of global to shared memory.
+__device__ __forceinline__ void copy_async(float* shared, const float* global) {
+#if defined(__CUDA_ARCH__)
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address), "l"(global) : "memory");
+#elif defined(LLAMA_EXT_CUDA_EMULATED)
+  cuda_emulation::copy_async(shared, global, sizeof(float));
+#endif
+}
+
 __device__ __forceinline__ void commit_copies() {
 #if defined(__CUDA_ARCH__)
   asm volatile("cp.async.commit_group;" ::: "memory");

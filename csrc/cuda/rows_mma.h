@@ -58,6 +58,7 @@ struct alignas(8) StepFactor {
 struct Shared {
   float partial[kBuffers][kWarps][kTileRows][kColumns];
   float squares[kColumns][kThreads / kWarp];  // of rows of x, as block_inverse_rms() adds them up
+  float before[kThreadCount];                 // what a thread's next number is added to
   // Then for codes StepFactor (steps, kColumns) and where there are minima as many sums of x; then x: for each row, or for each digit of
   // each row, one column.
 };

@@ -15,14 +15,12 @@ struct Walk {
   int steps;         // of a row, which is padded to whole ones
   int rounds;        // of a tile, a share of each of its warps
   int side_by_side;  // tiles
-  int stride;        // tiles from one turn of a block to its next
 
   __device__ __forceinline__ explicit Walk(const RowsMmaView& v)
       : chunks(v.product.weight.stride / kChunkElements<kKind>),
         steps(chunks / 4),
         rounds((steps + v.along_k * kTogether - 1) / kTogether >> v.k_shift),
-        side_by_side(kWarps >> v.k_shift),
-        stride(static_cast<int>(gridDim.x) * side_by_side) {}
+        side_by_side(kWarps >> v.k_shift) {}
 };
 
 /// Which rows of W tiles have.
@@ -40,54 +38,90 @@ struct TileRows {
   }
 };
 
-/// Factors of a warp's next share. They are loaded for two steps at once, one by each lane: of row lane % 16, of the first step or the
-/// second.
+/// Factors of a warp's share, and of the next one, which are on their way. A lane has those of its two rows, of four groups, all that a share can
+/// have.
 template <Kind kKind, bool kHasMin>
 class Factors {
  public:
-  __device__ __forceinline__ Factors(const RowsMmaView& v, int thread, const Walk<kKind>& walk)
-      : lane_(thread % static_cast<int>(kWarp)),
-        groups_(is_quantized(kKind) ? walk.chunks / (v.product.weight.group / kChunkElements<kKind>) : 0),
-        mins_after_((v.product.weight.mins_at - v.product.weight.scales_at) / 2),
-        all_(reinterpret_cast<const uint16_t*>(v.product.weight.data + v.product.weight.scales_at)) {}
+  __device__ __forceinline__ explicit Factors(const RowsMmaView& v) : v_(v) {}
 
-  __device__ __forceinline__ void enter(const TileRows& rows, int tile) {
+  /// row: the lane's of a half of a tile.
+  __device__ __forceinline__ void enter(const TileRows& rows, int tile, int row) {
     if constexpr (is_quantized(kKind)) {
-      scales_ = all_ + int64_t{rows.row(tile, lane_ / 8 % 2, lane_ % 8)} * groups_;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) row_at_[half] = rows.row(tile, half, row) * v_.groups;
     }
   }
-  /// Of the share whose step i is `step`, if i is odd: also of the step before.
-  __device__ __forceinline__ void load(int group_shift, int step, int steps, int i) {
+  /// Of the share that begins with `step`: they begin to come. Also where there is none, of some other share: a register that may be loaded or not
+  /// is waited for as soon as it is.
+  __device__ __forceinline__ void load(int step) {
     if constexpr (is_quantized(kKind)) {
-      if (i % 2 == 0) return;
-      const int of_factors = lane_ < 16 ? step - 1 : step;
-      if (of_factors >= steps) return;
-      const int group = of_factors >> group_shift;
-      factors_[i / 2][0] = scales_[group];
-      if constexpr (kHasMin) factors_[i / 2][1] = scales_[mins_after_ + group];
+      const WeightView& w = v_.product.weight;
+      const int group = (step >> v_.group_shift) / kGroups * kGroups;
+      const auto each = [&](auto load_groups) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          next_[half][0] = load_groups(reinterpret_cast<const uint16_t*>(w.data + w.scales_at) + row_at_[half]);
+          if constexpr (kHasMin) {
+            next_[half][1] = load_groups(reinterpret_cast<const uint16_t*>(w.data + w.mins_at) + row_at_[half]);
+          }
+        }
+      };
+      if (v_.groups % kGroups == 0) {
+        each([&](const uint16_t* row) { return *reinterpret_cast<const uint2*>(row + group); });
+      } else {
+        each([&](const uint16_t* row) {
+          const auto pair = [&](int first) {
+            const int last = v_.groups - 1;
+            return row[min(first, last)] | static_cast<uint32_t>(row[min(first + 1, last)]) << 16;
+          };
+          return uint2{pair(group), pair(group + 2)};
+        });
+      }
+    }
+  }
+  /// Those of that share are needed now, and others may come.
+  __device__ __forceinline__ void take(int step) {
+    if constexpr (is_quantized(kKind)) {
+      const int shift = v_.group_shift;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int which = 0; which < kWhich; ++which) {
+          const uint2 of = next_[half][which];
+          uint32_t (&pairs)[2] = pairs_[half][which];
+          pairs[0] = shift == 0 ? of.x : twice(of, step >> shift);
+          pairs[1] = shift == 0 ? of.y : twice(of, (step + 2) >> shift);
+        }
+      }
     }
   }
   __device__ __forceinline__ void give(int i, Step& step) const {
     if constexpr (is_quantized(kKind)) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int from_lane = i % 2 * 16 + half * 8 + lane_ / 4;
-        step.scales[half] = from_f16(static_cast<uint16_t>(__shfl_sync(kAllLanes, factors_[i / 2][0], from_lane)));
+        step.scales[half] = from_f16(static_cast<uint16_t>(pairs_[half][0][i / 2] >> (i % 2 * 16)));
         if constexpr (kHasMin) {
-          step.mins[half] = from_f16(static_cast<uint16_t>(__shfl_sync(kAllLanes, factors_[i / 2][1], from_lane)));
+          step.mins[half] = from_f16(static_cast<uint16_t>(pairs_[half][1][i / 2] >> (i % 2 * 16)));
         }
       }
     }
   }
 
  private:
-  static_assert(kTogether % 2 == 0);
-  int lane_;
-  int groups_;
-  int64_t mins_after_;
-  const uint16_t* all_;
-  const uint16_t* scales_ = nullptr;  // of the lane's row
-  uint32_t factors_[kTogether / 2][kHasMin ? 2 : 1] = {};
+  static constexpr int kGroups = 4;
+  static constexpr int kWhich = kHasMin ? 2 : 1;
+  static_assert(kTogether == kGroups);
+
+  /// Group `group` of those that were loaded, for two steps.
+  __device__ __forceinline__ static uint32_t twice(const uint2& of, int group) {
+    return ((group & 2 ? of.y : of.x) >> (group & 1) * 16 & 0xffffu) * 0x10001u;
+  }
+
+  const RowsMmaView& v_;
+  int row_at_[2];  // of scales
+  uint2 next_[2][kWhich] = {};
+  uint32_t pairs_[2][kWhich][2];  // of steps 0 and 1, 2 and 3 of a share
 };
 
 /// A number of y of a block's tiles.
@@ -116,7 +150,9 @@ struct Number {
 template <typename Sync>
 class MeetingTurns {
  public:
-  __device__ __forceinline__ MeetingTurns(int thread, Sync sync) : sync_(sync), thread_(thread) {}
+  __device__ __forceinline__ MeetingTurns(const RowsMmaView& v, int thread, Sync sync)
+      : sync_(sync), thread_(thread), stride_(static_cast<int>(gridDim.x) * (kWarps >> v.k_shift)) {}
+  __device__ __forceinline__ int stride() const { return stride_; }
   __device__ __forceinline__ int buffer() const { return buffer_; }
   __device__ __forceinline__ bool is_adding() const { return true; }
   __device__ __forceinline__ int first() const { return thread_; }
@@ -128,11 +164,12 @@ class MeetingTurns {
  private:
   Sync sync_;
   int thread_;
+  int stride_;
   int buffer_ = 0;
 };
 
 /// y of the block's tiles. weights.enter(tile_rows, tile): the warp's next tile; load(is_there, i): step i of its next share begins to come, in
-/// order; take(i): step i of that share is needed now; words(i, half): it. turns: before a warp stores its sums in buffer(), after it, and once they
+/// order; take(i): step i of that share is needed now; words(i, half): it. turns: stride(), tiles from one of the block's turns to its next; before a warp stores its sums in buffer(), after it, and once they
 /// are added up; is_adding(): numbers first(), first() + step(), ... of this turn are the calling thread's, of whole warps. wait: until x may be
 /// read; sync: of the kThreadCount threads. memory: of the block, as Shared describes.
 template <Kind kKind, bool kHasMin, typename Weights, typename Turns, typename Wait, typename Sync>
@@ -148,12 +185,11 @@ __device__ __forceinline__ void multiply_rows(const RowsMmaView& v, int thread, 
   const int t = lane % 4;
   const Walk<kKind> walk(v);
   const int steps = walk.steps;
-  const int rounds = walk.rounds;
-  const int stride = walk.stride;
   const int along_k = v.along_k;
   const int tiles = v.tiles;
   const int my_side = warp >> v.k_shift;
-  const int my_first = (warp & (along_k - 1)) * kTogether;  // step
+  const int my_first = (warp & (along_k - 1)) * kTogether;       // step
+  const int end = walk.rounds * along_k * kTogether + my_first;  // steps of a tile, in whole rounds
   const int rows = static_cast<int>(p.rows);
 
   auto& shared = *reinterpret_cast<Shared*>(memory);
@@ -164,20 +200,17 @@ __device__ __forceinline__ void multiply_rows(const RowsMmaView& v, int thread, 
                             x,      steps * kStep<kKind>, column_pitch<kKind>(steps * kStep<kKind>)};
 
   const TileRows tile_rows(p);  // in registers: a link's view lies in shared memory
-  Factors<kKind, kHasMin> factors(v, thread, walk);
+  Factors<kKind, kHasMin> factors(v);
   const auto enter = [&](int tile) {
     weights.enter(tile_rows, tile);
-    factors.enter(tile_rows, tile);
-  };
-  const auto load = [&](bool is_tile, int step, int i) {
-    weights.load(is_tile && step < steps, i);
-    if (is_tile) factors.load(v.group_shift, step, steps, i);
+    factors.enter(tile_rows, tile, g);
   };
   // Of the block, the first one; the warp's is my_side after it.
   int tile = static_cast<int>(blockIdx.x) * walk.side_by_side;
   enter(tile + my_side);
 #pragma unroll
-  for (int i = 0; i < kTogether; ++i) load(true, my_first + i, i);
+  for (int i = 0; i < kTogether; ++i) weights.load(my_first + i < steps, i);
+  factors.load(my_first < steps ? my_first : 0);
   float4 gains[kGains];
 #pragma unroll
   for (int i = 0; i < kGains; ++i) {
@@ -191,50 +224,62 @@ __device__ __forceinline__ void multiply_rows(const RowsMmaView& v, int thread, 
   // Lanes of columns that there are not have some column: what they sum nobody reads.
   const int columns = kIsCodes ? kDigits * rows : rows;
   const auto column_of = [&](int n) { return (n < columns ? n : columns - 1) * brought.pitch; };
-  const unsigned char* column = x + column_of(g) + my_first * kStepPitch<kKind> + t * static_cast<int>(sizeof(uint4));
+  const unsigned char* column = x + column_of(g) + t * static_cast<int>(sizeof(uint4));
   // Of rows of x beyond those of one product.
   const bool has_more = kIsCodes && rows > kRowsOfProduct;
-  const int to_more = column_of(g + kColumns) - column_of(g);
-  float before = 0.0f;  // on its way while the weights are read; where it is not needed nobody waits for it
   // Not kept in registers over the loop.
   const auto numbers = [&] { return Number::count(p, kWarps >> v.k_shift); };
   const auto y_rows = [&] { return p.is_gate_up ? p.width : w.rows; };
-  for (; tile < tiles; tile += stride) {
-    if (p.accumulate && turns.is_adding() && turns.first() < numbers()) {
-      const Number mine(p, turns.first());
-      if (mine.place(p, tile) < y_rows()) before = p.y.row(mine.m)[mine.place(p, tile)];
-    }
+  for (; tile < tiles; tile += turns.stride()) {
+    // What a number is added to: into shared memory, as a register would be waited for together with the next tile's weights.
+    const auto bring_before = [&](int number) {
+      if (!p.accumulate || number >= numbers()) return;
+      const Number mine(p, number);
+      if (mine.place(p, tile) < y_rows()) copy_async(&shared.before[thread], p.y.row(mine.m) + mine.place(p, tile));
+      commit_copies();
+    };
+    if (turns.is_adding()) bring_before(turns.first());
     float sums[4] = {};
-    const unsigned char* column_at = column;
-    int step = my_first;
 #pragma unroll 1
-    for (int round = 0; round < rounds; ++round) {
-      const bool is_last = round + 1 == rounds;
-      const bool is_tile = !is_last || tile + my_side + stride < tiles;
+    for (int step = my_first; step < end; step += along_k * kTogether) {
+      const bool is_last = step + along_k * kTogether >= end;
+      const bool is_tile = !is_last || tile + my_side + turns.stride() < tiles;
       const int next_step = is_last ? my_first : step + along_k * kTogether;
-      if (is_last && is_tile) enter(tile + my_side + stride);
-#pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        weights.take(i);
-        if (step + i < steps) {
-          Step of{weights.words(i, 0), weights.words(i, 1), {}, {}};
-          factors.give(i, of);
-          if constexpr (kIsCodes) {
-            const int at = (step + i) * kColumns + t;
-            multiply_codes<kKind, kHasMin>(sums[0], sums[1], of, column_at + i * kStepPitch<kKind>, step_factors + at,
-                                           totals + at);
-            if (has_more) {
-              multiply_codes<kKind, kHasMin>(sums[2], sums[3], of, column_at + to_more + i * kStepPitch<kKind>,
-                                             step_factors + at + kRowsOfProduct, totals + at + kRowsOfProduct);
-            }
-          } else {
-            multiply_numbers(sums, of, column_at + i * kStepPitch<kKind>);
+      if (is_last && is_tile) enter(tile + my_side + turns.stride());
+      factors.take(step);
+      factors.load(next_step < steps ? next_step : 0);
+      const auto multiply_step = [&](int i, bool with_more) {
+        Step of{weights.words(i, 0), weights.words(i, 1), {}, {}};
+        factors.give(i, of);
+        const unsigned char* at = column + (step + i) * kStepPitch<kKind>;
+        if constexpr (kIsCodes) {
+          const int place = (step + i) * kColumns + t;
+          multiply_codes<kKind, kHasMin>(sums[0], sums[1], of, at, step_factors + place, totals + place);
+          if (with_more) {
+            const int to_more = column_of(g + kColumns) - column_of(g);
+            multiply_codes<kKind, kHasMin>(sums[2], sums[3], of, at + to_more, step_factors + place + kRowsOfProduct,
+                                           totals + place + kRowsOfProduct);
           }
+        } else {
+          multiply_numbers(sums, of, at);
         }
-        load(is_tile, next_step + i, i);
+      };
+      if (!has_more && step + kTogether <= steps) {
+        // Without a branch between the steps, so that each runs while others wait for what they have loaded or multiplied.
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          weights.take(i);
+          multiply_step(i, false);
+          weights.load(is_tile && next_step + i < steps, i);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          weights.take(i);
+          if (step + i < steps) multiply_step(i, has_more);
+          weights.load(is_tile && next_step + i < steps, i);
+        }
       }
-      step += along_k * kTogether;
-      column_at += along_k * kTogether * kStepPitch<kKind>;
     }
     auto& partial = shared.partial[turns.buffer()];
     turns.before_sums();
@@ -253,31 +298,38 @@ __device__ __forceinline__ void multiply_rows(const RowsMmaView& v, int thread, 
     if (turns.is_adding()) {
 #pragma unroll 1
       for (int number = turns.first(); number < numbers(); number += turns.step()) {
+        float before = 0.0f;
+        if (p.accumulate) {
+          wait_for_copies<0>();
+          before = shared.before[thread];
+          bring_before(number + turns.step());
+        }
         const Number mine(p, number);
         const int row = mine.place(p, tile);
         if (row >= y_rows()) continue;
         float* y = p.y.row(mine.m) + row;
-        const auto total = [&](int r) {
-          float sum = 0.0f;
+        const int up_at = p.is_gate_up ? 8 : 0;
+        float sum = 0.0f;
+        float up = 0.0f;
+#pragma unroll 1
+        for (int part = 0; part < along_k; part += kLeastAlongK) {
 #pragma unroll
-          for (int part = 0; part < kWarps; ++part) {
-            if (part < along_k) sum += partial[mine.tile * along_k + part][r][mine.m];
+          for (int i = 0; i < kLeastAlongK; ++i) {
+            const auto& of_warp = partial[mine.tile * along_k + part + i];
+            sum += of_warp[mine.r][mine.m];
+            up += of_warp[mine.r + up_at][mine.m];
           }
-          return sum;
-        };
+        }
         if (p.is_gate_up) {
-          float gate = total(mine.r);
-          float up = total(mine.r + 8);
           if (p.bias != nullptr) {
             const int of_gate = row / kGateGroup * (2 * kGateGroup) + row % kGateGroup;
-            gate += p.bias[of_gate];
+            sum += p.bias[of_gate];
             up += p.bias[of_gate + kGateGroup];
           }
-          *y = silu(gate) * up;
+          *y = silu(sum) * up;
         } else {
-          float sum = total(mine.r);
           if (p.bias != nullptr) sum += p.bias[row];
-          if (p.accumulate) sum += number == turns.first() ? before : *y;
+          if (p.accumulate) sum += before;
           *y = sum;
         }
       }
