@@ -30,11 +30,18 @@ struct TileRows {
 
   __host__ __device__ explicit TileRows(const ProductView& p)
       : is_gate_up(p.is_gate_up), count(p.is_gate_up ? p.width : p.weight.rows) {}
-  /// Row `of_half` of a half of a tile. Beyond the last row it is the last one again, whose sums are not written.
-  __device__ __forceinline__ int row(int tile, int half, int of_half) const {
-    if (!is_gate_up) return min(tile * kTileRows + half * 8 + of_half, count - 1);
+  /// Row `of_half` of a tile's first half. Beyond the last row it is the last one again, whose sums are not written.
+  __device__ __forceinline__ int row(int tile, int of_half) const {
+    if (!is_gate_up) return min(tile * kTileRows + of_half, count - 1);
     const int f = min(tile * 8 + of_half, count - 1);
-    return f / kGateGroup * (2 * kGateGroup) + f % kGateGroup + half * kGateGroup;
+    return f / kGateGroup * (2 * kGateGroup) + f % kGateGroup;
+  }
+  /// The same of the second half.
+  __device__ __forceinline__ int second_row(int row) const {
+    return is_gate_up ? row + kGateGroup : min(row + 8, count - 1);
+  }
+  __device__ __forceinline__ int row(int tile, int half, int of_half) const {
+    return half == 0 ? row(tile, of_half) : second_row(row(tile, of_half));
   }
 };
 
@@ -43,14 +50,11 @@ struct TileRows {
 template <Kind kKind, bool kHasMin>
 class Factors {
  public:
-  __device__ __forceinline__ explicit Factors(const RowsMmaView& v) : v_(v) {}
+  __device__ __forceinline__ Factors(const RowsMmaView& v, const TileRows& rows) : v_(v), rows_(rows) {}
 
-  /// row: the lane's of a half of a tile.
-  __device__ __forceinline__ void enter(const TileRows& rows, int tile, int row) {
-    if constexpr (is_quantized(kKind)) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) row_at_[half] = rows.row(tile, half, row) * v_.groups;
-    }
+  /// of_half: the lane's row of a half.
+  __device__ __forceinline__ void enter(int tile, int of_half) {
+    if constexpr (is_quantized(kKind)) row_ = rows_.row(tile, of_half);
   }
   /// Of the share that begins with `step`: they begin to come. Also where there is none, of some other share: a register that may be loaded or not
   /// is waited for as soon as it is.
@@ -61,9 +65,10 @@ class Factors {
       const auto each = [&](auto load_groups) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          next_[half][0] = load_groups(reinterpret_cast<const uint16_t*>(w.data + w.scales_at) + row_at_[half]);
+          const int at = (half == 0 ? row_ : rows_.second_row(row_)) * v_.groups;
+          next_[half][0] = load_groups(reinterpret_cast<const uint16_t*>(w.data + w.scales_at) + at);
           if constexpr (kHasMin) {
-            next_[half][1] = load_groups(reinterpret_cast<const uint16_t*>(w.data + w.mins_at) + row_at_[half]);
+            next_[half][1] = load_groups(reinterpret_cast<const uint16_t*>(w.data + w.mins_at) + at);
           }
         }
       };
@@ -119,7 +124,8 @@ class Factors {
   }
 
   const RowsMmaView& v_;
-  int row_at_[2];  // of scales
+  const TileRows& rows_;
+  int row_;  // of the first half
   uint2 next_[2][kWhich] = {};
   uint32_t pairs_[2][kWhich][2];  // of steps 0 and 1, 2 and 3 of a share
 };
@@ -200,10 +206,10 @@ __device__ __forceinline__ void multiply_rows(const RowsMmaView& v, int thread, 
                             x,      steps * kStep<kKind>, column_pitch<kKind>(steps * kStep<kKind>)};
 
   const TileRows tile_rows(p);  // in registers: a link's view lies in shared memory
-  Factors<kKind, kHasMin> factors(v);
+  Factors<kKind, kHasMin> factors(v, tile_rows);
   const auto enter = [&](int tile) {
     weights.enter(tile_rows, tile);
-    factors.enter(tile_rows, tile, g);
+    factors.enter(tile, g);
   };
   // Of the block, the first one; the warp's is my_side after it.
   int tile = static_cast<int>(blockIdx.x) * walk.side_by_side;
@@ -226,7 +232,7 @@ __device__ __forceinline__ void multiply_rows(const RowsMmaView& v, int thread, 
   const auto column_of = [&](int n) { return (n < columns ? n : columns - 1) * brought.pitch; };
   const unsigned char* column = x + column_of(g) + t * static_cast<int>(sizeof(uint4));
   // Of rows of x beyond those of one product.
-  const bool has_more = kIsCodes && rows > kRowsOfProduct;
+  const auto has_more = [&] { return kIsCodes && static_cast<int>(p.rows) > kRowsOfProduct; };
   // Not kept in registers over the loop.
   const auto numbers = [&] { return Number::count(p, kWarps >> v.k_shift); };
   const auto y_rows = [&] { return p.is_gate_up ? p.width : w.rows; };
@@ -264,7 +270,7 @@ __device__ __forceinline__ void multiply_rows(const RowsMmaView& v, int thread, 
           multiply_numbers(sums, of, at);
         }
       };
-      if (!has_more && step + kTogether <= steps) {
+      if (!has_more() && step + kTogether <= steps) {
         // Without a branch between the steps, so that each runs while others wait for what they have loaded or multiplied.
 #pragma unroll
         for (int i = 0; i < kTogether; ++i) {
@@ -276,7 +282,7 @@ __device__ __forceinline__ void multiply_rows(const RowsMmaView& v, int thread, 
 #pragma unroll
         for (int i = 0; i < kTogether; ++i) {
           weights.take(i);
-          if (step + i < steps) multiply_step(i, has_more);
+          if (step + i < steps) multiply_step(i, has_more());
           weights.load(is_tile && next_step + i < steps, i);
         }
       }
@@ -286,7 +292,7 @@ __device__ __forceinline__ void multiply_rows(const RowsMmaView& v, int thread, 
     if constexpr (kIsCodes) {
       partial[warp][g][t] = sums[0];
       partial[warp][g + 8][t] = sums[1];
-      if (has_more) {
+      if (has_more()) {
         partial[warp][g][t + kRowsOfProduct] = sums[2];
         partial[warp][g + 8][t + kRowsOfProduct] = sums[3];
       }
