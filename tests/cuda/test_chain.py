@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 import llama_ext
-from devices import IS_EMULATED, only_emulated, requires_cuda
+from devices import IS_EMULATED, only_emulated, only_hopper, requires_cuda
 from llama_ext import _core
 
-pytestmark = [requires_cuda, pytest.mark.gpu]
+pytestmark = [requires_cuda, only_hopper, pytest.mark.gpu]
 
 VOCABULARY = 61
 PROMPTS = [[1, 2, 3, 4, 5], [7, 8], [9, 10, 11, 12, 13], [20, 21, 22], [4] * 9, [5, 6], [17], [30, 31, 32, 33]]

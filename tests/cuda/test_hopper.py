@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 
 import llama_ext
-from devices import only_emulated
+from devices import only_emulated, only_hopper
 from guarded import guarded, guarded_empty, guarded_rows, guarded_rows_empty
 from llama_ext import _core
 from llama_ext.runtime.loading import core_config
@@ -18,7 +18,7 @@ from quantized import Kept, weights
 from tolerances import assert_same_bits, relative_rms
 
 Array = npt.NDArray[Any]
-pytestmark = [only_emulated, pytest.mark.gpu]
+pytestmark = [only_emulated, only_hopper, pytest.mark.gpu]
 
 
 @functools.cache
