@@ -45,8 +45,7 @@ struct TileRows {
   }
 };
 
-/// Factors of a warp's share, and of the next one, which are on their way. A lane has those of its two rows, of four groups, all that a share can
-/// have.
+/// Factors of a warp's share, and of the next one, which are on their way. A lane has those of its two rows, of four groups: a share has no more.
 template <Kind kKind, bool kHasMin>
 class Factors {
  public:
@@ -56,8 +55,8 @@ class Factors {
   __device__ __forceinline__ void enter(int tile, int of_half) {
     if constexpr (is_quantized(kKind)) row_ = rows_.row(tile, of_half);
   }
-  /// Of the share that begins with `step`: they begin to come. Also where there is none, of some other share: a register that may be loaded or not
-  /// is waited for as soon as it is.
+  /// Of the share that begins with `step`: they begin to come. Asked for also where there is none, of some other share: a register that is
+  /// loaded or not is copied at once, and so waited for.
   __device__ __forceinline__ void load(int step) {
     if constexpr (is_quantized(kKind)) {
       const WeightView& w = v_.product.weight;
@@ -175,9 +174,10 @@ class MeetingTurns {
 };
 
 /// y of the block's tiles. weights.enter(tile_rows, tile): the warp's next tile; load(is_there, i): step i of its next share begins to come, in
-/// order; take(i): step i of that share is needed now; words(i, half): it. turns: stride(), tiles from one of the block's turns to its next; before a warp stores its sums in buffer(), after it, and once they
-/// are added up; is_adding(): numbers first(), first() + step(), ... of this turn are the calling thread's, of whole warps. wait: until x may be
-/// read; sync: of the kThreadCount threads. memory: of the block, as Shared describes.
+/// order; take(i): step i of that share is needed now; words(i, half): it. turns: before a warp stores its sums in buffer(), after it, and once
+/// they are added up; stride(): tiles from one of the block's turns to its next; is_adding(): numbers first(), first() + step(), ... of this turn
+/// are the calling thread's, of whole warps. wait: until x may be read; sync: of the kThreadCount threads. memory: of the block, as Shared
+/// describes.
 template <Kind kKind, bool kHasMin, typename Weights, typename Turns, typename Wait, typename Sync>
 __device__ __forceinline__ void multiply_rows(const RowsMmaView& v, int thread, unsigned char* memory, Weights& weights,
                                               Turns& turns, Wait wait, Sync sync) {
