@@ -56,6 +56,9 @@ CPU = [Device(isa, threads) for isa in ISAS for threads in (1, 2, 3)]
 
 CUDA = Device("cuda", 1)
 HAS_CUDA = bool(_core.gpus()[0])
+if os.environ.get("LLAMA_EXT_CUDA_LIBRARY") and not HAS_CUDA:
+    # Else all tests of a GPU would be skipped, and nobody see it.
+    raise RuntimeError(f"LLAMA_EXT_CUDA_LIBRARY names a library that offers no GPU: {_core.gpus()[1]}")
 IS_EMULATED = HAS_CUDA and CUDA.backend.isa == "emulated"
 WHY_NO_CUDA = f"no GPU, and none emulated: {_core.gpus()[1]}"
 requires_cuda = pytest.mark.skipif(not HAS_CUDA, reason=WHY_NO_CUDA)

@@ -10,19 +10,24 @@
 #include "reference/reference_backend.h"
 
 #ifndef LLAMA_EXT_BUILD
-#define LLAMA_EXT_BUILD "unknown"
+#error "LLAMA_EXT_BUILD is set by CMakeLists.txt"
 #endif
 
 namespace llama_ext {
 namespace {
 
-/// The library beside this module, or the one that LLAMA_EXT_CUDA_LIBRARY names.
-std::filesystem::path cuda_library_path() {
-  if (const char* named = std::getenv("LLAMA_EXT_CUDA_LIBRARY"); named != nullptr && *named != '\0') return named;
+/// The library beside this module.
+std::filesystem::path packaged_library() {
   Dl_info self{};
-  require(dladdr(reinterpret_cast<const void*>(&cuda_library_path), &self) != 0 && self.dli_fname != nullptr,
+  require(dladdr(reinterpret_cast<const void*>(&packaged_library), &self) != 0 && self.dli_fname != nullptr,
           ErrorKind::kDevice, "CUDA: the folder of llama_ext cannot be found");
   return std::filesystem::path(self.dli_fname).parent_path() / "libllama_ext_cuda.so";
+}
+
+/// That, or the one that LLAMA_EXT_CUDA_LIBRARY names.
+std::filesystem::path cuda_library_path() {
+  if (const char* named = std::getenv("LLAMA_EXT_CUDA_LIBRARY"); named != nullptr && *named != '\0') return named;
+  return packaged_library();
 }
 
 /// Opened at the first request and kept. Throws DeviceError.
@@ -37,7 +42,9 @@ const CudaLibrary& cuda_library() {
     require(entry != nullptr, ErrorKind::kDevice, path.string(), " is not the CUDA backend of llama_ext");
     const CudaLibrary* found = entry();
     require(std::string_view(found->build) == LLAMA_EXT_BUILD, ErrorKind::kDevice, path.string(), " is of build ",
-            found->build, ", llama_ext of ", LLAMA_EXT_BUILD, ". Install the package again");
+            found->build, ", llama_ext of ", LLAMA_EXT_BUILD,
+            path == packaged_library() ? ". Install the package again"
+                                       : ". Build what LLAMA_EXT_CUDA_LIBRARY names of the sources that are installed");
     return *found;
   }();
   return library;

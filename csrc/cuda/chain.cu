@@ -297,10 +297,6 @@ __global__ void __launch_bounds__(kChainThreads, 1) chain_kernel(const __grid_co
 #endif
 }
 
-}  // namespace
-
-namespace {
-
 /// Of a block's shared memory, what links have for themselves.
 size_t own_bytes(const std::vector<Link>& links) {
   size_t own = 0;

@@ -1,8 +1,8 @@
 // Products of few rows and decoding attention, one after the other in a recording, as links of one kernel.
 //
 // A kernel after another costs a token more than its weights: memory idles from the last loads of one to the first of the next, while
-// results are written, the next one's blocks start, bring x and look at it. A chain's blocks stay on their multiprocessors for all links. A
-// warp of each has the copy engine fill a ring in shared memory with the weights of what comes, whatever link that belongs to, and
+// results are written, the next one's blocks start, bring x and look at it. A chain's blocks stay on their multiprocessors for all links. Four
+// warps of each have the copy engine fill a ring in shared memory with the weights of what comes, whatever link that belongs to, and
 // the others take them from there; between links blocks meet at a counter in the GPU's memory, while the ring fills.
 #pragma once
 

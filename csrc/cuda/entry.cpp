@@ -6,7 +6,7 @@
 #include "cuda/runtime.h"
 
 #ifndef LLAMA_EXT_BUILD
-#define LLAMA_EXT_BUILD "unknown"
+#error "LLAMA_EXT_BUILD is set by CMakeLists.txt"
 #endif
 
 namespace llama_ext {

@@ -15,14 +15,20 @@ class CudaMark final : public Mark {
     const CurrentGpu current = gpu_->use();
     require_success(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "creating an event");
   }
-  ~CudaMark() override { cudaEventDestroy(event_); }
+  ~CudaMark() override {
+    const CurrentGpu current(gpu_->index(), std::nothrow);
+    cudaEventDestroy(event_);
+  }
   CudaMark(const CudaMark&) = delete;
   CudaMark& operator=(const CudaMark&) = delete;
   void set() override {
     const CurrentGpu current = gpu_->use();
     require_success(cudaEventRecord(event_, gpu_->stream()), "setting an event");
   }
-  void wait() override { require_success(cudaEventSynchronize(event_), "waiting for the GPU"); }
+  void wait() override {
+    const CurrentGpu current = gpu_->use();
+    require_success(cudaEventSynchronize(event_), "waiting for the GPU");
+  }
 
  private:
   std::shared_ptr<Gpu> gpu_;
@@ -32,18 +38,25 @@ class CudaMark final : public Mark {
 /// Page-locked, so that kernels reach it.
 class VisibleBuffer final : public Buffer {
  public:
-  explicit VisibleBuffer(size_t nbytes) : Buffer(allocate(nbytes), nbytes) {}
-  ~VisibleBuffer() override { cudaFreeHost(data()); }
+  VisibleBuffer(std::shared_ptr<Gpu> gpu, size_t nbytes)
+      : Buffer(allocate(*gpu, nbytes), nbytes), gpu_(std::move(gpu)) {}
+  ~VisibleBuffer() override {
+    const CurrentGpu current(gpu_->index(), std::nothrow);
+    cudaFreeHost(data());
+  }
   VisibleBuffer(const VisibleBuffer&) = delete;
   VisibleBuffer& operator=(const VisibleBuffer&) = delete;
 
  private:
-  static void* allocate(size_t nbytes) {
+  static void* allocate(const Gpu& gpu, size_t nbytes) {
+    const CurrentGpu current = gpu.use();
     void* memory = nullptr;
     require_success(cudaHostAlloc(&memory, nbytes, cudaHostAllocDefault), "memory that the GPU shares");
     std::fill_n(static_cast<unsigned char*>(memory), nbytes, static_cast<unsigned char>(0));
     return memory;
   }
+
+  std::shared_ptr<Gpu> gpu_;
 };
 
 /// A captured graph, ready to run.
@@ -51,6 +64,7 @@ class CudaRecording final : public Recording {
  public:
   CudaRecording(std::shared_ptr<Gpu> gpu, const std::function<void()>& operations)
       : gpu_(std::move(gpu)), arena_(*gpu_) {
+    const CurrentGpu current = gpu_->use();
     cudaGraph_t graph = nullptr;
     {
       Capture capture(*gpu_, arena_);
@@ -61,7 +75,10 @@ class CudaRecording final : public Recording {
     cudaGraphDestroy(graph);
     require_success(error, "making a graph of recorded kernels");
   }
-  ~CudaRecording() override { cudaGraphExecDestroy(runnable_); }
+  ~CudaRecording() override {
+    const CurrentGpu current(gpu_->index(), std::nothrow);
+    cudaGraphExecDestroy(runnable_);
+  }
   CudaRecording(const CudaRecording&) = delete;
   CudaRecording& operator=(const CudaRecording&) = delete;
   void replay() override {
@@ -84,8 +101,7 @@ std::unique_ptr<Recording> CudaRecorder::record(const std::function<void()>& ope
 std::unique_ptr<Mark> CudaRecorder::create_mark() { return std::make_unique<CudaMark>(gpu_); }
 
 std::unique_ptr<Buffer> CudaRecorder::allocate_visible(size_t nbytes) {
-  const CurrentGpu current = gpu_->use();
-  return std::make_unique<VisibleBuffer>(nbytes);
+  return std::make_unique<VisibleBuffer>(gpu_, nbytes);
 }
 
 void CudaRecorder::sample_next(const SampleNextArgs& args) {

@@ -71,12 +71,16 @@ class Factors {
           }
         }
       };
-      if (v_.groups % kGroups == 0) {
-        each([&](const uint16_t* row) { return *reinterpret_cast<const uint2*>(row + group); });
+      const int last = v_.groups - 1;
+      if (v_.groups % 2 == 0) {
+        each([&](const uint16_t* row) {
+          const auto pair = [&](int first) { return *reinterpret_cast<const uint32_t*>(row + first); };
+          return uint2{pair(group), pair(min(group + 2, last - 1))};
+        });
       } else {
+        // Made of two loads each, and so waited for here.
         each([&](const uint16_t* row) {
           const auto pair = [&](int first) {
-            const int last = v_.groups - 1;
             return row[min(first, last)] | static_cast<uint32_t>(row[min(first + 1, last)]) << 16;
           };
           return uint2{pair(group), pair(group + 2)};
@@ -164,7 +168,10 @@ class MeetingTurns {
   __device__ __forceinline__ int step() const { return kThreadCount; }
   __device__ __forceinline__ void before_sums() {}
   __device__ __forceinline__ void after_sums() { sync_(); }
-  __device__ __forceinline__ void next() { buffer_ = (buffer_ + 1) % kBuffers; }
+  __device__ __forceinline__ void next() {
+    __syncwarp();  // not all lanes have numbers to add up
+    buffer_ = (buffer_ + 1) % kBuffers;
+  }
 
  private:
   Sync sync_;
@@ -314,7 +321,7 @@ __device__ __forceinline__ void multiply_rows(const RowsMmaView& v, int thread, 
         const int row = mine.place(p, tile);
         if (row >= y_rows()) continue;
         float* y = p.y.row(mine.m) + row;
-        const int up_at = p.is_gate_up ? 8 : 0;
+        const int up_at = p.is_gate_up ? 8 : 0;  // without a branch among the sums
         float sum = 0.0f;
         float up = 0.0f;
 #pragma unroll 1

@@ -281,6 +281,7 @@ Capture::Capture(const Gpu& gpu, Arena& arena) : gpu_(gpu), arena_(arena), captu
 
 Capture::~Capture() {
   current_capture = nullptr;
+  const CurrentGpu current(gpu_.index(), std::nothrow);
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   if (cudaStreamIsCapturing(stream_, &status) == cudaSuccess && status != cudaStreamCaptureStatusNone) {
     cudaGraph_t graph = nullptr;  // of operations that threw

@@ -29,7 +29,7 @@ int gpu_count();
 
 /// While it lives, a GPU is the calling thread's current one. Then that is what it was before, also for other libraries in the process
 /// - unless nothing has used that GPU: making it current would take memory of it.
-class CurrentGpu {
+class [[nodiscard]] CurrentGpu {
  public:
   /// Throws DeviceError.
   explicit CurrentGpu(int index);
@@ -70,7 +70,7 @@ class Gpu {
   /// memory().total, without asking.
   size_t total_memory() const { return total_memory_; }
   /// What a call of the runtime that goes to the current GPU needs. Everything below does so, and launch() too.
-  CurrentGpu use() const { return CurrentGpu(index_); }
+  [[nodiscard]] CurrentGpu use() const { return CurrentGpu(index_); }
 
   struct Memory {
     size_t available;

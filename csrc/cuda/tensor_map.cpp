@@ -8,8 +8,11 @@ using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, 
                                  CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
 EncodeTiled encoder() {
-  static const auto function = reinterpret_cast<EncodeTiled>(driver_function("cuTensorMapEncodeTiled", 12000));
-  require(function != nullptr, ErrorKind::kDevice, "CUDA: the driver makes no tensor maps");
+  static const EncodeTiled function = [] {
+    void* found = driver_function("cuTensorMapEncodeTiled", 12000);
+    require(found != nullptr, ErrorKind::kDevice, "CUDA: the driver makes no tensor maps");
+    return reinterpret_cast<EncodeTiled>(found);
+  }();
   return function;
 }
 

@@ -1,21 +1,22 @@
-"""More than one GPU: work goes to the one that was named, and the thread's current one stays what it was."""
+"""More than one GPU: work goes to the one that was named, the thread's current one stays what it was, and others are left alone."""
 
 from __future__ import annotations
 
 import pytest
 
-from devices import IS_EMULATED, requires_cuda
+from devices import IS_EMULATED, only_emulated, requires_cuda
 from llama_ext import _core
 from subprocesses import run_script
 
-# Two GPUs, of which nothing but the package makes one current.
-SCRIPT = """
+pytestmark = [requires_cuda, pytest.mark.gpu]
+
+WORK = """
 import numpy as np
 import llama_ext
 
 def work(device):
     model = llama_ext.LlamaForCausalLM.from_pretrained("demo", device=device, dtype="bfloat16")
-    tokens = model.generate("ROMEO:", max_new_tokens=6, do_sample=False, return_details=True).token_ids
+    tokens = model.generate("ROMEO:", max_new_tokens=12, do_sample=False, return_details=True).token_ids
     sampled = model.generate(["KING", "JULIET:"], max_new_tokens=4, temperature=0.8, seed=3)
     config = llama_ext.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
                                    num_attention_heads=2, max_position_embeddings=32)
@@ -24,7 +25,12 @@ def work(device):
     history = learner.fit([list(range(1, 20))] * 4, epochs=1)
     score = model.perplexity("All the world's a stage")
     return tokens, sampled, list(history.loss), score
+"""
 
+
+@pytest.mark.skipif(not IS_EMULATED and len(_core.gpus()[0]) < 2, reason="this machine has one GPU")
+def test_two_gpus_beside_each_other_compute_the_same() -> None:
+    script = """
 one = llama_ext.LlamaForCausalLM.from_pretrained("demo", device="cuda:0")
 first = one(np.array([[5, 6, 7]]))
 there = work("cuda:1")
@@ -33,10 +39,39 @@ assert np.array_equal(first, again)
 assert there == work("cuda:0")
 print("same")
 """
+    assert run_script(WORK + script, timeout=240, LLAMA_EXT_CUDA_EMULATION_DEVICES="2") == "same\n"
 
 
-@pytest.mark.gpu
-@requires_cuda
-@pytest.mark.skipif(not IS_EMULATED and len(_core.gpus()[0]) < 2, reason="this machine has one GPU")
-def test_two_gpus_beside_each_other_compute_the_same() -> None:
-    assert run_script(SCRIPT, timeout=240, LLAMA_EXT_CUDA_EMULATION_DEVICES="2") == "same\n"
+@only_emulated
+@pytest.mark.parametrize("chained", ["0", "1"])
+def test_a_gpu_that_nobody_named_is_left_alone_whatever_the_thread(chained: str) -> None:
+    """Each step, and the end of what it left, in a thread that knows of no GPU: its current one is the first."""
+    script = """
+import ctypes, gc, os, threading
+library = ctypes.CDLL(os.environ["LLAMA_EXT_CUDA_LIBRARY"])
+
+def in_a_thread(call):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(call()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+in_a_thread(lambda: work("cuda:1"))
+model = in_a_thread(lambda: llama_ext.LlamaForCausalLM.from_pretrained("demo", device="cuda:1", dtype="bfloat16"))
+stream = in_a_thread(lambda: model.stream_generate("KING", max_new_tokens=40, do_sample=False))
+for _ in range(12):
+    in_a_thread(lambda: next(stream))
+session = in_a_thread(lambda: model.session(max_length=64))
+in_a_thread(lambda: session.append([1, 2, 3]))
+array = in_a_thread(lambda: llama_ext.ops.to_device(np.ones((2, 3), np.float32), "cuda:1"))
+def drop(*names):
+    for name in names:
+        del globals()[name]
+    gc.collect()
+for name in ("stream", "session", "array", "model"):
+    in_a_thread(lambda name=name: drop(name))
+print(library.cuda_emulation_is_used(0), library.cuda_emulation_is_used(1))
+"""
+    settings = {"LLAMA_EXT_CUDA_EMULATION_DEVICES": "2", "LLAMA_EXT_CUDA_CHAIN": chained}
+    assert run_script(WORK + script, timeout=240, **settings) == "0 1\n"

@@ -30,6 +30,7 @@ def error_of(device: str = "cuda", then: str = "pass", **settings: object) -> st
     return run_script(SCRIPT.format(device=device, then=then), **environment)
 
 
+@pytest.mark.gpu
 @only_emulated
 def test_each_reason_for_no_gpu_is_a_device_error_with_what_was_found_and_what_is_needed() -> None:
     assert "DeviceError" in (text := error_of(driver=0))
@@ -44,6 +45,7 @@ def test_each_reason_for_no_gpu_is_a_device_error_with_what_was_found_and_what_i
     assert error_of("cuda:1", devices=2) == "no error\n"
 
 
+@pytest.mark.gpu
 @only_emulated
 def test_memory_that_is_not_there_is_an_error_with_both_numbers() -> None:
     allocate = "import numpy; backend.matrix(numpy.zeros((1000, 1000), numpy.float32))"
@@ -60,6 +62,7 @@ def test_memory_that_is_not_there_is_an_error_with_both_numbers() -> None:
     assert text.startswith("OutOfMemoryError the weights needs") or "the weights" in text
 
 
+@pytest.mark.gpu
 @only_emulated
 def test_info_says_why_there_is_no_gpu() -> None:
     text = run_script("import llama_ext; print(llama_ext.info())", LLAMA_EXT_CUDA_EMULATION_DRIVER="12000")
@@ -94,8 +97,9 @@ def test_the_real_library_opens_without_a_driver_and_says_that_there_is_none() -
     assert "driver" in run_script("import llama_ext; print(llama_ext.info())", LLAMA_EXT_CUDA_LIBRARY=str(REAL))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not (REAL.is_file() or IS_EMULATED), reason="there is no CUDA backend: nvcc was not there")
-def test_a_library_of_other_sources_is_refused(tmp_path: Path) -> None:
+def test_a_library_of_other_headers_is_refused(tmp_path: Path) -> None:
     library = Path(os.environ["LLAMA_EXT_CUDA_LIBRARY"]) if IS_EMULATED else REAL
     other = tmp_path / "libllama_ext_cuda.so"
     build = re.compile(re.escape(llama_ext.__version__).encode() + rb"\+[0-9a-f]{12}")
@@ -104,7 +108,7 @@ def test_a_library_of_other_sources_is_refused(tmp_path: Path) -> None:
     other.write_bytes(content)
     text = run_script(SCRIPT.format(device="cuda", then="pass"), LLAMA_EXT_CUDA_LIBRARY=str(other))
     assert text.startswith(f"DeviceError {other} is of build {llama_ext.__version__}+0123456789ab, llama_ext of ")
-    assert text.endswith(". Install the package again\n")
+    assert text.endswith(". Build what LLAMA_EXT_CUDA_LIBRARY names of the sources that are installed\n")
 
 
 def test_a_build_without_the_library_says_so() -> None:

@@ -183,7 +183,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event);
 cudaError_t cudaHostAlloc(void** memory, size_t nbytes, unsigned flags);
 cudaError_t cudaFreeHost(void* memory);
 cudaError_t cudaGetLastError();
-enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess };
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess, cudaDriverEntryPointSymbolNotFound };
 constexpr unsigned long long cudaEnableDefault = 0;
 cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned version,
                                              unsigned long long flags, cudaDriverEntryPointQueryResult* result);

@@ -34,7 +34,10 @@ thread_local std::string last_reason;
 thread_local int access_depth = 0;
 thread_local int current_device = 0;
 constexpr size_t kMostDevices = 16;
-std::array<std::atomic<bool>, kMostDevices> is_used;  // whoever makes a GPU current makes its context
+std::array<std::atomic<bool>, kMostDevices>
+    is_used;  // whoever makes a GPU current, or has it do something, makes its context
+
+void use_device(int device) { is_used[static_cast<size_t>(device) % kMostDevices] = true; }
 
 int protection_key() {
   static const int key = pkey_alloc(0, 0);
@@ -104,12 +107,15 @@ struct CUgraph_st {
 };
 struct CUgraphExec_st {
   std::vector<std::function<void()>> work;
+  int device = current_device;
 };
 struct CUstream_st {
   int device = current_device;
   CUgraph_st* graph = nullptr;  // while it captures
 };
-struct CUevent_st {};
+struct CUevent_st {
+  int device = current_device;
+};
 
 static std::atomic<int> capturing_streams = 0;
 
@@ -142,11 +148,13 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* 
   return cudaSuccess;
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* runnable, cudaGraph_t graph, unsigned long long) {
+  use_device(current_device);
   *runnable = new CUgraphExec_st{graph->work};
   return cudaSuccess;
 }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t runnable, cudaStream_t stream) {
   if (is_elsewhere(stream)) return last_error;
+  if (runnable->device != current_device) return fail(cudaErrorInvalidValue, "a graph of another GPU");
   if (is_capturing(stream)) return fail(cudaErrorStreamCaptureUnsupported, "a graph within a graph");
   begin_in_order();
   for (const auto& work : runnable->work) work();
@@ -157,26 +165,36 @@ cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
   return cudaSuccess;
 }
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t runnable) {
+  use_device(current_device);
   delete runnable;
   return cudaSuccess;
 }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  use_device(current_device);
   *event = new CUevent_st;
   return cudaSuccess;
 }
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  use_device(current_device);
   delete event;
   return cudaSuccess;
 }
-cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t stream) {
-  return is_elsewhere(stream) ? last_error : cudaSuccess;
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  if (is_elsewhere(stream)) return last_error;
+  return event->device == current_device ? cudaSuccess
+                                         : fail(cudaErrorInvalidResourceHandle, "an event of another GPU");
 }
-cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaEventSynchronize(cudaEvent_t) {
+  use_device(current_device);
+  return cudaSuccess;
+}
 cudaError_t cudaHostAlloc(void** memory, size_t nbytes, unsigned) {
+  use_device(current_device);
   *memory = std::malloc(nbytes);
   return *memory != nullptr || nbytes == 0 ? cudaSuccess : fail(cudaErrorMemoryAllocation, "out of memory");
 }
 cudaError_t cudaFreeHost(void* memory) {
+  use_device(current_device);
   std::free(memory);
   return cudaSuccess;
 }
@@ -200,13 +218,15 @@ cudaError_t cudaSetDevice(int device) {
     return fail(cudaErrorInvalidDevice, "device");
   }
   current_device = device;
-  is_used[static_cast<size_t>(device) % kMostDevices] = true;
+  use_device(device);
   return cudaSuccess;
 }
 
+int cuda_emulation::cuda_emulation_is_used(int device) { return is_used[static_cast<size_t>(device) % kMostDevices]; }
+
 CUresult cuda_emulation::primary_context_state(CUdevice device, unsigned* flags, int* is_active) {
   *flags = 0;
-  *is_active = is_used[static_cast<size_t>(device) % kMostDevices];
+  *is_active = cuda_emulation_is_used(device);
   return CUDA_SUCCESS;
 }
 
@@ -238,11 +258,13 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 }
 
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, const void*, int, size_t) {
+  use_device(current_device);
   *count = static_cast<int>(setting("LLAMA_EXT_CUDA_EMULATION_BLOCKS", 1));
   return cudaSuccess;
 }
 
 cudaError_t cudaMemGetInfo(size_t* available, size_t* total) {
+  use_device(current_device);
   const std::lock_guard lock(mutex);
   *total = memory_size();
   *available = *total - std::min(*total, allocated);
@@ -250,6 +272,7 @@ cudaError_t cudaMemGetInfo(size_t* available, size_t* total) {
 }
 
 cudaError_t cudaMalloc(void** memory, size_t nbytes) {
+  use_device(current_device);
   if (nbytes == 0) {
     *memory = nullptr;
     return cudaSuccess;
@@ -281,6 +304,7 @@ cudaError_t cudaMalloc(void** memory, size_t nbytes) {
 }
 
 cudaError_t cudaFree(void* memory) {
+  use_device(current_device);
   if (memory == nullptr) return cudaSuccess;
   const std::lock_guard lock(mutex);
   const auto found = allocations.find(static_cast<unsigned char*>(memory));
@@ -360,16 +384,22 @@ cudaError_t cudaMemset2DAsync(void* memory, size_t pitch, int value, size_t widt
 }
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  use_device(current_device);
   *stream = new CUstream_st;
   return cudaSuccess;
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  use_device(current_device);
   delete stream;
   return cudaSuccess;
 }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  use_device(current_device);
+  return cudaSuccess;
+}
 // A real one would be an error while any stream captures, and end its capture.
 cudaError_t cudaDeviceSynchronize() {
+  use_device(current_device);
   return capturing_streams == 0 ? cudaSuccess : fail(cudaErrorStreamCaptureUnsupported, "a stream captures");
 }
 

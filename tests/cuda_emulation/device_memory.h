@@ -23,6 +23,8 @@ bool is_elsewhere(cudaStream_t stream);
 bool is_capturing(cudaStream_t stream);
 void capture(cudaStream_t stream, std::function<void()> work);
 
+/// Whether anything was asked of a GPU that makes its context: for tests that ask the library.
+extern "C" __attribute__((visibility("default"))) int cuda_emulation_is_used(int device);
 /// As cuDevicePrimaryCtxGetState.
 CUresult primary_context_state(CUdevice device, unsigned* flags, int* is_active);
 

@@ -226,9 +226,10 @@ static CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t r
 
 cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, unsigned long long,
                                              cudaDriverEntryPointQueryResult* result) {
-  *function = std::string_view(name) == "cuTensorMapEncodeTiled"
-                  ? reinterpret_cast<void*>(&cuda_emulation::encode_tiled)
-                  : reinterpret_cast<void*>(&cuda_emulation::primary_context_state);
-  *result = cudaDriverEntryPointSuccess;
+  const std::string_view wanted(name);
+  *function = wanted == "cuTensorMapEncodeTiled"       ? reinterpret_cast<void*>(&cuda_emulation::encode_tiled)
+              : wanted == "cuDevicePrimaryCtxGetState" ? reinterpret_cast<void*>(&cuda_emulation::primary_context_state)
+                                                       : nullptr;
+  *result = *function == nullptr ? cudaDriverEntryPointSymbolNotFound : cudaDriverEntryPointSuccess;
   return cudaSuccess;
 }
