@@ -62,9 +62,9 @@ if os.environ.get("LLAMA_EXT_CUDA_LIBRARY") and not HAS_CUDA:
 IS_EMULATED = HAS_CUDA and CUDA.backend.isa == "emulated"
 WHY_NO_CUDA = f"no GPU, and none emulated: {_core.gpus()[1]}"
 requires_cuda = pytest.mark.skipif(not HAS_CUDA, reason=WHY_NO_CUDA)
-IS_EMULATED_HOPPER = os.environ.get("LLAMA_EXT_CUDA_EMULATION_CAPABILITY", "90") == "90"
 only_hopper = pytest.mark.skipif(
-    IS_EMULATED and not IS_EMULATED_HOPPER, reason="the emulated card has none of Hopper's instructions"
+    IS_EMULATED and os.environ.get("LLAMA_EXT_CUDA_EMULATION_CAPABILITY", "90") != "90",
+    reason="the emulated card has none of Hopper's instructions",
 )
 only_emulated = pytest.mark.skipif(not IS_EMULATED, reason="only an emulated GPU can be told to be another or to fail")
 

@@ -28,7 +28,7 @@ def work(device):
 """
 
 
-@pytest.mark.skipif(not IS_EMULATED and len(_core.gpus()[0]) < 2, reason="this machine has one GPU")
+@pytest.mark.skipif(not IS_EMULATED and len(_core.gpus()[0]) < 2, reason="there are no two GPUs")
 def test_two_gpus_beside_each_other_compute_the_same() -> None:
     script = """
 one = llama_ext.LlamaForCausalLM.from_pretrained("demo", device="cuda:0")
@@ -65,9 +65,8 @@ for _ in range(12):
 session = in_a_thread(lambda: model.session(max_length=64))
 in_a_thread(lambda: session.append([1, 2, 3]))
 array = in_a_thread(lambda: llama_ext.ops.to_device(np.ones((2, 3), np.float32), "cuda:1"))
-def drop(*names):
-    for name in names:
-        del globals()[name]
+def drop(name):
+    del globals()[name]
     gc.collect()
 for name in ("stream", "session", "array", "model"):
     in_a_thread(lambda name=name: drop(name))
