@@ -5,8 +5,7 @@
     python -m benchmarks.gpu --peers          and transformers with torch.compile, where they are installed
     python -m benchmarks.gpu --alone          nothing beside it: torch is not asked for
     python -m benchmarks.gpu --train          training instead: steps of AdamW with bfloat16 products, float32 weights
-    python -m benchmarks.gpu --check          all tests marked `gpu` on the device first, and the four tools of compute-sanitizer
-                                              on some of them, where it is installed
+    python -m benchmarks.gpu --check          the tests and compute-sanitizer first, as `benchmarks.gpu_check` does by itself
 
 Weights are random bfloat16 numbers, activations what comes of them. Times are of whole calls, with what the host does: tokens a
 second that a program sees. A share of decoding is of the bytes of the weights that a token reads, of the read probe of the same run; of
@@ -18,115 +17,26 @@ of the matrix products that --matrix-peak says the GPU can do. A trained token c
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import os
-import shutil
-import signal
-import statistics
-import subprocess
 import sys
-import tempfile
-import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import llama_ext
-from benchmarks import gpu_peers
-from benchmarks.gpu_shapes import SHAPES, Shape, blocks, fill, parameters, seconds
+from benchmarks import gpu_check, gpu_peers
+from benchmarks.gpu_decode import decode
+from benchmarks.gpu_shapes import SHAPES, Shape, blocks, bytes_read, parameters, print_table, random_model, seconds
 from llama_ext import _core
 from llama_ext.runtime.loading import core_config
-
-ROOT = Path(__file__).parents[1]
-
-
-# The tools of compute-sanitizer, and the tests that they watch: every kernel, though not each size of its tiles, in shapes of few
-# blocks and in about 7,000 launches, which cost a hundredth of a second or more each. tests/cuda/test_hopper.py is not among them, as
-# it runs in the emulator alone: on a Hopper GPU, many rows of these tests meet its own instructions.
-SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-SANITIZED = (
-    "tests/ops/test_device_operations.py",
-    "tests/ops/test_attention.py",
-    "tests/ops/test_causal_attention.py",
-    "tests/ops/test_matmul.py",
-    "tests/ops/test_matmul_backward.py",
-    "tests/ops/test_matrix_rows.py",
-    "tests/ops/test_feed_forward.py",
-    "tests/ops/test_swiglu.py",
-    "tests/ops/test_rms_norm_backward.py",
-    "tests/ops/test_embedding_backward.py",
-    "tests/ops/test_cross_entropy_backward.py",
-    "tests/ops/test_dropout.py",
-    "tests/ops/test_quantized_matmul.py::test_quantized_matmul_adds_a_bias_and_a_residual",
-    "tests/ops/test_quantized_feed_forward.py::test_feed_forward_takes_gate_and_up_apart_and_kept_in_different_ways",
-    "tests/ops/test_quantized_feed_forward.py::test_many_rows_of_a_gpu_meet_gate_up_and_down_kept_in_different_ways",
-    "tests/ops/test_sample_next.py::test_equal_logits_are_cut_by_their_ids",
-    "tests/ops/test_sample_next.py::test_a_row_with_a_logit_that_is_not_finite_is_not_valid_and_others_are",
-    "tests/ops/test_sample_next.py::test_sample_next_chooses_the_tokens_of_sample[top_p-1025]",
-    "tests/ops/test_sample_next.py::test_sample_next_chooses_the_tokens_of_sample[everything-3]",
-    "tests/ops/test_optimizer.py::test_sum_of_squares_is_that_of_float64",
-    "tests/ops/test_optimizer.py::test_sgd_without_momentum_needs_no_velocity",
-    "tests/ops/test_optimizer.py::test_the_first_step_of_adam_is_the_learning_rate_against_the_sign",
-    "tests/cuda/test_kernels.py::test_a_row_of_a_product_depends_on_whether_there_are_few_rows_and_on_nothing_else",
-    "tests/cuda/test_kernels.py::test_few_rows_of_a_narrow_model_with_a_large_vocabulary_are_all_written",
-    "tests/cuda/test_kernels.py::test_attention_on_tensor_cores_costs_no_more_than_bfloat16",
-    "tests/cuda/test_chain.py::test_a_chain_has_the_bits_of_kernels_one_after_the_other[even-int4_min]",
-    "tests/cuda/test_chain.py::test_a_chain_has_the_bits_of_kernels_one_after_the_other[widest-gates-bfloat16]",
-    "tests/cuda/test_chain.py::test_a_chain_has_the_bits_of_kernels_one_after_the_other[heads-of-128-int8]",
-    "tests/cuda/test_training.py::test_products_round_both_operands_once_and_sum_in_float32",
-    "tests/cuda/test_training.py::test_each_gradient_of_a_product_may_be_asked_for_alone",
-    "tests/cuda/test_training.py::test_rounding_heads_reads_and_writes_no_byte_beyond_its_arrays",
-    "tests/cuda/test_training.py::test_attention_and_its_gradients_on_tensor_cores_cost_no_more_than_bfloat16",
-    "tests/cuda/test_training.py::test_gradients_of_a_norm_are_right_at_every_width_that_registers_hold",
-    # Codes of 8, 5, 4 and 6 bits.
-    "tests/cuda/test_training.py::test_products_of_training_with_frozen_codes_round_both_operands[int8-g64]",
-    "tests/cuda/test_training.py::test_products_of_training_with_frozen_codes_round_both_operands[int5_min-g64]",
-    "tests/cuda/test_training.py::test_products_of_training_with_frozen_codes_round_both_operands[int4_min-g64]",
-    "tests/cuda/test_training.py::test_products_of_training_with_frozen_codes_round_both_operands[Q6_K]",
-    # Whole models: decoding by parts, what is done with a cache, and recorded tokens.
-    "tests/cuda/test_models.py::test_tokens_one_by_one_give_the_logits_of_a_whole_prompt_with_a_bfloat16_cache[mha-128]",
-    "tests/cuda/test_models.py::test_sessions_fork_rewind_save_and_load[bfloat16]",
-    "tests/cuda/test_decode_ahead.py::test_rows_of_different_lengths_end_when_they_should",
-    "tests/cuda/test_decode_ahead.py::test_each_token_is_the_one_that_its_logits_give[penalties-bfloat16-bfloat16]",
-)
-# After which a tool is stopped.
-SANITIZER_SECONDS = 420.0
-
-# Decoding is greedy, by the recorded pass that `generate` replays.
-GREEDY = {"temperature": 0.0}
-# Tokens before the timed ones, which make the recording.
-WARM_TOKENS = 8
-
-
-def decode_seconds(model: _core.Model, prompt: Any, tokens: int, kv_dtype: str) -> float:
-    """Of one token after the prompt: what a generation takes longer that is `tokens` longer."""
-
-    def run(count: int) -> float:
-        loop = _core.Generation(
-            model, [prompt], sampling=GREEDY, max_new_tokens=[count], eos=[], seed=0, kv_dtype=kv_dtype
-        )
-        begin = time.perf_counter()
-        while not loop.done:
-            loop.run(64)
-        return time.perf_counter() - begin
-
-    run(WARM_TOKENS)
-    return statistics.median(run(WARM_TOKENS + tokens) - run(WARM_TOKENS) for _ in range(3)) / tokens
 
 
 def measure(
     device: str, shape: Shape, kind: tuple[str, int], prompt: int, tokens: int, probe: float, torch: Any
 ) -> list[object]:
     """A row of the table of models. torch: the module whose products a prefill is compared with, or None."""
-    backend = _core.Backend(device)
-    encoding, group = kind
-    types = {"": (encoding, group)}
-    if encoding == "int4":  # as the package keeps them
-        types |= dict.fromkeys(["embedding", *([] if shape.tied else ["head"])], ("int8", group))
-    model = _core.Model(backend, core_config(shape.config(prompt + 256)), types)
-    fill(model)
+    encoding, _ = kind
+    model = random_model(device, shape, kind, prompt + 256)
     kv_dtype = "float32" if encoding == "float32" else "bfloat16"
     ids = np.random.default_rng(1).integers(0, shape.vocabulary, prompt).astype(np.int32)
 
@@ -137,8 +47,7 @@ def measure(
     before = gpu_peers.products_seconds(torch, device, shape, prompt)
     prefill_seconds = seconds(prefill, 3)
     products_only = (before + gpu_peers.products_seconds(torch, device, shape, prompt)) / 2
-    token_seconds = decode_seconds(model, ids[:64], tokens, kv_dtype)
-    read = model.nbytes if shape.tied else model.nbytes * (1 - shape.vocabulary * shape.width / parameters(shape))
+    token_seconds = decode(model, ids[:64], tokens, kv_dtype).seconds
     return [
         encoding,
         f"{model.nbytes / 1e9:.2f}",
@@ -146,7 +55,7 @@ def measure(
         f"{2e-12 * blocks(shape) * prompt / prefill_seconds:,.1f}",
         f"{products_only / prefill_seconds:.0%}" if torch is not None else "-",
         f"{1 / token_seconds:,.1f}",
-        f"{read / token_seconds / probe:.0%}",
+        f"{bytes_read(model, shape) / token_seconds / probe:.0%}",
     ]
 
 
@@ -188,73 +97,6 @@ def train(device: str, shape: Shape, sequences: int, length: int, layers: int, m
     ]
 
 
-def check() -> bool:
-    """All tests that are marked `gpu` on this device, and compute-sanitizer's tools on some of them."""
-    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
-    is_right = subprocess.run(tests, cwd=ROOT, check=False).returncode == 0
-    sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer is None:
-        print("compute-sanitizer is not installed: memory, races and barriers are not checked on the device")
-        return is_right
-    return sanitize(sanitizer) and is_right
-
-
-def sanitize(sanitizer: str) -> bool:
-    """Whether all of its tools find nothing. They run beside each other, as each leaves most of a GPU idle."""
-    begin = time.perf_counter()
-    print(f"compute-sanitizer: {', '.join(SANITIZERS)}, on some of the tests", flush=True)
-    is_right = True
-    with contextlib.ExitStack() as stack:
-        running = {}
-        for tool in SANITIZERS:
-            output = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
-            # Without pytest's capture, which would keep the sanitizer's lines of a test that passes.
-            tests = [sys.executable, "-m", "pytest", "-q", "-s", "-m", "gpu", "-p", "no:cacheprovider", *SANITIZED]
-            command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *tests]
-            # A session of its own, so that the tests end with the sanitizer that started them.
-            process = subprocess.Popen(
-                command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-            )
-            stack.callback(stop, process)
-            running[tool] = process, output
-        while running:
-            time.sleep(0.2)
-            spent = time.perf_counter() - begin
-            for tool, (process, output) in list(running.items()):
-                status = process.poll()
-                if status is None and spent < SANITIZER_SECONDS:
-                    continue
-                del running[tool]
-                verdict = "not finished" if status is None else "FAILED" if status else "clean"
-                print(f"{tool}: {verdict} after {spent:.0f} s", flush=True)
-                if status != 0:
-                    is_right = False
-                    stop(process)
-                    output.seek(0)
-                    print_found(output.read().splitlines())
-    return is_right
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process that leads a session and all that it has started."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def print_found(lines: list[str]) -> None:
-    """What a sanitizer has found first, and how its run ended."""
-    errors = [line for line in lines if line.startswith("=========")]
-    print("\n".join([*errors[:40], "...", *lines[-20:]]), flush=True)
-
-
-def print_table(header: list[str], rows: list[list[object]]) -> None:
-    cells = [header, *([str(cell) for cell in row] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    for row in cells:
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda:0")
@@ -275,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not _core.gpus()[0]:
         print(f"no GPU: {_core.gpus()[1]}", file=sys.stderr)
         return 1
-    is_right = check() if options.check else True
+    is_right = gpu_check.check(options.device) if options.check else True
     is_tiny = options.shapes == ["tiny"]
     if options.train:
         rows: list[list[object]] = []

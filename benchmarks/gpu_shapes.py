@@ -1,8 +1,9 @@
-"""Models of random weights for `benchmarks.gpu`: their shapes, their parameters, and how calls are timed."""
+"""What the benchmarks of a GPU share: models of random weights, their parameters, how calls are timed, and a table."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import numpy as np
 
 import llama_ext
 from llama_ext import _core
+from llama_ext.runtime.loading import core_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,25 +51,45 @@ SHAPES = {
 }
 
 
+def random_model(device: str, shape: Shape, kind: tuple[str, int], context: int) -> _core.Model:
+    """A model whose weights are kept in one way, (encoding, group), as the package keeps them."""
+    encoding, group = kind
+    types = {"": (encoding, group)}
+    if encoding == "int4":
+        types |= dict.fromkeys(["embedding", *([] if shape.tied else ["head"])], ("int8", group))
+    model = _core.Model(_core.Backend(device), core_config(shape.config(context)), types)
+    fill(model)
+    return model
+
+
 def fill(model: _core.Model) -> None:
-    """Random weights from one pool: rounding each for itself would take longer than everything else."""
+    """Random weights from one pool, the same for all matrices of a shape: making each for itself would take longer than
+    everything else."""
     rng = np.random.default_rng(0)
     pool = (rng.standard_normal(1 << 22) * 0.02).astype(np.float32)
     bits = (pool.view(np.uint32) >> 16).astype(np.uint16)
     codes = rng.integers(0, 256, 1 << 22, dtype=np.uint8)
     types = model.types()
-    for slot, shape, is_matrix in model.slots():
-        count = int(np.prod(shape))
+
+    @functools.cache
+    def numbers(rows: int, columns: int) -> np.ndarray[Any, Any]:
+        return np.resize(bits, (rows, columns))
+
+    @functools.cache
+    def packed(rows: int, columns: int, encoding: str, group: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        some = (codes & 15).astype(np.int8) - np.int8(8) if encoding == "int4" else codes.view(np.int8)
+        scales = np.full((rows, -(-columns // group)), 0.02 / (4 if encoding == "int4" else 64), np.float16)
+        return np.resize(some, (rows, columns)), scales
+
+    for slot, extents, is_matrix in model.slots():
         if not is_matrix:
-            model.load(slot, np.ones(shape, np.float32), "float32")
+            model.load(slot, np.ones(extents, np.float32), "float32")
             continue
         encoding, group = types[slot]
         if group == 0:
-            model.load(slot, np.resize(bits, count).reshape(shape), "bfloat16")
-            continue
-        some = (codes & 15).astype(np.int8) - np.int8(8) if encoding == "int4" else codes.view(np.int8)
-        scales = np.full((shape[0], -(-shape[1] // group)), 0.02 / (4 if encoding == "int4" else 64), np.float16)
-        model.load_codes(slot, np.resize(some, count).reshape(shape), scales)
+            model.load(slot, numbers(*extents), "bfloat16")
+        else:
+            model.load_codes(slot, *packed(*extents, encoding, group))
 
 
 def seconds(call: Callable[[], Any], rounds: int) -> float:
@@ -101,3 +123,16 @@ def products(shape: Shape) -> dict[str, tuple[int, int]]:
         "gate, up": (2 * shape.ffn_width, shape.width),
         "down": (shape.width, shape.ffn_width),
     }
+
+
+def bytes_read(model: _core.Model, shape: Shape) -> float:
+    """Of weights, for each token that is decoded: all but an embedding that is only looked up."""
+    return model.nbytes if shape.tied else model.nbytes * (1 - shape.vocabulary * shape.width / parameters(shape))
+
+
+def print_table(header: list[str], rows: list[list[object]]) -> None:
+    """Columns are as wide as their widest cell."""
+    cells = [header, *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    for row in cells:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,65 +57,6 @@ def test_transformers_is_timed_beside() -> None:
     prefill, decode = gpu_peers.transformers_speed(torch, "cpu", SHAPES["tiny"], 70, 2, compiles=False)
     assert float(str(prefill).replace(",", "")) > 0
     assert float(str(decode).replace(",", ""))
-
-
-SANITIZER = """#!/bin/sh
-case $2 in
-memcheck) echo '========= ERROR SUMMARY: 0 errors' ;;
-racecheck) echo '========= Error: Race reported'; exit 9 ;;
-*) sleep 60 & echo $! >child; wait ;;
-esac
-"""
-
-
-@pytest.fixture
-def sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Finds nothing, a race, or never ends, each as one of its tools."""
-    path = tmp_path / "compute-sanitizer"
-    path.write_text(SANITIZER)
-    path.chmod(0o755)
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    return str(path)
-
-
-def test_each_sanitizer_is_told_of_with_what_it_found(
-    sanitizer: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(gpu, "SANITIZERS", ("memcheck", "racecheck"))
-    assert not gpu.sanitize(sanitizer)
-    said = capsys.readouterr().out
-    for part in ("memcheck: clean after", "racecheck: FAILED after", "Race reported"):
-        assert part in said
-    assert "0 errors" not in said, "what is clean has nothing more to say"
-    monkeypatch.setattr(gpu, "SANITIZERS", ("memcheck",))
-    assert gpu.sanitize(sanitizer)
-
-
-def is_running(process: str) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
-    except OSError:
-        return False
-
-
-def test_a_sanitizer_that_does_not_end_is_stopped_with_what_it_started(
-    sanitizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(gpu, "SANITIZERS", ("initcheck",))
-    monkeypatch.setattr(gpu, "SANITIZER_SECONDS", 1.0)
-    assert not gpu.sanitize(sanitizer)
-    assert "initcheck: not finished after" in capsys.readouterr().out
-    if (started := tmp_path / "child").exists():  # A machine with much else to do may not have come so far.
-        deadline = time.monotonic() + 10  # A signal takes effect when the process has its turn.
-        while is_running(started.read_text().strip()) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not is_running(started.read_text().strip())
-
-
-def test_what_sanitizers_watch_is_there() -> None:
-    for selection in gpu.SANITIZED:
-        path, _, name = selection.partition("[")[0].partition("::")
-        assert not name or f"def {name}(" in (gpu.ROOT / path).read_text(), selection
 
 
 def test_nothing_is_both_alone_and_beside_its_peers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,108 @@
+"""The check of a GPU runs every test and every tool that it should, and says of each what came of it."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import gpu_check
+from devices import requires_cuda
+
+# Finds nothing, a race, or never ends, each as one of its tools; notes its tests.
+SANITIZER = """#!/bin/sh
+for last; do :; done
+echo "$2 $last" >>seen
+case $2 in
+memcheck) echo '========= ERROR SUMMARY: 0 errors' ;;
+racecheck) echo '========= Error: Race reported'; exit 9 ;;
+*) sleep 60 & echo $! >child; wait ;;
+esac
+"""
+
+
+@pytest.fixture
+def sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    path = tmp_path / "compute-sanitizer"
+    path.write_text(SANITIZER)
+    path.chmod(0o755)
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    return str(path)
+
+
+def test_each_sanitizer_is_told_of_with_what_it_found(sanitizer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not gpu_check.sanitize(sanitizer, ["a", "b"], ("memcheck", "racecheck"), processes=1)
+    said = capsys.readouterr().out
+    for part in ("memcheck: clean after", "racecheck: FAILED after", "Race reported"):
+        assert part in said
+    assert "0 errors" not in said, "what is clean has nothing more to say"
+    assert gpu_check.sanitize(sanitizer, ["a", "b"], ("memcheck",), processes=1)
+
+
+def test_tests_are_dealt_out_to_the_processes_of_each_sanitizer(sanitizer: str, tmp_path: Path) -> None:
+    assert gpu_check.sanitize(sanitizer, ["a", "b", "c"], ("memcheck",), processes=2)
+    assert sorted((tmp_path / "seen").read_text().splitlines()) == ["memcheck b", "memcheck c"], "a and c, and b"
+    assert gpu_check.sanitize(sanitizer, ["d"], ("memcheck",), processes=4), "no process is without a test"
+    assert (tmp_path / "seen").read_text().splitlines()[2:] == ["memcheck d"]
+
+
+def is_running(process: str) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_sanitizer_that_does_not_end_is_stopped_with_what_it_started(
+    sanitizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not gpu_check.sanitize(sanitizer, ["a"], ("initcheck",), seconds=1.0)
+    assert "initcheck: not finished (0 of 1 processes clean) after" in capsys.readouterr().out
+    if (started := tmp_path / "child").exists():  # A machine with much else to do may not have come so far.
+        deadline = time.monotonic() + 10  # A signal takes effect when the process has its turn.
+        while is_running(started.read_text().strip()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not is_running(started.read_text().strip())
+
+
+def test_what_sanitizers_watch_is_there() -> None:
+    names = gpu_check.collect([selection for selection in gpu_check.SANITIZED if "::" in selection])
+    assert len(names) == len(set(names))
+    for selection in gpu_check.SANITIZED:
+        path, _, name = selection.partition("[")[0].partition("::")
+        assert (gpu_check.ROOT / path).is_file()
+        assert not name or any(each.startswith(f"{path}::{name}") for each in names), selection
+    with pytest.raises(RuntimeError, match="not found"):
+        gpu_check.collect(["tests/ops/test_dropout.py::test_that_is_not_there"])
+
+
+@requires_cuda
+@pytest.mark.gpu
+@pytest.mark.parametrize("passes", [True, False], ids=["pass", "fail"])
+def test_tests_run_as_kernels_of_their_own_and_as_chains(
+    passes: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs: list[str] = []
+
+    def run(command: list[str], *, env: dict[str, str], **options: Any) -> subprocess.CompletedProcess[str]:
+        assert command[-1] == "tests"
+        runs.append(env["LLAMA_EXT_CUDA_CHAIN"])
+        return subprocess.CompletedProcess(command, 0 if passes else 1 - int(runs[-1]))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert gpu_check.main(["--tools"]) == (0 if passes else 1)
+    # Others have no chains.
+    has_chains = gpu_check._core.Backend("cuda:0").isa in {"sm_90", "emulated"}
+    assert runs == (["0", "1"] if has_chains else ["0"])
+    assert "kernels of their own" in capsys.readouterr().out
+
+
+def test_tools_that_are_asked_for_and_missing_are_no_success(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: None)
+    assert not gpu_check.check(runs_tests=False)
+    assert "compute-sanitizer is not installed" in capsys.readouterr().out
