@@ -81,7 +81,7 @@ SANITIZED = (
     "tests/cuda/test_decode_ahead.py::test_each_token_is_the_one_that_its_logits_give[penalties-bfloat16-bfloat16]",
 )
 # After which a tool is stopped.
-SANITIZER_SECONDS = 420.0
+SANITIZER_SECONDS = 360.0
 
 # Processes at once, of the tests and of all tools: each has a context on the GPU, of half a gigabyte.
 MOST_PROCESSES = 16

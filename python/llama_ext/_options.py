@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
+from collections.abc import Callable, Collection
+from typing import Any
 
 from llama_ext._arrays import as_whole
 from llama_ext.errors import OptionError
 
-__all__ = ["number", "shown", "whole", "whole_seed"]
+__all__ = ["keyword_options", "meant", "number", "refuse_unknown", "shown", "whole", "whole_seed"]
+
+# What transformers and llama.cpp call what has another name here.
+_ELSEWHERE = {
+    "assistant_model": "draft_model",
+    "device_map": "device",
+    "load_in_4bit": "dtype='int4'",
+    "load_in_8bit": "dtype='int8'",
+    "max_tokens": "max_new_tokens",
+    "n_ctx": "the max_length of a session",
+    "n_gpu_layers": "device='cuda'",
+    "n_predict": "max_new_tokens",
+    "n_threads": "threads",
+    "past_key_values": "model.session()",
+    "repeat_penalty": "repetition_penalty",
+    "stop_strings": "stop",
+    "streamer": "model.stream_generate(...)",
+    "torch_dtype": "dtype",
+    "use_cache": "model.session()",
+}
 
 
 def shown(value: object, length: int = 80) -> str:
@@ -25,6 +48,29 @@ def shown(value: object, length: int = 80) -> str:
     except (ValueError, RecursionError):  # an int of more digits than Python converts; a list that holds itself
         return f"<{type(value).__name__}>"
     return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def meant(name: str, known: Collection[str]) -> str:
+    """What may have been meant by a name that is not known, for a message: the close ones, or all that there are."""
+    close = [_ELSEWHERE[name]] if name in _ELSEWHERE else difflib.get_close_matches(name, known, n=3)
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def keyword_options(function: Callable[..., Any]) -> list[str]:
+    """The names that a function takes as keywords alone."""
+    parameters = inspect.signature(function).parameters.values()
+    return [each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
+
+
+def refuse_unknown(given: Collection[str], known: Collection[str]) -> None:
+    """Refuses options that there are not.
+
+    Raises:
+        OptionError: For the first one, with what may have been meant.
+    """
+    for name in given:
+        if name not in known:
+            raise OptionError(f"unknown option {name!r}; {meant(name, known)}")
 
 
 def whole(name: str, value: object, minimum: int, maximum: int | None = None) -> int:

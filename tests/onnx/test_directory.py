@@ -137,8 +137,8 @@ def test_options_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     refused: list[tuple[dict[str, Any], str]] = [
         ({"profile": "fast"}, "profile must be one of portable, standard, ort, got 'fast'"),
         ({"dtype": "int3"}, "dtype must be one of"),
-        ({"profile": "ort", "dtype": "float16"}, "'float16', which portable, standard has"),
-        ({"profile": "portable", "dtype": "bfloat16"}, "'bfloat16', which standard has"),
+        ({"profile": "ort", "dtype": "float16"}, "'float16'; profiles with that dtype: portable, standard"),
+        ({"profile": "portable", "dtype": "bfloat16"}, "'bfloat16'; profiles with that dtype: standard"),
         ({"dtype": "float32", "group_size": 32}, "group_size belongs to dtype='int8' or 'int4'"),
         ({"dtype": "int8", "group_size": 48}, "group_size must be one of 128, 64, 32"),
         ({"max_file_bytes": 0}, "max_file_bytes must be a whole number >= 1"),

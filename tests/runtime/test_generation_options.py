@@ -269,3 +269,12 @@ def test_stop_takes_one_string_or_several() -> None:
     assert plan(stop="\n").stop == ("\n",)
     assert plan(stop=["a", "b", "a"]).stop == ("a", "b")
     assert plan(stop=[]).stop == ()
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("stop_strings", "stop"), ("assistant_model", "draft_model"), ("n_predict", "max_new_tokens")],
+)
+def test_what_other_libraries_call_otherwise_is_named(given: str, meant: str) -> None:
+    with pytest.raises(OptionError, match=rf"^unknown option '{given}'; did you mean {meant}\?$"):
+        plan(**{given: 1})

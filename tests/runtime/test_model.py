@@ -443,3 +443,10 @@ def test_a_model_says_what_to_do_instead_of_pickling_it() -> None:
     for copied in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(TypeError, match=r"cannot be pickled or copied\. Give another process the path"):
             copied(model)
+
+
+@pytest.mark.parametrize("kind", [llama_ext.LlamaForCausalLM, llama_ext.LlamaForSequenceClassification])
+def test_an_option_of_another_library_is_refused_with_our_name_for_it(kind: Any) -> None:
+    for given, meant in (("torch_dtype", "dtype"), ("device_map", "device"), ("thread", "threads")):
+        with pytest.raises(llama_ext.OptionError, match=rf"^unknown option '{given}'; did you mean {meant}\?$"):
+            kind.from_pretrained("demo", **{given: "float32"})

@@ -176,7 +176,12 @@ def add_device_options(group: argparse._ActionsContainer) -> None:
         metavar="DEVICE",
         help="where to compute: cpu; cuda or cuda:1 and so on, an NVIDIA GPU; reference, slowly in float64 (default: cpu)",
     )
-    group.add_argument("--threads", type=int, metavar="N", help="default: the physical cores there are for us")
+    group.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="default: LLAMA_EXT_NUM_THREADS, or the physical cores this process may use",
+    )
 
 
 def add_length_options(parser: argparse.ArgumentParser, *, default: str) -> None:
@@ -191,7 +196,8 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "sampling",
         "What is not given is as the model's generation_config.json says. If that says\n"
-        "nothing, the most likely token is taken. Each of the first four samples.",
+        "nothing, the most likely token is taken. --temperature, --top-k, --top-p and\n"
+        "--min-p turn sampling on.",
     )
     group.add_argument("--temperature", type=float, metavar="T", help="divides the logits; 0 is the same as --greedy")
     group.add_argument("--top-k", type=int, metavar="K", help="keep the K most likely tokens; 0 keeps all")
@@ -230,7 +236,7 @@ def add_speculation_options(parser: argparse.ArgumentParser) -> None:
     """Adds how to guess tokens ahead."""
     group = parser.add_argument_group(
         "speculation",
-        "Guess tokens and check them together: faster where guesses are right, and the\nsame text in any case.",
+        "Guess tokens and check them together: faster where guesses are right, and on a\nCPU the same text in any case.",
     )
     one = group.add_mutually_exclusive_group()
     one.add_argument(

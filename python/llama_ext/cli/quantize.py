@@ -54,7 +54,12 @@ def add_to(commands: Commands) -> None:
         help="a text like those the model is for, in UTF-8; what the model makes of it says which weights matter",
     )
     add_overwrite_option(parser)
-    parser.add_argument("--threads", type=int, metavar="N", help="default: the physical cores there are for us")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="default: LLAMA_EXT_NUM_THREADS, or the physical cores this process may use",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 

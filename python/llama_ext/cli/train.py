@@ -91,7 +91,9 @@ def add_to(commands: Commands) -> None:
     add_overwrite_option(parser)
     model = parser.add_argument_group("model")
     model.add_argument("--model", metavar="MODEL", help=f"train this one further: {MODEL_HELP}")
-    model.add_argument("--preset", choices=("cpu", "gpu"), help="a shape and how to train it; options go before it")
+    model.add_argument(
+        "--preset", choices=("cpu", "gpu"), help="a shape and settings of training; other options override it"
+    )
     model.add_argument("--layers", type=int, metavar="N", help="of a new model (default: 4)")
     model.add_argument("--width", type=int, metavar="N", help="(default: 128)")
     model.add_argument("--heads", type=int, metavar="N", help="(default: 4)")

@@ -56,7 +56,12 @@ def add_to(commands: Commands) -> None:
         help="a text in UTF-8, no longer than the context; - is standard input; may be repeated (default: three short ones)",
     )
     parser.add_argument("--steps", type=int, default=64, metavar="N", help="tokens to generate (default: 64)")
-    parser.add_argument("--threads", type=int, metavar="N", help="default: the physical cores there are for us")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="default: LLAMA_EXT_NUM_THREADS, or the physical cores this process may use",
+    )
     parser.add_argument(
         "--runtimes",
         nargs="+",

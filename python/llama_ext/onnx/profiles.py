@@ -77,6 +77,6 @@ def checked_profile(name: str, dtype: str | None) -> Profile:
     if dtype is not None and dtype not in profile.dtypes:
         others = ", ".join(each.name for each in PROFILES.values() if dtype in each.dtypes)
         raise OptionError(
-            f"profile {name!r} has the dtypes {', '.join(profile.dtypes)}, got {dtype!r}, which {others} has"
+            f"profile {name!r} has the dtypes {', '.join(profile.dtypes)}, got {dtype!r}; profiles with that dtype: {others}"
         )
     return profile

@@ -1,7 +1,7 @@
 """The kernels by themselves: the operations a Llama is made of, on NumPy arrays, and on those of any library that has DLPack.
 
 Every operation computes in float32 and accepts float32 only: nothing is cast silently. Leading dimensions are free
-where that is natural: `(..., K)`. On one instruction set, results are bit-identical for every number of threads and rows.
+where that is natural: `(..., K)`. On a CPU, on one instruction set, results are bit-identical for every number of threads and rows.
 
 Gradients are operations, too: `x_backward` takes the gradient of what `x` gave, `d_y`, and gives the gradients of what it took.
 Only `cross_entropy_backward` needs no `d_y`, as the losses are the end; those of `rope` and `dropout` are `rope` and `dropout`.

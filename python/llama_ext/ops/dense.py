@@ -51,7 +51,7 @@ def matmul(
         residual: (..., N) float32, added to the product; may be `out`.
         dtype: How an array `weight` is kept for this call: as in `pack`, "float32" when None. A `Matrix` has its own.
         compute: "auto": the fastest arithmetic, which may round `x` to bfloat16 when the weights are bfloat16, and to int8 with
-            one scale for 128 numbers when they are whole numbers; on a GPU to bfloat16 then, and with more than 64 rows the
+            one scale for 128 numbers when they are whole numbers; on a GPU to 16-bit integers (few rows) or bfloat16 then, and with more than 32 rows the
             weights as well. "exact": float32 products of the stored weights. "bfloat16": float32 weights are rounded to
             bfloat16 on the way, and `x` as well where the CPU multiplies bfloat16; whole numbers are "exact" on a CPU, "auto"
             on a GPU.

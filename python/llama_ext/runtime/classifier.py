@@ -7,14 +7,14 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from llama_ext import _core
 from llama_ext._arrays import Array, FloatArray, IntArray, check_token_range
-from llama_ext._options import shown, whole_seed
+from llama_ext._options import keyword_options, refuse_unknown, shown, whole_seed
 from llama_ext.errors import ContextLengthError, DTypeError, OptionError
 from llama_ext.limits import DEFAULT_LIMITS, Limits
 from llama_ext.models.config import LlamaConfig
@@ -73,6 +73,7 @@ class LlamaForSequenceClassification(LoadedModel):
         threads: int | None = None,
         revision: str | None = None,
         limits: Limits = DEFAULT_LIMITS,
+        **unknown: NoReturn,
     ) -> LlamaForSequenceClassification:
         """Loads a classifier, or a language model that is to become one.
 
@@ -90,6 +91,7 @@ class LlamaForSequenceClassification(LoadedModel):
             OptionError: A language model without labels, other labels than a classifier's, or as `LlamaForCausalLM`.
             FormatError, CheckpointError, UnsupportedError, LimitError, DeviceError, OutOfMemoryError: As `LlamaForCausalLM`.
         """
+        refuse_unknown(unknown, keyword_options(cls.from_pretrained))
         if not isinstance(path_or_hub_id, (str, os.PathLike)):
             raise OptionError(f"from_pretrained takes a path or a Hub id, got {type(path_or_hub_id).__name__}")
         options: dict[str, Any] = {"device": device, "compute": compute, "threads": threads, "kv_dtype": "auto"}

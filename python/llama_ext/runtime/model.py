@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from llama_ext import _core
 from llama_ext._arrays import FloatArray, IntArray, SupportsArray
-from llama_ext._options import whole_seed
+from llama_ext._options import keyword_options, refuse_unknown, whole_seed
 from llama_ext.errors import OptionError, UnsupportedError
 from llama_ext.limits import DEFAULT_LIMITS, Limits
 from llama_ext.models import ARCHITECTURES
@@ -49,7 +49,8 @@ class LlamaForCausalLM(LoadedModel, Trainable):
     """A Llama language model.
 
     Unless it is trained its weights do not change, so any number of threads may use one model at once; what belongs to one sequence
-    is in a `Session`. Results do not depend on the number of threads or on what else is in a batch: they are bit-identical.
+    is in a `Session`. On a CPU results do not depend on the number of threads or on what else is in a batch: they are bit-identical.
+    On a GPU the last bits depend on how many rows run together (docs/gpu.md).
 
     Args:
         config: The shape of the model.
@@ -66,8 +67,8 @@ class LlamaForCausalLM(LoadedModel, Trainable):
         device: "cpu"; "cuda", the first NVIDIA GPU, or "cuda:1" and so on; or "reference" for the float64 loops that the fast kernels are
             tested against.
         compute: "auto": the fastest arithmetic for these weights, which for bfloat16 ones may round activations to bfloat16, and
-            for quantised ones to int8, or on a GPU to bfloat16, with more than 64 rows the weights as well. "exact": float32 products
-            of the stored weights.
+            for quantised ones to int8, or on a GPU to 16-bit integers (few rows) or bfloat16, with more than 32 rows the weights as well
+            (docs/gpu.md). "exact": float32 products of the stored weights.
         threads: None: the physical cores that affinity and cgroup quota allow, or what `set_num_threads` said.
         kv_dtype: How generations and sessions keep keys and values: "float32", "bfloat16" or "int8". "auto" is bfloat16 for bfloat16
             and quantised weights unless compute is "exact", else float32. Logits of whole sequences and scores always use float32.
@@ -137,6 +138,7 @@ class LlamaForCausalLM(LoadedModel, Trainable):
         kv_dtype: str = "auto",
         revision: str | None = None,
         limits: Limits = DEFAULT_LIMITS,
+        **unknown: NoReturn,
     ) -> LlamaForCausalLM:
         """Loads a checkpoint, tensor by tensor, so that memory never holds it twice.
 
@@ -163,6 +165,7 @@ class LlamaForCausalLM(LoadedModel, Trainable):
             LimitError: A number in a file is beyond `limits`.
             OptionError, DeviceError, OutOfMemoryError: See the class.
         """
+        refuse_unknown(unknown, keyword_options(cls.from_pretrained))
         if not isinstance(path_or_hub_id, (str, os.PathLike)):
             raise OptionError(
                 f"from_pretrained takes a path or a Hub id, got {type(path_or_hub_id).__name__}. "
@@ -315,7 +318,7 @@ class LlamaForCausalLM(LoadedModel, Trainable):
             max_batch_size: Sequences that run at once, >= 1; where one ends the next begins. Fewer when memory does not hold
                 their KV caches. Beginnings that prompts share are computed once. Default 16.
             prompt_lookup_num_tokens: In [0, 64]: guess so many tokens at most from what followed the same words earlier in
-                the text, and check them in one pass. Faster where texts repeat themselves; results stay the same, bit for
+                the text, and check them in one pass. Faster where texts repeat themselves; on a CPU results stay the same, bit for
                 bit. Default 0.
             draft_model: A smaller model with the same vocabulary that guesses tokens, with the same promise.
             num_assistant_tokens: In [1, 64]: guesses of the draft model in one pass, at most; fewer after wrong ones.

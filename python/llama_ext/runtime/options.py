@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
 from llama_ext._arrays import as_whole
-from llama_ext._options import shown, whole_seed
+from llama_ext._options import meant, refuse_unknown, shown, whole_seed
 from llama_ext.errors import ContextLengthError, OptionError, TokenIdError, UnsupportedError
 from llama_ext.runtime.speculation import (
     DEFAULT_DRAFT_TOKENS,
@@ -178,7 +177,7 @@ def plan_generation(
         TokenIdError: An id in `eos_token_id` or `logit_bias` is outside the vocabulary.
         UnsupportedError: Beam search together with something that it does not do.
     """
-    _refuse_unknown(given)
+    refuse_unknown(given, GenerateOptions.__annotations__)
     options = {name: value for name, value in given.items() if value is not None}
     replaced = options.pop("generation_config", None)
     origin = "the checkpoint's generation_config.json"
@@ -251,14 +250,6 @@ def plan_generation(
     )
 
 
-def _refuse_unknown(given: Mapping[str, object]) -> None:
-    known = GenerateOptions.__annotations__
-    for name in given:
-        if name in known:
-            continue
-        raise OptionError(f"unknown option {name!r}; {_hint(name, known)}")
-
-
 def _as_defaults(config: object) -> GenerationDefaults:
     from llama_ext.models.generation_config import GenerationDefaults
 
@@ -275,13 +266,8 @@ def _as_defaults(config: object) -> GenerationDefaults:
     for name, value in result.ignored.items():
         if name in fields:
             raise OptionError(f"generation_config: {name}={shown(value)} is not supported by this version")
-        raise OptionError(f"generation_config: this version has no {name!r}; {_hint(name, fields)}")
+        raise OptionError(f"generation_config: this version has no {name!r}; {meant(name, fields)}")
     return result
-
-
-def _hint(name: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=3)
-    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(sorted(known))}"
 
 
 def _sampling(

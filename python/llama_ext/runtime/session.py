@@ -74,7 +74,7 @@ class Session:
     def append(self, ids: Sequence[int] | IntArray, *, logits: Literal["last", "all", "none"] = "last") -> FloatArray:
         """Runs tokens after those the session holds. When it raises, the session is as it was.
 
-        The logits do not depend on how a text is cut into appends: they are bit-identical.
+        On a CPU the logits do not depend on how a text is cut into appends: they are bit-identical.
 
         Args:
             ids: At least one token id.
