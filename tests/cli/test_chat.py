@@ -246,6 +246,21 @@ def test_each_line_of_a_pipe_is_answered(run: Run, chat_model: Path, talker: Mod
     assert (result.code, result.out) == (0, f"{first}\n{second}\n")
 
 
+@pytest.mark.parametrize(
+    "wish",
+    [{"num_beams": 2, "repetition_penalty": 1.1}, {"num_beams": 2000}, {"num_beams": 2, "early_stopping": "never"}],
+)
+def test_a_checkpoint_that_wishes_for_beams_answers_without(
+    wish: dict[str, Any], run: Run, talker: Model, tmp_path: Path
+) -> None:
+    talker.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps(wish))
+    result = run("chat", "--model", tmp_path, "--max-new-tokens", 5, stdin="Who is there?")
+    assert result.code == 0
+    assert result.out.strip()
+    assert result.err.count("asks for") == ("early_stopping" in wish)
+
+
 def test_a_model_without_a_template_is_honest_about_it(run: Run) -> None:
     result = run("chat", "--seed", 1, stdin="ROMEO:\n")
     assert result.code == 0

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from tokenizers import AddedToken
 
 import gguf_models
 import llama_ext
@@ -108,6 +109,34 @@ def test_a_model_without_a_tokenizer_has_none_and_keeps_its_ends(tmp_path: Path)
     model = Model.from_pretrained(tmp_path / "x.gguf")
     assert model.tokenizer is None
     assert (model.bos_token_id, model.config.pad_token_id) == (5, 11)
+
+
+@pytest.mark.parametrize("ends", [None, 7, [7, 9], [7, 9, 10], [2, 3, 5, 7, 8]], ids=str)
+@pytest.mark.parametrize("has_tokenizer", [False, True])
+def test_a_text_ends_at_the_same_tokens(ends: Any, has_tokenizer: bool, tmp_path: Path) -> None:
+    tokenizer = None
+    if has_tokenizer:
+        text = "the cat sat on the mat " * 20
+        tokenizer = llama_ext.Tokenizer.train(text, vocab_size=270, eos_token="</s>")
+    model = Model(gguf_models.config(vocab_size=280, bos_token_id=None, eos_token_id=ends), tokenizer)
+    model.save_pretrained(tmp_path / "source")
+    source = Model.from_pretrained(tmp_path / "source")
+    llama_ext.convert(tmp_path / "source", tmp_path / "x.gguf")
+    again = Model.from_pretrained(tmp_path / "x.gguf")
+    assert again.eos_token_ids == source.eos_token_ids
+    llama_ext.convert(tmp_path / "x.gguf", tmp_path / "back")
+    assert Model.from_pretrained(tmp_path / "back").eos_token_ids == source.eos_token_ids
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
+def test_an_added_token_that_takes_spaces_with_it_is_refused(flag: str, tmp_path: Path) -> None:
+    plain = llama_ext.Tokenizer.train("the cat sat on the mat " * 20, vocab_size=270)
+    plain.backend.add_tokens([AddedToken("<x>", **{flag: True})])
+    model = Model(gguf_models.config(vocab_size=280), llama_ext.Tokenizer.from_tokenizers(plain.backend))
+    model.save_pretrained(tmp_path / "source")
+    with pytest.raises(UnsupportedError, match=f"the added token '<x>' with {flag}"):
+        llama_ext.convert(tmp_path / "source", tmp_path / "x.gguf")
+    assert not (tmp_path / "x.gguf").exists()
 
 
 def test_the_file_is_what_the_package_reads(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import load_file
 
 import llama_ext
@@ -214,6 +215,43 @@ def test_the_reason_of_the_end_is_told(stories: Model) -> None:
     assert (output.finish_reason, output.token_ids[-1]) == ("stop", end)
     assert len(output.logprobs) == len(output.token_ids) < 10
     assert ended(max_new_tokens=0).token_ids == []
+
+
+def test_a_stop_string_that_is_a_special_token_ends_a_row() -> None:
+    base = llama_ext.Tokenizer.train("abc", kind="char", eos_token="</s>")
+    config = llama_ext.LlamaConfig(
+        vocab_size=4, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, eos_token_id=None
+    )
+    model = Model(config, base)
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "logit_bias": {base.eos_token_id: 100.0}}
+    found = model.generate("ab", stop=["x", "</s>"], return_details=True, **options)
+    assert (found.text, found.token_ids, found.finish_reason) == ("", [base.eos_token_id], "stop")
+    assert model.generate("ab", return_details=True, **options).finish_reason == "length"
+    assert len(list(model.session().stream_generate("ab", stop="</s>", **options))) == 1
+
+
+def test_a_token_behind_a_gap_in_the_vocabulary_has_its_text() -> None:
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "z": 5}, unk_token="a"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    backend.decoder = tokenizers.decoders.Fuse()
+    tokenizer = llama_ext.Tokenizer.from_tokenizers(backend)
+    assert [tokenizer.has_id(index) for index in (-1, 0, 2, 3, 5, 6, 2**40)] == [
+        False,
+        True,
+        True,
+        False,
+        True,
+        False,
+        False,
+    ]
+    config = llama_ext.LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, eos_token_id=None
+    )
+    model = Model(config, tokenizer)
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "logit_bias": {5: 100.0}}
+    assert model.generate("ab", **options) == "abzzzz"
+    found = model.generate("ab", stop="zz", return_details=True, **options)
+    assert (found.text, found.token_ids, found.finish_reason) == ("", [5, 5], "stop")
 
 
 def test_stop_strings_need_a_tokenizer(tiny: Model) -> None:

@@ -53,6 +53,18 @@ def test_a_mistake_in_a_given_generation_config_is_an_option_error(config: Any, 
         _plan(generation_config=config)
 
 
+def test_beams_that_would_be_drawn_are_asked_for_in_vain() -> None:
+    defaults = GenerationDefaults.from_dict({"do_sample": True, "num_beams": 4})
+    assert defaults.ignored == {"num_beams": 4}
+    assert _plan(defaults).num_beams == 1
+    assert _plan(defaults, do_sample=False).num_beams == 4
+    assert _plan(generation_config=defaults).num_beams == 1
+    with pytest.raises(OptionError, match="num_beams=4 is not supported"):
+        _plan(generation_config={"do_sample": True, "num_beams": 4})
+    for follows in ({"num_beams": 4}, {"do_sample": True, "temperature": 0, "num_beams": 4}, {"do_sample": True}):
+        assert GenerationDefaults.from_dict(follows).ignored == {}
+
+
 def test_the_defaults_of_a_model_can_be_given_with_a_change() -> None:
     defaults = GenerationDefaults.from_dict({"top_k": 4, "no_repeat_ngram_size": 3, "eos_token_id": 5})
     plan = _plan(defaults, generation_config=dataclasses.replace(defaults, do_sample=True))

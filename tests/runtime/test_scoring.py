@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import llama_ext
+from llama_ext.runtime import text_stream
 from llama_ext.runtime.progress import ProgressBar
 from llama_ext.runtime.scoring import windows
 from shared_data import requires_shared
@@ -166,6 +167,14 @@ def test_without_bos_the_first_character_does_not_count() -> None:
     found = model.perplexity("äabc")
     assert (found.tokens, found.bytes) == (3, 3)
     assert found.bits_per_byte == pytest.approx(found.loss / math.log(2))
+
+
+@pytest.mark.parametrize("text", ["é", "éa", "日本", "ROMEO", "\ufffda"])
+def test_a_first_token_that_is_part_of_a_character_counts_as_its_byte(text: str) -> None:
+    model = Model.from_pretrained("demo")
+    first = text_stream.token_bytes(model.tokenizer, model.tokenizer.encode(text)[0])
+    assert text.encode().startswith(first)
+    assert model.perplexity(text).bytes == len(text.encode()) - len(first)
 
 
 @pytest.fixture(scope="module")

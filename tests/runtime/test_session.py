@@ -164,6 +164,48 @@ def test_a_stream_that_is_left_keeps_the_tokens_of_its_pieces(stories: Model) ->
     exact(session.append([5]), stories([[1, 40, *tokens, 5]])[0, -1])
 
 
+@pytest.mark.parametrize("room", [3, 20])
+def test_a_prompt_with_nothing_to_follow_is_kept(room: int, tiny: Model) -> None:
+    session = tiny.session(max_length=room)
+    options: dict[str, Any] = {} if room == 3 else {"max_new_tokens": 0}
+    (piece,) = session.stream_generate([1, 2, 3], **options)
+    assert (piece.token_id, piece.finish_reason) == (None, "length")
+    assert session.tokens == [1, 2, 3]
+    if room > 3:
+        exact(session.append([5]), tiny([[1, 2, 3, 5]])[0, -1])
+
+
+def test_a_stream_that_is_left_adds_nothing_to_a_session_that_others_have_changed(tiny: Model) -> None:
+    session = tiny.session()
+    stream = session.stream_generate([1, 2], max_new_tokens=5)
+    next(stream)
+    next(stream)
+    session.rewind(0)
+    session.append([9] * 3)
+    assert session.length == 3
+    stream.close()  # type: ignore[attr-defined]
+    assert session.tokens == [9] * 3
+    stream = session.stream_generate([4], max_new_tokens=5)
+    drawn = next(stream).token_id
+    session.append([drawn])
+    with pytest.raises(llama_ext.OptionError, match="the session was changed"):
+        next(stream)
+    assert session.tokens == [9, 9, 9, 4, drawn]
+
+
+def test_an_empty_text_is_no_bos_token_in_the_middle_of_a_session() -> None:
+    tokenizer = llama_ext.Tokenizer.train("abc", kind="char", bos_token="<s>")
+    config = llama_ext.LlamaConfig(
+        vocab_size=4, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, eos_token_id=None
+    )
+    session = Model(config, tokenizer).session(max_length=8)
+    session.generate("", max_new_tokens=1)
+    assert session.tokens[0] == tokenizer.bos_token_id
+    with pytest.raises(llama_ext.OptionError, match=r"the prompt is empty.*at least one character"):
+        session.generate("", max_new_tokens=1)
+    assert session.length == 2
+
+
 def test_a_session_bounds_what_is_generated_in_it(tiny: Model) -> None:
     session = tiny.session(max_length=8)
     session.append([1, 2, 3])

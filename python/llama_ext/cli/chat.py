@@ -86,12 +86,9 @@ def run(args: argparse.Namespace) -> int:
     """Runs the subcommand."""
     from llama_ext.cli.conversation import Conversation
 
-    options = generation_options(args)
+    # An answer is shown as it comes, which beam search cannot do, whatever the checkpoint wishes.
+    options = {**generation_options(args), "num_beams": 1}
     plan = plan_options(args, options)
-    if plan.num_beams > 1:
-        # The checkpoint's wish; an answer is shown as it comes, which beam search cannot do.
-        options["num_beams"] = 1
-        plan = plan_options(args, options)
     load_draft_model(args, plan, options)
     model = load_model(args)
     if model.tokenizer is None:

@@ -31,6 +31,7 @@ from llama_ext.models.llama import tensor_specs
 
 __all__ = [
     "ARCHITECTURE",
+    "ENDS_KEY",
     "GgufSpec",
     "config_from_gguf",
     "config_to_gguf",
@@ -42,6 +43,8 @@ __all__ = [
 ]
 
 ARCHITECTURE = "llama"
+# Our own: all ids that end a text, where GGUF's keys would say others.
+ENDS_KEY = "llama_ext.eos_token_ids"
 EMBEDDING = "token_embd.weight"
 HEAD = "output.weight"
 
@@ -153,6 +156,10 @@ def config_from_gguf(
     }
     for name, key in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
         values[name] = metadata.get(f"tokenizer.ggml.{key}_token_id")
+    ends = metadata.get(ENDS_KEY)
+    if ends is not None:
+        ends = ends.tolist() if isinstance(ends, np.ndarray) else ends
+        values["eos_token_id"] = None if ends == [] else ends
     return LlamaConfig.from_dict(values, path=path, limits=limits)
 
 

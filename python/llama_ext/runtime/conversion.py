@@ -17,9 +17,16 @@ from llama_ext.io.gguf_types import BY_NAME, GgmlType, quantize
 from llama_ext.io.gguf_writer import TensorToWrite, write_gguf
 from llama_ext.limits import DEFAULT_LIMITS, Limits
 from llama_ext.models import ARCHITECTURES
-from llama_ext.models.gguf_llama import GgufSpec, config_to_gguf, gguf_tensor_specs, interleaved_rows, stored_type
+from llama_ext.models.gguf_llama import (
+    ENDS_KEY,
+    GgufSpec,
+    config_to_gguf,
+    gguf_tensor_specs,
+    interleaved_rows,
+    stored_type,
+)
 from llama_ext.models.gguf_rope import ROPE_FACTORS
-from llama_ext.runtime.gguf_tokenizer import KEY
+from llama_ext.runtime.gguf_tokenizer import KEY, end_of_generation_ids
 from llama_ext.runtime.gguf_tokenizer_writer import tokenizer_to_gguf
 from llama_ext.runtime.loading import open_model
 from llama_ext.runtime.model_files import ModelFiles, StoredTensor
@@ -175,6 +182,9 @@ def _tokenizer(files: ModelFiles) -> dict[str, Any]:
     others = [index for index in ends if index != found.get(f"{KEY}eos_token_id")]
     for name, index in zip(("eot", "eom"), others, strict=False):
         found.setdefault(f"{KEY}{name}_token_id", index)
+    if end_of_generation_ids(found) != ends:
+        # More than GGUF has names for, or fewer than a reader takes for granted: a key of our own has them all.
+        found[ENDS_KEY] = np.array(ends, np.int32)
     return found
 
 

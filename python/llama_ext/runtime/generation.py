@@ -6,7 +6,7 @@ The token loop runs in the core; Python only looks at tokens when somebody waits
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -104,7 +104,7 @@ class _RowText:
 
     def _has_text(self, token: int) -> bool:
         # A model's vocabulary may be padded beyond its tokenizer's.
-        return token < len(self._tokenizer)
+        return self._tokenizer.has_id(token)
 
     def finish(self) -> str:
         text = self._filter(self._stream.flush())
@@ -277,11 +277,23 @@ def new_token_counts(prompts: Prompts, plan: GenerationPlan, context: int, befor
 
 def plan_for(model: LlamaForCausalLM, options: Mapping[str, Any], extra_eos: Sequence[int] = ()) -> GenerationPlan:
     """The options of a call, completed with the model's defaults."""
-    return plan_generation(
+    plan = plan_generation(
         options,
         model.generation_defaults,
         eos=[*model.eos_token_ids, *extra_eos],
         vocabulary=model.config.vocab_size,
+    )
+    return plan if model.tokenizer is None else _ended_by_special_tokens(plan, model.tokenizer)
+
+
+def _ended_by_special_tokens(plan: GenerationPlan, tokenizer: Tokenizer) -> GenerationPlan:
+    """Stop strings that are special tokens as tokens: a text leaves them out, so nobody would see them there."""
+    found = {text: tokenizer.token_to_id(text) for text in plan.stop}
+    special = {text: index for text, index in found.items() if index in tokenizer.special_ids}
+    return replace(
+        plan,
+        stop=tuple(text for text in plan.stop if text not in special),
+        eos=tuple(dict.fromkeys([*plan.eos, *special.values()])),
     )
 
 
@@ -366,7 +378,16 @@ def generate_in_session(
     batch = read_for(model, prompt, None, add_special_tokens=session.length == 0)
     if not batch.single or plan.num_return_sequences > 1:
         raise OptionError("a session is one sequence: give one prompt and num_return_sequences=1")
-    return _Run(model, batch, plan, with_text=True, session=session, weights=weights).pieces()
+    run = _Run(model, batch, plan, with_text=True, session=session, weights=weights)
+    return _with_the_prompt(run.pieces(), session, batch.rows[0])
+
+
+def _with_the_prompt(pieces: Iterator[Piece], session: _core.Session, prompt: Array) -> Iterator[Piece]:
+    """A prompt with nothing to generate after it does not run by itself, and the session is to hold it."""
+    for piece in pieces:
+        if piece.token_id is None:
+            session.append(prompt, "none")
+        yield piece
 
 
 def read_for(

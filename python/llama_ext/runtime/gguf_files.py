@@ -13,7 +13,7 @@ from llama_ext.io.gguf_file import GgufFile, GgufTensor
 from llama_ext.io.gguf_types import dequantize
 from llama_ext.limits import Limits
 from llama_ext.models.generation_config import GenerationDefaults
-from llama_ext.models.gguf_llama import GgufSpec, config_from_gguf, half_split_rows, match_gguf
+from llama_ext.models.gguf_llama import ENDS_KEY, GgufSpec, config_from_gguf, half_split_rows, match_gguf
 from llama_ext.runtime.gguf_tokenizer import KEY, end_of_generation_ids, load_gguf_tokenizer
 from llama_ext.runtime.model_files import ModelFiles, StoredTensor
 from llama_ext.runtime.tokenizer import Tokenizer
@@ -119,6 +119,8 @@ def generation_defaults(metadata: Any, vocabulary: int) -> GenerationDefaults:
     Returns:
         The defaults.
     """
+    if ENDS_KEY in metadata:
+        return GenerationDefaults()  # the config has them
     ends = [index for index in end_of_generation_ids(metadata) if index < vocabulary]
     return GenerationDefaults(eos_token_id=ends or None)
 

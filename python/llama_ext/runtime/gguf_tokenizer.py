@@ -86,10 +86,10 @@ def end_of_generation_ids(metadata: Mapping[str, Any]) -> list[int]:
     """The ids that end a text or a turn: EOS, EOT and EOM by their keys, and control tokens known to end turns.
 
     Args:
-        metadata: Of a file whose tokenizer was loaded.
+        metadata: Of a file whose tokenizer, if it has one, was loaded.
 
     Returns:
-        Ids, each once; EOS first.
+        Ids, each once; EOS first. Without a tokenizer they may be beyond the model's vocabulary.
     """
     found = [metadata.get(f"{KEY}{name}_token_id") for name in ("eos", "eot", "eom")]
     ids = [int(index) for index in found if isinstance(index, int)]
@@ -97,7 +97,7 @@ def end_of_generation_ids(metadata: Mapping[str, Any]) -> list[int]:
     if isinstance(types, np.ndarray) and len(types) == len(tokens):
         special = np.flatnonzero((types == spm.CONTROL) | (types == spm.USER_DEFINED)).tolist()
         ids += [index for index in special if tokens[index] in _ENDS]
-    return [index for index in dict.fromkeys(ids) if 0 <= index < len(tokens)]
+    return [index for index in dict.fromkeys(ids) if index >= 0 and (index < len(tokens) or not len(tokens))]
 
 
 class _Source:

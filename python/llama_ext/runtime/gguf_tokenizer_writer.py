@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+from llama_ext._options import shown
 from llama_ext.errors import CheckpointError, UnsupportedError
 from llama_ext.runtime import sentencepiece_model as spm
 from llama_ext.runtime.gguf_pre_tokenizers import GPT2_PATTERN, find_pre_tokenizer
@@ -79,6 +80,9 @@ def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> tuple[list[str], list[
         if token is None:
             types.append(spm.UNUSED)
         elif index in added:
+            for flag in ("lstrip", "rstrip", "single_word"):
+                if getattr(added[index], flag):
+                    _refuse(f"the added token {shown(token)} with {flag}")
             types.append(spm.CONTROL if added[index].special else spm.USER_DEFINED)
         else:
             types.append(spm.NORMAL)

@@ -308,7 +308,8 @@ class LlamaForCausalLM(LoadedModel, Trainable):
             presence_penalty: Subtracted from the logit of each token of the output. Default 0.
             frequency_penalty: Subtracted as often as the token is in the output. Default 0.
             logit_bias: {token id: number} added to logits; -inf forbids a token.
-            stop: A string or strings that end a row; they are not part of the returned text.
+            stop: A string or strings that end a row; they are not part of the returned text. One that is a special token
+                ends it like eos_token_id.
             num_beams: In [1, 1024], > 1: beam search; without sampling, penalties, logit_bias or stop strings. Default 1.
             length_penalty: Of beam search: score = sum of log probabilities / tokens ** length_penalty. Default 1.
             early_stopping: Of beam search: end as soon as num_beams sequences are complete. Default False.
@@ -572,5 +573,5 @@ def _check_config(config: object) -> None:
 
 def _is_plain(tokenizer: Tokenizer, token: int) -> bool:
     """Whether it is a token of the tokenizer like any other."""
-    known = 0 <= token < len(tokenizer) and tokenizer.id_to_token(token) is not None
+    known = tokenizer.has_id(token) and tokenizer.id_to_token(token) is not None
     return known and token not in tokenizer.special_ids and token != tokenizer.eos_token_id

@@ -256,7 +256,7 @@ def _as_defaults(config: object) -> GenerationDefaults:
     fields = [field.name for field in dataclasses.fields(GenerationDefaults) if field.name != "ignored"]
     if isinstance(config, GenerationDefaults):
         # What its file asked for in vain was told when the file was read.
-        config = {name: getattr(config, name) for name in fields}
+        config = {name: getattr(config, name) for name in fields if name not in config.ignored}
     if not isinstance(config, Mapping):
         raise OptionError(f"generation_config must be a mapping or GenerationDefaults, got {type(config).__name__}")
     for name in config:

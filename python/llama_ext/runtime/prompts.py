@@ -120,7 +120,7 @@ def encode_text(
     what: str = "the prompt",
     add_special_tokens: bool = True,
 ) -> IntArray:
-    """The ids of a text; an empty one is the BOS token.
+    """The ids of a text; an empty one is the BOS token, where special tokens are added.
 
     Args:
         text: The text.
@@ -138,6 +138,10 @@ def encode_text(
         raise OptionError("this model has no tokenizer: pass token ids, or set `model.tokenizer`")
     ids = tokenizer.encode(text, add_special_tokens=add_special_tokens)
     if not ids:
+        if not add_special_tokens:
+            raise OptionError(
+                f"{what} is empty, and in the middle of a text no BOS token stands for it: give at least one character"
+            )
         if bos is None:
             raise OptionError(f"{what} is empty and the tokenizer has no BOS token: give at least one character")
         ids = [bos]

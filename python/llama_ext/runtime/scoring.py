@@ -15,6 +15,7 @@ from llama_ext._options import whole
 from llama_ext.errors import ContextLengthError, DTypeError, OptionError
 from llama_ext.runtime.progress import ProgressBar
 from llama_ext.runtime.prompts import encode_text
+from llama_ext.runtime.text_stream import token_bytes
 from llama_ext.runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -176,8 +177,14 @@ def _documents(model: LlamaForCausalLM, texts: object) -> tuple[list[IntArray], 
         nbytes += len(text.encode("utf-8"))
         if model.tokenizer is not None and ids[0] != model.bos_token_id:
             # Nothing comes before the first token, so it is not scored: its bytes do not count either.
-            nbytes -= len(model.tokenizer.decode(ids[:1].tolist()).encode("utf-8"))
+            nbytes -= _first_bytes(model.tokenizer, int(ids[0]))
     return documents, nbytes
+
+
+def _first_bytes(tokenizer: Tokenizer, token: int) -> int:
+    """How many bytes of a text its first token stands for, which may be part of a character."""
+    text = tokenizer.decode([token])
+    return len(token_bytes(tokenizer, token) if "\ufffd" in text else text.encode("utf-8"))
 
 
 def encode_pair(

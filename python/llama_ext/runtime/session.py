@@ -38,6 +38,8 @@ class Session:
         # Those it was opened with: a model gets others when an adapter is added or merged, or when it is trained.
         self._weights = weights
         self._adapter = adapter
+        # Counts what is done to it, so that a stream knows whether it was alone.
+        self._changes = 0
 
     def __reduce__(self) -> NoReturn:
         # What pickle, copy.copy and copy.deepcopy call. A copy of the attributes would be another name of the same cache.
@@ -101,6 +103,7 @@ class Session:
             raise ContextLengthError(
                 f"the session holds {self.length} tokens and has room for {self.max_length}: {array.size} more do not fit"
             )
+        self._changes += 1
         result = self._core.append(array, logits)
         return result.reshape(vocabulary) if logits == "last" else result.reshape(-1, vocabulary)
 
@@ -116,6 +119,7 @@ class Session:
         position = as_whole(length)
         if position is None or not 0 <= position <= self.length:
             raise OptionError(f"rewind: length must be in [0, {self.length}], got {length!r}")
+        self._changes += 1
         self._core.rewind(position)
 
     def fork(self, max_length: int | None = None) -> Session:
@@ -177,16 +181,17 @@ class Session:
 
     def _keeping_the_last(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
         last = None
-        length = self.length
+        length = changes = -1
         try:
             for piece in pieces:
                 last = piece.token_id
-                length = self.length
+                self._changes += 1
+                length, changes = self.length, self._changes
                 yield piece
         finally:
             # The core has drawn the last token but not run it, as nothing was to follow; unless Ctrl-C came after the
-            # step that did and before its piece.
-            if last is not None and self.length == length < self.max_length:
+            # step that did and before its piece, or others have changed the session since.
+            if last is not None and self._changes == changes and self.length == length < self.max_length:
                 self._core.append(np.array([last], dtype=np.int32), "none")
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -298,13 +298,22 @@ class Tokenizer:
             text = "".join([*map(stream.push, indices), stream.flush()])
         return text
 
+    def has_id(self, token_id: int) -> bool:
+        """Whether `decode` takes an id: up to the number of tokens all, and behind a gap in the vocabulary those of a token.
+
+        Args:
+            token_id: Any whole number.
+        """
+        return 0 <= token_id < self._size or (
+            self._size <= token_id < 2**32 and self.backend.id_to_token(token_id) is not None
+        )
+
     def _index(self, token: Any) -> int:
         try:
             index = operator.index(token)
         except TypeError:
             raise OptionError(f"token ids must be integers, got {token!r} ({type(token).__name__})") from None
-        # An id behind a gap in the vocabulary is above the number of tokens.
-        if index < 0 or (index >= self._size and (index >= 2**32 or self.backend.id_to_token(index) is None)):
+        if not self.has_id(index):
             raise TokenIdError(
                 f"token id {shown(index)} is outside the tokenizer's vocabulary: expected 0 <= id < {self._size}"
             )
