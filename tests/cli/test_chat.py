@@ -210,6 +210,7 @@ def test_a_conversation_survives_a_file(talker: Model, tmp_path: Path) -> None:
         '{"format": "llama_ext conversation 1", "messages": [{"role": "king", "content": "x"}]}',
         '{"format": "llama_ext conversation 1", "messages": [{"role": "user", "content": 5}]}',
         '{"format": "llama_ext conversation 1", "messages": [{"role": "user", "content": ""}, {"role": "system"}]}',
+        '{"format": "llama_ext conversation 1", "messages": [{"role": "user", "content": "a\\ud800"}]}',
     ],
 )
 def test_another_file_is_refused_and_changes_nothing(text: str, talker: Model, tmp_path: Path) -> None:
@@ -316,6 +317,9 @@ def test_commands_work_from_a_pipe(run: Run, chat_model: Path, tmp_path: Path) -
             1,
             "/no/such/folder/file: the directory /no/such/folder does not exist: create it first",
         ),
+        ("/save a\0b", 2, "a NUL character"),
+        ("/save ~a\0b", 2, "a NUL character"),
+        ("/load ~a\0b", 3, "null byte"),
         ("/regen", 2, "nothing to answer"),
         ("x" * 2000, 4, "/reset"),
     ],
@@ -339,6 +343,17 @@ def test_what_is_piped_in_must_be_text(handler: str) -> None:
     )
     assert (done.returncode, done.stdout) == (3, b"")
     assert b"llama-ext: standard input: this is not UTF-8 text: invalid start byte\n" in done.stderr
+
+
+def test_a_system_message_must_be_text(run: Run, talker: Model) -> None:
+    # What Python makes of an argument that is not UTF-8: it could be neither read by the model nor saved.
+    result = run("chat", "--system", "\udcff", stdin="Who?\n")
+    assert (result.code, result.out) == (2, "")
+    assert "the system message has bytes that are not UTF-8: '\\udcff'" in result.err
+    conversation = Conversation(talker, {}, system="A street.")
+    with pytest.raises(llama_ext.OptionError, match="not UTF-8"):
+        conversation.set_system("\ud800")
+    assert conversation.system == "A street."
 
 
 def test_a_byte_order_mark_before_the_first_line_is_no_part_of_it(run: Run) -> None:

@@ -116,7 +116,14 @@ def test_help_takes_less_than_a_fifth_of_a_second_of_processor_time() -> None:
         (["generate", ""], 2, "BOS"),
         (["generate", "x", "--model", "no/such/model"], 3, "no/such/model: there is no such directory"),
         (["generate", "x", "--max-new-tokens", "9999"], 4, "--max-new-tokens=9999"),
-        (["generate", "x", "--device", "abacus"], 1, "abacus"),
+        (
+            ["generate", "x", "--device", "abacus"],
+            2,
+            "--device: expected cpu, cuda, cuda:1 and so on, or reference, got 'abacus'",
+        ),
+        (["generate", "x", "--device", "cuda:x"], 2, "'cuda:x'"),
+        (["bench", "--device", ""], 2, "--device"),
+        (["generate", "x", "--device", "cuda:999"], 1, ""),  # a name, of a device that is not there
         (["chat", "--context", "9999"], 4, "--context=9999"),
         (["chat", "--context", "0"], 2, "--context must be"),
         (["bench", "--repeat", "0"], 2, "--repeat must be at least 1"),
@@ -213,6 +220,8 @@ def test_an_interrupt_that_comes_out_as_another_error_is_an_interrupt(
         ("max_new_tokens=5 contradicts max_length=6", "--max-new-tokens=5 contradicts --max-length=6"),
         ("temperature must be at least 0", "--temperature must be at least 0"),
         ("the temperature of the sea", "the temperature of the sea"),
+        ("hidden_size is 200000, the limit is 131072", "--width is 200000, the limit is 131072"),
+        ("config.json: hidden_size is 200000", "config.json: hidden_size is 200000"),
         ("--context=9 is beyond", "--context=9 is beyond"),
         (
             "x exists: name another directory, or say overwrite=True",
@@ -323,10 +332,13 @@ def test_a_reader_that_has_had_enough_is_no_error_to_speak_of(slow_model: Path) 
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk_is_an_error() -> None:
+@pytest.mark.parametrize(
+    "arguments", [["generate", "x"], ["--help"], ["--version"], ["generate", "--help"], ["classify", "train", "--help"]]
+)
+def test_a_full_disk_is_an_error(arguments: list[str]) -> None:
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
-            command("generate", "x"),
+            command(*arguments),
             stdin=subprocess.DEVNULL,
             stdout=full,
             stderr=subprocess.PIPE,
@@ -337,9 +349,11 @@ def test_a_full_disk_is_an_error() -> None:
     assert done.stderr == b"llama-ext: No space left on device\n"
 
 
-def test_it_works_with_nothing_open() -> None:
+@pytest.mark.parametrize(("arguments", "code"), [(["generate", "x"], 0), (["--help"], 0), (["sing"], 2)])
+def test_it_works_with_nothing_open(arguments: list[str], code: int) -> None:
     script = 'exec "$@" 0<&- 1>&- 2>&-'
-    assert subprocess.run(["sh", "-c", script, "-", *command("generate", "x")], timeout=60, check=False).returncode == 0
+    done = subprocess.run(["sh", "-c", script, "-", *command(*arguments)], timeout=60, check=False)
+    assert done.returncode == code
 
 
 def test_a_terminal_without_the_characters_gets_others() -> None:

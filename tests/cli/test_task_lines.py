@@ -94,6 +94,16 @@ def test_a_translation_of_several_lines_is_one_line_and_exact_as_json(
     assert json.loads(found.out)["translation"] == said
 
 
+def test_a_label_is_one_column_whatever_is_in_it(run: Run, tmp_path: Path) -> None:
+    model = SMALL.small_model(["the film"], width=16)
+    llama_ext.TextClassifier(model, labels=["a\tb\nc", "d\te"], seed=3).save(tmp_path)
+    found = run("classify", "predict", tmp_path, "the\tfilm")
+    label, text = found.out.removesuffix("\n").split("\t", 1)
+    assert label in ("a b c", "d e")
+    assert text == "the\tfilm"
+    assert json.loads(run("classify", "predict", tmp_path, "film", "--json").out)["label"] in ("a\tb\nc", "d\te")
+
+
 def test_a_text_of_several_lines_is_echoed_in_one(run: Run, classifier: Path) -> None:
     found = run("classify", "predict", classifier, "the\nfilm")
     assert found.out.removesuffix("\n").split("\t")[1] == "the film"
@@ -273,9 +283,9 @@ def test_the_device_and_the_threads_arrive(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pairs.csv").write_text("ten,bad\nfive,good\nnine,bad\n")
     arguments = [{"CLASSIFIER": classifier, "TRANSLATOR": translator}.get(word, word) for word in line]
-    found = run(*arguments, "--device", "abacus")
+    found = run(*arguments, "--device", "cuda:99999999999")
     assert (found.code, found.out) == (1, "")
-    assert "unknown device 'abacus'; known: cpu, cuda" in found.err
+    assert "device 'cuda:99999999999': a GPU is named cuda:0" in found.err
     found = run(*arguments, "--threads", 0)
     assert (found.code, found.out) == (2, "")
     assert "--threads must be a whole number in [1, 256], got 0" in found.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import os
 import shutil
 import sys
@@ -55,6 +56,39 @@ def test_saving_a_model_over_a_folder_of_links_leaves_the_files_they_name(tmp_pa
     assert {path.name: path.read_bytes() for path in blobs.iterdir()} == before
     assert not any(path.is_symlink() for path in snapshot.iterdir())
     assert (snapshot / "model.safetensors").read_bytes() != before["model.safetensors"]
+
+
+def test_a_save_that_is_refused_leaves_a_model_that_loads(tmp_path: Path) -> None:
+    _model(seed=1, letters="abc").save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": "a\ud800"}))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model = llama_ext.LlamaForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(llama_ext.OptionError, match="the chat template 'default' has half of a surrogate pair"):
+        model.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert model.tokenizer is not None
+    model.tokenizer.chat_template = None
+    model.save_pretrained(tmp_path)
+    assert llama_ext.LlamaForCausalLM.from_pretrained(tmp_path).generate("a", max_new_tokens=2)
+
+
+@pytest.mark.parametrize("path", [None, 3, b"model", "a\0b", "a\ud800"])
+def test_what_no_file_can_be_called_is_not_saved_into(
+    path: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = _model(letters="abc")
+    assert model.tokenizer is not None
+    for save in (
+        model.save_pretrained,
+        model.tokenizer.save_pretrained,
+        model.config.save_pretrained,
+        model.session().save,
+    ):
+        with pytest.raises(llama_ext.OptionError, match="the path to save into"):
+            save(path)
+    assert os.listdir() == []
 
 
 def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -260,6 +261,42 @@ def test_an_empty_text_is_refused_before_anything_is_compared(tmp_path: Path, te
     # The demo's tokenizer would make a BOS token of it.
     with pytest.raises(llama_ext.OptionError, match=r"texts\[[01]\] is empty"):
         verify("demo", tmp_path, texts=texts)
+
+
+@pytest.mark.parametrize("unknown", ["raise", "replace"])
+def test_a_tokenizer_without_the_letters_of_our_texts_is_verified_on_random_ids(unknown: str, tmp_path: Path) -> None:
+    tokenizer = llama_ext.Tokenizer.train("to be or not to be\n", kind="char", unknown=unknown)
+    config = llama_ext.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=24,
+        eos_token_id=None,
+    )
+    model = llama_ext.LlamaForCausalLM(config, tokenizer, seed=1)
+    report = export(model, tmp_path, profile="portable").report
+    assert report is not None
+    assert report.passed
+    assert report.texts["count"] == 3
+
+
+def test_the_party_that_did_not_pass_is_named(
+    tmp_path: Path, tiny: llama_ext.LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare = verify
+    monkeypatch.setattr(
+        "llama_ext.onnx.verification.verify",
+        lambda *args, **options: with_failed(compare(*args, **options), "native"),
+    )
+    with pytest.raises(llama_ext.NumericError, match=r"model\.onnx: native did not pass: its arithmetic"):
+        export(tiny, tmp_path, profile="portable")
+
+
+def with_failed(report: ParityReport, runtime: str) -> ParityReport:
+    first = next(check for check in report.checks if check.runtime == runtime)
+    return dataclasses.replace(report, checks=(dataclasses.replace(first, passed=False), *report.checks))
 
 
 def test_a_single_token_leaves_out_what_needs_more(exported: Path, tiny: llama_ext.LlamaForCausalLM) -> None:

@@ -393,6 +393,12 @@ def test_a_session_in_a_missing_directory_names_both(
     assert caught.value.filename == "nodir/x.session"
 
 
+@pytest.mark.parametrize("path", [None, 3, b"a"])
+def test_what_is_no_path_holds_no_session(path: Any, tiny: Model) -> None:
+    with pytest.raises(llama_ext.OptionError, match=r"the path of a session must be a str or an os\.PathLike, got"):
+        tiny.load_session(path)
+
+
 def test_a_failed_save_leaves_the_old_file(tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session = tiny.session()
     session.append([1, 2])

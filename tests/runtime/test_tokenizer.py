@@ -242,6 +242,27 @@ def test_saving_replaces_the_templates_of_an_earlier_save(tmp_path: Path) -> Non
     assert Tokenizer.from_pretrained(tmp_path / "model").chat_template is None
 
 
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("a\ud800", r"the chat template 'default' has half of a surrogate pair .* at index 1"),
+        ({"default": "a", "b\ud800": "c"}, "surrogate"),
+        (3, "must be a text, a dictionary of named ones or None, got 3"),
+        ({"default": 3}, "must be a text"),
+        ("x" * (2**20 + 1), "has 1048577 bytes"),
+    ],
+    ids=["half", "half of a name", "number", "named number", "long"],
+)
+def test_a_chat_template_that_no_file_can_hold_is_refused_before_anything_is_written(
+    template: Any, words: str, tmp_path: Path
+) -> None:
+    tokenizer = templated()
+    tokenizer.chat_template = template
+    with pytest.raises(LlamaExtError, match=words):
+        tokenizer.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 # -- characters -----------------------------------------------------------------------------------------------------
 
 
@@ -288,7 +309,19 @@ def test_an_unknown_character_can_be_replaced(tmp_path: Path) -> None:
         assert each.decode(each.encode("axxb")) == "a\ufffd\ufffdb"
 
 
-@pytest.mark.parametrize(("text", "unknown"), [("", "raise"), (["ab"], "raise"), ("\ud800", "raise"), ("a", "skip")])
+@pytest.mark.parametrize(
+    ("text", "unknown"),
+    [
+        ("", "raise"),
+        (["ab"], "raise"),
+        ("\ud800", "raise"),
+        ("a", "skip"),
+        (3, "raise"),
+        (None, "raise"),
+        ([["a"]], "raise"),
+        (b"a", "raise"),
+    ],
+)
 def test_characters_that_are_none_are_refused(text: Any, unknown: Any) -> None:
     with pytest.raises(OptionError):
         Tokenizer.characters(text, unknown=unknown)
@@ -325,6 +358,76 @@ def test_ids_may_be_numpy_integers() -> None:
 def test_what_is_not_text_is_refused(text: Any, expected: str) -> None:
     with pytest.raises(OptionError, match=expected):
         Tokenizer.from_tokenizers(small_backend()).encode(text)
+
+
+@pytest.mark.parametrize("texts", ["a", None, 3, [None], ["a\ud800"]])
+def test_what_is_no_list_of_texts_is_refused(texts: Any) -> None:
+    with pytest.raises(OptionError, match=r"^encode"):
+        Tokenizer.from_tokenizers(small_backend()).encode_batch(texts)
+
+
+@pytest.mark.parametrize(("token", "words"), [(3, "a str, got int"), (None, "a str"), ("\ud800", "surrogate")])
+def test_a_token_to_look_up_is_a_text(token: Any, words: str) -> None:
+    with pytest.raises(OptionError, match=f"token_to_id: .*{words}"):
+        Tokenizer.from_tokenizers(small_backend()).token_to_id(token)
+
+
+@pytest.mark.parametrize("path", [None, 3, b"demo"])
+def test_what_is_no_path_holds_no_tokenizer(path: Any) -> None:
+    with pytest.raises(OptionError, match=r"the path of a tokenizer must be a str or an os\.PathLike, got"):
+        Tokenizer.from_pretrained(path)
+
+
+def test_what_is_no_tokenizer_is_not_wrapped() -> None:
+    for wrong in ("x", None, Tokenizer.from_tokenizers(small_backend())):
+        with pytest.raises(OptionError, match=r"expected a tokenizers\.Tokenizer, got"):
+            Tokenizer.from_tokenizers(wrong)  # type: ignore[arg-type]
+    shell = tokenizers.CharBPETokenizer({"a": 0}, [])
+    assert type(Tokenizer.from_tokenizers(shell).backend) is tokenizers.Tokenizer  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["bos_token", "eos_token", "pad_token", "unk_token"])
+@pytest.mark.parametrize("token", [3, "", "\ud800", ["<s>"]])
+def test_a_special_token_is_a_text(name: str, token: Any) -> None:
+    options: dict[str, Any] = {name: token, "add_bos_token": True, "add_eos_token": True}
+    with pytest.raises(OptionError, match="special token"):
+        Tokenizer.from_tokenizers(small_backend(), **options)
+
+
+class _Letters:
+    def pre_tokenize(self, text: Any) -> None:
+        text.split(lambda _, part: [part])
+
+
+def test_a_part_written_in_python_can_be_neither_copied_nor_saved(tmp_path: Path) -> None:
+    backend: Any = small_backend()
+    tokenizer = Tokenizer.from_tokenizers(backend)
+    backend.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(_Letters())
+    with pytest.raises(OptionError, match=r"cannot be copied: .*Custom PreTokenizer"):
+        Tokenizer.from_tokenizers(backend)
+    tokenizer.backend = backend
+    with pytest.raises(OptionError, match=r"cannot be written: .*Custom PreTokenizer"):
+        tokenizer.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("token", ["$A", "$B", "$0", "$", "a:1", ":", "<s:0>"])
+def test_a_special_token_may_look_like_a_part_of_a_template(token: str, tmp_path: Path) -> None:
+    for other in ("</s>", token):
+        tokenizer = Tokenizer.from_tokenizers(
+            small_backend(), bos_token=token, eos_token=other, add_bos_token=True, add_eos_token=True
+        )
+        tokenizer.save_pretrained(tmp_path)
+        for each in (tokenizer, Tokenizer.from_pretrained(tmp_path)):
+            assert each.encode("ab") == [12, 3, 4, 2 if other == "</s>" else 12]
+            assert each.encode("") == [12, 2 if other == "</s>" else 12]
+
+
+def test_a_template_names_its_tokens_by_themselves() -> None:
+    # Where llama.cpp's converter looks for them.
+    tokenizer = Tokenizer.from_tokenizers(small_backend(), bos_token="<s>", add_bos_token=True)
+    first = json.loads(tokenizer.backend.to_str())["post_processor"]["single"][0]
+    assert first == {"SpecialToken": {"id": "<s>", "type_id": 0}}
 
 
 def test_a_batch_gives_what_each_text_gives() -> None:

@@ -21,7 +21,7 @@ from llama_ext.cli.task_commands import (
     save_and_tell,
     write_report,
 )
-from llama_ext.cli.text_answers import answer_texts, in_one_line
+from llama_ext.cli.text_answers import answer_texts, in_one_field, in_one_line
 from llama_ext.errors import OptionError
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def _predict(args: argparse.Namespace) -> int:
         if args.json:
             found = None if row is None else {name: float(value) for name, value in zip(names, row, strict=True)}
             return json.dumps({"text": text, "label": label, "probabilities": found}, ensure_ascii=False)
-        return f"{in_one_line(label or '')}\t{in_one_line(text)}"
+        return f"{in_one_field(label or '')}\t{in_one_line(text)}"
 
     answer_texts(args, "Classifying", lambda texts: classifier.predict_proba(texts, verbose=0), line, _AT_ONCE)
     return 0

@@ -44,6 +44,8 @@ __all__ = [
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "int4")
 MODEL_HELP = 'a directory, a .gguf file, a Hub id like "organisation/name", or "demo"'
 
+_DEVICE = re.compile(r"cpu|cuda(:[0-9]+)?|reference")
+
 # Options of `generate` in the library's words; on the command line they have dashes.
 _OPTIONS = (
     "max_new_tokens",
@@ -74,11 +76,22 @@ _OPTION_IN_TEXT = re.compile(
     + r")\b(?!=\S+ of the checkpoint)"
 )
 
-# What `fit` and `compile` say of their arguments, where the command has other words than dashes for underscores.
-_TRAINING_WORDS = {"max_steps": "steps", "validate_every": "eval-every", "peak_flops": "peak-gflops"}
+# What `fit`, `compile` and the config of a new model say of their arguments, where the command has other words than dashes for underscores.
+_TRAINING_WORDS = {
+    "max_steps": "steps",
+    "validate_every": "eval-every",
+    "peak_flops": "peak-gflops",
+    "hidden_size": "width",
+    "intermediate_size": "ffn-width",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv-heads",
+    "max_position_embeddings": "context",
+}
 _TRAINING_OPTION = re.compile(
     r"^(batch_size|epochs|max_steps|grad_accum|lr|warmup|weight_decay|dropout|skip_outliers|seed|validate_every|save_every"
-    r"|keep_last|patience|peak_flops|vocab_size)(?= must)"
+    r"|keep_last|patience|peak_flops|vocab_size|hidden_size|intermediate_size|num_hidden_layers|num_attention_heads"
+    r"|num_key_value_heads|max_position_embeddings)(?= must| is \d)"
 )
 
 # What is said with a value there, and by its name alone here.
@@ -119,6 +132,13 @@ class Parser(argparse.ArgumentParser):
         # The heading of the list of commands is made for the list.
         message = message.replace("COMMAND [OPTIONS]", "COMMAND")
         self.exit(2, f"llama-ext: {message}. See `{self.prog} --help`.\n")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # argparse's own passes over a full disk, and flushes nothing.
+        if file is sys.stdout:
+            write(message)
+        else:
+            super()._print_message(message, file)
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, several_dtypes: bool = False, required: bool = True) -> None:
@@ -172,6 +192,7 @@ def add_device_options(group: argparse._ActionsContainer) -> None:
     """Adds --device and --threads."""
     group.add_argument(
         "--device",
+        type=_device,
         default="cpu",
         metavar="DEVICE",
         help="where to compute: cpu; cuda or cuda:1 and so on, an NVIDIA GPU; reference, slowly in float64 (default: cpu)",
@@ -182,6 +203,13 @@ def add_device_options(group: argparse._ActionsContainer) -> None:
         metavar="N",
         help="default: LLAMA_EXT_NUM_THREADS, or the physical cores this process may use",
     )
+
+
+def _device(text: str) -> str:
+    # Whether there is such a device is for the core to say: a name that is none is a mistake in the command.
+    if not _DEVICE.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda, cuda:1 and so on, or reference, got {text!r}")
+    return text
 
 
 def add_length_options(parser: argparse.ArgumentParser, *, default: str) -> None:

@@ -107,8 +107,10 @@ class Conversation:
         """Sets the system message, and keeps what was said.
 
         Raises:
-            OptionError: The chat template takes none.
+            OptionError: The chat template takes none, or it is not text.
         """
+        if not _is_text(text):
+            raise OptionError(f"the system message has bytes that are not UTF-8: {text!a:.200}")
         message = {"role": "system", "content": text}
         if self.is_templated:
             self._tokenizer.apply_chat_template([message, {"role": "user", "content": "."}], tokenize=False)
@@ -150,13 +152,14 @@ class Conversation:
         """Writes the messages as JSON, whole or not at all.
 
         Raises:
+            OptionError: No file can have this name.
             OSError: The file cannot be written.
         """
         from llama_ext.io.atomic import atomic_write
 
         record = {"format": _FORMAT, "messages": self.messages}
         text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
-        with atomic_write(os.path.expanduser(path), follow_links=True) as file:
+        with atomic_write(_at_home(path), follow_links=True) as file:
             file.write(text.encode("utf-8"))
 
     def load(self, path: str) -> None:
@@ -168,7 +171,7 @@ class Conversation:
         """
         from llama_ext.io.json_file import read_json_object
 
-        path = os.path.expanduser(path)
+        path = _at_home(path)
         values = read_json_object(path, what="a saved conversation")
         if values.get("format") != _FORMAT:
             raise FormatError(
@@ -282,4 +285,22 @@ def _message(value: object, index: int, path: str) -> dict[str, str]:
         raise FormatError(f"{field}: role {role!r} is not expected here", path=path, field=field)
     if not isinstance(content, str):
         raise FormatError(f"{field}: content must be a text", path=path, field=field)
+    if not _is_text(content):
+        raise FormatError(
+            f"{field}: content has half of a surrogate pair, which is no character", path=path, field=field
+        )
     return {"role": str(role), "content": content}
+
+
+def _is_text(text: str) -> bool:
+    """Whether a model can read it and a file hold it: what JSON escapes, or an argument that is not UTF-8, may be something else."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _at_home(path: str) -> str:
+    """A path with a home directory for its ~; where it has a NUL character, whoever opens it says what is wrong."""
+    return path if "\0" in path else os.path.expanduser(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llama_ext.cli.common import add_compute_option, add_device_options, report, write
@@ -111,17 +110,11 @@ def save_and_tell(task: _Task, history: History, args: argparse.Namespace) -> in
     Returns:
         What the process exits with.
     """
-    from llama_ext.io.atomic import remove
-    from llama_ext.io.peft import CONFIG_FILE
-
     if history.stopped == "interrupted":
         # There is nothing here that could be gone on from, and half of it must not take the place of a whole one.
         report(f"interrupted after {len(history.steps)} steps: nothing was written")
         return EXIT_INTERRUPTED
     task.save(args.out, merge=args.merge)
-    if args.overwrite and (args.lora is None or args.merge):
-        # An adapter that was there would be read instead of the model.
-        remove(Path(args.out) / CONFIG_FILE)
     report(f"{told(history)}; saved in {args.out}")
     return EXIT_OK
 

@@ -17,7 +17,7 @@ from llama_ext.errors import ContextLengthError, OptionError, TokenIdError
 if TYPE_CHECKING:
     from llama_ext.runtime.progress import ProgressBar
 
-__all__ = ["answer_texts", "in_one_line"]
+__all__ = ["answer_texts", "in_one_field", "in_one_line"]
 
 Answer = TypeVar("Answer")
 
@@ -29,6 +29,11 @@ _LINE_BREAKS = re.compile(r"\s*\n\s*")
 def in_one_line(text: str) -> str:
     """A text with spaces in place of its line breaks."""
     return _LINE_BREAKS.sub(" ", text)
+
+
+def in_one_field(text: str) -> str:
+    """The same with spaces in place of tabs as well: what stands before a tab."""
+    return in_one_line(text).replace("\t", " ")
 
 
 def answer_texts(

@@ -260,13 +260,32 @@ def _given(args: argparse.Namespace, preset: dict[str, Any], name: str, default:
     return preset.get(name, default) if value is None else value
 
 
-def _new_model(args: argparse.Namespace, tokenizer: Tokenizer) -> LlamaForCausalLM:
+def _shape(args: argparse.Namespace, preset: dict[str, Any]) -> dict[str, Any]:
+    """The shape of a new model, checked before a tokenizer is learned and in words of the command: the config knows others.
+
+    Raises:
+        OptionError: Heads do not share the width, or the key/value heads, evenly.
+    """
+    shape = {name: _given(args, preset, name, default) for name, default in _SHAPE.items()}
+    width, heads = shape["width"], shape["heads"]
+    if width % (2 * heads):
+        raise OptionError(
+            f"--width must be a multiple of twice --heads, {2 * heads}, as a head has an even share of it (RoPE rotates pairs); "
+            f"got {width}"
+        )
+    if args.kv_heads is not None and heads % args.kv_heads:
+        raise OptionError(f"--kv-heads must be a divisor of --heads, {heads}, got {args.kv_heads}")
+    return shape
+
+
+def _new_model(args: argparse.Namespace, text: str | None) -> LlamaForCausalLM:
     from llama_ext.models.config import LlamaConfig
     from llama_ext.runtime.model import LlamaForCausalLM
     from llama_ext.training.presets import PRESETS
 
     preset = vars(PRESETS[args.preset]) if args.preset else {}
-    shape = {name: _given(args, preset, name, default) for name, default in _SHAPE.items()}
+    shape = _shape(args, preset)
+    tokenizer = _tokenizer(args, text)
     ffn = args.ffn_width
     if ffn is None and args.width is None:
         # A preset's feed-forward belongs to its width.
@@ -292,7 +311,7 @@ def _model(args: argparse.Namespace, text: str | None) -> LlamaForCausalLM:
     from llama_ext.runtime.model import LlamaForCausalLM
 
     if args.model is None:
-        return _new_model(args, _tokenizer(args, text))
+        return _new_model(args, text)
     check_new_model_options(args)
     return LlamaForCausalLM.from_pretrained(
         resolve(args.model), dtype="float32", device=args.device, threads=args.threads

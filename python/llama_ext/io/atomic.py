@@ -23,6 +23,7 @@ __all__ = [
     "folder_for",
     "made_folder",
     "named",
+    "path_text",
     "remove",
     "sync_folder",
 ]
@@ -56,15 +57,52 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
+def path_text(path: object, what: str) -> str:
+    """A path as text.
+
+    Args:
+        path: What a caller gives for one.
+        what: What it is, in the user's words, for the message.
+
+    Returns:
+        Its text.
+
+    Raises:
+        OptionError: It is no path; bytes are none either.
+    """
+    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else path
+    if not isinstance(text, str):
+        raise OptionError(f"{what} must be a str or an os.PathLike, got {type(text).__name__}")
+    return text
+
+
+def _to_save_into(path: object) -> str:
+    """A path that a system may have, as text: what else is passed to it comes back as a TypeError or ValueError.
+
+    Raises:
+        OptionError: It is no path, or has a character that no name of a file may have.
+    """
+    text = path_text(path, "the path to save into")
+    try:
+        wrong = "a NUL character" if "\0" in text else ""
+        os.fsencode(text)
+    except UnicodeEncodeError as error:
+        wrong = f"{text[error.start]!a}, which this system cannot write in a name"
+    if wrong:
+        raise OptionError(f"the path to save into has {wrong}: {ascii(text)[:200]}. Name another one")
+    return text
+
+
 def named(path: str | os.PathLike[str]) -> Path:
     """The path that a caller names to save into; an empty one, such as that of an unset variable, would be the current directory.
 
     Raises:
-        OptionError: It is empty.
+        OptionError: It is empty, is no path, or has a character that no name of a file may have.
     """
-    if not os.fspath(path):
+    text = _to_save_into(path)
+    if not text:
         raise OptionError("the path to save into is empty: name one, or '.' for this directory")
-    return Path(path)
+    return Path(text)
 
 
 def made_folder(path: str | os.PathLike[str]) -> Path:
@@ -260,8 +298,10 @@ def atomic_write(
         A binary file open for writing and seeking.
 
     Raises:
+        OptionError: `path` is no path, or has a character that no name of a file may have.
         OSError: When the folder does not exist or cannot be written, or the disk is full; `filename` is `path`.
     """
+    _to_save_into(path)
     target = Path(os.path.realpath(path) if follow_links else path)
     if _is_special(target):
         try:

@@ -264,8 +264,10 @@ def _verified(source: Any, result: ExportResult, limits: Limits) -> ExportResult
 
     report = verify(source, result.directory, variant=result.graph.stem, limits=limits)
     if not report.passed:
+        failed = [runtime for runtime, verdict in report.verdicts.items() if verdict == "failed"]
         raise NumericError(
-            f"{result.graph}: what onnxruntime computes differs from the model by more than rounding explains. The files are left "
-            f"for a look at them; do not use them.\n{report}"
+            f"{result.graph}: {' and '.join(failed) or 'a runtime that has to run'} did not pass: its arithmetic differs from float64's on the "
+            "stored weights by more than rounding explains, or it did not run. The files are left for a look at them; do not use "
+            f"them.\n{report}"
         )
     return dataclasses.replace(result, report=report, not_verified=None)

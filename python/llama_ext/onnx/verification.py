@@ -50,7 +50,7 @@ _TEXTS = (
 )
 # Tokens of each of them, at most.
 _TEXT_TOKENS = 48
-# Lengths of the pseudo-random texts of a model that has no tokenizer.
+# Lengths of the pseudo-random texts of a model that has no tokenizer, or one without some character of these.
 _RANDOM_LENGTHS = (48, 33, 17)
 
 
@@ -185,15 +185,7 @@ def _sequences(texts: object, source: Source) -> list[np.ndarray[Any, np.dtype[n
     config, tokenizer = source.config, source.tokenizer
     context = config.max_position_embeddings
     if texts is None:
-        if tokenizer is None:
-            rng = np.random.default_rng(20)
-            lengths = [min(length, context) for length in _RANDOM_LENGTHS]
-            found = [rng.integers(0, config.vocab_size, length).astype(np.int32) for length in lengths]
-            # A classifier takes a padding token for padding wherever it is.
-            pad = config.pad_token_id
-            return found if pad is None else [np.where(ids == pad, (pad + 1) % config.vocab_size, ids) for ids in found]
-        most = min(_TEXT_TOKENS, context)
-        return [_encoded(tokenizer, text, config.vocab_size)[:most] for text in _TEXTS]
+        return _built_in(source)
     if isinstance(texts, str):
         texts = [texts]
     if not isinstance(texts, (list, tuple)) or not texts:
@@ -214,6 +206,26 @@ def _sequences(texts: object, source: Source) -> list[np.ndarray[Any, np.dtype[n
             )
         sequences.append(ids)
     return sequences
+
+
+def _built_in(source: Source) -> list[np.ndarray[Any, np.dtype[np.int32]]]:
+    """Three short texts; pseudo-random ids where there is no tokenizer, or one that lacks a character of them."""
+    config, tokenizer = source.config, source.tokenizer
+    context = config.max_position_embeddings
+    if tokenizer is not None:
+        most = min(_TEXT_TOKENS, context)
+        try:
+            found = [_encoded(tokenizer, text, config.vocab_size)[:most] for text in _TEXTS]
+        except OptionError:  # characters that it does not know
+            found = []
+        if found and all(ids.size for ids in found):
+            return found
+    rng = np.random.default_rng(20)
+    lengths = [min(length, context) for length in _RANDOM_LENGTHS]
+    found = [rng.integers(0, config.vocab_size, length).astype(np.int32) for length in lengths]
+    # A classifier takes a padding token for padding wherever it is.
+    pad = config.pad_token_id
+    return found if pad is None else [np.where(ids == pad, (pad + 1) % config.vocab_size, ids) for ids in found]
 
 
 def _encoded(tokenizer: Tokenizer, text: str, vocabulary: int) -> np.ndarray[Any, np.dtype[np.int32]]:

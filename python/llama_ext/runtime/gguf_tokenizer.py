@@ -20,7 +20,7 @@ from llama_ext.limits import DEFAULT_LIMITS, Limits
 from llama_ext.models.fields import FieldReader
 from llama_ext.runtime import sentencepiece_model as spm
 from llama_ext.runtime.gguf_pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
-from llama_ext.runtime.tokenizer_files import add_special_tokens, set_post_processor, typed_errors
+from llama_ext.runtime.tokenizer_backend import add_special_tokens, set_post_processor, typed_errors
 
 if TYPE_CHECKING:
     import tokenizers

@@ -24,6 +24,7 @@ from llama_ext.models.quantization_config import KEY, QuantizationConfig
 from llama_ext.runtime.model_files import GENERATION_FILE
 from llama_ext.runtime.packed_files import PREFIX
 from llama_ext.runtime.tokenizer import Tokenizer
+from llama_ext.runtime.tokenizer_files import write_tokenizer_files
 from llama_ext.runtime.weight_types import is_quantized
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def save_core(
 
     Raises:
         OSError: It cannot be written.
-        OptionError: The config's `extra` holds something that JSON cannot.
+        OptionError, LimitError, FormatError: As `save_files`.
         UnsupportedError: Quantised weights of a device that does not pack them.
     """
     types = core.types()
@@ -77,6 +78,12 @@ def save_files(
 
     Nothing loads without config.json: it goes before the first file of an older model is replaced, and comes last. So a
     save that is cut short leaves the older model, the new one or none, but never some files of each.
+
+    Raises:
+        OSError: It cannot be written.
+        OptionError: The config's `extra`, the tokenizer or its chat template holds something that files cannot.
+        LimitError: A chat template is larger than what is read again.
+        FormatError: The generation defaults hold something that JSON cannot.
     """
     # A copy that is not checked again: it may have been read with larger limits than the default ones.
     config = copy.copy(config)
@@ -87,6 +94,7 @@ def save_files(
     # What may be refused is so before anything is written.
     config.to_json()
     said = _generation_json(defaults, folder / GENERATION_FILE)
+    tokenizer_files = None if tokenizer is None else tokenizer._files()
     if advance is not None:
         tensors = [(name, kind, shape, _counted(source, advance)) for name, kind, shape, source in tensors]
     write_sharded(folder, tensors, replacing=lambda: remove(folder / _CONFIG_FILE))
@@ -95,8 +103,8 @@ def save_files(
     if said is not None:
         with atomic_write(folder / GENERATION_FILE) as file:
             file.write(said.encode("utf-8"))
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    if tokenizer_files is not None:
+        write_tokenizer_files(tokenizer_files, folder)
     config.save_pretrained(folder)
 
 

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from llama_ext import _core
 from llama_ext._arrays import Array, FloatArray, IntArray, widen_bfloat16
 from llama_ext.errors import FormatError
+from llama_ext.io.atomic import path_text
 from llama_ext.io.checkpoint import TensorSource, write_safetensors
 from llama_ext.io.safetensors_file import SafetensorsFile
 from llama_ext.runtime.loading import core_config
@@ -100,7 +101,13 @@ def _sampled(values: Array) -> Iterator[npt.NDArray[np.uint8]]:
 def write_session(
     path: str | os.PathLike[str], model: LlamaForCausalLM, core: _core.Session, adapter: _core.Adapter | None = None
 ) -> None:
-    """Writes a session, whole or not at all."""
+    """Writes a session, whole or not at all.
+
+    Raises:
+        OptionError: `path` is no path.
+        OSError: It cannot be written.
+    """
+    path = path_text(path, "the path to save into")
     config = model.config
     tokens = core.tokens
     shape = (len(tokens), config.num_key_value_heads, config.head_dim)
@@ -246,7 +253,8 @@ def read_session(
     """Opens what `write_session` wrote.
 
     Raises:
+        OptionError: `path` is no path.
         FormatError: The file is malformed, or of another model.
         LimitError: A number in it is beyond the limits.
     """
-    return SavedSession(path, model, adapter)
+    return SavedSession(path_text(path, "the path of a session"), model, adapter)

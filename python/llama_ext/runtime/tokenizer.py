@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from llama_ext._options import shown
 from llama_ext.errors import OptionError, TokenIdError
+from llama_ext.io.atomic import path_text
 from llama_ext.io.hub import resolve_small_files
 from llama_ext.limits import DEFAULT_LIMITS, Limits
 from llama_ext.runtime.chat_template import DEFAULT_TEMPLATE_LIMITS, TemplateLimits, render_chat_template
 from llama_ext.runtime.text_stream import DecodePlan, TextStream, decode_plan
-from llama_ext.runtime.tokenizer_files import (
+from llama_ext.runtime.tokenizer_backend import (
     add_special_tokens,
+    check_utf8,
     copy_backend,
-    load_tokenizer,
-    save_tokenizer,
     set_post_processor,
+    special_token,
     typed_errors,
 )
+from llama_ext.runtime.tokenizer_files import load_tokenizer, tokenizer_files, write_tokenizer_files
 
 if TYPE_CHECKING:
     import tokenizers
@@ -104,10 +106,11 @@ class Tokenizer:
         Raises:
             FormatError: There is no tokenizer at `path`, or one of its files is malformed.
             LimitError: A file, or the vocabulary, is larger than `limits` allow.
-            OptionError: A revision of something that is not on the Hub.
+            OptionError: `path` is no path, or a revision of something that is not on the Hub.
             UnsupportedError: A tiktoken file, or a kind of SentencePiece model or of a GGUF file's tokenizer that is not
                 supported; a Hub id, and huggingface_hub is not installed.
         """
+        path_text(path, "the path of a tokenizer")
         return load_tokenizer(cls, resolve_small_files(path, revision), limits)
 
     @classmethod
@@ -140,14 +143,19 @@ class Tokenizer:
 
         Returns:
             The tokenizer. A named token that the vocabulary lacks is added behind it, as in transformers.
+
+        Raises:
+            OptionError: `backend` is no such tokenizer, or has a part written in Python; a token is not a text, or is empty.
         """
         backend = copy_backend(backend)
-        tokens = dict(zip(_NAMED, (bos_token, eos_token, pad_token, unk_token), strict=True))
-        add_special_tokens(backend, [token for token in tokens.values() if token is not None])
+        given = zip(_NAMED, (bos_token, eos_token, pad_token, unk_token), strict=True)
+        tokens = {name: None if token is None else special_token(token) for name, token in given}
         config: dict[str, Any] = {}
-        if add_bos_token is not None or add_eos_token is not None:
-            config = {"add_bos_token": bool(add_bos_token), "add_eos_token": bool(add_eos_token)}
-            set_post_processor(backend, tokens, bos=bool(add_bos_token), eos=bool(add_eos_token))
+        with typed_errors("the special tokens cannot be used", kind=OptionError):
+            add_special_tokens(backend, [token for token in tokens.values() if token is not None])
+            if add_bos_token is not None or add_eos_token is not None:
+                config = {"add_bos_token": bool(add_bos_token), "add_eos_token": bool(add_eos_token)}
+                set_post_processor(backend, tokens, bos=bool(add_bos_token), eos=bool(add_eos_token))
         return cls(backend, tokens, chat_template=chat_template, model_max_length=model_max_length, config=config)
 
     @classmethod
@@ -242,10 +250,12 @@ class Tokenizer:
             The ids of each text, the same as `encode` gives.
 
         Raises:
-            OptionError: `texts` is one str, or one of the texts fails as in `encode`.
+            OptionError: `texts` is one str or no list, or one of the texts fails as in `encode`.
         """
         if isinstance(texts, str):
             raise OptionError("encode_batch: expected a list of texts, got one str. Use encode")
+        if not isinstance(texts, Iterable):
+            raise OptionError(f"encode_batch: expected a list of texts, got {type(texts).__name__}")
         checked = [self._checked(text) for text in texts]
         with typed_errors("the tokenizer fails on these texts"):
             return [
@@ -255,13 +265,7 @@ class Tokenizer:
     def _checked(self, text: object) -> str:
         if not isinstance(text, str):
             raise OptionError(f"encode: expected a str, got {type(text).__name__}. Use encode_batch for several texts")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise OptionError(
-                f"encode: the text has half of a surrogate pair ({text[error.start]!a}) at index {error.start}."
-                " Was it decoded with errors='surrogateescape'?"
-            ) from error
+        check_utf8(text, "encode: the text", ". Was it decoded with errors='surrogateescape'?")
         if self._alphabet is not None:
             unknown = set(text) - self._alphabet
             if unknown:
@@ -320,7 +324,14 @@ class Tokenizer:
         return index
 
     def token_to_id(self, token: str) -> int | None:
-        """The id of a token, or None when the vocabulary has no such token."""
+        """The id of a token, or None when the vocabulary has no such token.
+
+        Raises:
+            OptionError: The token is not a str, or has half of a surrogate pair.
+        """
+        if not isinstance(token, str):
+            raise OptionError(f"token_to_id: expected a str, got {type(token).__name__}")
+        check_utf8(token, "token_to_id: the token")
         return self.backend.token_to_id(token)
 
     def id_to_token(self, token_id: int) -> str | None:
@@ -507,6 +518,13 @@ class Tokenizer:
             directory: Created when it does not exist.
 
         Raises:
+            OptionError: `directory` is no path, or something of the tokenizer cannot be written: a chat template that is not a
+                text or has half of a surrogate pair, or a part written in Python. Nothing is written then.
+            LimitError: A chat template is larger than what `from_pretrained` reads. Nothing is written.
             OSError: The directory cannot be written.
         """
-        save_tokenizer(self.backend, self._tokens, self.chat_template, self.model_max_length, self._config, directory)
+        write_tokenizer_files(self._files(), directory)
+
+    def _files(self) -> dict[str, bytes]:
+        """What `save_pretrained` writes."""
+        return tokenizer_files(self.backend, self._tokens, self.chat_template, self.model_max_length, self._config)

@@ -2,41 +2,43 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_ext.errors import FormatError, LimitError, LlamaExtError, UnsupportedError
+from llama_ext._options import shown
+from llama_ext.errors import FormatError, LimitError, OptionError, UnsupportedError
 from llama_ext.io.atomic import atomic_write, made_folder
 from llama_ext.io.gguf import find_gguf
 from llama_ext.io.gguf_file import GgufFile
 from llama_ext.io.json_file import open_regular, parse_json_object, read_json_object
 from llama_ext.limits import Limits
 from llama_ext.runtime.precompiled_charsmap import check_charsmaps_in
+from llama_ext.runtime.tokenizer_backend import (
+    add_special_tokens,
+    check_utf8,
+    set_post_processor,
+    typed_errors,
+)
 
 if TYPE_CHECKING:
     import tokenizers
 
     from llama_ext.runtime.tokenizer import Tokenizer
 
-__all__ = [
-    "add_special_tokens",
-    "copy_backend",
-    "load_tokenizer",
-    "save_tokenizer",
-    "set_post_processor",
-    "typed_errors",
-]
+__all__ = ["load_tokenizer", "tokenizer_files", "write_tokenizer_files"]
 
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 _ALSO_SPECIAL = ("sep_token", "cls_token", "mask_token")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
+_CONFIG_FILE = "tokenizer_config.json"
+_TEMPLATE_FILE = "chat_template.jinja"
+_TEMPLATES_FOLDER = "additional_chat_templates"
 _TEMPLATE_BYTES = 2**20
+_OTHER_TEMPLATE = "Set tokenizer.chat_template to another one, or None"
 _TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 # The rest of a config is about the class that wrote it, and would change what PreTrainedTokenizerFast does.
 _KEPT = ("padding_side", "truncation_side", "model_input_names", "add_bos_token", "add_eos_token", "unknown_characters")
@@ -53,9 +55,9 @@ def load_tokenizer(cls: type[Tokenizer], path: Path, limits: Limits) -> Tokenize
         with GgufFile(main, limits) as file:
             return load_gguf_tokenizer(cls, file.metadata, path=str(main), limits=limits)
     folder = main.parent
-    config = _read_optional(folder / "tokenizer_config.json", "the tokenizer's config", limits)
+    config = _read_optional(folder / _CONFIG_FILE, "the tokenizer's config", limits)
     special = {**_read_optional(folder / "special_tokens_map.json", "the map of special tokens", limits), **config}
-    where = str(folder / "tokenizer_config.json")
+    where = str(folder / _CONFIG_FILE)
     add_bos, add_eos = _flag(config, "add_bos_token", where), _flag(config, "add_eos_token", where)
     tokens = {name: _token_text(special.get(name), name, where) for name in _NAMED}
     if main.suffix == ".json":
@@ -110,25 +112,6 @@ def _read_optional(path: Path, what: str, limits: Limits) -> dict[str, Any]:
     return read_json_object(path, what=what, limit="tokenizer_json_bytes", limits=limits) if path.exists() else {}
 
 
-@contextlib.contextmanager
-def typed_errors(message: str, path: str | None = None) -> Iterator[None]:
-    """Turn what the `tokenizers` package raises, bare exceptions and Rust panics, into a FormatError.
-
-    Args:
-        message: What failed.
-        path: The file to blame, where it is known.
-    """
-    try:
-        yield
-    except LlamaExtError:
-        raise
-    except BaseException as error:
-        # A panic derives from BaseException, and its class has no importable name.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise FormatError(f"{message}: {str(error)[:500]}", path=path) from error
-
-
 def _from_json(path: Path, limits: Limits) -> tokenizers.Tokenizer:
     from tokenizers import Tokenizer as Backend
 
@@ -170,12 +153,12 @@ def _tokens_with_ids(folder: Path, config: Mapping[str, Any], limits: Limits) ->
         found[index] = token
     decoder = config.get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict):
-        raise FormatError("added_tokens_decoder must be an object", path=str(folder / "tokenizer_config.json"))
+        raise FormatError("added_tokens_decoder must be an object", path=str(folder / _CONFIG_FILE))
     for key, token in decoder.items():
         if not re.fullmatch(r"\d{1,9}", key):
             raise FormatError(
                 f"expected an id, got {key[:80]!r}",
-                path=str(folder / "tokenizer_config.json"),
+                path=str(folder / _CONFIG_FILE),
                 field="added_tokens_decoder",
             )
         found[int(key)] = token
@@ -242,60 +225,6 @@ def _special_tokens(special: Mapping[str, Any], tokens: Mapping[str, str | None]
     return [_added_token(value, name, where) for name, value in values if value]
 
 
-def add_special_tokens(backend: tokenizers.Tokenizer, tokens: Sequence[str | tokenizers.AddedToken]) -> None:
-    """Make tokens special that are not yet, adding those the vocabulary lacks behind it.
-
-    Args:
-        backend: The tokenizer to change.
-        tokens: Tokens, or their texts. One that is special already keeps the way it is matched.
-    """
-    from tokenizers import AddedToken
-
-    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-    for token in tokens:
-        added = AddedToken(token, normalized=False, special=True) if isinstance(token, str) else token
-        if added.content not in special:
-            backend.add_special_tokens([added])
-            special.add(added.content)
-
-
-def set_post_processor(
-    backend: tokenizers.Tokenizer, tokens: Mapping[str, str | None], *, bos: bool, eos: bool
-) -> None:
-    """Replace the post-processor by one that adds BOS, EOS, both or nothing.
-
-    Args:
-        backend: The tokenizer to change.
-        tokens: `bos_token` and `eos_token`; one that is None is not added, as in transformers.
-        bos: Whether to add BOS.
-        eos: Whether to add EOS.
-    """
-    from tokenizers import processors
-
-    first = tokens.get("bos_token") if bos else None
-    last = tokens.get("eos_token") if eos else None
-    begin = [] if first is None else [first]
-    end = [] if last is None else [last]
-    backend.post_processor = processors.TemplateProcessing(
-        single=[f"{t}:0" for t in begin] + ["$A:0"] + [f"{t}:0" for t in end],
-        pair=[f"{t}:0" for t in begin]
-        + ["$A:0"]
-        + [f"{t}:0" for t in end]
-        + [f"{t}:1" for t in begin]
-        + ["$B:1"]
-        + [f"{t}:1" for t in end],
-        special_tokens=[(t, backend.token_to_id(t)) for t in dict.fromkeys(begin + end)],
-    )
-
-
-def copy_backend(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """A copy that shares nothing, without truncation and padding."""
-    copied = copy.deepcopy(backend)
-    copied.no_truncation()
-    copied.no_padding()
-    return copied
-
-
 def _check_backend(backend: tokenizers.Tokenizer, path: Path, limits: Limits) -> None:
     size = backend.get_vocab_size()
     if size > limits.vocabulary:
@@ -336,8 +265,8 @@ def _read_templates(folder: Path, config: Mapping[str, Any], where: str) -> str 
         raise FormatError(
             f"expected a string or a list, got {type(inline).__name__}", path=where, field="chat_template"
         )
-    files = {"default": folder / "chat_template.jinja"}
-    for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))[:100]:
+    files = {"default": folder / _TEMPLATE_FILE}
+    for path in sorted((folder / _TEMPLATES_FOLDER).glob("*.jinja"))[:100]:
         files[path.stem] = path
     for name, path in files.items():
         if path.exists():
@@ -352,16 +281,19 @@ def _read_templates(folder: Path, config: Mapping[str, Any], where: str) -> str 
     return found["default"] if list(found) == ["default"] else found
 
 
-def save_tokenizer(
+def tokenizer_files(
     backend: tokenizers.Tokenizer,
     tokens: Mapping[str, str | None],
-    chat_template: str | dict[str, str] | None,
+    chat_template: object,
     model_max_length: int | None,
     config: Mapping[str, Any],
-    directory: str | os.PathLike[str],
-) -> None:
-    """The body of `Tokenizer.save_pretrained`."""
-    folder = made_folder(directory)
+) -> dict[str, bytes]:
+    """What `Tokenizer.save_pretrained` writes, made before anything is: names in the directory, and contents.
+
+    Raises:
+        OptionError, LimitError: As there.
+    """
+    named = _named_templates(chat_template)
     kept = {name: config[name] for name in (*_KEPT, *_ALSO_SPECIAL) if config.get(name) is not None}
     # Null, not left out: a special_tokens_map.json that is already there must not fill the gap.
     # The class that takes tokenizer.json as it is; others rebuild the pipeline from the vocabulary.
@@ -375,27 +307,63 @@ def save_tokenizer(
     }
     if model_max_length is not None:
         out["model_max_length"] = model_max_length
-    named = {"default": chat_template} if isinstance(chat_template, str) else dict(chat_template or {})
     if isinstance(chat_template, str):
         out["chat_template"] = chat_template
     elif named:
         out["chat_template"] = [{"name": name, "template": template} for name, template in named.items()]
-    _write(folder / "tokenizer.json", backend.to_str(pretty=True))
-    _write(folder / "tokenizer_config.json", json.dumps(out, ensure_ascii=False, indent=2) + "\n")
-    more = folder / "additional_chat_templates"
-    # Templates of an earlier save would go before the new config's.
-    for path in [folder / "chat_template.jinja", *more.glob("*.jinja")]:
-        name = "default" if path.parent == folder else path.stem
-        if name not in named or (name == "default" and path.parent != folder):
-            path.unlink(missing_ok=True)
+    with typed_errors("the tokenizer cannot be written", kind=OptionError):
+        files = {"tokenizer.json": backend.to_str(pretty=True)}
+    try:
+        files[_CONFIG_FILE] = json.dumps(out, ensure_ascii=False, indent=2) + "\n"
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"{_CONFIG_FILE} cannot be written as JSON: {error}") from error
+    check_utf8(files[_CONFIG_FILE], f"{_CONFIG_FILE} cannot be written: it")
     for name, template in named.items():
         if name == "default":
-            _write(folder / "chat_template.jinja", template)
+            files[_TEMPLATE_FILE] = template
         elif _TEMPLATE_NAME.fullmatch(name):  # a name from a file must stay inside the folder
-            more.mkdir(exist_ok=True)
-            _write(more / f"{name}.jinja", template)
+            files[f"{_TEMPLATES_FOLDER}/{name}.jinja"] = template
+    return {name: text.encode("utf-8") for name, text in files.items()}
 
 
-def _write(path: Path, text: str) -> None:
-    with atomic_write(path) as file:
-        file.write(text.encode("utf-8"))
+def _named_templates(chat_template: object) -> dict[str, str]:
+    """Chat templates by their names.
+
+    Raises:
+        OptionError: They are nothing of what a tokenizer may have, or cannot be written.
+        LimitError: One is larger than what `from_pretrained` reads.
+    """
+    named = {"default": chat_template} if isinstance(chat_template, str) else chat_template or {}
+    if not isinstance(named, Mapping) or not all(isinstance(text, str) for item in named.items() for text in item):
+        raise OptionError(
+            f"chat_template must be a text, a dictionary of named ones or None, got {shown(chat_template)}"
+        )
+    for name, template in named.items():
+        which = f"the chat template {name!a:.80}"
+        for text in (name, template):
+            check_utf8(text, which, f", so it cannot be saved. {_OTHER_TEMPLATE}")
+        size = len(template.encode("utf-8"))
+        if size > _TEMPLATE_BYTES:
+            raise LimitError(
+                f"{which} has {size} bytes, and at most {_TEMPLATE_BYTES} are read from a file. {_OTHER_TEMPLATE}"
+            )
+    return dict(named)
+
+
+def write_tokenizer_files(files: Mapping[str, bytes], directory: str | os.PathLike[str]) -> None:
+    """Writes what `tokenizer_files` gives, each file whole or not at all.
+
+    Raises:
+        OptionError: `directory` is no path that a system may have.
+        OSError: It cannot be written.
+    """
+    folder = made_folder(directory)
+    # Templates of an earlier save would go before the new config's.
+    for path in [folder / _TEMPLATE_FILE, *(folder / _TEMPLATES_FOLDER).glob("*.jinja")]:
+        if path.relative_to(folder).as_posix() not in files:
+            path.unlink(missing_ok=True)
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        with atomic_write(path) as file:
+            file.write(content)

@@ -10,7 +10,7 @@ from llama_ext._arrays import as_whole
 from llama_ext._options import shown
 from llama_ext.errors import OptionError
 from llama_ext.limits import DEFAULT_LIMITS
-from llama_ext.runtime.tokenizer_files import typed_errors
+from llama_ext.runtime.tokenizer_backend import check_utf8, special_token, typed_errors
 
 if TYPE_CHECKING:
     import tokenizers
@@ -37,7 +37,7 @@ def train_tokenizer(
     """The body of `Tokenizer.train`."""
     if kind not in ("bpe", "char"):
         raise OptionError(f"kind must be bpe or char, got {kind!r}")
-    names = list(dict.fromkeys(_name(token) for token in special.values() if token is not None))
+    names = list(dict.fromkeys(special_token(token) for token in special.values() if token is not None))
     if kind == "char":
         return _characters(cls, texts, vocab_size, special, len(names), unknown)
     if unknown != "raise":
@@ -57,7 +57,10 @@ def character_backend(text: str | Iterable[str], unknown: str) -> tokenizers.Tok
     """
     if unknown not in ("raise", "replace"):
         raise OptionError(f"unknown: expected 'raise' or 'replace', got {unknown!r}")
-    letters: set[Any] = set(text)
+    try:
+        letters: set[Any] = set(text)
+    except TypeError as error:  # not iterable, or of things that cannot be in a set
+        raise OptionError(f"characters: expected a text or single characters, got {shown(text)}") from error
     for letter in letters:
         if not isinstance(letter, str) or len(letter) != 1:
             raise OptionError(f"characters: expected single characters, got {letter!r}")
@@ -79,12 +82,6 @@ def character_backend(text: str | Iterable[str], unknown: str) -> tokenizers.Tok
     return result
 
 
-def _name(token: object) -> str:
-    if not isinstance(token, str) or not token:
-        raise OptionError(f"a special token must be a text that is not empty, got {token!r}")
-    return token
-
-
 def _named(special: Mapping[str, str | None]) -> dict[str, Any]:
     return dict(special)
 
@@ -99,16 +96,13 @@ def _size(vocab_size: object, least: int, what: str) -> int:
 
 
 def _checked(texts: str | Iterable[str]) -> Iterable[str]:
+    if not isinstance(texts, Iterable):
+        raise OptionError(f"expected a text or texts, got {type(texts).__name__}")
     found = False
     for index, text in enumerate([texts] if isinstance(texts, str) else texts):
         if not isinstance(text, str):
             raise OptionError(f"texts[{index}] must be a text, got {type(text).__name__}")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise OptionError(
-                f"texts[{index}] has half of a surrogate pair ({text[error.start]!a}) at index {error.start}"
-            ) from error
+        check_utf8(text, f"texts[{index}]")
         found = found or bool(text)
         yield text
     if not found:
