@@ -90,6 +90,22 @@ def test_a_classifier_replaces_an_adapter_only_when_it_is_asked_for(run: Run, tm
     assert list(json.loads(found.out)["probabilities"]) == ["positive", "negative"]
 
 
+def test_a_classifier_takes_the_place_of_a_translator(run: Run, tmp_path: Path) -> None:
+    pairs = GRAMMARS.number_pairs(range(6))
+    texts = [*(text for pair in pairs for text in pair), "Translate this from English to Chinese:\n"]
+    SMALL.small_model(texts, width=16).save_pretrained(tmp_path / "base")
+    options = ("--model", tmp_path / "base", "--out", tmp_path / "out", "--epochs", 1)
+    languages = ("--source", "English", "--target", "Chinese")
+    data = write_csv(tmp_path / "pairs.csv", pairs, ("source", "target"))
+    assert run("translate", "train", data, *languages, *options).code == 0
+    data = write_csv(
+        tmp_path / "labels.csv", [(text, "odd" if index % 2 else "even") for index, (text, _) in enumerate(pairs)]
+    )
+    assert run("classify", "train", data, *options, "--overwrite").code == 0
+    found = run("classify", "predict", tmp_path / "out", "one")
+    assert found.code == 0, found.err
+
+
 class CtrlC(Callback):
     """Presses Ctrl-C after the second step."""
 

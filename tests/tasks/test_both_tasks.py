@@ -13,7 +13,7 @@ import llama_ext
 from devices import requires_cuda
 from grammars import example
 from llama_ext import LoRA, TextClassifier, Translator
-from llama_ext.errors import ContextLengthError, DeviceError, DTypeError, LlamaExtError, OptionError
+from llama_ext.errors import CheckpointError, ContextLengthError, DeviceError, DTypeError, LlamaExtError, OptionError
 from llama_ext.runtime import progress
 from llama_ext.training import Callback
 
@@ -143,6 +143,42 @@ def test_a_fit_that_is_refused_changes_nothing(
 
 
 @each_task
+def test_a_whole_fit_that_is_refused_leaves_the_weights_as_they_are_kept(
+    make: Callable[..., Task], tmp_path: Path
+) -> None:
+    model().save_pretrained(tmp_path / "base")
+    learn(make(tmp_path / "base", dtype="bfloat16"), seed=2, checkpoint_dir=tmp_path / "other")
+    task = make(tmp_path / "base", dtype="bfloat16")
+    core = task.model._core
+    nothing: Any = ([], []) if make is classifier else []
+    for options, kind, words in (
+        ({"validation_data": nothing}, OptionError, "validation_data is empty: give something to score, or None"),
+        ({"checkpoint_dir": tmp_path / "other"}, OptionError, "has checkpoints already"),
+        ({"checkpoint_dir": tmp_path / "other", "resume": True}, CheckpointError, r"fit\.seed was 2 and is 1"),
+        ({"callbacks": [Fails()]}, RuntimeError, "at the last moment"),
+    ):
+        with pytest.raises(kind, match=words):
+            learn(task, **options)
+        assert task.model._core is core
+        assert task.model.dtype == "bfloat16"
+    learn(task)
+    assert task.model.dtype == "float32"
+
+
+@each_task
+def test_options_that_are_none_or_contradict_an_argument_are_refused(make: Callable[..., Task]) -> None:
+    task = make(model())
+    for given in (5, ["lr"], "lr"):
+        with pytest.raises(OptionError, match=r"options must be a mapping of options of compile, as .*, got"):
+            learn(task, options=given)
+    with pytest.raises(
+        OptionError, match=r"lr=0\.1 and options=\{'lr': 0\.2\} both say the learning rate: give one of them"
+    ):
+        learn(task, lr=0.1, options={"lr": 0.2})
+    assert max(learn(task, options={"lr": 0.25, "warmup": 0}).lr) == 0.25
+
+
+@each_task
 def test_an_adapter_with_other_settings_is_refused_with_the_way_out(make: Callable[..., Task]) -> None:
     task = make(model())
     learn(task, adapter=LoRA(r=2))
@@ -234,6 +270,93 @@ def test_an_adapter_without_labels_names_itself_and_not_its_base(tmp_path: Path)
     for base in (None, tmp_path / "base", model()):
         with pytest.raises(OptionError, match="adapter does not name its labels: make a TextClassifier of the base"):
             TextClassifier.load(tmp_path / "adapter", base=base)
+
+
+# What a save leaves of others.
+
+
+@each_task
+def test_a_whole_model_takes_the_place_of_an_adapter(make: Callable[..., Task], tmp_path: Path) -> None:
+    model().save_pretrained(tmp_path / "base")
+    task = make(tmp_path / "base")
+    learn(task, adapter=LoRA(r=4))
+    task.save(tmp_path / "out")
+    learn(task, epochs=20, lr=0.05)
+    task.save(tmp_path / "out", merge=True)
+    again = type(task).load(tmp_path / "out")
+    assert not again.model.adapters
+    assert np.array_equal(answers(again), answers(task))
+    # And the other way round.
+    adapted = make(tmp_path / "base")
+    learn(adapted, adapter=LoRA(r=2), seed=5)
+    adapted.save(tmp_path / "out")
+    again = type(task).load(tmp_path / "out")
+    assert again.model.adapters[again.adapter].r == 2
+    assert np.array_equal(answers(again), answers(adapted))
+
+
+@each_task
+def test_a_save_that_is_refused_or_cut_short_leaves_the_adapter_that_was_there(
+    make: Callable[..., Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model().save_pretrained(tmp_path / "base")
+    task = make(tmp_path / "base")
+    learn(task, adapter=LoRA(r=2))
+    task.save(tmp_path / "out")
+    expected = answers(task)
+    other = make(tmp_path / "base")
+    other.model.add_adapter("other", LoRA(r=1))
+    with pytest.raises(OptionError, match="save_pretrained writes the base alone"):
+        other.save(tmp_path / "out")
+    assert np.array_equal(answers(type(task).load(tmp_path / "out")), expected)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("llama_ext.runtime.saving.write_sharded", full)
+    other.model.delete_adapter("other")
+    with pytest.raises(OSError, match="the disk is full"):
+        other.save(tmp_path / "out")
+    assert np.array_equal(answers(type(task).load(tmp_path / "out")), expected)
+
+
+def test_labels_of_an_earlier_adapter_are_never_taken_for_a_new_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model().save_pretrained(tmp_path / "base")
+    for labels in (["odd", "even"], ["even", "odd"]):
+        task = TextClassifier(tmp_path / "base", labels)
+        learn(task, adapter=LoRA(r=2))
+        if labels == ["odd", "even"]:
+            task.save(tmp_path / "out")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("llama_ext.tasks.task_files._write_about", full)
+    with pytest.raises(OSError, match="the disk is full"):
+        task.save(tmp_path / "out")
+    with pytest.raises(OptionError, match="does not name its labels"):
+        TextClassifier.load(tmp_path / "out")
+
+
+@each_task
+@pytest.mark.parametrize("lora", [None, LoRA(r=2)], ids=["whole", "adapter"])
+@pytest.mark.parametrize("earlier", [None, LoRA(r=2)], ids=["over-whole", "over-adapter"])
+def test_a_task_takes_the_place_of_the_other_one(
+    make: Callable[..., Task], lora: Any, earlier: Any, tmp_path: Path
+) -> None:
+    model().save_pretrained(tmp_path / "base")
+    first = (translator if make is classifier else classifier)(tmp_path / "base")
+    learn(first, adapter=earlier)
+    first.save(tmp_path / "out")
+    second = make(tmp_path / "base")
+    learn(second, adapter=lora)
+    second.save(tmp_path / "out")
+    assert np.array_equal(answers(type(second).load(tmp_path / "out")), answers(second))
+    with pytest.raises(OptionError, match="is a translator, no" if make is translator else "is a classifier, no"):
+        type(first).load(tmp_path / "out")
+    assert not (tmp_path / "out" / ("translator.json" if make is classifier else "classifier.json")).exists()
 
 
 # What it says of itself.

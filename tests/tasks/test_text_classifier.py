@@ -163,6 +163,38 @@ def test_an_untrained_head_is_told_once_and_a_trained_one_is_not(tmp_path: Path)
     adapted.predict(["great"])
 
 
+def test_two_classifiers_of_one_model_answer_with_their_own_adapters(tmp_path: Path) -> None:
+    texts, labels = unzipped(TRAIN[:16])
+    model = llama_ext.LlamaForSequenceClassification.from_base(base(), LABELS)
+    first, second = TextClassifier(model), TextClassifier(model)
+    first.adapter, second.adapter = "A", "B"
+    first.fit(texts, labels, adapter=LoRA(r=4), epochs=1, lr=1e-2, verbose=0)
+    expected, report = first.predict_proba(texts), first.evaluate(texts, labels)
+    second.fit(texts, labels[::-1], adapter=LoRA(r=4), epochs=3, lr=1e-2, verbose=0)
+    assert model.active_adapter == "B"
+    assert np.array_equal(first.predict_proba(texts), expected)
+    assert first.evaluate(texts, labels).loss == report.loss
+    assert first.predict(texts) == [LABELS[index] for index in expected.argmax(axis=1)]
+    assert not np.array_equal(second.predict_proba(texts), expected)
+    # What is saved is what answers.
+    first.save(tmp_path / "first")
+    again = TextClassifier.load(tmp_path / "first", base=model)
+    assert np.array_equal(again.predict_proba(texts), expected)
+    # Another adapter that was never trained says nothing of this one's head.
+    model.add_adapter("new", LoRA(r=1))
+    fresh = TextClassifier(model)
+    fresh.adapter = "A"
+    fresh.predict(texts)
+
+
+def test_an_adapter_of_another_name_answers_where_it_is_the_active_one() -> None:
+    classifier = TextClassifier(base(), LABELS)
+    classifier.adapter = "mine"
+    classifier.fit(*unzipped(TRAIN[:16]), adapter=LoRA(r=2), epochs=1, lr=1e-2, verbose=0)
+    other = TextClassifier(classifier.model)
+    assert np.array_equal(other.predict_proba(["great"]), classifier.predict_proba(["great"]))
+
+
 def test_a_forgotten_adapter_leaves_a_random_head() -> None:
     classifier = TextClassifier(base(), LABELS)
     classifier.fit(*unzipped(TRAIN[:16]), adapter=LoRA(r=2), epochs=1, verbose=0)
@@ -245,6 +277,11 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
         classifier.fit(["great"], [0], class_weights="even")
     with pytest.raises(OptionError, match="class_weights"):
         classifier.fit(["great"], [0], class_weights={"positive": 0})
+    for weight in (None, [1], 1 + 2j, np.array([1.0, 2.0]), "2", True, 1001, float("nan")):
+        with pytest.raises(OptionError, match=r"class_weights\['positive'\] must be a number > 0 and <= 1000, got "):
+            classifier.fit(["great"], [0], class_weights={"positive": weight})  # type: ignore[dict-item]
+    with pytest.raises(OptionError, match="class_weights: 'positive' and 0 are the same label: give it one weight"):
+        classifier.fit(["great"], [0], class_weights={"positive": 2, 0: 3})
     with pytest.raises(OptionError, match=r"labels=\[\.\.\.\] are needed"):
         TextClassifier(base())
     with pytest.raises(OptionError, match="lr must be"):

@@ -89,6 +89,7 @@ def test_every_truncation_of_a_checkpoint_is_a_typed_error(saved: Path) -> None:
         {"state": {"validations": [{"step": 1, "loss": "1"}], "callbacks": [], "unfinished": False}},
         {"state": {"validations": [{"step": 1, "loss": 1.0, "bleu": 1.0}], "callbacks": [], "unfinished": False}},
         {"state": {"validations": [], "callbacks": [{}], "unfinished": False}},
+        {"state": {"validations": [], "callbacks": 3, "unfinished": False}},
         {"state": {"validations": [], "unfinished": False}},
         {"state": {"validations": [], "callbacks": [], "unfinished": False, "stop": 3}},
     ],

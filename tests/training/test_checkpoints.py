@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -153,6 +154,34 @@ def test_a_callback_that_cannot_be_saved_is_refused_before_the_first_step(make_r
         assert made.trainer.calls == 0
         # Where nothing is saved it does not matter.
         make_run(**{**COMMON, "max_steps": 1}, callbacks=[lowest]).run.go()
+
+
+@pytest.mark.parametrize("kind", [ValueError, TypeError, KeyError, AttributeError, llama_ext.CheckpointError])
+def test_what_a_callback_raises_when_it_is_given_its_state_reaches_the_caller(
+    make_run: MakeRun, folder: Path, kind: type[Exception]
+) -> None:
+    class Broken(Lowest):
+        def load_state(self, state: Any) -> None:
+            raise kind("a mistake in a callback")
+
+    make_run(**COMMON, callbacks=[Broken(), StopAt(5)], checkpoint_dir=folder).run.go()
+    made = make_run(**COMMON, callbacks=[Broken(), StopAt(7)], resume=folder)
+    before = made.weights.bits()
+    with pytest.raises(kind, match="a mistake in a callback") as caught:
+        made.run.go()
+    assert type(caught.value) is kind
+    assert "malformed" not in str(caught.value)
+    assert made.weights.bits() == before
+
+
+def test_a_state_that_is_no_object_is_refused_before_a_callback_sees_it(make_run: MakeRun, folder: Path) -> None:
+    make_run(**COMMON, callbacks=[EarlyStopping(), StopAt(5)], checkpoint_dir=folder).run.go()
+    path = folder / "step-00000005" / "training.json"
+    values = json.loads(path.read_text())
+    values["state"]["callbacks"][0] = ["best"]
+    path.write_text(json.dumps(values))
+    with pytest.raises(llama_ext.CheckpointError, match=r"the state of a callback is \['best'\], expected an object"):
+        make_run(**COMMON, callbacks=[EarlyStopping(), StopAt(7)], resume=folder).run.go()
 
 
 def test_early_stopping_goes_on_counting(make_run: MakeRun, folder: Path) -> None:

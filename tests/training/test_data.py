@@ -312,15 +312,42 @@ def os_truncate(path: Path, size: int) -> None:
         file.truncate(size)
 
 
-@pytest.mark.parametrize("pieces", [[[11]], [[-1]], [[0.5]], [[[1, 2]]]])
+@pytest.mark.parametrize(
+    "pieces",
+    [[[11]], [[-1]], [[0.5]], [[[1, 2]]], ["ab"], [None], [[[1], [1, 2]]], [["a"]], [[2**70]], [3], [{1: 2}], [[True]]],
+)
 def test_ids_that_do_not_fit_are_refused_and_nothing_is_left(tmp_path: Path, pieces: Any) -> None:
     (tmp_path / "t").write_text("old")
-    with pytest.raises(llama_ext.TokenIdError):
+    with pytest.raises(llama_ext.TokenIdError, match=r"a piece must be a list of whole numbers in \[0, 11\), got "):
         write_token_file(tmp_path / "t", [[1], *pieces], vocabulary=11)
     assert [path.name for path in tmp_path.iterdir()] == ["t"]
     assert (tmp_path / "t").read_text() == "old"
     with pytest.raises(llama_ext.OptionError, match="no tokens"):
         write_token_file(tmp_path / "t", [], vocabulary=11)
+    with pytest.raises(llama_ext.DTypeError, match=r"pieces must be lists or arrays of token ids, .*, got 5"):
+        write_token_file(tmp_path / "t", 5, vocabulary=11)  # type: ignore[arg-type]
+    assert (tmp_path / "t").read_text() == "old"
+
+
+def test_rows_that_do_not_fit_into_memory_are_a_typed_error() -> None:
+    class Full(ArrayReader):
+        def read(self, begin: int, end: int) -> Any:
+            raise MemoryError
+
+    stream = Stream(Full(np.zeros(40, np.int32)), 4)
+    with pytest.raises(llama_ext.OutOfMemoryError, match="8 rows of 4 tokens do not fit into memory: lower batch_size"):
+        stream.rows(0, 8, 0)
+
+
+def test_labels_of_several_lengths_are_a_typed_error() -> None:
+    ids = np.array([[1, 2], [1, 2]])
+    with pytest.raises(
+        llama_ext.ShapeError, match=r"y must have the shape of x, \(2, 2\), got rows of several lengths"
+    ):
+        read_data(ids, [[1], [1, 2]], reading())
+    for labels, error in (([[1, 2.5]] * 2, llama_ext.DTypeError), ([[None, 1]] * 2, llama_ext.DTypeError)):
+        with pytest.raises(error, match="y must be integers, got"):
+            read_data(ids, labels, reading())
 
 
 def test_fingerprints_tell_data_apart() -> None:

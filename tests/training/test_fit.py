@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import signal
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -374,6 +376,73 @@ def test_bad_settings_leave_the_model_alone(
     with pytest.raises(error, match=words):
         model.fit(documents(), **settings)
     assert model._core is core
+
+
+def test_a_fit_that_its_folder_refuses_leaves_the_model_alone(tmp_path: Path) -> None:
+    class Fails(Callback):
+        def on_start(self, *_: Any) -> None:
+            raise RuntimeError("no")
+
+    make().save_pretrained(tmp_path / "model")
+    make().fit(documents(), seed=1, checkpoint_dir=tmp_path / "other")
+    model = Model.from_pretrained(tmp_path / "model", dtype="bfloat16")
+    core = model._core
+    settings: dict[str, Any]
+    for settings, error in (
+        ({"checkpoint_dir": tmp_path / "other"}, llama_ext.OptionError),
+        ({"checkpoint_dir": tmp_path / "other", "resume": True}, llama_ext.CheckpointError),
+        ({"resume": tmp_path / "nowhere"}, llama_ext.CheckpointError),
+        ({"callbacks": [Fails()]}, RuntimeError),
+    ):
+        with pytest.raises(error):
+            model.fit(documents(), **settings)
+        assert model._core is core
+        assert model.dtype == "bfloat16"
+    model.fit(documents())
+    assert model.dtype == "float32"
+
+
+def test_a_fit_that_is_refused_leaves_train_step_its_moments(tmp_path: Path) -> None:
+    make().fit(documents(), checkpoint_dir=tmp_path)
+    model, other = make(), make()
+    x = np.arange(8).reshape(1, 8)
+    for each in (model, other):
+        each.compile(lr=1e-2)
+        each.train_step(x)
+    with pytest.raises(llama_ext.OptionError, match="has checkpoints already"):
+        model.fit(documents(), checkpoint_dir=tmp_path)
+    assert model.train_step(x[:, ::-1]) == other.train_step(x[:, ::-1])
+    same(model, other)
+
+
+def test_the_weights_before_a_fit_are_not_kept_in_memory_while_it_runs(tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    model = Model.from_pretrained(tmp_path, dtype="bfloat16")
+    model.compile(lr=1e-2)
+    before = [weakref.ref(model._core), weakref.ref(model._training)]  # type: ignore[arg-type]
+    seen: list[Any] = []
+
+    class Looks(Callback):
+        def on_step_end(self, run: Any, record: Any) -> None:
+            gc.collect()
+            seen.extend(each() for each in before)
+
+    model.fit(documents(), max_steps=1, callbacks=[Looks()])
+    assert seen == [None, None]
+
+
+def test_a_batch_beyond_any_machine_is_a_typed_error() -> None:
+    model = make()
+    for size in (2**40, 2**70, 10**5000):
+        with pytest.raises(
+            llama_ext.OptionError, match="of 20 tokens is too large: at most 107374182 rows are accepted"
+        ):
+            model.fit(TEXT * 20, batch_size=size, context=20, max_steps=1)
+    with pytest.raises(llama_ext.OptionError, match="Lower batch_size or grad_accum"):
+        model.lr_find(TEXT * 20, batch_size=2**40)
+    # Examples are what there is of them.
+    model.fit(documents(), batch_size=2**40, max_steps=1)
+    model.fit(TEXT * 20, batch_size=2**40, context=20, max_steps=1, shuffle=False)
 
 
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from llama_ext.training import PRESETS, History, LearningRates
 from llama_ext.training.history import StepRecord, Validation, smoothed
 from llama_ext.training.options import TrainOptions
 from llama_ext.training.schedules import learning_rate, usual_lr
+from llama_ext.training.settings import RunSettings
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,24 @@ from llama_ext.training.schedules import learning_rate, usual_lr
 def test_options_are_checked(options: dict[str, Any], words: str) -> None:
     with pytest.raises(llama_ext.OptionError, match=words):
         TrainOptions(**options)
+
+
+@pytest.mark.parametrize("value", ["word\nword" * 10_000, np.zeros((3, 3)), 10**5000], ids=["text", "array", "int"])
+def test_a_value_in_a_message_is_short_and_in_one_line(value: Any) -> None:
+    for name in ("optimizer", "betas", "metrics", "nesterov", "checkpoint_activations"):
+        with pytest.raises(llama_ext.OptionError) as caught:
+            TrainOptions(**{"optimizer": "sgd", name: value})
+        assert str(caught.value).count("\n") == 0
+        assert len(str(caught.value)) < 200
+    for name in ("keep_best", "overfit_batch", "checkpoint_dir", "log_file", "resume"):
+        if isinstance(value, str) and name in ("checkpoint_dir", "log_file", "resume"):
+            continue
+        with pytest.raises(llama_ext.OptionError) as caught:
+            RunSettings(**{name: value})
+        assert str(caught.value).count("\n") == 0
+        assert len(str(caught.value)) < 200
+    with pytest.raises(llama_ext.OptionError, match="both say how long"):
+        RunSettings(epochs=10**5000, max_steps=2)
 
 
 def test_momentum_has_a_default_for_each_optimiser_that_has_one() -> None:

@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llama_ext import _core
+from llama_ext._options import shown
 from llama_ext.errors import OptionError
 from llama_ext.models.lora import LoRA
 from llama_ext.runtime.classifier import LlamaForSequenceClassification
 from llama_ext.runtime.loaded_model import LoadedModel
 
 if TYPE_CHECKING:
-    from llama_ext.training.batches import Example
+    from llama_ext.training.batches import Example, Source
     from llama_ext.training.history import History
     from llama_ext.training.options import TrainOptions
     from llama_ext.training.settings import RunSettings
@@ -61,13 +62,14 @@ def fit_task(
 
     Raises:
         OptionError: An option is unknown, out of range or contradicts another one; there is another adapter of this name; or all
-            weights are to be trained, and there are adapters that were made for them.
+            weights are to be trained, and there are adapters that were made for them; or there is nothing to validate with.
         UnsupportedError: All weights are to be trained, and they are quantised.
         NumericError: The loss is not finite.
         CheckpointError: A checkpoint to go on from is of another run.
     """
     if epochs is None and settings.get("max_steps") is None:
         epochs = _EPOCHS
+    _check_options(options, lr)
     given = {"warmup": 0.1, "weight_decay": 0.01, **({} if lr is None else {"lr": lr}), **(options or {})}
     run = {"epochs": epochs, "batch_size": batch_size, "seed": seed, **settings}
     there = model.adapters.get(name)
@@ -75,6 +77,17 @@ def fit_task(
     if adapter is None and there is None:
         return _fit_whole(model, examples, validation, given, run)
     return _fit_adapter(model, name, adapter, examples, validation, given, run)
+
+
+def _check_options(options: object, lr: float | None) -> None:
+    if options is not None and not isinstance(options, Mapping):
+        raise OptionError(
+            f"options must be a mapping of options of compile, as {{'dropout': 0.1}}, got {shown(options)}"
+        )
+    if lr is not None and options is not None and "lr" in options:
+        raise OptionError(
+            f"lr={shown(lr)} and options={{'lr': {shown(options['lr'])}}} both say the learning rate: give one of them"
+        )
 
 
 def _check_adapters(model: LoadedModel, name: str, adapter: LoRA | None, there: LoRA | None) -> None:
@@ -100,14 +113,16 @@ def _fit_whole(
     options: Mapping[str, Any],
     settings: Mapping[str, Any],
 ) -> History:
-    from llama_ext.training.model import use_trainable_core
-    from llama_ext.training.tuning import tuning_trainer
+    from llama_ext.training.loop import Run
+    from llama_ext.training.model import made_trainable
+    from llama_ext.training.tuning import TunedWeights, tuning_trainer
 
     checked, run = _checked(model, options, settings, validates=validation is not None, adapts=False)
-    with model._trained_alone():
-        use_trainable_core(model)
+    source, held_out = _sources(examples, validation)
+    with model._trained_alone(), contextlib.ExitStack() as undo:
+        made_trainable(model, undo)
         trainer = tuning_trainer(model, checked, None)
-        return _run(model, trainer, None, examples, validation, checked, run)
+        return Run(trainer, TunedWeights(model, None), checked, run, source, held_out).go(undo.pop_all)
 
 
 def _fit_adapter(
@@ -119,9 +134,11 @@ def _fit_adapter(
     options: Mapping[str, Any],
     settings: Mapping[str, Any],
 ) -> History:
-    from llama_ext.training.tuning import tuning_trainer
+    from llama_ext.training.loop import Run
+    from llama_ext.training.tuning import TunedWeights, tuning_trainer
 
     checked, run = _checked(model, options, settings, validates=validation is not None, adapts=True)
+    source, held_out = _sources(examples, validation)
     with model._trained_alone():
         was_active, is_new = model.active_adapter, name not in model.adapters
         trainer: _core.Trainer | None = None
@@ -133,7 +150,7 @@ def _fit_adapter(
                 if isinstance(model, LlamaForSequenceClassification):
                     stack.enter_context(model._training_head_of(name))
                 trainer = tuning_trainer(model, checked, name)
-                return _run(model, trainer, name, examples, validation, checked, run)
+                return Run(trainer, TunedWeights(model, name), checked, run, source, held_out).go()
         except BaseException:
             if trainer is None or trainer.steps == 0:
                 # Refused by the run itself, for its checkpoints for example: nothing was learned.
@@ -155,26 +172,16 @@ def _checked(
         known = {field.name for field in dataclasses.fields(kind)}
         unknown = next((name for name in given if name not in known), None)
         if unknown is not None:
-            raise OptionError(f"{what} has no {unknown!r}, only {', '.join(sorted(known))}")
+            raise OptionError(f"{what} has no {shown(unknown)}, only {', '.join(sorted(known))}")
     run = RunSettings(**settings)
     run.check(validates=validates)
     return TrainOptions(**{"lr": usual_lr(model.config.hidden_size, adapts=adapts), **options}), run
 
 
-def _run(
-    model: LoadedModel,
-    trainer: _core.Trainer,
-    adapter: str | None,
-    examples: Sequence[Example],
-    validation: Sequence[Example] | None,
-    options: TrainOptions,
-    settings: RunSettings,
-) -> History:
+def _sources(examples: Sequence[Example], validation: Sequence[Example] | None) -> tuple[Source, Source | None]:
     from llama_ext.training.batches import Examples
-    from llama_ext.training.loop import Run
-    from llama_ext.training.tuning import TunedWeights
 
+    if validation is not None and not validation:
+        raise OptionError("validation_data is empty: give something to score, or None")
     source = Examples([(example,) for example in examples])
-    held_out = None if validation is None else Examples([(example,) for example in validation])
-    weights = TunedWeights(model, adapter)
-    return Run(trainer, weights, options, settings, source, held_out).go()
+    return source, None if validation is None else Examples([(example,) for example in validation])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_ext.errors import FormatError, LlamaExtError, OptionError, UnsupportedError
-from llama_ext.io.atomic import atomic_write
+from llama_ext.io.atomic import atomic_write, named, remove
 from llama_ext.io.peft import CONFIG_FILE, read_adapter_base
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ __all__ = [
     "base_of",
     "refuse_another_task",
     "refuse_loading",
+    "save_task",
     "saying_who_named",
-    "write_about",
 ]
 
 # Beside the weights or the adapter: what these have no word for. Of a classifier's adapter, its labels; the prompt.
@@ -128,7 +129,47 @@ def saying_who_named(folder: Path, base: Any) -> Iterator[None]:
         ) from error
 
 
-def write_about(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes a small file of JSON, whole or not at all."""
+def save_task(
+    model: LoadedModel,
+    adapter: str,
+    directory: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None,
+    file: str,
+    values: Mapping[str, Any] | None,
+) -> None:
+    """Writes what a task has learned and its own file; what other saves have left in the directory goes.
+
+    An adapter that was there is what loads until all of a model is written, and the model is from then on.
+
+    Args:
+        model: The model.
+        adapter: The name of the adapter to write; where there is none of this name, the whole model is.
+        directory: Created if it does not exist.
+        base: What the adapter is to name as its base.
+        file: Of the task: CLASSIFIER_FILE or TRANSLATOR_FILE.
+        values: What it is to say; None: nothing, there is to be none.
+
+    Raises:
+        OptionError: The whole model is to be written, and another adapter is active.
+        OSError: It cannot be written.
+    """
+    folder = named(directory)
+    if adapter in model.adapters:
+        # Labels or a prompt that are there would be taken for the new adapter's, where this is cut short.
+        remove(folder / file)
+        model.save_adapter(folder, adapter, base=base)
+    else:
+        model.save_pretrained(folder)
+        # Not before: a save that is refused or cut short leaves the adapter that was there.
+        remove(folder / CONFIG_FILE)
+    for other in (CLASSIFIER_FILE, TRANSLATOR_FILE):
+        if other != file or values is None:
+            remove(folder / other)
+    if values is not None:
+        _write_about(folder / file, values)
+
+
+def _write_about(path: Path, values: Mapping[str, Any]) -> None:
     with atomic_write(path) as file:
         file.write((json.dumps(dict(values), ensure_ascii=False, indent=2) + "\n").encode("utf-8"))

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llama_ext._arrays import FloatArray, as_whole
-from llama_ext._options import shown
+from llama_ext._options import number, shown
 from llama_ext.errors import OptionError, ShapeError
 from llama_ext.io.hub import resolve
 from llama_ext.models.lora import LoRA
@@ -37,8 +37,8 @@ from llama_ext.tasks.task_files import (
     base_of,
     refuse_another_task,
     refuse_loading,
+    save_task,
     saying_who_named,
-    write_about,
 )
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ class TextClassifier:
 
     Attributes:
         model: The classifier.
-        adapter: The name of the adapter that `fit` trains when it is asked to.
+        adapter: The name of the adapter that `fit` trains when it is asked to. Where it is loaded it gives the answers, whichever
+            adapter of the model is active; before that the active one does.
 
     Raises:
         OptionError: Labels are no strings, fewer than two, or given twice; a language model without labels; or a base that is
@@ -262,20 +263,19 @@ class TextClassifier:
         together with its base.
 
         Args:
-            directory: Created if it does not exist.
+            directory: Created if it does not exist. What a classifier or a translator has saved there is replaced.
             merge: Make the adapter a part of the weights first, of this classifier as well.
 
         Raises:
             UnsupportedError: An adapter is to be merged into quantised weights.
+            OptionError: The whole classifier is to be written, and another adapter is active.
             OSError: It cannot be written.
         """
         if merge and self.adapter in self.model.adapters:
             self.model.merge_adapter(self.adapter)
-        if self.adapter not in self.model.adapters:
-            self.model.save_pretrained(directory)
-            return
-        self.model.save_adapter(directory, self.adapter, base=self._base)
-        write_about(Path(directory) / CLASSIFIER_FILE, {"labels": self.labels})
+        # A whole model has its labels in its config.
+        values = {"labels": self.labels} if self.adapter in self.model.adapters else None
+        save_task(self.model, self.adapter, directory, base=self._base, file=CLASSIFIER_FILE, values=values)
 
     @classmethod
     def load(
@@ -325,17 +325,21 @@ class TextClassifier:
     def _scores(self, texts: Sequence[str], verbose: int) -> FloatArray:
         # All before any is scored: a text that is too long is told at once.
         rows = self.model.encode(texts)
+        adapter = self._own_adapter()
         result = np.zeros((len(rows), len(self.labels)), dtype=np.float32)
         with progress("Classifying", len(rows), shown=bool(verbose)) as advance:
             for first in range(0, len(rows), _AT_ONCE):
                 part = rows[first : first + _AT_ONCE]
-                result[first : first + len(part)] = self.model._scores(part, None)
+                result[first : first + len(part)] = self.model._scores(part, adapter)
                 advance(len(part))
         return result
 
+    def _own_adapter(self) -> str | None:
+        return self.adapter if self.adapter in self.model.adapters else None
+
     def _warn_if_untrained(self) -> None:
         # Not of `evaluate`: how good chance is, is a fair question.
-        if self._has_warned or not self.model._is_untrained():
+        if self._has_warned or not self._is_untrained():
             return
         self._has_warned = True
         warnings.warn(
@@ -344,6 +348,14 @@ class TextClassifier:
             UserWarning,
             stacklevel=3,
         )
+
+    def _is_untrained(self) -> bool:
+        name = self._own_adapter()
+        head = None if name is None else self.model._loaded(name).head
+        if head is None:
+            return self.model._is_untrained()
+        # Not what the model says, which is about the adapter that is active.
+        return self.model._random_head is not None and np.array_equal(head, self.model._random_head)
 
     # -- labels --------------------------------------------------------------------------------------------------------
 
@@ -367,11 +379,11 @@ class TextClassifier:
         return [self._index(f"{what}[{place}]", label, known) for place, label in enumerate(labels)]
 
     def _index(self, what: str, label: object, known: Mapping[str, int]) -> int:
-        number = known.get(label) if isinstance(label, str) else as_whole(label)
-        if number is None or not 0 <= number < len(known):
+        index = known.get(label) if isinstance(label, str) else as_whole(label)
+        if index is None or not 0 <= index < len(known):
             names = listed([repr(name) for name in self.labels])
             raise OptionError(f"{what} is {shown(label)}, which is no label: {names}, or an index in [0, {len(known)})")
-        return number
+        return index
 
     def _weights(self, weights: Mapping[Label, float] | str | None, indices: Sequence[int]) -> npt.NDArray[np.float64]:
         count = np.bincount(indices, minlength=len(self.labels))
@@ -380,17 +392,20 @@ class TextClassifier:
             return result
         if isinstance(weights, str):
             if weights != "balanced":
-                raise OptionError(f"class_weights must be a mapping or 'balanced', got {weights!r}")
+                raise OptionError(f"class_weights must be a mapping or 'balanced', got {shown(weights)}")
             return np.where(count > 0, count.max() / np.maximum(count, 1), 1.0)
         if not isinstance(weights, Mapping):
             raise OptionError(f"class_weights must be a mapping or 'balanced', got {type(weights).__name__}")
         known = {name: index for index, name in enumerate(self.labels)}
-        pairs: list[tuple[Label, Any]] = list(weights.items())
-        for label, weight in pairs:
+        named: dict[int, Label] = {}
+        for label, weight in weights.items():
             index = self._index("class_weights: a key", label, known)
-            if isinstance(weight, (bool, str)) or not 0 < weight <= MOST_REPEATS:
-                raise OptionError(f"class_weights[{label!r}] must be a number in (0, {MOST_REPEATS}], got {weight!r}")
-            result[index] = weight
+            if index in named:
+                raise OptionError(
+                    f"class_weights: {shown(named[index])} and {shown(label)} are the same label: give it one weight"
+                )
+            named[index] = label
+            result[index] = number(f"class_weights[{shown(label)}]", weight, above=0.0, maximum=MOST_REPEATS)
         return result
 
 

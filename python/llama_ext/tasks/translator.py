@@ -21,8 +21,8 @@ from llama_ext.tasks.task_files import (
     base_of,
     refuse_another_task,
     refuse_loading,
+    save_task,
     saying_who_named,
-    write_about,
 )
 from llama_ext.tasks.translation_report import TranslationReport
 
@@ -271,7 +271,7 @@ class Translator:
         """Writes the translator: a model, or an adapter in PEFT's format; and its prompt in translator.json.
 
         Args:
-            directory: Created if it does not exist.
+            directory: Created if it does not exist. What a translator or a classifier has saved there is replaced.
             merge: Make the adapter a part of the weights first, of this translator as well.
 
         Raises:
@@ -281,12 +281,8 @@ class Translator:
         """
         if merge and self.adapter in self.model.adapters:
             self.model.merge_adapter(self.adapter)
-        if self.adapter in self.model.adapters:
-            self.model.save_adapter(directory, self.adapter, base=self._base)
-        else:
-            self.model.save_pretrained(directory)
         values = {"source": self.source, "target": self.target, "prompt": self.prompt}
-        write_about(Path(directory) / TRANSLATOR_FILE, values)
+        save_task(self.model, self.adapter, directory, base=self._base, file=TRANSLATOR_FILE, values=values)
 
     @classmethod
     def load(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import numpy as np
 
 from llama_ext import _core
 from llama_ext._arrays import FloatArray, IntArray
-from llama_ext._options import number, whole
+from llama_ext._options import number, shown, whole
 from llama_ext._plots import new_figure
 from llama_ext.errors import ContextLengthError, NumericError, OptionError
 from llama_ext.runtime.logits import id_block
@@ -19,7 +20,14 @@ from llama_ext.training.batches import IGNORED, Batch, Row, Source, collate
 from llama_ext.training.data import Reading, block_examples, is_pair, read_data
 from llama_ext.training.history import Evaluation, History, perplexity_of, smoothed
 from llama_ext.training.loop import Run, StepResult, accumulate, clip_scale
-from llama_ext.training.model import ModelWeights, new_trainer, parameter_names, trainable_copy, use_trainable_core
+from llama_ext.training.model import (
+    ModelWeights,
+    made_trainable,
+    new_trainer,
+    parameter_names,
+    trainable_copy,
+    use_trainable_core,
+)
 from llama_ext.training.options import TrainOptions
 from llama_ext.training.settings import RunSettings
 from llama_ext.training.tuning import TunedWeights, tuning_trainer
@@ -74,7 +82,7 @@ def _reading(model: LlamaForCausalLM, context: int | None, *, pack: bool = False
     most = model.config.max_position_embeddings
     for name, value in (("pack", pack), ("shuffle", shuffle)):
         if not isinstance(value, bool):
-            raise OptionError(f"{name} must be True or False, got {value!r}")
+            raise OptionError(f"{name} must be True or False, got {shown(value)}")
     length = most if context is None else whole("context", context, 1)
     if length > most:
         raise ContextLengthError(f"context is {length}, the model's context is {most}")
@@ -93,7 +101,7 @@ def fit(
     **settings: Any,
 ) -> History:
     """The body of `fit`."""
-    training = _training(model)
+    options = _training(model).options
     checked = RunSettings(**settings)
     reading = _reading(model, context, pack=pack, shuffle=shuffle)
     source = read_data(x, y, reading)
@@ -110,17 +118,17 @@ def fit(
         validation = read_data(held_out, answers, named)
     # Before the weights become float32.
     checked.check(validates=validation is not None)
-    with model._trained_alone():
-        # Its moments would be those of other weights.
-        training.trainer = training.core = training.adapter = None
+    with model._trained_alone(), contextlib.ExitStack() as undo:
+        # Moments of `train_step` would be those of other weights, unless nothing is changed.
+        undo.callback(setattr, model, "_training", model._training)
+        model._training = Training(options)
         name = model.active_adapter
         if name is not None:
-            trainer, weights = tuning_trainer(model, training.options, name), TunedWeights(model, name)
-            return Run(trainer, weights, training.options, checked, source, validation).go()
+            trainer, weights = tuning_trainer(model, options, name), TunedWeights(model, name)
+            return Run(trainer, weights, options, checked, source, validation).go(undo.pop_all)
         model._refuse_adapters("training all weights")
-        core = use_trainable_core(model)
-        trainer = new_trainer(core, training.options)
-        return Run(trainer, ModelWeights(model), training.options, checked, source, validation).go()
+        trainer = new_trainer(made_trainable(model, undo), options)
+        return Run(trainer, ModelWeights(model), options, checked, source, validation).go(undo.pop_all)
 
 
 def evaluate(model: LlamaForCausalLM, x: object, y: object, *, batch_size: int, context: int | None) -> Evaluation:

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from llama_ext._arrays import IntArray
-from llama_ext.errors import OptionError
+from llama_ext._options import shown
+from llama_ext.errors import OptionError, OutOfMemoryError
 from llama_ext.training.driver import LengthArray
 
 __all__ = ["IGNORED", "Batch", "Example", "Examples", "Row", "Source", "Stream", "TokenReader", "collate", "stream_of"]
@@ -26,6 +27,9 @@ class Example(NamedTuple):
     tokens: IntArray
     labels: IntArray
 
+
+# Tokens of a step, in random crops: what is beyond this fits into no machine, and is told before it is tried.
+_MOST_TOKENS = 2**31 - 1
 
 # What counts as one of `batch_size`: a sequence, or several that were packed together and do not see each other.
 Row = tuple[Example, ...]
@@ -84,11 +88,20 @@ class Source(Protocol):
         ...
 
     def steps_per_epoch(self, rows: int) -> int:
-        """Steps of an epoch with so many rows each."""
+        """Steps of an epoch with so many rows each.
+
+        Raises:
+            OptionError: A step cannot have so many.
+        """
         ...
 
     def rows(self, step: int, rows: int, seed: int) -> list[Row]:
-        """The rows of a step, which counts from 0; the last step of an epoch may have fewer."""
+        """The rows of a step, which counts from 0; the last step of an epoch may have fewer.
+
+        Raises:
+            OptionError: A step cannot have so many.
+            OutOfMemoryError: They do not fit into memory.
+        """
         ...
 
     def all_rows(self) -> Iterator[Row]:
@@ -196,6 +209,7 @@ class Stream:
 
     def steps_per_epoch(self, rows: int) -> int:
         if self._shuffle:
+            self._refuse_too_many(rows)
             return max(1, (len(self._tokens) - 1) // (self._context * rows))
         return -(-self._windows // rows)
 
@@ -203,11 +217,24 @@ class Stream:
         if not self._shuffle:
             first = step % self.steps_per_epoch(rows) * rows
             return [self._window(index) for index in range(first, min(first + rows, self._windows))]
-        starts = stream_of(seed, "crops", step).integers(0, len(self._tokens) - self._context, rows)
-        return [self._crop(int(start), self._context) for start in starts]
+        self._refuse_too_many(rows)
+        try:
+            starts = stream_of(seed, "crops", step).integers(0, len(self._tokens) - self._context, rows)
+            return [self._crop(int(start), self._context) for start in starts]
+        except MemoryError as error:
+            raise OutOfMemoryError(
+                f"{rows} rows of {self._context} tokens do not fit into memory: lower batch_size or grad_accum"
+            ) from error
 
     def all_rows(self) -> Iterator[Row]:
         return (self._window(index) for index in range(self._windows))
+
+    def _refuse_too_many(self, rows: int) -> None:
+        if rows * self._context > _MOST_TOKENS:
+            raise OptionError(
+                f"a step of {shown(rows)} rows of {self._context} tokens is too large: at most {_MOST_TOKENS // self._context} rows "
+                "are accepted. Lower batch_size or grad_accum"
+            )
 
     def _window(self, index: int) -> Row:
         begin = index * self._context

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_ext._arrays import Array, IntArray, check_token_range, token_ids
+from llama_ext._arrays import Array, IntArray, array_by_protocol, check_token_range, token_ids
 from llama_ext.errors import ContextLengthError, DTypeError, LimitError, OptionError, ShapeError
 from llama_ext.runtime.prompts import encode_text
 from llama_ext.runtime.scoring import encode_pair
@@ -224,7 +224,7 @@ def block_examples(x: Array, y: object, reading: Reading) -> list[Example]:
     """
     if x.dtype.kind not in "iu":
         raise DTypeError(f"{reading.x} must be integers, got {x.dtype}")
-    labels = x if y is None else np.asarray(y)
+    labels = x if y is None else _array_of_labels(y, x.shape, reading)
     if labels.shape != x.shape:
         raise ShapeError(f"{reading.y} must have the shape of {reading.x}, {x.shape}, got {labels.shape}")
     if labels.dtype.kind not in "iu":
@@ -243,6 +243,18 @@ def block_examples(x: Array, y: object, reading: Reading) -> list[Example]:
         tokens = token_ids(f"{reading.x}[{index}]", row[:end], reading.vocabulary)
         examples.append(Example(tokens, np.ascontiguousarray(targets[1 : end + 1], dtype=np.int32)))
     return examples
+
+
+def _array_of_labels(y: object, shape: tuple[int, ...], reading: Reading) -> Array:
+    array = array_by_protocol(reading.y, y)
+    if array is not None:
+        return array
+    try:
+        return np.asarray(y)
+    except ValueError:
+        raise ShapeError(
+            f"{reading.y} must have the shape of {reading.x}, {shape}, got rows of several lengths"
+        ) from None
 
 
 # -- packing ----------------------------------------------------------------------------------------------------------

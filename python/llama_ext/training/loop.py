@@ -6,11 +6,12 @@ import hashlib
 import math
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llama_ext._options import shown
 from llama_ext.errors import CheckpointError, NumericError, OptionError
 from llama_ext.training import checkpoints
 from llama_ext.training.batches import Batch, Row, Source, collate
@@ -97,6 +98,15 @@ def evaluate(trainer: Trainer, source: Source, batch_size: int) -> Evaluation:
     return Evaluation(loss, correct / counted, perplexity_of(loss), counted)
 
 
+def _states(values: Any, callbacks: int) -> list[Mapping[str, Any]]:
+    if not isinstance(values, list) or len(values) != callbacks:
+        raise ValueError(f"expected the states of {callbacks} callbacks, got {shown(values)}")
+    for value in values:
+        if not isinstance(value, dict):
+            raise TypeError(f"the state of a callback is {shown(value)}, expected an object")
+    return values
+
+
 class Run:
     """One call of `fit`.
 
@@ -151,21 +161,24 @@ class Run:
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
-    def go(self) -> History:
+    def go(self, begun: Callable[[], object] | None = None) -> History:
         """Trains.
+
+        Args:
+            begun: Called before the first step, when nothing is left that refuses the run.
 
         Raises:
             CheckpointError and others: As `LlamaForCausalLM.fit`.
             KeyboardInterrupt: A second Ctrl-C.
         """
         if self._folder is None:
-            return self._go()
+            return self._go(begun)
         # What cannot be saved is told now, and not after the first epoch.
         states_of(self._settings.callbacks)
         with checkpoints.locked(self._folder):
-            return self._go()
+            return self._go(begun)
 
-    def _go(self) -> History:
+    def _go(self, begun: Callable[[], object] | None) -> History:
         resumed = self._resume()
         for callback in self._settings.callbacks:
             callback.on_start(self, resumed)
@@ -188,6 +201,8 @@ class Run:
             ):
                 if self._settings.log_file is not None:
                     log.write("resume" if resumed else "start", step=self.step, **self._described(flops))
+                if begun is not None:
+                    begun()
                 self._loop(bar, log)
                 self.history.stopped = "interrupted" if self._interrupted else self._stop or "done"
                 if self._folder is not None and self._saved != self.step:
@@ -371,16 +386,15 @@ class Run:
             self._unfinished = bool(checkpoint.state["unfinished"])
             self._stop = checkpoint.state.get("stop")
             if not (self._stop is None or isinstance(self._stop, str)):
-                raise ValueError(f"the stop {self._stop!r}")
+                raise ValueError(f"the stop {shown(self._stop)}")
             if len(self.history.steps) != checkpoint.step:
                 raise ValueError(f"a history of {len(self.history.steps)} steps after {checkpoint.step}")
-            states = checkpoint.state["callbacks"]
-            for callback, state in zip(self._settings.callbacks, states, strict=True):
-                callback.load_state(state)
+            states = _states(checkpoint.state["callbacks"], len(self._settings.callbacks))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
             raise CheckpointError(f"the state of the run is malformed: {error}", path=str(checkpoint.path)) from error
+        # What a callback raises is its own, and says nothing of the file.
+        for callback, state in zip(self._settings.callbacks, states, strict=True):
+            callback.load_state(state)
         # Last, as all the rest may be malformed.
         checkpoints.restore(checkpoint, self._trainer, self._weights)
         self.step = checkpoint.step

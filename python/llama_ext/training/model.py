@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "ModelWeights",
     "fill",
     "flops_per_token",
+    "made_trainable",
     "new_trainer",
     "parameter_names",
     "trainable_copy",
@@ -126,6 +128,15 @@ def use_trainable_core(model: LoadedModel) -> _core.Model:
         model._core = core
     model._fingerprint = None
     return core
+
+
+def made_trainable(model: LoadedModel, undo: contextlib.ExitStack) -> _core.Model:
+    """As `use_trainable_core`, and gives the model back what it had where `undo` ends before training has begun.
+
+    Until then the old weights stay in memory: `undo.pop_all()` frees them.
+    """
+    undo.callback(setattr, model, "_core", model._core)
+    return use_trainable_core(model)
 
 
 def new_trainer(core: _core.Model, options: TrainOptions) -> _core.Trainer:

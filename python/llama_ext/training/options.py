@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llama_ext._arrays import as_whole
-from llama_ext._options import number, whole
+from llama_ext._options import number, shown, whole
 from llama_ext.errors import OptionError
 
 __all__ = ["DECAYS", "METRICS", "OPTIMIZERS", "PRECISIONS", "SCHEDULES", "TrainOptions"]
@@ -68,7 +68,7 @@ class TrainOptions:
         for name in ("dropout", "attention_dropout"):
             self._set(name, number(name, getattr(self, name), minimum=0.0, below=1.0))
         if not isinstance(self.checkpoint_activations, bool):
-            raise OptionError(f"checkpoint_activations must be True or False, got {self.checkpoint_activations!r}")
+            raise OptionError(f"checkpoint_activations must be True or False, got {shown(self.checkpoint_activations)}")
         if self.skip_outliers is not None:
             self._set(
                 "skip_outliers",
@@ -91,7 +91,7 @@ class TrainOptions:
         if self.nesterov is None:
             self._set("nesterov", default[1] and self.momentum != 0.0)
         elif not isinstance(self.nesterov, bool):
-            raise OptionError(f"nesterov must be True or False, got {self.nesterov!r}")
+            raise OptionError(f"nesterov must be True or False, got {shown(self.nesterov)}")
         if self.nesterov and self.momentum == 0.0:
             raise OptionError("nesterov needs a momentum above 0")
 
@@ -118,12 +118,12 @@ class TrainOptions:
 
 def _word(name: str, value: object, words: Sequence[str]) -> None:
     if not isinstance(value, str) or value not in words:
-        raise OptionError(f"{name} must be one of {', '.join(words)}, got {value!r}")
+        raise OptionError(f"{name} must be one of {', '.join(words)}, got {shown(value)}")
 
 
 def _betas(value: object) -> tuple[float, float]:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise OptionError(f"betas must be two numbers in [0, 1), got {value!r}")
+        raise OptionError(f"betas must be two numbers in [0, 1), got {shown(value)}")
     first, second = (number(f"betas[{index}]", each, minimum=0.0, below=1.0) for index, each in enumerate(value))
     return first, second
 
@@ -139,7 +139,7 @@ def _warmup(value: object) -> int | float:
 
 def _metrics(value: object) -> tuple[str, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise OptionError(f"metrics must be a list of {', '.join(METRICS)}, got {value!r}")
+        raise OptionError(f"metrics must be a list of {', '.join(METRICS)}, got {shown(value)}")
     for each in value:
         _word("metrics", each, METRICS)
     return tuple(value)

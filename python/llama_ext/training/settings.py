@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama_ext._options import number, whole
+from llama_ext._options import number, shown, whole
 from llama_ext.errors import OptionError
 from llama_ext.training.callbacks import Callback
 
@@ -48,11 +48,11 @@ class RunSettings:
                 object.__setattr__(self, name, whole(name, getattr(self, name), 1))
         if self.max_steps is not None and self.epochs is not None:
             raise OptionError(
-                f"epochs={self.epochs} and max_steps={self.max_steps} both say how long the run is: give one of them"
+                f"epochs={shown(self.epochs)} and max_steps={shown(self.max_steps)} both say how long the run is: give one of them"
             )
         for name in ("keep_best", "overfit_batch"):
             if not isinstance(getattr(self, name), bool):
-                raise OptionError(f"{name} must be True or False, got {getattr(self, name)!r}")
+                raise OptionError(f"{name} must be True or False, got {shown(getattr(self, name))}")
         for name in ("checkpoint_dir", "log_file"):
             _check_path(name, getattr(self, name), "a path")
         if not isinstance(self.resume, bool):
@@ -95,7 +95,7 @@ class RunSettings:
 
 def _check_path(name: str, value: object, expected: str) -> None:
     if value is not None and (not isinstance(value, (str, os.PathLike)) or not os.fspath(value)):
-        raise OptionError(f"{name} must be {expected}, got {value!r}")
+        raise OptionError(f"{name} must be {expected}, got {shown(value)}")
 
 
 def _listed(callbacks: object) -> tuple[Any, ...]:

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llama_ext._arrays import Array, IntArray
-from llama_ext._options import whole
-from llama_ext.errors import FormatError, LimitError, OptionError, TokenIdError
+from llama_ext._arrays import Array, IntArray, array_by_protocol
+from llama_ext._options import shown, whole
+from llama_ext.errors import DTypeError, FormatError, LimitError, OptionError, TokenIdError
 from llama_ext.io.atomic import atomic_write
 from llama_ext.io.json_file import open_regular
 from llama_ext.io.mapped_file import MappedFile
@@ -236,22 +236,25 @@ def write_token_file(
 
     Raises:
         OptionError: No tokens, or `vocabulary` is not in [1, 2^32].
-        TokenIdError: An id outside the vocabulary.
+        DTypeError: `pieces` cannot be gone through, or a piece is an array that is not on the CPU.
+        TokenIdError: A piece is no list of whole numbers, or one of them is outside the vocabulary.
         OSError: It cannot be written.
     """
     vocabulary = whole("vocabulary", vocabulary, 1, 1 << 32)
     item = 2 if vocabulary <= 1 << 16 else 4
+    if not isinstance(pieces, Iterable):
+        raise DTypeError(f"pieces must be lists or arrays of token ids, one after the other, got {shown(pieces)}")
     count = 0
     with atomic_write(path, follow_links=True) as file:
         file.write(bytes(_HEADER.size))
         for piece in pieces:
-            ids: Array = np.asarray(piece)
-            if ids.size == 0:
+            ids = _ids(piece)
+            if ids is not None and ids.size == 0:
                 continue
-            if ids.dtype.kind not in "iu" or ids.ndim != 1 or ids.min() < 0 or ids.max() >= vocabulary:
+            if ids is None or ids.min() < 0 or ids.max() >= vocabulary:
+                found = shown(piece) if ids is None else f"{ids.dtype} in [{ids.min()}, {ids.max()}]"
                 raise TokenIdError(
-                    f"cannot write {os.fspath(path)}: token ids must be whole numbers in [0, {vocabulary}), "
-                    f"got {ids.dtype} of shape {ids.shape} in [{ids.min()}, {ids.max()}]"
+                    f"cannot write {os.fspath(path)}: a piece must be a list of whole numbers in [0, {vocabulary}), got {found}"
                 )
             file.write(ids.astype(f"<u{item}").tobytes())
             count += ids.size
@@ -260,3 +263,13 @@ def write_token_file(
         file.seek(0)
         file.write(_HEADER.pack(_MAGIC, _VERSION, item, count, vocabulary, tokenizer_hash(tokenizer)))
     return count
+
+
+def _ids(piece: object) -> Array | None:
+    """A piece as an array with one axis, of integers unless it is empty; None where it is something else."""
+    array = array_by_protocol("a piece", piece)
+    try:
+        ids: Array = np.asarray(piece) if array is None else array
+    except ValueError:  # lists of several lengths
+        return None
+    return ids if ids.size == 0 or (ids.dtype.kind in "iu" and ids.ndim == 1) else None
