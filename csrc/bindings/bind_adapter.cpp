@@ -12,7 +12,8 @@ AdapterPtr make_adapter(const std::shared_ptr<Model>& model, const py::dict& tar
     const auto [rank, scale] = shape.cast<std::pair<int64_t, double>>();
     shapes[slot.cast<std::string>()] = {.rank = rank, .scale = scale};
   }
-  return without_gil([&] { return std::make_shared<Adapter>(model->shared_backend(), model->config(), shapes); });
+  return deleted_without_gil(
+      without_gil([&] { return std::make_unique<Adapter>(model->shared_backend(), model->config(), shapes); }));
 }
 
 py::list slots(const Adapter& adapter) {

@@ -18,7 +18,7 @@ PyMatrix make_matrix(const BackendPtr& backend, const py::object& source, const 
   const TensorView weights = optional_view(importance, 1, "matrix", "importance");
   PyMatrix matrix{backend, nullptr};
   run_op(backend, [&] {
-    matrix.matrix = backend->create_matrix(view.dim(0), view.dim(1), type);
+    matrix.matrix = deleted_without_gil(backend->create_matrix(view.dim(0), view.dim(1), type));
     backend->write_rows(*matrix.matrix, {}, view, weights);
   });
   return matrix;
@@ -26,7 +26,9 @@ PyMatrix make_matrix(const BackendPtr& backend, const py::object& source, const 
 
 PyMatrix make_zero_matrix(const BackendPtr& backend, int64_t rows, int64_t cols) {
   PyMatrix matrix{backend, nullptr};
-  run_op(backend, [&] { matrix.matrix = backend->create_matrix(rows, cols, weight_type("float32", 0, "matrix")); });
+  run_op(backend, [&] {
+    matrix.matrix = deleted_without_gil(backend->create_matrix(rows, cols, weight_type("float32", 0, "matrix")));
+  });
   return matrix;
 }
 
@@ -39,7 +41,7 @@ PyMatrix make_block_matrix(const BackendPtr& backend, const py::object& blocks, 
   const int64_t rows = static_cast<int64_t>(bytes.size()) / row_bytes;
   PyMatrix matrix{backend, nullptr};
   run_op(backend, [&] {
-    matrix.matrix = backend->create_matrix(rows, cols, ggml.type);
+    matrix.matrix = deleted_without_gil(backend->create_matrix(rows, cols, ggml.type));
     backend->write_blocks(*matrix.matrix, {}, ggml, rows, bytes);
   });
   return matrix;
@@ -55,7 +57,7 @@ PyMatrix make_gate_up_matrix(const BackendPtr& backend, const py::object& gate, 
   const TensorView weights = optional_view(importance, 1, "gate_up_matrix", "importance");
   PyMatrix matrix{backend, nullptr};
   run_op(backend, [&] {
-    matrix.matrix = backend->create_matrix(gate_up_size(gate_view.dim(0)), gate_view.dim(1), type);
+    matrix.matrix = deleted_without_gil(backend->create_matrix(gate_up_size(gate_view.dim(0)), gate_view.dim(1), type));
     backend->write_rows(*matrix.matrix, gate_rows(), gate_view, weights);
     backend->write_rows(*matrix.matrix, up_rows(), up_view, weights);
   });

@@ -7,7 +7,7 @@ namespace {
 /// A Generation as Python holds it; it keeps the session that it continues.
 struct PyGeneration {
   std::shared_ptr<PySession> session;
-  std::unique_ptr<Generation> generation;
+  std::shared_ptr<Generation> generation;
   Busy busy;
 };
 
@@ -61,10 +61,10 @@ std::unique_ptr<PyGeneration> make_generation(const std::shared_ptr<Model>& mode
   auto self = std::make_unique<PyGeneration>();
   self->session = session;
   const GenerationScope scope(*self);
-  self->generation = without_gil([&] {
+  self->generation = deleted_without_gil(without_gil([&] {
     return std::make_unique<Generation>(model, std::move(ids), std::move(options),
                                         session ? session->session.get() : nullptr);
-  });
+  }));
   return self;
 }
 

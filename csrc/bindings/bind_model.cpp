@@ -70,13 +70,14 @@ ModelPtr make_model(const std::shared_ptr<Backend>& backend, const py::dict& con
     bytes.emplace(matrix, PackedBytes{byte_view(array, "model", matrix), keep_alive(array)});
   }
   const Compute arithmetic = compute_from_name(compute);
-  return without_gil([&] { return std::make_shared<Model>(backend, parsed, plan, bytes, arithmetic); });
+  return deleted_without_gil(
+      without_gil([&] { return std::make_unique<Model>(backend, parsed, plan, bytes, arithmetic); }));
 }
 
 ModelPtr converted(const Model& model, const py::dict& types, bool separate_gate_up) {
   WeightPlan plan = plan_from_dict(types);
   plan.separate_gate_up = separate_gate_up;
-  return without_gil([&] { return convert(model, plan); });
+  return deleted_without_gil(without_gil([&] { return convert(model, plan); }));
 }
 
 py::tuple type_tuple(const WeightType& type) { return py::make_tuple(info_of(type.encoding).name, type.group); }

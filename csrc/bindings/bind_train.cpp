@@ -7,7 +7,7 @@ namespace {
 
 /// A Trainer as Python holds it.
 struct PyTrainer {
-  std::unique_ptr<Trainer> trainer;
+  std::shared_ptr<Trainer> trainer;
   Busy busy;
 };
 
@@ -55,7 +55,7 @@ std::unique_ptr<PyTrainer> make_trainer(const std::shared_ptr<Model>& model, con
   options.dropout = {.residual = dropout, .attention = attention_dropout, .adapter = adapter_dropout};
   if (trainable) options.trainable = {.all = false, .slots = *trainable};
   auto self = std::make_unique<PyTrainer>();
-  self->trainer = without_gil([&] { return std::make_unique<Trainer>(model, adapter, options); });
+  self->trainer = deleted_without_gil(without_gil([&] { return std::make_unique<Trainer>(model, adapter, options); }));
   return self;
 }
 

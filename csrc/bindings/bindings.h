@@ -195,6 +195,18 @@ auto without_gil(Work&& work) {
   }
 }
 
+/// The same object, that whoever lets go of it last deletes without the GIL. For what has memory of a GPU: giving that back can wait for
+/// the whole device, whose host functions may want the GIL, and meanwhile other threads run Python.
+template <typename Pointer>
+std::shared_ptr<typename Pointer::element_type> deleted_without_gil(Pointer object) {
+  auto* bare = object.get();
+  return {bare, [kept = std::move(object)](auto*) mutable {
+            if (Py_IsInitialized() == 0 || PyGILState_Check() == 0) return kept.reset();
+            const py::gil_scoped_release released;
+            kept.reset();
+          }};
+}
+
 /// Runs an operation without the GIL and waits for it.
 template <typename Work>
 void run_op(const BackendPtr& backend, Work&& work) {
@@ -241,8 +253,8 @@ class BusyScope {
 
 /// A Session as Python holds it.
 struct PySession {
-  explicit PySession(std::unique_ptr<Session> s) : session(std::move(s)) {}
-  std::unique_ptr<Session> session;
+  explicit PySession(std::unique_ptr<Session> s) : session(deleted_without_gil(std::move(s))) {}
+  std::shared_ptr<Session> session;
   Busy busy;
 };
 

@@ -1,14 +1,11 @@
 #include "bindings/device_array.h"
 
-#include <pybind11/pybind11.h>
-
 #include <algorithm>
 #include <utility>
 
+#include "bindings/bindings.h"
+
 namespace llama_ext {
-
-namespace py = pybind11;
-
 namespace {
 
 using Extents = DeviceArray::Extents;
@@ -34,16 +31,6 @@ int gpu_of(const Backend& backend) {
   require(device.starts_with("cuda:"), ErrorKind::kDevice, "an array on a GPU cannot be made for device '", device,
           "'. Use 'cuda', or NumPy arrays");
   return std::stoi(device.substr(5));
-}
-
-/// Whoever lets go of memory that others had waits for the whole device, whose host functions may want the GIL.
-void delete_without_gil(Buffer* buffer) {
-  if (Py_IsInitialized() == 0 || PyGILState_Check() == 0) {
-    delete buffer;
-    return;
-  }
-  const py::gil_scoped_release released;
-  delete buffer;
 }
 
 /// What an array without elements points to: something that is not null, and that nobody follows.
@@ -85,7 +72,7 @@ DeviceArray DeviceArray::zeros(const std::shared_ptr<Backend>& backend, const Ex
   const dlpack::ElementType& type = element_type(dtype);
   gpu_of(*backend);
   const int64_t nbytes = checked_mul(size_of_shape(shape), type.size, "an array on a GPU");
-  const std::shared_ptr<Buffer> buffer(backend->allocate(static_cast<size_t>(nbytes)).release(), &delete_without_gil);
+  const std::shared_ptr<Buffer> buffer = deleted_without_gil(backend->allocate(static_cast<size_t>(nbytes)));
   backend->synchronize();  // another backend of this GPU may use it
   DeviceArray array(backend, buffer, buffer->data(), type, shape, contiguous_strides(shape), true);
   array.buffer_ = buffer.get();

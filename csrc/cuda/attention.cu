@@ -234,19 +234,13 @@ void start(const Gpu& gpu, AttentionView a) {
   // Few blocks would leave most of the GPU idle.
   const bool splits =
       tiles > 1 && tiles <= 65535 && a.segments.tokens * shares < 2 * static_cast<int64_t>(gpu.multiprocessors());
-  if (!splits) {
-    launch<Start::kEarly>(gpu, attention_kernel<kKind, kHeads>, dim3(static_cast<unsigned>(a.segments.tokens), shares),
-                          kKeys, floats * sizeof(float), a);
-    return;
-  }
-  a.parts = static_cast<int>(tiles);
-  const int64_t numbers = a.segments.tokens * a.heads * tiles * (layer.head_dim + 2);
-  const Scratch partial(gpu, static_cast<size_t>(numbers) * sizeof(float));
-  a.partial = partial.as<float>();
-  launch<Start::kEarly>(gpu, attention_kernel<kKind, kHeads>,
-                        dim3(static_cast<unsigned>(a.segments.tokens), shares, static_cast<unsigned>(tiles)), kKeys,
-                        floats * sizeof(float), a);
-  merge_parts(gpu, a, kKeys);
+  const auto start_blocks = [&](const AttentionView& view) {
+    launch<Start::kEarly>(gpu, attention_kernel<kKind, kHeads>,
+                          dim3(static_cast<unsigned>(view.segments.tokens), shares,
+                               view.parts == 0 ? 1u : static_cast<unsigned>(view.parts)),
+                          kKeys, floats * sizeof(float), view);
+  };
+  splits ? split_keys(gpu, a, kKeys, start_blocks) : start_blocks(a);
 }
 
 template <KvKind kKind>

@@ -301,24 +301,25 @@ __global__ void __launch_bounds__(kWarps * 32) attention_mma_kernel(const __grid
 }
 
 template <KvKind kKind, int kDim, int kWarps>
-void start(const Gpu& gpu, AttentionView a) {
+void start(const Gpu& gpu, const AttentionView& a) {
   using T = Tiles<kKind, kDim, kWarps>;
-  const KvLayerView& layer = a.segments.of[0].layer;
-  const int tokens = tokens_per_block(T::kRows, a.group);
-  int64_t blocks = 0;
-  for (int i = 0; i < a.segments.count; ++i) blocks += blocks_for(a.segments.of[i].tokens, tokens);
+  const unsigned kv_heads = static_cast<unsigned>(a.segments.of[0].layer.kv_heads);
+  const auto blocks_of = [](const AttentionView& view) {
+    const int tokens = tokens_per_block(T::kRows, view.group);
+    int64_t blocks = 0;
+    for (int i = 0; i < view.segments.count; ++i) blocks += blocks_for(view.segments.of[i].tokens, tokens);
+    return blocks;
+  };
+  const auto start_blocks = [&](const AttentionView& view) {
+    launch<Start::kEarly>(gpu, attention_mma_kernel<kKind, kDim, kWarps>,
+                          dim3(static_cast<unsigned>(blocks_of(view)), kv_heads,
+                               view.parts == 0 ? 1u : static_cast<unsigned>(view.parts)),
+                          T::kThreadCount, T::kBytes, view);
+  };
   const int64_t parts = blocks_for(longest_row(a.segments), kPartKeys);
-  const unsigned kv_heads = static_cast<unsigned>(layer.kv_heads);
   const bool splits =
-      parts > 1 && parts <= 65535 && blocks * kv_heads < 2 * static_cast<int64_t>(gpu.multiprocessors());
-  a.parts = splits ? static_cast<int>(parts) : 0;
-  const int64_t numbers = splits ? a.segments.tokens * a.heads * parts * (layer.head_dim + 2) : 0;
-  const Scratch partial(gpu, static_cast<size_t>(numbers) * sizeof(float));
-  a.partial = partial.as<float>();
-  launch<Start::kEarly>(gpu, attention_mma_kernel<kKind, kDim, kWarps>,
-                        dim3(static_cast<unsigned>(blocks), kv_heads, splits ? static_cast<unsigned>(parts) : 1u),
-                        T::kThreadCount, T::kBytes, a);
-  if (splits) merge_parts(gpu, a, kPartKeys);
+      parts > 1 && parts <= 65535 && blocks_of(a) * kv_heads < 2 * static_cast<int64_t>(gpu.multiprocessors());
+  splits ? split_keys(gpu, a, kPartKeys, start_blocks) : start_blocks(a);
 }
 
 template <KvKind kKind, int kDim>

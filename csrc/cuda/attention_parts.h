@@ -1,7 +1,10 @@
 // What both kernels of attention share: how parts of the key axis are merged.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/attention_view.h"
+#include "cuda/launch.h"
 #include "cuda/numeric.h"
 
 namespace llama_ext::cuda {
@@ -46,5 +49,31 @@ void merge_parts(const Gpu& gpu, const AttentionView& a, int keys);
 
 /// The position of the last query of all segments, plus one.
 int64_t longest_row(const SegmentList& segments);
+
+/// Memory for parts, which some hundred tokens of a long context would need gigabytes of.
+inline constexpr int64_t kMostPartialBytes = int64_t{256} << 20;
+
+/// How many tokens have their parts in memory at the same time: all that have room, and one at least.
+constexpr int64_t tokens_of_slice(int heads, int64_t parts, int head_dim) {
+  return std::max<int64_t>(1, kMostPartialBytes / (int64_t{heads} * parts * (head_dim + 2) * int64_t{sizeof(float)}));
+}
+
+/// Splits the keys into parts of so many: calls start(view) for slices of a's tokens, and merges their parts. A slice has as many blocks
+/// as its memory allows, far more than a GPU has room for, unless it has all of few tokens.
+template <typename StartBlocks>
+void split_keys(const Gpu& gpu, const AttentionView& a, int keys, const StartBlocks& start) {
+  const int head_dim = a.segments.of[0].layer.head_dim;
+  const int64_t most = tokens_of_slice(a.heads, blocks_for(longest_row(a.segments), keys), head_dim);
+  for (int64_t first = 0; first < a.segments.tokens; first += most) {
+    AttentionView slice = a;
+    slice.segments = tokens_of(a.segments, first, most);
+    slice.parts = static_cast<int>(blocks_for(longest_row(slice.segments), keys));
+    const int64_t numbers = slice.segments.tokens * a.heads * slice.parts * (head_dim + 2);
+    const Scratch partial(gpu, static_cast<size_t>(numbers) * sizeof(float));
+    slice.partial = partial.as<float>();
+    start(slice);
+    merge_parts(gpu, slice, keys);
+  }
+}
 
 }  // namespace llama_ext::cuda

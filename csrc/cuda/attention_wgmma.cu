@@ -339,6 +339,8 @@ __global__ void __launch_bounds__(Layout<kDim>::kThreadCount, 1)
       }
     }
   }
+#else
+  __trap();  // nobody starts it: Gpu::has_hopper_code()
 #endif
 }
 
@@ -356,8 +358,8 @@ void start(const Gpu& gpu, const WgmmaAttention& a) {
 bool has_attention_wgmma(const Gpu& gpu, const KvSegmentView& segment, int heads, float scale) {
   const KvLayerView& layer = segment.layer;
   const int group = heads / layer.kv_heads;
-  return gpu.capability() == 90 && layer.kind == KvKind::kBF16 && layer.head_dim <= 128 && group <= 64 &&
-         scale > 0.0f && segment.position + segment.tokens < (int64_t{1} << 30) &&
+  return gpu.has_hopper_code() && layer.kind == KvKind::kBF16 && layer.head_dim <= 128 && group <= 64 && scale > 0.0f &&
+         segment.position + segment.tokens < (int64_t{1} << 30) &&
          // The keys' end is part of the tensor map, and a recording's is not known when that is made.
          segment.live_position == nullptr &&
          // Fewer blocks would leave the GPU idle, where attention_mma splits the keys.

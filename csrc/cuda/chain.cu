@@ -294,6 +294,8 @@ __global__ void __launch_bounds__(kChainThreads, 1) chain_kernel(const __grid_co
     give_registers<kFillingRegisters>();
     fill_ring(c, Ring(c, shared, 0));
   }
+#else
+  __trap();  // nobody starts it: Gpu::has_hopper_code()
 #endif
 }
 

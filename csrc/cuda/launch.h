@@ -103,6 +103,15 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 
 __host__ __device__ constexpr int64_t blocks_for(int64_t count, int64_t each) { return (count + each - 1) / each; }
 
+/// The compute capability that the kernel was compiled for, as it runs on this GPU: 90 for 9.0.
+template <typename... Parameters>
+int architecture_of(const Gpu& gpu, void (*kernel)(Parameters...)) {
+  const CurrentGpu current = gpu.use();
+  cudaFuncAttributes attributes{};
+  require_success(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), "asking for a kernel");
+  return attributes.ptxVersion;  // binaryVersion is the GPU's own, also of what the driver has compiled
+}
+
 /// Blocks that need each other: those of a cluster, or all, which are on the GPU at the same time.
 struct Together {
   unsigned cluster = 1;

@@ -6,6 +6,8 @@
 // Codes, which come with few rows, are multiplied as whole numbers, which bfloat16 holds exactly, and every 32 k (16 of q6_k) the
 // sum of a group is scaled into the float32 sums; minima meet the sums of x, which a product with ones gives. A number's order of
 // summation depends on nothing but k: its bits do not depend on M, N or the size of the block. Bound by the tensor cores.
+#include <algorithm>
+
 #include "cuda/kernels.h"
 #include "cuda/mma.h"
 #include "cuda/weight_codes.h"
@@ -234,10 +236,18 @@ __global__ void __launch_bounds__(kMmaThreads, 2) matmul_mma_kernel(const __grid
 template <Kind kKind, typename Shape>
 void start(const Gpu& gpu, const MmaView& p) {
   const size_t shared = 2 * static_cast<size_t>((Shape::kRows + Shape::kColumns) * kPitch) * sizeof(uint16_t);
-  // Blocks of the same columns come together, so that the weights are read from memory once.
-  const dim3 grid(static_cast<unsigned>(blocks_for(p.rows, Shape::kRows)),
-                  static_cast<unsigned>(blocks_for(p.weight.rows, Shape::kColumns)));
-  launch(gpu, matmul_mma_kernel<kKind, Shape>, grid, kMmaThreads, shared, p);
+  constexpr int64_t kMostColumns = int64_t{65535} * Shape::kColumns;  // of a launch
+  const int64_t columns = p.weight.rows;
+  for (int64_t begin = 0; begin < columns; begin += kMostColumns) {
+    MmaView part = p;
+    part.weight = slice_rows(p.weight, begin, std::min(kMostColumns, columns - begin));
+    part.y.data = p.y.data + begin;
+    if (p.bias != nullptr) part.bias = p.bias + begin;
+    // Blocks of the same columns come together, so that the weights are read from memory once.
+    const dim3 grid(static_cast<unsigned>(blocks_for(p.rows, Shape::kRows)),
+                    static_cast<unsigned>(blocks_for(part.weight.rows, Shape::kColumns)));
+    launch(gpu, matmul_mma_kernel<kKind, Shape>, grid, kMmaThreads, shared, part);
+  }
 }
 
 template <Kind kKind>

@@ -290,6 +290,8 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1) matmul_wgmma_kernel(const __
   }
   // Nobody leaves while others bring something here, or arrive here.
   if constexpr (kCluster > 1) sync_cluster();
+#else
+  __trap();  // nobody starts it: Gpu::has_hopper_code()
 #endif
 }
 
@@ -328,7 +330,7 @@ void start_shape(const Gpu& gpu, const WgmmaView& p, const void* x, const Weight
 
 }  // namespace
 
-bool has_wgmma(const Gpu& gpu, Kind kind) { return kind == Kind::kBF16 && gpu.capability() == 90; }
+bool has_wgmma(const Gpu& gpu, Kind kind) { return kind == Kind::kBF16 && gpu.has_hopper_code(); }
 
 void matmul_wgmma(const Gpu& gpu, const MmaView& product) {
   WgmmaView p;

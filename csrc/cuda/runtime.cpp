@@ -9,10 +9,10 @@
 namespace llama_ext::cuda {
 namespace {
 
-// The runtime that this library is linked with needs a driver of the same major version: CUDA 13 came with driver 580, CUDA 12 with
-// driver 525.
-constexpr int kNeededDriver = CUDART_VERSION / 1000 * 1000;
-constexpr const char* kNeededDriverText = kNeededDriver >= 13000 ? "580" : "525";
+// The runtime that this library is linked with needs a driver of the same major version: CUDA 13 came with driver 580. Of CUDA 12, which
+// came with 525, drivers before 12.4 do not load kernels that are compressed as ours are (--compress-mode=size in CMakeLists.txt).
+constexpr int kNeededDriver = CUDART_VERSION >= 13000 ? CUDART_VERSION / 1000 * 1000 : 12040;
+constexpr const char* kNeededDriverText = kNeededDriver >= 13000 ? "580" : "550";
 constexpr int kNeededCapability = 80;
 
 thread_local Capture* current_capture = nullptr;
@@ -36,6 +36,14 @@ bool is_in_use(int index) noexcept {
   unsigned flags = 0;
   int is_active = 0;
   return get_state != nullptr && get_state(index, &flags, &is_active) == CUDA_SUCCESS && is_active != 0;
+}
+
+/// 12040 for CUDA 12.4; 0 without a driver.
+int driver_version() {
+  int version = 0;
+  if (cudaDriverGetVersion(&version) == cudaSuccess) return version;
+  cudaGetLastError();
+  return 0;
 }
 
 std::string version_text(int version) { return cat(version / 1000, ".", version % 1000 / 10); }
@@ -64,11 +72,10 @@ void* driver_function(const char* name, unsigned version) noexcept {
 std::string why_no_gpu() {
   int count = 0;  // which an error leaves alone
   const cudaError_t error = cudaGetDeviceCount(&count);
-  if (error == cudaSuccess && count > 0) return "";
-  cudaGetLastError();
-  int driver = 0;
-  if (cudaDriverGetVersion(&driver) != cudaSuccess) driver = 0;
-  cudaGetLastError();
+  if (error != cudaSuccess) cudaGetLastError();
+  // The runtime counts GPUs with any driver of its own major version.
+  const int driver = driver_version();
+  if (error == cudaSuccess && count > 0 && driver >= kNeededDriver) return "";
   if (driver == 0) {
     return cat("no NVIDIA driver was found; one of version ", kNeededDriverText, " or later is needed (CUDA ",
                version_text(kNeededDriver), ")");
@@ -83,7 +90,7 @@ std::string why_no_gpu() {
 
 int gpu_count() {
   int count = 0;
-  if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
+  if (cudaGetDeviceCount(&count) == cudaSuccess) return driver_version() >= kNeededDriver ? count : 0;
   cudaGetLastError();
   return 0;
 }
@@ -120,10 +127,11 @@ Gpu::Gpu(int index) : index_(index) {
           ", and 8.0 (Ampere) or later is needed. Use device='cpu'");
   require(attribute(cudaDevAttrMemoryPoolsSupported) != 0, ErrorKind::kDevice, "device 'cuda:", index,
           "': this driver offers no memory pools, which are needed. Use device='cpu'");
-  // Later ones run what was compiled for 8.0, where kernels do not wait (wait_for_predecessors).
-  overlaps_ = capability_ == 90 && is_set("LLAMA_EXT_CUDA_OVERLAP", true);
-  chains_ = capability_ == 90 && attribute(cudaDevAttrCooperativeLaunch) != 0 && is_set("LLAMA_EXT_CUDA_CHAIN", false);
   const CurrentGpu current = use();
+  has_hopper_code_ = capability_ == 90 && architecture_of_code(*this) >= 90;
+  // What was compiled for 8.0 does not wait (wait_for_predecessors).
+  overlaps_ = has_hopper_code_ && is_set("LLAMA_EXT_CUDA_OVERLAP", true);
+  chains_ = has_hopper_code_ && attribute(cudaDevAttrCooperativeLaunch) != 0 && is_set("LLAMA_EXT_CUDA_CHAIN", false);
   total_memory_ = memory().total;
   // Memory of the pool is kept between operations.
   require_success(cudaDeviceGetDefaultMemPool(&pool_, index), "asking for the memory pool");
@@ -200,6 +208,7 @@ void Gpu::copy_to_device(void* device, const void* host, size_t nbytes) const {
 void Gpu::copy_to_device_now(void* device, const void* host, size_t nbytes) const {
   const CurrentGpu current = use();
   require_success(cudaMemcpyAsync(device, host, nbytes, cudaMemcpyHostToDevice, stream_), "a copy to the GPU");
+  synchronize();  // else the driver may read the host's memory later
 }
 
 void Gpu::copy_to_host(void* host, const void* device, size_t nbytes) const {

@@ -64,6 +64,9 @@ class Gpu {
   bool chains() const { return chains_; }
   /// 90 for compute capability 9.0.
   int capability() const { return capability_; }
+  /// Whether kernels of Hopper's own instructions (wgmma.h) are there: not where the driver compiles what was made for others, as it
+  /// does for later GPUs, and for Hopper with CUDA_FORCE_PTX_JIT=1.
+  bool has_hopper_code() const { return has_hopper_code_; }
   int multiprocessors() const { return multiprocessors_; }
   /// Shared memory that a block may ask for.
   size_t shared_bytes_per_block() const { return shared_bytes_per_block_; }
@@ -87,7 +90,7 @@ class Gpu {
   void* allocate(size_t nbytes, const char* what, Source source = Source::kOwn) const;
   void release(void* memory, Source source = Source::kOwn) const noexcept;
   void copy_to_device(void* device, const void* host, size_t nbytes) const;
-  /// The same at once, also while the calling thread records: before whatever it records can run.
+  /// The same at once, also while the calling thread records: it is done when this returns.
   void copy_to_device_now(void* device, const void* host, size_t nbytes) const;
   void copy_to_host(void* host, const void* device, size_t nbytes) const;
   void copy_on_device(void* to, const void* from, size_t nbytes) const;
@@ -109,9 +112,13 @@ class Gpu {
   size_t total_memory_ = 0;
   cudaStream_t stream_ = nullptr;
   cudaMemPool_t pool_ = nullptr;
+  bool has_hopper_code_ = false;
   bool overlaps_ = false;
   bool chains_ = false;
 };
+
+/// hopper_code.cu: the compute capability that the kernels were compiled for which run on this GPU, 90 for 9.0.
+int architecture_of_code(const Gpu& gpu);
 
 /// Scratch memory of the operations of one recording. They run one after the other, so what one has given back the next takes.
 class Arena {

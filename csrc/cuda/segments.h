@@ -22,6 +22,24 @@ struct SegmentList {
   }
 };
 
+/// Tokens [first, first + count) of a list, as far as there are any. Of segments with a live position all or none.
+inline SegmentList tokens_of(const SegmentList& list, int64_t first, int64_t count) {
+  SegmentList some;
+  for (int i = 0; i < list.count; ++i) {
+    KvSegmentView segment = list.of[i];
+    const int64_t begin = std::clamp<int64_t>(first, 0, segment.tokens);
+    const int64_t end = std::clamp<int64_t>(first + count, begin, segment.tokens);
+    first -= segment.tokens;
+    if (begin == end) continue;
+    segment.row += begin;
+    segment.position += begin;
+    segment.tokens = end - begin;
+    some.of[some.count++] = segment;
+    some.tokens += segment.tokens;
+  }
+  return some;
+}
+
 /// Calls start(list) for some segments after the others.
 template <typename Start>
 void for_each_list(const KvSegmentView* segments, int64_t count, Start&& start) {

@@ -64,6 +64,19 @@ struct WeightView {
   __host__ __device__ int groups() const { return group == 0 ? 0 : stride / group; }
 };
 
+/// Rows [first, first + count) of a matrix, where they lie.
+inline WeightView slice_rows(WeightView w, int64_t first, int64_t count) {
+  const int64_t begin = w.row_at(first);
+  w.high_at = w.high_words_at(first, 0) - begin;
+  w.scales_at += 2 * first * w.units() - begin;
+  w.mins_at += 2 * first * w.units() - begin;
+  w.sub_scales_at += first * w.groups() - begin;
+  w.sub_mins_at += first * w.groups() - begin;
+  w.data += begin;
+  w.rows = static_cast<int>(count);
+  return w;
+}
+
 /// Where code i of a chunk of 32 has its low nibble.
 __host__ __device__ constexpr int nibble_byte(int i) { return i % 16; }
 __host__ __device__ constexpr int nibble_shift(int i) { return i < 16 ? 0 : 4; }

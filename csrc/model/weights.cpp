@@ -249,17 +249,18 @@ void Weights::load(std::string_view slot, const TensorView& source, const Tensor
   const size_t index = find(slot);
   check_source(slots_[index], source);
   const Place& place = place_to_fill(slot);
+  std::vector<float> values;
   if (place.matrix != nullptr) {
     backend_.write_rows(*place.matrix, place.rows, source, importance);
   } else {
-    std::vector<float> values(static_cast<size_t>(source.size()));
+    values.resize(static_cast<size_t>(source.size()));
     for (int64_t i = 0; i < source.size(); ++i) values[static_cast<size_t>(i)] = element_as_f32(source, i);
     for_each_run(place.rows, source.size(), [&](int64_t from, int64_t to, int64_t count) {
       backend_.copy_to_device(place.vector.f32() + to, values.data() + from,
                               static_cast<size_t>(count) * sizeof(float));
     });
   }
-  backend_.synchronize();  // `source` is the caller's, and may be gone when we return
+  backend_.synchronize();  // `source` is the caller's, and may be gone when we return; `values` are read until now, too
   loaded_[index] = 1;
 }
 

@@ -74,3 +74,61 @@ print(library.cuda_emulation_is_used(0), library.cuda_emulation_is_used(1))
 """
     settings = {"LLAMA_EXT_CUDA_EMULATION_DEVICES": "2", "LLAMA_EXT_CUDA_CHAIN": chained}
     assert run_script(WORK + script, timeout=240, **settings) == "0 1\n"
+
+
+@only_emulated
+@pytest.mark.parametrize(
+    "made",
+    [
+        pytest.param("backend.matrix(np.zeros((4, 4), np.float32))", id="matrix"),
+        pytest.param("backend.zero_matrix(4, 4)", id="zero-matrix"),
+        pytest.param("make_model()", id="model"),
+        pytest.param("model.converted({'': ('bfloat16', 0)}, False)", id="converted-model"),
+        pytest.param("_core.Adapter(model, {'layers.0.q': (2, 1.0)})", id="adapter"),
+        pytest.param("_core.Session(model, 40_000, 'float32')", id="session"),
+        pytest.param("_core.Session(model, 4, 'float32').fork(40_000)", id="fork"),
+        pytest.param("make_generation()", id="generation"),
+        pytest.param("_core.Trainer(model.converted({'': ('float32', 0)}, True), optimizer={})", id="trainer"),
+    ],
+)
+def test_whoever_gives_memory_back_and_waits_for_the_gpu_lets_other_threads_run(made: str) -> None:
+    """What a large cache or weights had goes back to everybody, which waits for all that the GPU does."""
+    script = f"""
+    import threading
+    import time
+    import numpy as np
+    import llama_ext
+    from llama_ext import _core
+    from llama_ext.runtime.loading import core_config
+
+    backend = _core.Backend("cuda")
+
+    def make_model():
+        config = llama_ext.LlamaConfig(
+            vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=8,
+            head_dim=128, max_position_embeddings=50_000,
+        )
+        model = _core.Model(backend, core_config(config), {{"": ("float32", 0)}})
+        for slot, extents, _ in model.slots():
+            model.load(slot, np.zeros(extents, np.float32), "float32")
+        return model
+
+    def make_generation():
+        generation = _core.Generation(
+            model, [np.zeros(4, np.int32)], sampling={{"temperature": 0.0}}, max_new_tokens=[40_000], eos=[], seed=0,
+            kv_dtype="float32",
+        )
+        generation.step()
+        return generation
+
+    model = make_model()
+    kept = [{made}]
+    let_go = threading.Thread(target=kept.clear)
+    let_go.start()
+    ticks = 0
+    while let_go.is_alive():
+        time.sleep(0.01)
+        ticks += 1
+    print(ticks)
+    """
+    assert int(run_script(script, LLAMA_EXT_CUDA_EMULATION_BUSY="100")) >= 4

@@ -93,7 +93,7 @@ def test_the_real_library_opens_without_a_driver_and_says_that_there_is_none() -
     text = run_script(script, LLAMA_EXT_CUDA_LIBRARY=str(REAL))
     assert text.startswith("DeviceError device 'cuda:0': ")
     assert "driver" in text
-    assert "580" in text or "finds no NVIDIA GPU" in text
+    assert re.search("550|580", text) or "finds no NVIDIA GPU" in text
     assert "device='cpu'" in text
     assert "driver" in run_script("import llama_ext; print(llama_ext.info())", LLAMA_EXT_CUDA_LIBRARY=str(REAL))
 

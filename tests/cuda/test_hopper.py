@@ -15,6 +15,7 @@ from guarded import guarded, guarded_empty, guarded_rows, guarded_rows_empty
 from llama_ext import _core
 from llama_ext.runtime.loading import core_config
 from quantized import Kept, weights
+from subprocesses import run_script
 from tolerances import assert_same_bits, relative_rms
 
 Array = npt.NDArray[Any]
@@ -161,3 +162,20 @@ def test_what_attention_rounds_for_the_next_product_has_the_bits_of_other_gpus(c
         session.append(ids[:cached], "none")
         found.append(session.append(ids[cached:], "all"))
     assert_same_bits(*found)
+
+
+@pytest.mark.parametrize("chained", ["0", "1"])
+def test_code_for_other_gpus_runs_on_hopper_without_its_instructions(chained: str) -> None:
+    """As where CUDA_FORCE_PTX_JIT=1 is set: Hopper's kernels are empty there, and none waits for the one before it."""
+    script = """
+    import numpy as np
+    import llama_ext
+
+    model = llama_ext.LlamaForCausalLM.from_pretrained("demo", device="cuda", dtype="bfloat16")
+    long = model(np.arange(140).reshape(1, -1) % 50)  # products and attention of Hopper's instructions, if there are any
+    tokens = model.generate("ROMEO:", max_new_tokens=12, do_sample=False, return_details=True).token_ids
+    print(np.asarray(long).tobytes().hex(), tokens)
+    """
+    settings = {"LLAMA_EXT_CUDA_CHAIN": chained, "timeout": 240}
+    found = run_script(script, LLAMA_EXT_CUDA_EMULATION_CODE="80", **settings)
+    assert found == run_script(script, LLAMA_EXT_CUDA_EMULATION_CAPABILITY="80", **settings)

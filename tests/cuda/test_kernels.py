@@ -124,6 +124,14 @@ def test_a_column_of_a_product_has_the_same_bits_among_any_others(kept: Kept) ->
             assert_same_bits(some, np.ascontiguousarray(whole[:, 3 : 3 + columns]), f"{columns} columns")
 
 
+def test_a_product_may_have_more_columns_than_a_grid_has_blocks() -> None:
+    """65,535 of 32 columns, and two columns more."""
+    columns = 65535 * 32 + 2
+    weight = (np.arange(columns, dtype=np.float32) % 251).reshape(-1, 1)
+    found = multiply(np.array([[1], [-2]] * 5, np.float32), CUDA.backend.matrix(weight, "bfloat16"), "auto")
+    assert np.array_equal(found[8:], np.array([[1], [-2]], np.float32) * weight.T)
+
+
 # T, S, H, K, D: decoding and prefill; groups of heads; the ends of tiles (64), parts (256) and rows of a block (16, 64).
 ATTENTION = [
     (1, 1, 2, 2, 8),

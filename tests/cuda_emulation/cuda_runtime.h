@@ -11,7 +11,9 @@
 #include <cstring>
 #include <type_traits>
 
+#if !defined(CUDART_VERSION)
 #define CUDART_VERSION 13000
+#endif
 
 #define __global__
 #define __device__
@@ -150,6 +152,10 @@ cudaError_t cudaDriverGetVersion(int* version);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel);
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, const void* kernel, int threads,
                                                           size_t shared_bytes);
 cudaError_t cudaMemGetInfo(size_t* available, size_t* total);

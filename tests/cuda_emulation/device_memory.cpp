@@ -7,11 +7,14 @@
 #include <array>
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <cstdlib>
 #include <iterator>
 #include <map>
 #include <mutex>
+#include <set>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -72,6 +75,10 @@ size_t shared_memory_per_block() {
   return number < 90 || number >= 120 ? size_t{99} * 1024 : size_t{227} * 1024;
 }
 
+int architecture_of_code() {
+  return static_cast<int>(setting("LLAMA_EXT_CUDA_EMULATION_CODE", capability() == 90 ? 90 : 80));
+}
+
 void set_last_error(cudaError_t error, const char* reason) {
   last_error = error;
   last_reason = reason;
@@ -110,14 +117,41 @@ struct CUgraphExec_st {
   int device = current_device;
 };
 struct CUstream_st {
+  struct Copy {
+    void* to;
+    const void* from;
+    size_t nbytes;
+  };
   int device = current_device;
   CUgraph_st* graph = nullptr;  // while it captures
+  std::vector<Copy> copies;     // from the host's memory, still to be done
 };
 struct CUevent_st {
   int device = current_device;
 };
 
 static std::atomic<int> capturing_streams = 0;
+static std::mutex copies_mutex;
+static std::set<CUstream_st*> streams;
+
+/// Whether copies from the host's memory are done as late as may be, which some drivers do with pageable memory, too.
+static bool copies_are_late() { return setting("LLAMA_EXT_CUDA_EMULATION_LATE_COPIES", 1) != 0; }
+
+static void finish_copies_of(CUstream_st& stream) {
+  const DeviceAccess access;
+  for (const CUstream_st::Copy& copy : stream.copies) std::memcpy(copy.to, copy.from, copy.nbytes);
+  stream.copies.clear();
+}
+
+void cuda_emulation::finish_copies(cudaStream_t stream) {
+  const std::lock_guard lock(copies_mutex);
+  if (stream != nullptr) finish_copies_of(*stream);
+}
+
+static void finish_all_copies() {
+  const std::lock_guard lock(copies_mutex);
+  for (CUstream_st* stream : streams) finish_copies_of(*stream);
+}
 
 bool cuda_emulation::is_elsewhere(cudaStream_t stream) {
   if (stream == nullptr || stream->device == current_device) return false;
@@ -157,6 +191,7 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t runnable, cudaStream_t stream) {
   if (runnable->device != current_device) return fail(cudaErrorInvalidValue, "a graph of another GPU");
   if (is_capturing(stream)) return fail(cudaErrorStreamCaptureUnsupported, "a graph within a graph");
   begin_in_order();
+  finish_copies(stream);
   for (const auto& work : runnable->work) work();
   return last_error;
 }
@@ -186,6 +221,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t) {
   use_device(current_device);
+  finish_all_copies();
   return cudaSuccess;
 }
 cudaError_t cudaHostAlloc(void** memory, size_t nbytes, unsigned) {
@@ -200,8 +236,8 @@ cudaError_t cudaFreeHost(void* memory) {
 }
 
 cudaError_t cudaGetDeviceCount(int* count) {
-  const size_t driver = setting("LLAMA_EXT_CUDA_EMULATION_DRIVER", 13000);
-  if (driver < 13000) return fail(cudaErrorInsufficientDriver, "driver");
+  const size_t driver = setting("LLAMA_EXT_CUDA_EMULATION_DRIVER", CUDART_VERSION);
+  if (driver < CUDART_VERSION / 1000 * 1000) return fail(cudaErrorInsufficientDriver, "driver");
   const size_t devices = setting("LLAMA_EXT_CUDA_EMULATION_DEVICES", 1);
   if (devices == 0) return fail(cudaErrorNoDevice, "no device");
   *count = static_cast<int>(devices);
@@ -209,7 +245,7 @@ cudaError_t cudaGetDeviceCount(int* count) {
 }
 
 cudaError_t cudaDriverGetVersion(int* version) {
-  *version = static_cast<int>(setting("LLAMA_EXT_CUDA_EMULATION_DRIVER", 13000));
+  *version = static_cast<int>(setting("LLAMA_EXT_CUDA_EMULATION_DRIVER", CUDART_VERSION));
   return cudaSuccess;
 }
 
@@ -254,6 +290,12 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       *value = 1;
       break;
   }
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  use_device(current_device);
+  attributes->ptxVersion = architecture_of_code();
   return cudaSuccess;
 }
 
@@ -303,9 +345,10 @@ cudaError_t cudaMalloc(void** memory, size_t nbytes) {
   return cudaSuccess;
 }
 
-cudaError_t cudaFree(void* memory) {
+static cudaError_t give_back(void* memory) {
   use_device(current_device);
   if (memory == nullptr) return cudaSuccess;
+  finish_all_copies();
   const std::lock_guard lock(mutex);
   const auto found = allocations.find(static_cast<unsigned char*>(memory));
   if (found == allocations.end()) return fail(cudaErrorInvalidValue, "freed what was not allocated");
@@ -315,11 +358,18 @@ cudaError_t cudaFree(void* memory) {
   return cudaSuccess;
 }
 
+// A real one waits for all that the device does.
+cudaError_t cudaFree(void* memory) {
+  const size_t milliseconds = setting("LLAMA_EXT_CUDA_EMULATION_BUSY", 0);
+  if (milliseconds > 0) std::this_thread::sleep_for(std::chrono::milliseconds(milliseconds));
+  return give_back(memory);
+}
+
 cudaError_t cudaMallocAsync(void** memory, size_t nbytes, cudaStream_t stream) {
   return is_elsewhere(stream) ? last_error : cudaMalloc(memory, nbytes);
 }
 cudaError_t cudaFreeAsync(void* memory, cudaStream_t stream) {
-  return is_elsewhere(stream) ? last_error : cudaFree(memory);
+  return is_elsewhere(stream) ? last_error : give_back(memory);
 }
 cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t* pool, int) {
   *pool = nullptr;
@@ -336,6 +386,12 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t nbytes, cudaMemcp
       !is_valid(from, nbytes, kind != cudaMemcpyHostToDevice)) {
     return fail(cudaErrorInvalidValue, "a copy between other memory than it says");
   }
+  if (kind == cudaMemcpyHostToDevice && stream != nullptr && nbytes > 0 && copies_are_late()) {
+    const std::lock_guard lock(copies_mutex);
+    stream->copies.push_back({to, from, nbytes});
+    return cudaSuccess;
+  }
+  finish_copies(stream);
   const DeviceAccess access;
   if (nbytes > 0) std::memmove(to, from, nbytes);
   return cudaSuccess;
@@ -360,6 +416,7 @@ cudaError_t cudaMemsetAsync(void* memory, int value, size_t nbytes, cudaStream_t
     return cudaSuccess;
   }
   begin_in_order();
+  finish_copies(stream);
   if (!is_valid(memory, nbytes, true)) return fail(cudaErrorInvalidValue, "not memory of the device");
   const DeviceAccess access;
   if (nbytes > 0) std::memset(memory, value, nbytes);
@@ -373,6 +430,7 @@ cudaError_t cudaMemset2DAsync(void* memory, size_t pitch, int value, size_t widt
     return cudaSuccess;
   }
   begin_in_order();
+  finish_copies(stream);
   if (height == 0 || width == 0) return cudaSuccess;
   if (!is_valid(memory, pitch * (height - 1) + width, true) || pitch < width) {
     return fail(cudaErrorInvalidValue, "not memory of the device");
@@ -386,20 +444,29 @@ cudaError_t cudaMemset2DAsync(void* memory, size_t pitch, int value, size_t widt
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
   use_device(current_device);
   *stream = new CUstream_st;
+  const std::lock_guard lock(copies_mutex);
+  streams.insert(*stream);
   return cudaSuccess;
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   use_device(current_device);
+  finish_copies(stream);
+  {
+    const std::lock_guard lock(copies_mutex);
+    streams.erase(stream);
+  }
   delete stream;
   return cudaSuccess;
 }
-cudaError_t cudaStreamSynchronize(cudaStream_t) {
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   use_device(current_device);
+  finish_copies(stream);
   return cudaSuccess;
 }
 // A real one would be an error while any stream captures, and end its capture.
 cudaError_t cudaDeviceSynchronize() {
   use_device(current_device);
+  finish_all_copies();
   return capturing_streams == 0 ? cudaSuccess : fail(cudaErrorStreamCaptureUnsupported, "a stream captures");
 }
 

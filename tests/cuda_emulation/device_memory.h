@@ -16,8 +16,14 @@ void set_last_error(cudaError_t error, const char* reason);
 /// What a block of the emulated card may have.
 size_t shared_memory_per_block();
 
+/// The compute capability that kernels were compiled for: 90 of a Hopper GPU, or 80, which every other GPU runs.
+int architecture_of_code();
+
 /// Whether the stream is of another GPU than the thread's current one: an error, which it says.
 bool is_elsewhere(cudaStream_t stream);
+
+/// Copies that are late (unless LLAMA_EXT_CUDA_EMULATION_LATE_COPIES=0) are done now: what comes next on the stream may read them.
+void finish_copies(cudaStream_t stream);
 
 /// Streams that capture keep what was to run.
 bool is_capturing(cudaStream_t stream);

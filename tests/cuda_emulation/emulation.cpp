@@ -400,6 +400,7 @@ bool current_place(const void* data, Place& place) {
 }
 
 void wait_for_predecessors() {
+  if (architecture_of_code() < 90) return;  // other GPUs have no such instruction
   Machine& m = machine();
   m.current->has_waited = true;
   m.has_any_waited = true;
@@ -447,6 +448,7 @@ void launch(CUstream_st* stream, const LaunchShape& shape, const std::function<v
     capture(stream, [=] { launch(nullptr, shape, kernel); });
     return;
   }
+  finish_copies(stream);
   const dim3& grid = shape.grid;
   const unsigned threads = shape.threads;
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535 || threads == 0 ||

@@ -265,6 +265,20 @@ int main() {
   launch(gpu, unwaited_copy_kernel, dim3(1), 32, 32 * 16, memory, memory);
   read(32);
   expect(host[0] != host[0], "a copy that is not waited for reads as NaN");
+  const auto copied = [&](const auto& copy) {
+    float number = 1;
+    copy(&number);
+    number = 2;
+    read(1);
+    return host[0];
+  };
+  expect(copied([&](const float* from) { gpu.copy_to_device(memory, from, sizeof *from); }) == 2,
+         "a copy may read the host's memory later");
+  expect(copied([&](const float* from) { gpu.copy_to_device_now(memory, from, sizeof *from); }) == 1,
+         "one that is done now does not");
+  setenv("LLAMA_EXT_CUDA_EMULATION_LATE_COPIES", "0", 1);
+  expect(copied([&](const float* from) { gpu.copy_to_device(memory, from, sizeof *from); }) == 1, "or at once");
+  unsetenv("LLAMA_EXT_CUDA_EMULATION_LATE_COPIES");
   expect(throws([&] { gpu.copy_to_host(host.data(), host.data(), 4); }),
          "a copy from the host's memory as the device's is an error");
   expect(throws([&] { static_cast<void>(gpu.allocate(size_t{1} << 40, "much")); }),

@@ -119,6 +119,8 @@ void multiply_now(const Product& p) {
 }  // namespace
 
 void init_barrier(uint64_t* barrier, int count) {
+  // Every kernel of Hopper's instructions comes by here.
+  if (architecture_of_code() < 90) fail_launch("a kernel of Hopper's instructions that was compiled for other GPUs");
   stop_watching();
   const auto all = static_cast<uint8_t>(count);
   store(barrier, {all, all, 0, 0});

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "claims.h"
+#include "cuda/attention_parts.h"
 #include "cuda/cuda_matrix.h"
 #include "cuda/kv_layout.h"
 #include "cuda/rows_mma.h"
@@ -108,6 +109,23 @@ void check_fragments() {
   expect(is_conflict_free, "fragments of products meet in no bank, and rows stay aligned to 16 bytes");
 }
 
+/// Of 5 rows, the last 3.
+bool some_rows_are_in_place(WeightView whole) {
+  const std::vector<unsigned char> memory(static_cast<size_t>(whole.nbytes));
+  whole.data = memory.data();
+  const WeightView some = slice_rows(whole, 2, 3);
+  const auto planes = planes_of(whole);
+  const auto planes_of_some = planes_of(some);
+  bool are_in_place = some.rows == 3;
+  for (size_t i = 0; i < kPlanes; ++i) {
+    const int64_t bytes = planes[i].row_bytes;
+    if (bytes == 0) continue;
+    are_in_place = are_in_place && planes_of_some[i].row_bytes == bytes &&
+                   some.data - whole.data + planes_of_some[i].begin == planes[i].begin + 2 * bytes;
+  }
+  return are_in_place;
+}
+
 void check_weights() {
   std::set<std::pair<int, int>> nibbles;
   for (int i = 0; i < kChunk; ++i) nibbles.insert({nibble_byte(i), nibble_shift(i)});
@@ -116,6 +134,7 @@ void check_weights() {
   bool planes_are_apart = true;
   bool rows_are_aligned = true;
   bool codes_come_back = true;
+  bool rows_are_in_place = true;
   for (const EncodingInfo& info : kEncodings) {
     for (const int group : {32, 64, 128}) {
       const bool is_free = info.encoding >= Encoding::kInt8 && info.group == 0;
@@ -131,6 +150,7 @@ void check_weights() {
           end = plane.begin + 5 * plane.row_bytes;
         }
         planes_are_apart = planes_are_apart && end <= view.nbytes;
+        rows_are_in_place = rows_are_in_place && some_rows_are_in_place(view);
         if (!type.is_quantized()) continue;
         QuantizedRow row;
         row.resize(type, cols);
@@ -153,6 +173,7 @@ void check_weights() {
   }
   expect(planes_are_apart, "the planes of a matrix lie one after the other within its memory");
   expect(rows_are_aligned, "rows begin where 16 bytes can be read");
+  expect(rows_are_in_place, "some rows of a matrix lie where they lie in all of it");
   expect(codes_come_back, "codes, scales and minima of every encoding come back as they were");
 }
 
@@ -178,6 +199,47 @@ void check_segments() {
   expect(kv_row_bytes(KvKind::kF32, 3) == 16 && kv_row_bytes(KvKind::kBF16, 9) == 32 &&
              kv_row_bytes(KvKind::kI8, 128) == 128,
          "rows of a cache are padded to 16 bytes");
+}
+
+void check_slices() {
+  // Segments of 0 to 4 tokens, each at a position of its own.
+  SegmentList list;
+  for (int i = 0; i < kMostSegments; ++i) {
+    KvSegmentView& segment = list.of[list.count++];
+    segment.tokens = i * 7 % 5;
+    segment.row = list.tokens;
+    segment.position = 100 * i;
+    list.tokens += segment.tokens;
+  }
+  bool is_complete = true;
+  bool is_small = true;
+  for (const int64_t most : {int64_t{1}, int64_t{3}, int64_t{7}, list.tokens}) {
+    int64_t row = 0;
+    for (int64_t first = 0; first < list.tokens; first += most) {
+      const SegmentList slice = tokens_of(list, first, most);
+      is_small = is_small && slice.tokens == std::min(most, list.tokens - first);
+      for (int64_t token = 0; token < slice.tokens; ++token, ++row) {
+        int64_t found = token;
+        int64_t expected = row;
+        const KvSegmentView& segment = slice.find(found);
+        const KvSegmentView& whole = list.find(expected);
+        is_complete = is_complete && segment.row + found == row && whole.row + expected == row &&
+                      segment.position + found == whole.position + expected;
+      }
+    }
+    is_complete = is_complete && row == list.tokens;
+  }
+  expect(is_complete, "slices of a list meet every token once, in order, at its position");
+  expect(is_small, "a slice has as many tokens as were asked for");
+
+  const int64_t parts = (int64_t{128} << 10) / kAttentionPartKeys;
+  const auto bytes_of = [&](int64_t tokens, int heads) { return tokens * heads * parts * (128 + 2) * 4; };
+  const int64_t most = tokens_of_slice(32, parts, 128);
+  expect(bytes_of(most, 32) <= kMostPartialBytes && bytes_of(most + 1, 32) > kMostPartialBytes,
+         "the parts of a slice have as much memory as they may have");
+  expect(most >= 16 && tokens_of_slice(32, 2 * parts, 128) >= 8,
+         "a batch that decodes at 128 K positions is one slice");
+  expect(tokens_of_slice(128, 65535, 128) == 1, "a slice has one token at least");
 }
 
 void check_tiles() {
@@ -239,6 +301,7 @@ int main() {
   check_fragments();
   check_weights();
   check_segments();
+  check_slices();
   check_tiles();
   return claims::exit_status();
 }
