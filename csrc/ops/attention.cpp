@@ -9,7 +9,8 @@ void check(const AttentionArgs& args) {
   require_tensor(args.q, DType::kF32, {-1, -1, -1}, Rows::kStrided, "attention", "q");
   require_tensor(args.y, DType::kF32, {args.q.dim(0), args.q.dim(1), args.q.dim(2)}, Rows::kStrided, "attention", "y");
   require_disjoint(args.y, args.q, "attention", "y", "q");
-  require(std::isfinite(args.scale), ErrorKind::kOption, "attention: scale must be finite, got ", args.scale);
+  require(std::isfinite(static_cast<float>(args.scale)), ErrorKind::kOption,
+          "attention: scale must be finite in float32, got ", args.scale);
   check_segments(args.segments, args.layer, args.q.rows(), args.q.dim(2), "attention");
   if (args.segments.empty()) return;
   const int64_t heads = args.q.dim(1);

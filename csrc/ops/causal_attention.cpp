@@ -24,7 +24,8 @@ void check_inputs(const Args& args, const char* op) {
           ": the heads of q must be a multiple of those of k, got ", heads, " and ", kv_heads);
   require_tensor(args.y, DType::kF32, {rows, heads, dim}, Rows::kStrided, op, "y");
   require_tensor(args.log_sums, DType::kF32, {rows, heads}, Rows::kContiguous, op, "log_sums");
-  require(std::isfinite(args.scale), ErrorKind::kOption, op, ": scale must be finite, got ", args.scale);
+  require(std::isfinite(static_cast<float>(args.scale)), ErrorKind::kOption, op,
+          ": scale must be finite in float32, got ", args.scale);
   require_dropout(args.dropout, op);
   std::vector<RowRange> ranges = args.sequences;
   std::sort(ranges.begin(), ranges.end(), [](const RowRange& a, const RowRange& b) { return a.row < b.row; });

@@ -30,8 +30,8 @@ void check(const CrossEntropyArgs& args) {
 
 void check(const CrossEntropyBackwardArgs& args) {
   check(CrossEntropyArgs{.logits = args.logits, .labels = args.labels, .losses = args.losses});
-  require(std::isfinite(args.scale), ErrorKind::kOption, "cross_entropy_backward: scale must be finite, got ",
-          args.scale);
+  require(std::isfinite(static_cast<float>(args.scale)), ErrorKind::kOption,
+          "cross_entropy_backward: scale must be finite in float32, got ", args.scale);
 }
 
 }  // namespace llama_ext

@@ -12,7 +12,9 @@ void require_dropout(double p, std::string_view op) {
 
 void check(const DropoutArgs& args) {
   require_dropout(args.p, "dropout");
-  require(std::isfinite(args.scale), ErrorKind::kOption, "dropout: scale must be finite, got ", args.scale);
+  // Kernels multiply by it in float32, where infinity would make NaN of 0.
+  require(std::isfinite(static_cast<float>(args.scale / (1.0 - args.p))), ErrorKind::kOption,
+          "dropout: scale must be finite in float32, and so must scale / (1 - p), got ", args.scale);
   require_tensor(args.x, DType::kF32, {-1, -1}, Rows::kStrided, "dropout", "x");
   require_tensor(args.y, DType::kF32, {args.x.dim(0), args.x.dim(1)}, Rows::kStrided, "dropout", "y");
   if (args.accumulate) {

@@ -11,8 +11,10 @@ void require_flat(const TensorView& view, int64_t size, const char* op, const ch
   require_tensor(view, DType::kF32, {size}, Rows::kContiguous, op, what);
 }
 
+/// As kernels use it: infinity would make NaN of a gradient of 0.
 void require_finite(double value, const char* op, const char* what) {
-  require(std::isfinite(value), ErrorKind::kOption, op, ": ", what, " must be finite, got ", value);
+  require(std::isfinite(static_cast<float>(value)), ErrorKind::kOption, op, ": ", what,
+          " must be finite in float32, got ", value);
 }
 
 void require_fraction(double value, const char* op, const char* what) {
@@ -33,9 +35,13 @@ void check(const AdamArgs& args) {
   require_finite(args.decay, op, "decay");
   require_fraction(args.beta1, op, "beta1");
   require_fraction(args.beta2, op, "beta2");
-  require(std::isfinite(args.eps) && args.eps >= 0.0, ErrorKind::kOption, op, ": eps must be at least 0, got ",
-          args.eps);
+  const auto eps = static_cast<float>(args.eps);
+  require(std::isfinite(eps) && (eps > 0.0f || args.eps == 0.0), ErrorKind::kOption, op,
+          ": eps must be 0, or a number above 0 in float32, got ", args.eps);
   require(args.step >= 1, ErrorKind::kOption, op, ": step counts from 1, got ", args.step);
+  // What kernels take in place of lr.
+  require_finite(args.lr / (1.0 - std::pow(args.beta1, static_cast<double>(args.step))), op, "lr / (1 - beta1^step)");
+  if (args.decoupled) require_finite(args.lr * args.decay, op, "lr times decay");
 }
 
 void check(const SgdArgs& args) {

@@ -8,8 +8,11 @@ namespace llama_ext {
 
 namespace {
 
+/// As kernels use it: what is 0 in float32 would make NaN of a row of zeros.
 void require_eps(double eps, const char* op) {
-  require(std::isfinite(eps) && eps > 0, ErrorKind::kOption, op, ": eps must be a number above 0, got ", eps);
+  const auto rounded = static_cast<float>(eps);
+  require(std::isfinite(rounded) && rounded > 0, ErrorKind::kOption, op,
+          ": eps must be a number above 0 in float32, got ", eps);
 }
 
 }  // namespace

@@ -102,6 +102,18 @@ def test_the_most_likely_tokens_come_with_their_texts() -> None:
             lens().logits(layer)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("vocabulary", "kept"), [(1, 1), (2, 2), (9, 9), (10, 10), (12, 10)])
+def test_a_small_vocabulary_is_kept_as_a_whole(vocabulary: int, kept: int) -> None:
+    small = letter_models.make(hidden_size=16, vocab_size=vocabulary, eos_token_id=None)
+    own = llama_ext.LlamaForCausalLM(small.config, small.tokenizer, seed=1)
+    found = logit_lens(own, [0, 0, 0])
+    assert found.top_ids.shape == (2, 3, kept)
+    np.testing.assert_allclose(found.top_probabilities.sum(-1), 1, atol=1e-12 if kept == vocabulary else 1)
+    assert len(found.top()[0][0]) == min(kept, 5)
+    with pytest.raises(llama_ext.OptionError, match=rf"k must be a whole number in \[1, {vocabulary}\], got 20"):
+        logit_lens(own, [0], k=20)
+
+
 def test_it_is_read_as_a_table() -> None:
     lines = str(lens()).splitlines()
     assert len(lines) == 5

@@ -13,7 +13,7 @@ import pytest
 import numpy_ops
 from devices import REFERENCE, Device, all_devices, each_isa
 from guarded import guarded, guarded_empty
-from llama_ext import DTypeError, ShapeError
+from llama_ext import DTypeError, OptionError, ShapeError
 from tolerances import TINY, U32, assert_same_bits, assert_within, units
 
 Array = npt.NDArray[Any]
@@ -234,7 +234,7 @@ def test_attention_refuses_what_does_not_fit() -> None:
     def attempt(**changes: Any) -> None:
         given = {"q": p.q, "k": p.k, "v": p.v, "starts": p.starts, "lengths": p.lengths, **changes}
         arrays = [given[name] for name in ("q", "k", "v", "starts", "lengths")]
-        backend.attention(*arrays, 1.0, given.get("cache_dtype", "float32"), out)
+        backend.attention(*arrays, given.get("scale", 1.0), given.get("cache_dtype", "float32"), out)
 
     attempt()
     three_heads = np.ones((1, 5, 3, 8), np.float32)
@@ -252,5 +252,7 @@ def test_attention_refuses_what_does_not_fit() -> None:
     ):
         with pytest.raises(ShapeError):
             attempt(**changes)
+    with pytest.raises(OptionError, match="scale must be finite"):
+        attempt(scale=1e39)
     with pytest.raises(DTypeError):
         attempt(cache_dtype="float16")

@@ -140,7 +140,7 @@ def test_cross_entropy_backward_refuses_what_does_not_fit(device: Device) -> Non
     for label in (-1, -99, 7, 2**31 - 1):
         with pytest.raises(TokenIdError, match=str(label)):
             backend.cross_entropy_backward(logits, np.array([0, label], np.int32), 1.0, losses)
-    for scale in (float("nan"), float("inf")):
+    for scale in (float("nan"), float("inf"), 1e39):
         with pytest.raises(OptionError, match="scale"):
             backend.cross_entropy_backward(logits, labels, scale, losses)
     with pytest.raises(ShapeError, match="labels"):

@@ -199,8 +199,15 @@ def test_what_has_no_dlpack_or_refuses_is_a_typed_error() -> None:
         def __dlpack__(self, **options: object) -> object:
             raise AssertionError
 
+    class Elsewhere(Capsule):
+        def __dlpack_device__(self) -> tuple[int, int]:
+            raise ValueError("Unknown device type meta")
+
     with pytest.raises(UnsupportedError, match=r"softmax: x, a Refuses, .* it requires a gradient"):
         ops.softmax(Refuses(None))
+    for call in (ops.softmax, ops.from_dlpack, lambda x: ops.to_device(x, "cpu")):
+        with pytest.raises(UnsupportedError, match=r"an? .*Elsewhere, is not handed out .* Unknown device type meta"):
+            call(Elsewhere(None))
     with pytest.raises(DTypeError, match="no __dlpack_device__"):
         ops.softmax(Nowhere())
     with pytest.raises(DTypeError, match="must be a NumPy array or one with __dlpack__, got list"):
@@ -221,6 +228,9 @@ def test_torch_arrays_of_the_cpu_go_in_without_a_copy() -> None:
     assert host(ops.from_dlpack(x)).ctypes.data == x.data_ptr()
     with pytest.raises(UnsupportedError, match="softmax: x, a Tensor"):
         ops.softmax(torch.randn(2, 2, requires_grad=True))
+    for without_memory in (torch.empty(2, 2, device="meta"), torch.eye(2).to_sparse()):
+        with pytest.raises(UnsupportedError, match="softmax: x, a Tensor"):
+            ops.softmax(without_memory)
 
 
 def test_without_a_gpu_an_array_on_one_is_a_device_error() -> None:

@@ -132,6 +132,12 @@ def test_dropout_refuses_what_does_not_fit(device: Device) -> None:
     for scale in (float("inf"), float("nan")):
         with pytest.raises(OptionError, match="scale must be finite"):
             backend.dropout(x, 0.5, 0, y, scale=scale)
+    # Too large for float32, where it would be infinity, or only over 1 - p.
+    for scale in (1e39, -1e300, 3e38):
+        with pytest.raises(OptionError, match="scale must be finite in float32"):
+            backend.dropout(np.zeros((2, 4), np.float32), 0.5, 0, y, scale=scale)
+    backend.dropout(np.zeros((2, 4), np.float32), 0.5, 0, y, scale=1e38)
+    np.testing.assert_array_equal(y, 0)
     with pytest.raises(ShapeError, match="y"):
         backend.dropout(x, 0.5, 0, np.ones((2, 5), np.float32))
     with pytest.raises(ShapeError, match="overlap"):

@@ -218,6 +218,15 @@ def test_sum_of_squares_has_the_same_bits_with_any_threads(isa: str) -> None:
         {"eps": float("inf")},
         {"decay": float("inf")},
         {"gradient_scale": float("nan")},
+        # Finite, but not in float32, which kernels compute in.
+        {"lr": 1e300},
+        {"lr": -1e39},
+        {"lr": 1e38, "beta1": 0.999},
+        {"lr": 1e20, "decay": 1e20},
+        {"eps": 1e-60},
+        {"eps": 1e39},
+        {"decay": 1e39},
+        {"gradient_scale": 1e39},
     ],
     ids=str,
 )
@@ -236,6 +245,9 @@ def test_adam_refuses_numbers_out_of_range(device: Device, wrong: dict[str, Any]
         {"momentum": -0.1},
         {"decay": float("nan")},
         {"gradient_scale": float("inf")},
+        {"lr": 1e300},
+        {"decay": 1e39},
+        {"gradient_scale": 1e39},
     ],
     ids=str,
 )

@@ -124,7 +124,15 @@ def test_rms_norm_of_zeros_is_zero_and_of_nan_is_nan(device: Device) -> None:
     assert np.isnan(out[1]).all()
 
 
-@pytest.mark.parametrize("eps", [0.0, -1e-6, float("nan"), float("inf")])
+@all_devices
+def test_rms_norm_of_zeros_is_zero_with_the_smallest_eps_of_float32(device: Device) -> None:
+    out = guarded_empty((2, 37))
+    device.backend.rms_norm(np.zeros((2, 37), np.float32), np.ones(37, np.float32), 1.5e-45, out)
+    assert (out == 0).all()
+
+
+# The last two are 0 and infinity in float32.
+@pytest.mark.parametrize("eps", [0.0, -1e-6, float("nan"), float("inf"), 1e-60, 1e39])
 def test_rms_norm_needs_a_positive_eps(eps: float) -> None:
     x = np.ones((1, 2), np.float32)
     with pytest.raises(OptionError, match="eps"):

@@ -39,6 +39,8 @@ _FEW = 4
 _SHOWN = 6
 _DRAWN = 32
 _CELL = 13
+# Tokens of each position that are kept, and that `top` tells, when nobody says how many.
+_KEPT, _TOLD = 10, 5
 
 _STYLE = """
 .scroll { overflow-x: auto; }
@@ -108,11 +110,11 @@ class LogitLens:
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_model": None}
 
-    def top(self, k: int = 5) -> list[list[list[tuple[str, float]]]]:
+    def top(self, k: int | None = None) -> list[list[list[tuple[str, float]]]]:
         """The most likely next tokens.
 
         Args:
-            k: How many, at most as many as `logit_lens` was asked for.
+            k: How many, at most as many as `logit_lens` kept; None: 5, or all that it kept where these are fewer.
 
         Returns:
             For each layer, for each position, k pairs of a token and its probability.
@@ -121,7 +123,7 @@ class LogitLens:
             OptionError: k is out of range.
         """
         kept = self.top_ids.shape[-1]
-        k = whole("k", k, 1, kept)  # logit_lens(model, text, k=...) keeps more
+        k = min(_TOLD, kept) if k is None else whole("k", k, 1, kept)  # logit_lens(model, text, k=...) keeps more
         return [
             [
                 [(self.top_tokens[int(token)], float(share)) for token, share in zip(ids[:k], shares[:k], strict=True)]
@@ -223,13 +225,13 @@ class LogitLens:
         return figure
 
 
-def logit_lens(model: LlamaForCausalLM, text: object, k: int = 10) -> LogitLens:
+def logit_lens(model: LlamaForCausalLM, text: object, k: int | None = None) -> LogitLens:
     """Applies the model's final norm and head to the residual stream after each layer.
 
     Args:
         model: Its active adapter, if there is one, applies.
         text: A text, a list of token ids or an array (T).
-        k: How many of the most likely tokens to keep, in [1, V].
+        k: How many of the most likely tokens to keep, in [1, V]; None: 10, or V where there are fewer.
 
     Returns:
         Ranks, entropies, divergences and the most likely tokens, with views: `str()`, `to_html`, `plot`, and itself in a notebook.
@@ -240,7 +242,8 @@ def logit_lens(model: LlamaForCausalLM, text: object, k: int = 10) -> LogitLens:
         UnsupportedError, ShapeError, ContextLengthError, TokenIdError, OutOfMemoryError: As `LlamaForCausalLM.run_with_cache`.
     """
     read = read_text(model, text)
-    number = whole("k", k, 1, model.config.vocab_size)
+    vocabulary = model.config.vocab_size
+    number = min(_KEPT, vocabulary) if k is None else whole("k", k, 1, vocabulary)
     _, cache = run_with_cache(model, read.ids, "blocks.*.hook_resid_post")
     states = cache.stack("hook_resid_post")
     layers, count = states.shape[:2]

@@ -1,6 +1,7 @@
 """The kernels by themselves: the operations a Llama is made of, on NumPy arrays, and on those of any library that has DLPack.
 
-Every operation computes in float32 and accepts float32 only: nothing is cast silently. Leading dimensions are free
+Every operation computes in float32 and accepts float32 only: nothing is cast silently. Numbers (an eps, a scale, a rate) are rounded to
+float32, too: one that is too large for it is an OptionError, and so is an eps that becomes 0. Leading dimensions are free
 where that is natural: `(..., K)`. On a CPU, on one instruction set, results are bit-identical for every number of threads and rows.
 
 Gradients are operations, too: `x_backward` takes the gradient of what `x` gave, `d_y`, and gives the gradients of what it took.

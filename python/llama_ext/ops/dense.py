@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from llama_ext import _core
 from llama_ext._arrays import (
     Array,
@@ -19,7 +21,8 @@ from llama_ext._arrays import (
     vector,
     zeros,
 )
-from llama_ext.errors import OptionError, ShapeError
+from llama_ext.errors import DTypeError, OptionError, ShapeError
+from llama_ext.ops.arguments import real, word
 from llama_ext.ops.backends import backend_for
 from llama_ext.ops.device import takes_dlpack
 from llama_ext.ops.matrix import Matrix
@@ -75,7 +78,7 @@ def matmul(
         bias = vector("matmul", "bias", bias, rows)
     target = destination("matmul", out, shape, (x, bias) if residual is None else (x, bias, residual))
     accumulate = _begin_with(residual, target, "matmul")
-    matrix.backend.matmul(flat(x, columns), matrix.handle, bias, flat(target, rows), accumulate, compute)
+    matrix.backend.matmul(flat(x, columns), matrix.handle, bias, flat(target, rows), accumulate, word(compute))
     return finish(out, target)
 
 
@@ -139,7 +142,7 @@ def matmul_backward(
         d_weight,
         d_bias,
         False,
-        compute,
+        word(compute),
     )
     return d_x, None if d_weight is None else values_of(d_weight, d_y), d_bias
 
@@ -160,7 +163,7 @@ def rms_norm(
     Args:
         x: (..., C) float32.
         weight: (C) float32.
-        eps: > 0.
+        eps: > 0, as float32, too.
         out, threads, isa, device: See `llama_ext.ops`.
 
     Returns:
@@ -176,6 +179,7 @@ def rms_norm(
     x = float32_array("rms_norm", "x", x)
     width = last("rms_norm", "x", x)
     weight = vector("rms_norm", "weight", weight, width)
+    eps = real("rms_norm", "eps", eps)
     target = destination("rms_norm", out, x.shape, (x, weight))
     backend_for(device, threads, isa).rms_norm(flat(x, width), weight, eps, flat(target, width))
     return finish(out, target)
@@ -218,6 +222,7 @@ def rms_norm_backward(
     weight = vector(op, "weight", weight, width)
     d_y = float32_array(op, "d_y", d_y)
     require_shape(op, "d_y", d_y, x.shape)
+    eps = real(op, "eps", eps)
     d_x = allocate(f"{op}: d_x", x.shape, x)
     d_weight = zeros(f"{op}: d_weight", (width,), x)
     backend = backend_for(device, threads, isa)
@@ -338,12 +343,14 @@ def feed_forward(
 
     Raises:
         ShapeError: The shapes do not fit together.
-        DTypeError: An array is not float32.
+        DTypeError: An array is not float32, or `gate_up` is not what it may be.
         OptionError: As `matmul`; one of the two matrices was packed for another backend.
 
     Source: Shazeer, "GLU Variants Improve Transformer", 2020.
     """
     op = "feed_forward"
+    if not isinstance(gate_up, Matrix):
+        gate_up = _two(op, gate_up)
     pair, first, inner, width = _gate_and_up(op, gate_up, dtype, threads, isa, device)
     if isinstance(down, Matrix) or not (isinstance(gate_up, Matrix) or isinstance(gate_up[0], Matrix)):
         down_matrix = as_matrix(op, down, dtype, threads, isa, device)
@@ -370,7 +377,7 @@ def feed_forward(
         down_bias,
         flat(target, width),
         accumulate,
-        compute,
+        word(compute),
     )
     return finish(out, target)
 
@@ -401,6 +408,18 @@ def _gate_and_up(
         raise OptionError(f"{op}: gate and up must both be arrays, or both be packed")
     pair = pack_gate_up(gate, up, dtype or "float32", threads=threads, isa=isa, device=device)
     return pair.handle, pair, *pair.shape
+
+
+def _two(op: str, gate_up: Any) -> tuple[Array | Matrix, Array | Matrix]:
+    """The two matrices, unless they are something else."""
+    try:
+        gate, up = gate_up
+    except (TypeError, ValueError) as error:
+        found = f"{type(gate_up).__name__} ({error})"
+        raise DTypeError(
+            f"{op}: gate_up must come from pack_gate_up, or be two matrices (gate, up), got {found}"
+        ) from error
+    return gate, up
 
 
 def _begin_with(residual: FloatArray | None, target: FloatArray, op: str) -> bool:

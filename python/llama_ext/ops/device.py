@@ -25,6 +25,8 @@ R = TypeVar("R")
 _CPU, _CUDA, _CUDA_HOST = 1, 2, 3
 # What the CPU reads and checks before an operation starts, so that it may lie there beside arrays on a GPU.
 _READ_BY_THE_CPU = frozenset({"ids", "labels", "starts", "lengths", "importance", "blocks"})
+# How a library says no: DLPack's own word, and what torch raises for tensors that need a gradient, are sparse, or have no memory ("meta").
+_REFUSALS = (BufferError, RuntimeError, TypeError, ValueError)
 
 
 def to_device(array: object, device: str = "cuda") -> DeviceArray | Array:
@@ -132,7 +134,7 @@ def _is_foreign(value: object) -> bool:
 def _parts(name: str, value: object) -> Iterator[tuple[str, object]]:
     """What an argument consists of; `gate_up` may be two."""
     if isinstance(value, tuple) and name == "gate_up":
-        yield from zip(("gate", "up"), value, strict=False)
+        yield from zip(("gate", "up") if len(value) == 2 else (name,) * len(value), value, strict=True)
     else:
         yield name, value
 
@@ -174,6 +176,7 @@ def _device_of(op: str, what: str, value: object) -> str:
 
     Raises:
         DTypeError: The object says it has `__dlpack__`, and not where it is.
+        UnsupportedError: Its library has no word for where it is.
         DeviceError: It is neither on the CPU nor on an NVIDIA GPU.
     """
     if isinstance(value, np.ndarray):
@@ -182,13 +185,16 @@ def _device_of(op: str, what: str, value: object) -> str:
         return value.device
     if not hasattr(value, "__dlpack_device__"):
         raise DTypeError(f"{op}: {what} has __dlpack__ but no __dlpack_device__, got {type(value).__name__}")
-    kind, index = value.__dlpack_device__()
-    if int(kind) in (_CPU, _CUDA_HOST):
+    try:
+        kind, index = map(int, value.__dlpack_device__())
+    except _REFUSALS as error:
+        raise _not_handed_out(op, what, value, error) from error
+    if kind in (_CPU, _CUDA_HOST):
         return "cpu"
-    if int(kind) == _CUDA:
-        return f"cuda:{int(index)}"
+    if kind == _CUDA:
+        return f"cuda:{index}"
     raise DeviceError(
-        f"{op}: {what} must be in the memory of the CPU or of an NVIDIA GPU (DLPack's device types 1, 2 and 3), got type {int(kind)}"
+        f"{op}: {what} must be in the memory of the CPU or of an NVIDIA GPU (DLPack's device types 1, 2 and 3), got type {kind}"
     )
 
 
@@ -216,12 +222,14 @@ def _imported(op: str, what: str, value: object, threads: int | None, isa: str |
     backend = None if device == "cpu" else backend_for(device, threads, isa)
     try:
         capsule = _capsule(value, {} if backend is None else {"stream": backend.stream})
-    except (BufferError, RuntimeError) as error:
-        raise UnsupportedError(
-            f"{op}: {what}, a {type(value).__name__}, is not handed out by its library: {error}"
-        ) from error
+    except _REFUSALS as error:
+        raise _not_handed_out(op, what, value, error) from error
     array, dtype = _core.from_dlpack(capsule, backend, f"{op}: {what}")
     return array.view(Bfloat16Bits) if dtype == "bfloat16" and isinstance(array, np.ndarray) else array
+
+
+def _not_handed_out(op: str, what: str, value: object, error: Exception) -> UnsupportedError:
+    return UnsupportedError(f"{op}: {what}, a {type(value).__name__}, is not handed out by its library: {error}")
 
 
 def _capsule(value: Any, stream: dict[str, int]) -> object:

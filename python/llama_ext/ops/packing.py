@@ -18,7 +18,9 @@ from llama_ext._arrays import (
     vector,
     widen_bfloat16,
 )
+from llama_ext._options import shown
 from llama_ext.errors import DTypeError, OptionError, ShapeError
+from llama_ext.ops.arguments import word
 from llama_ext.ops.backends import backend_for
 from llama_ext.ops.device import takes_dlpack
 from llama_ext.ops.matrix import WITH_MINIMA, Matrix
@@ -155,8 +157,10 @@ def pack_blocks(
     width = as_whole(columns)
     if width is None:
         raise DTypeError(f"{op}: columns must be a whole number, got {columns!r}")
+    if not 0 < width < 2**63:
+        raise ShapeError(f"{op}: columns must be in [1, 2^63), got {shown(width)}")
     backend = backend_for(device, threads, isa)
-    handle = backend.block_matrix(np.ascontiguousarray(given), ggml_type, width)
+    handle = backend.block_matrix(np.ascontiguousarray(given), word(ggml_type), width)
     return Matrix(backend, handle, handle.shape)
 
 
@@ -186,7 +190,7 @@ def quantize(
         DTypeError: As `pack`, and for a `dtype` of no whole numbers.
     """
     op = "quantize"
-    if dtype not in _CODES:
+    if word(dtype) not in _CODES:
         raise DTypeError(f"{op}: dtype must be one of {', '.join(_CODES)}, got {dtype!r}")
     source = _weight_array(op, "weight", weight, dtype).astype(np.float32, copy=False)
     name, group = _encoding(op, dtype, source.shape[1], group_size, symmetric, importance)
@@ -241,7 +245,7 @@ def check_packed(
     asked.append(("threads", threads, matrix.backend.threads))
     asked.append(("isa", isa, matrix.backend.isa))
     # "cpu" is also what a caller gets who says nothing, so it contradicts nothing.
-    wanted = {"cpu": None, "cuda": "cuda:0"}.get(device, device)
+    wanted = {"cpu": None, "cuda": "cuda:0"}.get(word(device), device)
     asked.append(("device", wanted, matrix.backend.device))
     for name, option, packed in asked:
         if option is not None and option != packed:
@@ -258,7 +262,8 @@ def _weight_array(op: str, what: str, value: object, dtype: str) -> Array:
         DTypeError: `dtype` is unknown, or the array holds neither.
         ShapeError: Not two dimensions.
     """
-    if dtype not in _FLOATS + _CODES:
+    # NumPy's own dtypes equal their names, and are no words.
+    if word(dtype) not in _FLOATS + _CODES:
         raise DTypeError(f"{op}: dtype must be one of {', '.join(_FLOATS + _CODES)}, got {dtype!r}")
     if (array := on_gpu(value)) is not None:
         # The layout is made by the CPU.

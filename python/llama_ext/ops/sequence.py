@@ -11,6 +11,7 @@ import numpy.typing as npt
 from llama_ext import _core
 from llama_ext._arrays import (
     FloatArray,
+    array_by_protocol,
     as_whole,
     assign,
     destination,
@@ -22,10 +23,11 @@ from llama_ext._arrays import (
     require_shape,
     zeros,
 )
-from llama_ext._options import whole_seed
-from llama_ext.errors import DTypeError, ShapeError
+from llama_ext._options import shown, whole_seed
+from llama_ext.errors import DTypeError, OptionError, ShapeError
 from llama_ext.models.config import LlamaConfig, RopeParameters
 from llama_ext.models.llama import core_config
+from llama_ext.ops.arguments import flag, real, word
 from llama_ext.ops.backends import backend_for
 from llama_ext.ops.device import takes_dlpack
 
@@ -44,7 +46,7 @@ def rope_angles(
     """The cosines and sines that `rope` rotates by.
 
     Args:
-        positions: (T) integers.
+        positions: (T) integers, within int64.
         head_dim: D, even.
         theta: The base of the frequencies; `parameters` bring their own.
         parameters: For scaled frequencies: a `RopeParameters` or transformers' dictionary, {"rope_type": "linear" | "llama3"
@@ -60,18 +62,34 @@ def rope_angles(
 
     Source: Su et al., "RoFormer", 2021; for scaled frequencies see csrc/ops/rope.h.
     """
-    array = np.asarray(positions)
-    if array.dtype.kind not in "iu":
-        raise DTypeError(f"rope_angles: positions must be integers, got {array.dtype}")
-    if array.ndim != 1:
-        raise ShapeError(f"rope_angles: positions must have shape (T,), got {array.shape}")
+    array = _positions(positions)
     # A config of one head fills in the defaults as a model's would.
     config = LlamaConfig(
         num_attention_heads=1,
         head_dim=head_dim,
         rope_parameters={"rope_theta": theta} if parameters is None else parameters,
     )
-    return _core.rope_angles(core_config(config)["rope"], np.ascontiguousarray(array, dtype=np.int64))
+    return _core.rope_angles(core_config(config)["rope"], array)
+
+
+def _positions(positions: object) -> npt.NDArray[np.int64]:
+    """An array of them as the core takes it."""
+    what = "rope_angles: positions"
+    array = array_by_protocol(what, positions)
+    if array is None:
+        try:
+            array = np.asarray(positions)
+        except (TypeError, ValueError) as error:  # lists of lists of several lengths
+            raise DTypeError(f"{what} must be integers, got {shown(positions)}") from error
+        if not array.size:
+            array = array.astype(np.int64)  # NumPy takes a list of nothing for floats
+    if array.dtype.kind not in "iu":
+        raise DTypeError(f"{what} must be integers, got {array.dtype}")
+    if array.ndim != 1:
+        raise ShapeError(f"{what} must have shape (T,), got {array.shape}")
+    if array.dtype == np.uint64 and array.size and (largest := int(array.max())) >= 2**63:
+        raise OptionError(f"{what} must be below 2^63, got {largest}")
+    return np.ascontiguousarray(array, dtype=np.int64)
 
 
 @takes_dlpack
@@ -117,6 +135,7 @@ def rope(
         raise ShapeError(f"rope: the head dimension must be even, got x of shape {x.shape}")
     require_shape("rope", "cos", cos, half)
     require_shape("rope", "sin", sin, half)
+    inverse = flag("rope", "inverse", inverse)
     batch = x.size // max(tokens * heads * head_dim, 1)
     if batch > 1:
         cos, sin = _repeated(cos, batch), _repeated(sin, batch)
@@ -199,10 +218,10 @@ def attention(
             v.reshape((batch, keys, kv_heads, head_dim)),
             first,
             count,
-            head_dim**-0.5 if scale is None else scale,
-            kv_dtype,
+            head_dim**-0.5 if scale is None else real("attention", "scale", scale),
+            word(kv_dtype),
             target.reshape((batch, tokens, heads, head_dim)),
-            compute,
+            word(compute),
         )
     return finish(out, target)
 
@@ -255,9 +274,9 @@ def causal_attention(
     q, k, v = (float32_array(op, name, each, 2) for name, each in (("q", q), ("k", k), ("v", v)))
     ranges = _ranges(op, q, sequences)
     y, log_sums = zeros(f"{op}: y", q.shape, q), zeros(f"{op}: log_sums", q.shape[:2], q)
-    scale = _scale(q, scale)
+    scale, dropout = _scale(op, q, scale), real(op, "dropout", dropout)
     backend = backend_for(device, threads, isa)
-    backend.causal_attention(ranges, q, k, v, scale, y, log_sums, dropout, whole_seed(seed, op), compute)
+    backend.causal_attention(ranges, q, k, v, scale, y, log_sums, dropout, whole_seed(seed, op), word(compute))
     return y, log_sums
 
 
@@ -303,10 +322,10 @@ def causal_attention_backward(
     d_y, q, k, v, y, log_sums = (float32_array(op, name, each, 1 if name == "log_sums" else 2) for name, each in named)
     ranges = _ranges(op, q, sequences)
     d_q, d_k, d_v = (zeros(f"{op}: d_{name}", each.shape, q) for name, each in (("q", q), ("k", k), ("v", v)))
-    scale = _scale(q, scale)
+    scale, dropout = _scale(op, q, scale), real(op, "dropout", dropout)
     backend = backend_for(device, threads, isa)
     backend.causal_attention_backward(
-        ranges, q, k, v, scale, y, log_sums, d_y, d_q, d_k, d_v, dropout, whole_seed(seed, op), compute
+        ranges, q, k, v, scale, y, log_sums, d_y, d_q, d_k, d_v, dropout, whole_seed(seed, op), word(compute)
     )
     return d_q, d_k, d_v
 
@@ -318,17 +337,24 @@ def _ranges(op: str, q: FloatArray, sequences: Sequences | None) -> list[tuple[i
     if sequences is None:
         return [(0, q.shape[0])]
     ranges = []
-    given: Sequence[object] = sequences
+    try:
+        given: list[object] = list(sequences)
+    except TypeError:
+        found = type(sequences).__name__
+        raise DTypeError(f"{op}: sequences must be pairs (first row, tokens), or None, got {found}") from None
     for index, pair in enumerate(given):
         numbers = [as_whole(each) for each in pair] if isinstance(pair, (tuple, list)) else []
         if len(numbers) != 2 or numbers[0] is None or numbers[1] is None:
             raise DTypeError(f"{op}: sequences[{index}] must be (first row, tokens), two whole numbers, got {pair!r}")
-        ranges.append((numbers[0], numbers[1]))
+        first, tokens = numbers[0], numbers[1]
+        if not (-(2**63) <= first < 2**63 and -(2**63) <= tokens < 2**63):
+            raise ShapeError(f"{op}: sequences[{index}] must be a range within {q.shape[0]} rows, got {shown(pair)}")
+        ranges.append((first, tokens))
     return ranges
 
 
-def _scale(q: FloatArray, scale: float | None) -> float:
-    return float(max(q.shape[2], 1) ** -0.5) if scale is None else scale
+def _scale(op: str, q: FloatArray, scale: float | None) -> float:
+    return float(max(q.shape[2], 1) ** -0.5) if scale is None else real(op, "scale", scale)
 
 
 def _repeated(angles: FloatArray, times: int) -> FloatArray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from llama_ext._arrays import (
@@ -17,8 +19,9 @@ from llama_ext._arrays import (
     require_shape,
     share_memory,
 )
-from llama_ext._options import whole_seed
+from llama_ext._options import shown, whole_seed
 from llama_ext.errors import DTypeError, OptionError, ShapeError
+from llama_ext.ops.arguments import flag, real
 from llama_ext.ops.backends import backend_for
 from llama_ext.ops.device import takes_dlpack
 
@@ -63,6 +66,7 @@ def dropout(
     x = float32_array(op, "x", x)
     width = last(op, "x", x)
     number = whole_seed(seed, op)
+    p, scale = real(op, "p", p), real(op, "scale", scale)
     target = destination(op, out, x.shape, (x,))
     backend_for(device, threads, isa).dropout(flat(x, width), p, number, flat(target, width), scale=scale)
     return finish(out, target)
@@ -120,7 +124,8 @@ def adam(
     _require_apart(op, parameter=parameter, gradient=gradient, first=first, second=second)
     number = as_whole(step)
     if number is None or not 1 <= number < 2**63:
-        raise OptionError(f"{op}: step counts from 1, got {step!r}")
+        raise OptionError(f"{op}: step counts from 1, got {shown(step)}")
+    beta1, beta2 = _betas(op, betas)
     backend = backend_for(device, threads, isa)
     flat_parameter, flat_first, flat_second = states
     backend.adam(
@@ -129,12 +134,13 @@ def adam(
         flat_first,
         flat_second,
         number,
-        lr,
-        *betas,
-        eps,
-        weight_decay,
-        decoupled,
-        gradient_scale,
+        real(op, "lr", lr),
+        beta1,
+        beta2,
+        real(op, "eps", eps),
+        real(op, "weight_decay", weight_decay),
+        flag(op, "decoupled", decoupled),
+        real(op, "gradient_scale", gradient_scale),
     )
 
 
@@ -180,6 +186,7 @@ def sgd(
     flat_velocity = None if velocity is None else _state(op, "velocity", velocity)
     gradient = float32_array(op, "gradient", gradient, None)
     require_shape(op, "gradient", gradient, parameter.shape)
+    momentum = real(op, "momentum", momentum)
     if velocity is None:
         if momentum != 0:
             raise OptionError(f"{op}: momentum {momentum} needs a velocity: pass zeros of the parameter's shape")
@@ -188,7 +195,24 @@ def sgd(
         require_shape(op, "velocity", velocity, parameter.shape)
         _require_apart(op, parameter=parameter, gradient=gradient, velocity=velocity)
     backend = backend_for(device, threads, isa)
-    backend.sgd(flat_parameter, line(gradient), flat_velocity, lr, momentum, weight_decay, nesterov, gradient_scale)
+    backend.sgd(
+        flat_parameter,
+        line(gradient),
+        flat_velocity,
+        real(op, "lr", lr),
+        momentum,
+        real(op, "weight_decay", weight_decay),
+        flag(op, "nesterov", nesterov),
+        real(op, "gradient_scale", gradient_scale),
+    )
+
+
+def _betas(op: str, betas: Any) -> tuple[float, float]:
+    try:
+        first, second = betas  # no more and no fewer: the numbers after them have places of their own
+    except (TypeError, ValueError):
+        raise OptionError(f"{op}: betas must be two numbers in [0, 1), got {shown(betas)}") from None
+    return real(op, "betas[0]", first), real(op, "betas[1]", second)
 
 
 def _state(op: str, name: str, value: object) -> FloatArray:

@@ -23,9 +23,11 @@ from llama_ext._arrays import (
     line,
     on_gpu,
     require_shape,
+    token_ids,
 )
-from llama_ext._options import whole
-from llama_ext.errors import ShapeError
+from llama_ext._options import shown, whole, whole_seed
+from llama_ext.errors import OptionError, ShapeError
+from llama_ext.ops.arguments import real
 from llama_ext.ops.backends import backend_for
 from llama_ext.ops.dense import values_of
 from llama_ext.ops.device import takes_dlpack
@@ -96,9 +98,10 @@ def embedding_backward(
         DTypeError: `d_y` is not float32 or `ids` are not integers.
         TokenIdError: An id outside [0, V).
         OptionError: `vocabulary` is not a whole number of at least 0.
+        LimitError: No memory has that many rows.
     """
     op = "embedding_backward"
-    rows = whole(f"{op}: vocabulary", vocabulary, 0)
+    rows = whole(f"{op}: vocabulary", vocabulary, 0, 2**63 - 1)
     d_y = float32_array(op, "d_y", d_y)
     width = last(op, "d_y", d_y)
     array = integers(op, "ids", ids, rows)
@@ -212,6 +215,7 @@ def cross_entropy_backward(
     width = last(op, "logits", logits)
     ids = integers(op, "labels", labels, width, ignored=-100)
     require_shape(op, "labels", ids, logits.shape[:-1])
+    scale = real(op, "scale", scale)
     # The core works in place, so what may share memory with the target is the labels alone.
     in_place = out is logits and is_writable(logits)
     target = (
@@ -270,6 +274,8 @@ def sample(
 
     Raises:
         ShapeError: `logits` does not have one dimension.
+        DTypeError: `logits` is not float32, or `prompt` or `output` are not integers.
+        TokenIdError: One of these is outside [0, V), where a penalty reads it, or no int32.
         OptionError: An option is out of range.
         NumericError: A logit is NaN or +inf, or all are -inf.
     """
@@ -278,6 +284,8 @@ def sample(
     logits = float32_array("sample", "logits", logits)
     if logits.ndim != 1:
         raise ShapeError(f"sample: logits must have shape (V,), got {logits.shape}")
+    if logit_bias is not None and not isinstance(logit_bias, Mapping):
+        raise OptionError(f"sample: logit_bias must map token ids to numbers, got {shown(logit_bias)}")
     options = {
         "temperature": temperature,
         "top_k": top_k,
@@ -288,4 +296,14 @@ def sample(
         "frequency_penalty": frequency_penalty,
         "logit_bias": dict(logit_bias or {}),
     }
-    return backend_for(device, threads, isa).sample(logits, options, list(prompt), list(output), seed, stream, counter)
+    backend = backend_for(device, threads, isa)
+    try:
+        return backend.sample(logits, options, list(prompt), list(output), seed, stream, counter)
+    except TypeError:
+        # The core did not take them. Looked at only now: to look at thousands of ids before each token would take as long as to draw it.
+        whole_seed(seed, "sample")
+        whole("sample: stream", stream, 0, 2**64 - 1)
+        whole("sample: counter", counter, 0, 2**64 - 1)
+        for name, ids in (("prompt", prompt), ("output", output)):
+            token_ids(f"sample: {name}", ids, len(logits))
+        raise
