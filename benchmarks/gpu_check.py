@@ -118,7 +118,7 @@ def check(
             "compute-sanitizer is not installed (it comes with the CUDA toolkit): memory, races and barriers are not checked"
         )
         return is_right and runs_tests
-    return sanitize(sanitizer, collect(watched), tools, seconds) and is_right
+    return sanitize(sanitizer, collect(watched), tools, seconds, device=device) and is_right
 
 
 def run_tests(device: str) -> bool:
@@ -130,9 +130,16 @@ def run_tests(device: str) -> bool:
     is_right = True
     for name, settings in runs.items():
         print(f"tests, {name} ({' '.join(f'{key}={value}' for key, value in settings.items())})", flush=True)
-        status = subprocess.run(command, cwd=ROOT, env=os.environ | settings, check=False).returncode
+        status = subprocess.run(command, cwd=ROOT, env=os.environ | settings | seeing(device), check=False).returncode
         is_right = is_right and status == 0
     return is_right
+
+
+def seeing(device: str) -> dict[str, str]:
+    """The environment of a process whose first and only GPU is this one: the tests run on "cuda:0"."""
+    index = device.partition(":")[2] or "0"
+    visible = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
+    return {"CUDA_VISIBLE_DEVICES": visible[int(index)] if visible else index}
 
 
 def shared_out() -> list[str]:
@@ -161,6 +168,7 @@ def sanitize(
     tools: Sequence[str] = SANITIZERS,
     seconds: float = SANITIZER_SECONDS,
     processes: int | None = None,
+    device: str = "cuda:0",
 ) -> bool:
     """Whether none of the tools finds anything. Says of each what came of it, and how many processes came to their end.
 
@@ -170,6 +178,7 @@ def sanitize(
         tools: All run beside each other.
         seconds: After which what still runs is stopped.
         processes: Of each tool; None: as many as there are cores for.
+        device: A GPU.
     """
     begin = time.perf_counter()
     if processes is None:
@@ -186,7 +195,12 @@ def sanitize(
                 command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *PYTEST, "-s", *part]
                 # A session of its own, so that the tests end with the sanitizer that started them.
                 process = subprocess.Popen(
-                    command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                    command,
+                    cwd=ROOT,
+                    env=os.environ | seeing(device),
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
                 )
                 stack.callback(stop, process)
                 running.append((tool, process, output))

@@ -51,6 +51,10 @@ SHAPES = {
 }
 
 
+# Of a number.
+BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
+
+
 def random_model(device: str, shape: Shape, kind: tuple[str, int], context: int) -> _core.Model:
     """A model whose weights are kept in one way, (encoding, group), as the package keeps them."""
     encoding, group = kind
@@ -127,7 +131,11 @@ def products(shape: Shape) -> dict[str, tuple[int, int]]:
 
 def bytes_read(model: _core.Model, shape: Shape) -> float:
     """Of weights, for each token that is decoded: all but an embedding that is only looked up."""
-    return model.nbytes if shape.tied else model.nbytes * (1 - shape.vocabulary * shape.width / parameters(shape))
+    if shape.tied:
+        return model.nbytes
+    encoding, group = model.types()["embedding"]
+    bits = BITS[encoding] + (16 / group if group else 0)  # a float16 scale for each group
+    return model.nbytes - shape.vocabulary * shape.width * bits / 8
 
 
 def print_table(header: list[str], rows: list[list[object]]) -> None:

@@ -47,7 +47,8 @@ def shown(value: object, length: int = 80) -> str:
         text = repr(value)
     except (ValueError, RecursionError):  # an int of more digits than Python converts; a list that holds itself
         return f"<{type(value).__name__}>"
-    text = " ".join(text.split())  # arrays are shown in several lines
+    if "\n" in text:  # of an array, not of a text
+        text = " ".join(text.split())
     return text if len(text) <= length else text[: length - 3] + "..."
 
 

@@ -49,6 +49,19 @@ def test_tests_are_dealt_out_to_the_processes_of_each_sanitizer(sanitizer: str, 
     assert (tmp_path / "seen").read_text().splitlines()[2:] == ["memcheck d"]
 
 
+def test_the_gpu_that_is_checked_is_the_only_one_that_tests_see(
+    sanitizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpu_check.seeing("cuda") == {"CUDA_VISIBLE_DEVICES": "0"}
+    assert gpu_check.seeing("cuda:2") == {"CUDA_VISIBLE_DEVICES": "2"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
+    assert gpu_check.seeing("cuda:1") == {"CUDA_VISIBLE_DEVICES": "3"}
+    Path(sanitizer).write_text('#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES" >>seen\n')
+    assert gpu_check.sanitize(sanitizer, ["a"], ("memcheck",), device="cuda:1")
+    assert (tmp_path / "seen").read_text() == "3\n"
+
+
 def is_running(process: str) -> bool:
     try:
         return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu_decode
+from benchmarks import gpu_decode, gpu_shapes
 from devices import requires_cuda
 
 
@@ -59,3 +59,19 @@ def test_a_library_that_cannot_be_opened_ends_the_measurement_with_its_reason(
 ) -> None:
     assert gpu_decode.main(["--shapes", "tiny", "--libraries", "not-there.so", "--rounds", "1"]) == 1
     assert "not-there.so" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["1b", "8b"])
+@pytest.mark.parametrize(("weights", "bits"), [("bfloat16", (16, 16)), ("int4", (4.125, 8.125))])
+def test_a_token_reads_all_weights_but_an_embedding_that_is_looked_up(
+    name: str, weights: str, bits: tuple[float, float]
+) -> None:
+    class Kept:
+        def types(self) -> dict[str, tuple[str, int]]:
+            return {"embedding": ("int8", 128) if weights == "int4" else (weights, 0)}
+
+    shape = gpu_shapes.SHAPES[name]
+    of_blocks, table = (bits[0] / 8 * gpu_shapes.blocks(shape), bits[1] / 8 * shape.vocabulary * shape.width)
+    model = Kept()
+    model.nbytes = of_blocks + table * (1 if shape.tied else 2)  # type: ignore[attr-defined]
+    assert gpu_shapes.bytes_read(model, shape) == pytest.approx(of_blocks + table)  # type: ignore[arg-type]

@@ -198,6 +198,7 @@ def test_a_limit_can_be_raised_by_name() -> None:
         ({"hidden_size": 72}, "head_dim"),
         ({"head_dim": 7}, "head_dim"),
         ({"rms_norm_eps": 0}, "rms_norm_eps"),
+        ({"rms_norm_eps": 1e-50}, "rms_norm_eps"),
         ({"rms_norm_eps": -1e-5}, "rms_norm_eps"),
         ({"rms_norm_eps": math.nan}, "rms_norm_eps"),
         ({"rms_norm_eps": math.inf}, "rms_norm_eps"),

@@ -195,7 +195,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "negative": ({"llama.feed_forward_length": np.int32(-1)}, "must be an integer >= 1, got -1"),
     "uneven heads": ({"llama.attention.head_count": 3, "llama.attention.key_length": None}, "must be a multiple of"),
     "heads that do not divide": ({"llama.attention.head_count_kv": 3}, "num_key_value_heads must be a divisor"),
-    "eps": ({"llama.attention.layer_norm_rms_epsilon": 0.0}, "must be a finite number > 0"),
+    "eps": ({"llama.attention.layer_norm_rms_epsilon": 0.0}, "must be a finite number > 7"),
     "eps nan": ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "must be a finite number"),
     "theta": ({"llama.rope.freq_base": -1.0}, r"rope\.freq_base must be a finite number > 0"),
     "factor": ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 0.5}, "must be a number >= 1"),

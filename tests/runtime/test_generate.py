@@ -14,6 +14,7 @@ import tokenizers
 from safetensors.numpy import load_file
 
 import llama_ext
+from llama_ext.runtime import generation
 from shared_data import SHARED, requires_shared
 
 Model = llama_ext.LlamaForCausalLM
@@ -228,6 +229,20 @@ def test_a_stop_string_that_is_a_special_token_ends_a_row() -> None:
     assert (found.text, found.token_ids, found.finish_reason) == ("", [base.eos_token_id], "stop")
     assert model.generate("ab", return_details=True, **options).finish_reason == "length"
     assert len(list(model.session().stream_generate("ab", stop="</s>", **options))) == 1
+
+
+def test_a_special_token_that_is_spelled_out_ends_a_row_as_any_stop_string() -> None:
+    tokenizer = llama_ext.Tokenizer.train("ab</s>", kind="char", eos_token="</s>")
+    config = llama_ext.LlamaConfig(
+        vocab_size=6, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, eos_token_id=None
+    )
+    # The token itself is beyond the model's vocabulary.
+    assert tokenizer.eos_token_id == 6
+    model = Model(config, tokenizer)
+    plan = generation.plan_for(model, {"stop": "</s>"})
+    assert (plan.stop, plan.eos) == (("</s>",), ())
+    with pytest.raises(llama_ext.OptionError, match=r"the stop string .* has half of a surrogate pair"):
+        model.generate("ab", stop="\ud800")
 
 
 def test_a_token_behind_a_gap_in_the_vocabulary_has_its_text() -> None:

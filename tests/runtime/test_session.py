@@ -164,6 +164,15 @@ def test_a_stream_that_is_left_keeps_the_tokens_of_its_pieces(stories: Model) ->
     exact(session.append([5]), stories([[1, 40, *tokens, 5]])[0, -1])
 
 
+def test_a_prompt_with_nothing_to_follow_comes_into_the_session_that_it_was_for(tiny: Model) -> None:
+    session = tiny.session(max_length=20)
+    stream = session.stream_generate([1, 2, 3], max_new_tokens=0)
+    session.append([4, 5])
+    with pytest.raises(llama_ext.OptionError, match="the session was changed"):
+        next(stream)
+    assert session.tokens == [4, 5]
+
+
 @pytest.mark.parametrize("room", [3, 20])
 def test_a_prompt_with_nothing_to_follow_is_kept(room: int, tiny: Model) -> None:
     session = tiny.session(max_length=room)

@@ -340,6 +340,21 @@ def test_labels_of_an_earlier_adapter_are_never_taken_for_a_new_ones(
         TextClassifier.load(tmp_path / "out")
 
 
+def test_a_prompt_of_an_earlier_translator_is_never_taken_for_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    translator(model()).save(tmp_path / "out")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("llama_ext.tasks.task_files._write_about", full)
+    with pytest.raises(OSError, match="the disk is full"):
+        Translator(model(), source="Chinese", target="English").save(tmp_path / "out")
+    with pytest.raises(LlamaExtError):
+        Translator.load(tmp_path / "out")
+
+
 @each_task
 @pytest.mark.parametrize("lora", [None, LoRA(r=2)], ids=["whole", "adapter"])
 @pytest.mark.parametrize("earlier", [None, LoRA(r=2)], ids=["over-whole", "over-adapter"])

@@ -402,17 +402,24 @@ def test_a_fit_that_its_folder_refuses_leaves_the_model_alone(tmp_path: Path) ->
     assert model.dtype == "float32"
 
 
-def test_a_fit_that_is_refused_leaves_train_step_its_moments(tmp_path: Path) -> None:
-    make().fit(documents(), checkpoint_dir=tmp_path)
-    model, other = make(), make()
-    x = np.arange(8).reshape(1, 8)
-    for each in (model, other):
-        each.compile(lr=1e-2)
-        each.train_step(x)
-    with pytest.raises(llama_ext.OptionError, match="has checkpoints already"):
-        model.fit(documents(), checkpoint_dir=tmp_path)
-    assert model.train_step(x[:, ::-1]) == other.train_step(x[:, ::-1])
-    same(model, other)
+def test_a_run_that_its_callback_refuses_stands_at_the_checkpoint_that_it_read(tmp_path: Path) -> None:
+    class Refuses(Callback):
+        is_armed = False
+
+        def on_start(self, run: Any, resumed: bool) -> None:
+            if self.is_armed:
+                raise RuntimeError
+
+    make().save_pretrained(tmp_path / "base")
+    callback = Refuses()
+    trained = make()
+    trained.fit(documents(), checkpoint_dir=tmp_path / "run", callbacks=[callback])
+    callback.is_armed = True
+    for dtype in ("float32", "bfloat16"):
+        model = Model.from_pretrained(tmp_path / "base", dtype=dtype)
+        with pytest.raises(RuntimeError):
+            model.fit(documents(), resume=tmp_path / "run", callbacks=[callback])
+        same(model, trained)
 
 
 def test_the_weights_before_a_fit_are_not_kept_in_memory_while_it_runs(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from llama_ext.io.atomic import atomic_write, made_folder
 from llama_ext.io.hub import resolve_small_files
 from llama_ext.io.json_file import read_json_object
 from llama_ext.limits import DEFAULT_LIMITS, Limits
-from llama_ext.models.fields import FieldReader
+from llama_ext.models.fields import LEAST_EPS, FieldReader
 from llama_ext.models.rope_parameters import RopeParameters, read_rope
 from llama_ext.models.unsupported_keys import refuse_unimplemented
 
@@ -319,7 +319,7 @@ def _checked(reader: FieldReader) -> dict[str, Any]:
     refuse_unimplemented(reader, result["head_dim"])
     result["rope_parameters"] = read_rope(reader, result["max_position_embeddings"])
     result["initializer_range"] = reader.number("initializer_range", 0.02, minimum=0.0, maximum=1.0)
-    result["rms_norm_eps"] = reader.number("rms_norm_eps", 1e-6, above=0.0, maximum=1.0)
+    result["rms_norm_eps"] = reader.number("rms_norm_eps", 1e-6, above=LEAST_EPS, maximum=1.0)
     result["bos_token_id"] = reader.token_id("bos_token_id", 1)
     result["eos_token_id"] = reader.token_ids("eos_token_id", 2)
     result["pad_token_id"] = reader.token_id("pad_token_id", None)

@@ -11,7 +11,10 @@ from llama_ext._options import shown
 from llama_ext.errors import FormatError, LimitError, OptionError, UnsupportedError
 from llama_ext.limits import DEFAULT_LIMITS, Limits
 
-__all__ = ["FieldReader"]
+__all__ = ["LEAST_EPS", "FieldReader"]
+
+# What is above it is above 0 as float32, too, in which norms use it.
+LEAST_EPS = 2.0**-150
 
 
 class FieldReader:

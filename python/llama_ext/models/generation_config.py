@@ -49,7 +49,7 @@ class GenerationDefaults:
         repetition_penalty: > 0, 1 is none.
         max_new_tokens: Tokens after the prompt.
         max_length: Tokens, prompt included.
-        num_beams: Beams, 1 is none. Together with do_sample they are in `ignored`, too: beams are not drawn.
+        num_beams: Beams, 1 is none. Those of a file that says do_sample are in `ignored`, too: beams are not drawn.
         length_penalty: Exponent of the length in a beam's score.
         early_stopping: Whether beam search ends with the first finished beams. transformers' "never" is in `ignored`.
         prompt_lookup_num_tokens: Tokens to guess at a time from what followed earlier in the text; 0 is none.
@@ -135,8 +135,8 @@ class GenerationDefaults:
         }
         if never:
             ignored["early_stopping"] = "never"
-        if known["do_sample"] and known["temperature"] != 0 and (known["num_beams"] or 1) > 1:
-            # Beams that are drawn: without sampling they are followed.
+        if from_file and known["do_sample"] and known["temperature"] != 0 and (known["num_beams"] or 1) > 1:
+            # Beams that are drawn: where a call says do_sample=False they are followed.
             ignored["num_beams"] = known["num_beams"]
         return cls(**known, ignored=ignored)
 

@@ -25,7 +25,7 @@ from llama_ext.io.gguf_file import GgufTensor
 from llama_ext.io.gguf_types import BY_NAME, GgmlType
 from llama_ext.limits import DEFAULT_LIMITS, Limits
 from llama_ext.models.config import LlamaConfig
-from llama_ext.models.fields import FieldReader
+from llama_ext.models.fields import LEAST_EPS, FieldReader
 from llama_ext.models.gguf_rope import read_gguf_rope, rope_metadata
 from llama_ext.models.llama import tensor_specs
 
@@ -148,7 +148,7 @@ def config_from_gguf(
         "num_key_value_heads": reader.optional_integer("attention.head_count_kv") or heads,
         "head_dim": head_dim,
         "max_position_embeddings": context,
-        "rms_norm_eps": reader.number("attention.layer_norm_rms_epsilon", 1e-5, above=0.0, maximum=1.0),
+        "rms_norm_eps": reader.number("attention.layer_norm_rms_epsilon", 1e-5, above=LEAST_EPS, maximum=1.0),
         "tie_word_embeddings": HEAD not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors,

@@ -283,18 +283,14 @@ def plan_for(model: LlamaForCausalLM, options: Mapping[str, Any], extra_eos: Seq
         eos=[*model.eos_token_ids, *extra_eos],
         vocabulary=model.config.vocab_size,
     )
-    return plan if model.tokenizer is None else _ended_by_special_tokens(plan, model.tokenizer)
+    return plan if model.tokenizer is None else _ended_by_special_tokens(plan, model.tokenizer, model.config.vocab_size)
 
 
-def _ended_by_special_tokens(plan: GenerationPlan, tokenizer: Tokenizer) -> GenerationPlan:
-    """Stop strings that are special tokens as tokens: a text leaves them out, so nobody would see them there."""
-    found = {text: tokenizer.token_to_id(text) for text in plan.stop}
-    special = {text: index for text, index in found.items() if index in tokenizer.special_ids}
-    return replace(
-        plan,
-        stop=tuple(text for text in plan.stop if text not in special),
-        eos=tuple(dict.fromkeys([*plan.eos, *special.values()])),
-    )
+def _ended_by_special_tokens(plan: GenerationPlan, tokenizer: Tokenizer, vocabulary: int) -> GenerationPlan:
+    """Stop strings that are special tokens end a row as tokens, too: a text leaves these out, so nobody would see them there."""
+    found = [tokenizer.token_to_id(text) for text in plan.stop]
+    ends = [index for index in found if index is not None and index in tokenizer.special_ids and index < vocabulary]
+    return replace(plan, eos=tuple(dict.fromkeys([*plan.eos, *ends])))
 
 
 def generate(
@@ -379,13 +375,15 @@ def generate_in_session(
     if not batch.single or plan.num_return_sequences > 1:
         raise OptionError("a session is one sequence: give one prompt and num_return_sequences=1")
     run = _Run(model, batch, plan, with_text=True, session=session, weights=weights)
-    return _with_the_prompt(run.pieces(), session, batch.rows[0])
+    return _with_the_prompt(run.pieces(), session, session.length, batch.rows[0])
 
 
-def _with_the_prompt(pieces: Iterator[Piece], session: _core.Session, prompt: Array) -> Iterator[Piece]:
-    """A prompt with nothing to generate after it does not run by itself, and the session is to hold it."""
+def _with_the_prompt(pieces: Iterator[Piece], session: _core.Session, length: int, prompt: Array) -> Iterator[Piece]:
+    """A prompt with nothing to generate after it does not run by itself, and the session, of `length` tokens, is to hold it."""
     for piece in pieces:
         if piece.token_id is None:
+            if session.length != length:
+                raise OptionError("generate: the session was changed before the prompt came into it")
             session.append(prompt, "none")
         yield piece
 

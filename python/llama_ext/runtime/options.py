@@ -19,6 +19,7 @@ from llama_ext.runtime.speculation import (
     Speculation,
     read_speculation,
 )
+from llama_ext.runtime.tokenizer_backend import check_utf8
 
 if TYPE_CHECKING:
     from llama_ext.models.generation_config import GenerationDefaults
@@ -256,7 +257,7 @@ def _as_defaults(config: object) -> GenerationDefaults:
     fields = [field.name for field in dataclasses.fields(GenerationDefaults) if field.name != "ignored"]
     if isinstance(config, GenerationDefaults):
         # What its file asked for in vain was told when the file was read.
-        config = {name: getattr(config, name) for name in fields if name not in config.ignored}
+        config = {name: getattr(config, name) for name in fields}
     if not isinstance(config, Mapping):
         raise OptionError(f"generation_config must be a mapping or GenerationDefaults, got {type(config).__name__}")
     for name in config:
@@ -343,6 +344,8 @@ def _stop_strings(value: object) -> tuple[str, ...]:
         raise OptionError(f"stop must be a string or a list of strings, got {shown(value)}")
     if "" in strings:
         raise OptionError("stop must not contain the empty string, which is everywhere")
+    for string in strings:
+        check_utf8(string, f"the stop string {string!a:.80}")
     return tuple(dict.fromkeys(strings))
 
 

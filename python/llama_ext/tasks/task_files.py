@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama_ext.errors import FormatError, LlamaExtError, OptionError, UnsupportedError
 from llama_ext.io.atomic import atomic_write, named, remove
-from llama_ext.io.peft import CONFIG_FILE, read_adapter_base
+from llama_ext.io.peft import CONFIG_FILE, WEIGHTS_FILE, read_adapter_base
 
 if TYPE_CHECKING:
     from llama_ext.runtime.loaded_model import LoadedModel
@@ -138,9 +138,10 @@ def save_task(
     file: str,
     values: Mapping[str, Any] | None,
 ) -> None:
-    """Writes what a task has learned and its own file; what other saves have left in the directory goes.
+    """Writes what a task has learned and its own file; an adapter and the files of tasks that other saves have left in the directory go.
 
-    An adapter that was there is what loads until all of a model is written, and the model is from then on.
+    An adapter that was there is what loads until all of a model is written, and the model is from then on. A whole model that was there
+    stays beside an adapter, whose base it may be.
 
     Args:
         model: The model.
@@ -162,7 +163,8 @@ def save_task(
     else:
         model.save_pretrained(folder)
         # Not before: a save that is refused or cut short leaves the adapter that was there.
-        remove(folder / CONFIG_FILE)
+        for old in (CONFIG_FILE, WEIGHTS_FILE, file):
+            remove(folder / old)
     for other in (CLASSIFIER_FILE, TRANSLATOR_FILE):
         if other != file or values is None:
             remove(folder / other)

@@ -119,13 +119,12 @@ def fit(
     # Before the weights become float32.
     checked.check(validates=validation is not None)
     with model._trained_alone(), contextlib.ExitStack() as undo:
-        # Moments of `train_step` would be those of other weights, unless nothing is changed.
-        undo.callback(setattr, model, "_training", model._training)
+        # Moments of `train_step` would be those of other weights, and their memory is wanted.
         model._training = Training(options)
         name = model.active_adapter
         if name is not None:
             trainer, weights = tuning_trainer(model, options, name), TunedWeights(model, name)
-            return Run(trainer, weights, options, checked, source, validation).go(undo.pop_all)
+            return Run(trainer, weights, options, checked, source, validation).go()
         model._refuse_adapters("training all weights")
         trainer = new_trainer(made_trainable(model, undo), options)
         return Run(trainer, ModelWeights(model), options, checked, source, validation).go(undo.pop_all)

@@ -165,7 +165,7 @@ class Run:
         """Trains.
 
         Args:
-            begun: Called before the first step, when nothing is left that refuses the run.
+            begun: Called before the first step, when nothing is left that refuses the run, or when a checkpoint was restored.
 
         Raises:
             CheckpointError and others: As `LlamaForCausalLM.fit`.
@@ -180,6 +180,9 @@ class Run:
 
     def _go(self, begun: Callable[[], object] | None) -> History:
         resumed = self._resume()
+        if resumed and begun is not None:
+            begun()  # the weights are the checkpoint's
+            begun = None
         for callback in self._settings.callbacks:
             callback.on_start(self, resumed)
         self._rule = OutlierRule(self._options.skip_outliers, self.history.steps)

@@ -10,6 +10,7 @@ from typing import Any
 
 from llama_ext._options import number, shown, whole
 from llama_ext.errors import OptionError
+from llama_ext.io.atomic import named
 from llama_ext.training.callbacks import Callback
 
 __all__ = ["RunSettings"]
@@ -94,8 +95,11 @@ class RunSettings:
 
 
 def _check_path(name: str, value: object, expected: str) -> None:
-    if value is not None and (not isinstance(value, (str, os.PathLike)) or not os.fspath(value)):
+    if value is None:
+        return
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
         raise OptionError(f"{name} must be {expected}, got {shown(value)}")
+    named(value)  # and what no name of a file may have
 
 
 def _listed(callbacks: object) -> tuple[Any, ...]:
