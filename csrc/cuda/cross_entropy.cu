@@ -83,7 +83,9 @@ __global__ void __launch_bounds__(kWideThreads)
     if (threadIdx.x == 0) hits[blockIdx.x] = 1.0f - beaten;
   }
   const float largest = block_max(mine.largest, reinterpret_cast<float*>(place));
-  const double sum = block_sum(mine.sum * static_cast<double>(expf(mine.origin() - largest)), place);
+  // Who has met nothing adds nothing: far below 0, the distance from its origin is infinity as a power.
+  const double own = mine.sum == 0.0 ? 0.0 : mine.sum * static_cast<double>(expf(mine.origin() - largest));
+  const double sum = block_sum(own, place);
   if (threadIdx.x == 0) {
     losses[blockIdx.x] = static_cast<float>(static_cast<double>(largest) - static_cast<double>(label_logit) + log(sum));
   }

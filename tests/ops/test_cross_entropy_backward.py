@@ -151,3 +151,24 @@ def test_cross_entropy_backward_refuses_what_does_not_fit(device: Device) -> Non
         backend.cross_entropy_backward(logits, labels.astype(np.int64), 1.0, losses)  # type: ignore[arg-type]
     assert (logits == 0).all(), "wrote before it checked"
     assert np.isnan(losses).all()
+
+
+@pytest.mark.parametrize("shift", [-89.0, -1e4, 1e4])
+@pytest.mark.parametrize("width", [1, 2, 61, 1020, 1021, 2000])
+@all_devices
+def test_losses_and_gradients_of_logits_far_from_zero_are_those_of_their_differences(
+    device: Device, width: int, shift: float
+) -> None:
+    rng = np.random.default_rng(width)
+    # Multiples of 1/64, so that a shift costs no digit.
+    logits = (np.round(rng.standard_normal((3, width)) * 64) / 64).astype(np.float32)
+    logits[1, 4:8] = -np.inf
+    logits[2, width // 2 :] = -np.inf if width > 1 else 0
+    labels = np.zeros(3, np.int32)
+    expected, gradient = differentiate(REFERENCE, logits, labels, 0.5)
+    losses, found = differentiate(device, logits + np.float32(shift), labels, 0.5)
+    # The loss is the difference of two numbers as large as the shift.
+    assert_within(losses, expected, 4 * U32 * (abs(shift) + np.abs(expected) + 1), "losses")
+    distance = np.where(np.isfinite(logits), logits.max(axis=1, keepdims=True) - logits, 0)
+    bound = units("cross_entropy_backward") * (1 + distance / 4) + sum_in_lanes(width)
+    assert_within(found, gradient, bound * np.abs(gradient) + TINY, "gradients")

@@ -438,6 +438,14 @@ class TestGpu:
         with pytest.raises(DTypeError, match=r"embedding: ids must be a NumPy array of integers, .* got float32"):
             ops.embedding(ops.to_device(normal(3)), ops.pack(normal(4, 8), device="cuda"))
 
+    @pytest.mark.parametrize("columns", [32, 33])
+    def test_gradients_of_weights_are_what_an_optimiser_takes(self, columns: int) -> None:
+        d_y, x, weight = normal(4, 7), normal(4, columns), normal(7, columns)
+        on_gpu = [ops.to_device(each) for each in (d_y, x, weight.copy())]
+        _, d_weight, _ = ops.matmul_backward(on_gpu[0], x=on_gpu[1])
+        ops.sgd(on_gpu[2], d_weight, lr=0.5)
+        np.testing.assert_allclose(host(on_gpu[2]), weight - 0.5 * d_y.T @ x, rtol=1e-5, atol=1e-5)
+
     def test_weights_of_a_gpu_are_packed_for_it(self) -> None:
         weight = normal(6, 64)
         bits = (weight.view(np.uint32) >> 16).astype(np.uint16)

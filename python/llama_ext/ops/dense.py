@@ -433,5 +433,5 @@ def _begin_with(residual: FloatArray | None, target: FloatArray, op: str) -> boo
 
 
 def values_of(gradient: _core.Matrix, like: object) -> FloatArray:
-    """What has been added up: in the GPU's memory, where `like` is an array there."""
-    return gradient.to_array() if on_gpu(like) is None else gradient.values()  # type: ignore[return-value]
+    """What has been added up: in the GPU's memory, where `like` is an array there, without what fills up its rows."""
+    return gradient.to_array() if on_gpu(like) is None else gradient.values().contiguous()  # type: ignore[return-value]
