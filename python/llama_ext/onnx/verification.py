@@ -78,7 +78,8 @@ def verify(
     Args:
         model_or_path: What was exported: a loaded model, no adapter of which is active, a directory, a GGUF file or a Hub id.
         out_dir: What `export` wrote.
-        texts: A text, texts, or lists of token ids, none of them empty. None: three short texts; for a model without a tokenizer pseudo-random ids.
+        texts: A text, texts, or lists of token ids, none of them empty. None: three short texts; pseudo-random ids
+                for a model without a tokenizer, or with one that lacks a character of these texts.
         steps: Tokens to generate, >= 1; fewer where the context has no room for them, and none of a classifier.
         variant: Which graph, as for `OrtModel`. None: the one that genai_config.json names, which is the one exported last.
         threads: Of the native model and of onnxruntime. None: as many as a native model gets.
