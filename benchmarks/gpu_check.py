@@ -5,9 +5,8 @@
     python -m benchmarks.gpu_check --no-tests --tools racecheck   one tool alone
     python -m benchmarks.gpu_check --no-tests --tools initcheck --tests tests/ops/test_dropout.py   and of these tests
 
-The tests run twice on a GPU of compute capability 9.0: as they are, and with chains (docs/gpu.md). Where pytest-xdist is installed,
-several processes share them. A tool makes a kernel a hundred times as slow and keeps one core busy, so that each tool's
-tests are dealt out to several processes, too.
+Where pytest-xdist is installed, several processes share the tests. A tool makes a kernel a hundred times as slow and keeps one core busy,
+so that each tool's tests are dealt out to several processes, too.
 """
 
 from __future__ import annotations
@@ -61,9 +60,6 @@ SANITIZED = (
     "tests/cuda/test_kernels.py::test_a_row_of_a_product_depends_on_whether_there_are_few_rows_and_on_nothing_else",
     "tests/cuda/test_kernels.py::test_few_rows_of_a_narrow_model_with_a_large_vocabulary_are_all_written",
     "tests/cuda/test_kernels.py::test_attention_on_tensor_cores_costs_no_more_than_bfloat16",
-    "tests/cuda/test_chain.py::test_a_chain_has_the_bits_of_kernels_one_after_the_other[even-int4_min]",
-    "tests/cuda/test_chain.py::test_a_chain_has_the_bits_of_kernels_one_after_the_other[widest-gates-bfloat16]",
-    "tests/cuda/test_chain.py::test_a_chain_has_the_bits_of_kernels_one_after_the_other[heads-of-128-int8]",
     "tests/cuda/test_training.py::test_products_round_both_operands_once_and_sum_in_float32",
     "tests/cuda/test_training.py::test_each_gradient_of_a_product_may_be_asked_for_alone",
     "tests/cuda/test_training.py::test_rounding_heads_reads_and_writes_no_byte_beyond_its_arrays",
@@ -85,9 +81,6 @@ SANITIZER_SECONDS = 360.0
 
 # Processes at once, of the tests and of all tools: each has a context on the GPU, of half a gigabyte.
 MOST_PROCESSES = 16
-# Runs of the tests, by what they are called: with what in the environment.
-OWN = {"LLAMA_EXT_CUDA_CHAIN": "0"}
-CHAINS = {"LLAMA_EXT_CUDA_CHAIN": "1"}
 
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
 
@@ -124,15 +117,7 @@ def check(
 def run_tests(device: str) -> bool:
     """All tests marked `gpu`."""
     command = [*PYTEST, *shared_out(), "tests"]
-    runs = {"kernels of their own": OWN}
-    if _core.Backend(device).isa in {"sm_90", "emulated"}:
-        runs["chains"] = CHAINS
-    is_right = True
-    for name, settings in runs.items():
-        print(f"tests, {name} ({' '.join(f'{key}={value}' for key, value in settings.items())})", flush=True)
-        status = subprocess.run(command, cwd=ROOT, env=os.environ | settings | seeing(device), check=False).returncode
-        is_right = is_right and status == 0
-    return is_right
+    return subprocess.run(command, cwd=ROOT, env=os.environ | seeing(device), check=False).returncode == 0
 
 
 def seeing(device: str) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """How fast a GPU decodes under several settings, or with several builds of the library, in turns within one run.
 
-    python -m benchmarks.gpu_decode                             kernels of their own, beside chains (docs/gpu.md)
+    python -m benchmarks.gpu_decode                             products of one row on tensor cores, beside those of matmul_one_row.cu
     python -m benchmarks.gpu_decode --shapes 8b --weights int4  one shape, one way to keep its weights
-    python -m benchmarks.gpu_decode --settings LLAMA_EXT_CUDA_OVERLAP=0 LLAMA_EXT_CUDA_OVERLAP=1,LLAMA_EXT_CUDA_CHAIN=1
+    python -m benchmarks.gpu_decode --settings LLAMA_EXT_CUDA_OVERLAP=0 LLAMA_EXT_CUDA_OVERLAP=1,LLAMA_EXT_CUDA_ONE_ROW=1
     python -m benchmarks.gpu_decode --libraries before.so after.so   builds of the same headers as the installed module
 
 Each setting of each library runs in a process of its own, as both are read once, and all of them in each round. A cell is the median
@@ -36,7 +36,7 @@ GREEDY = {"temperature": 0.0}
 WARM_TOKENS = 8
 PROMPT_TOKENS = 64
 REPEATS = 3
-DEFAULT_SETTINGS = ["LLAMA_EXT_CUDA_CHAIN=0", "LLAMA_EXT_CUDA_CHAIN=1"]
+DEFAULT_SETTINGS = ["LLAMA_EXT_CUDA_ONE_ROW=0", "LLAMA_EXT_CUDA_ONE_ROW=1"]
 LIBRARY = "LLAMA_EXT_CUDA_LIBRARY"
 
 

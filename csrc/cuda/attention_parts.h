@@ -1,13 +1,26 @@
-// What both kernels of attention share: how parts of the key axis are merged.
+// What kernels of attention share: their arguments, and how parts of the key axis are merged.
 #pragma once
 
 #include <algorithm>
 
-#include "cuda/attention_view.h"
+#include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/numeric.h"
+#include "cuda/segments.h"
 
 namespace llama_ext::cuda {
+
+struct AttentionView {
+  SegmentList segments;
+  Rows q;
+  Rows y;
+  int heads = 0;   // H
+  int group = 0;   // H / K
+  int shares = 1;  // blocks that share a group of heads
+  float scale = 1.0f;
+  int parts = 0;             // of the keys of the longest row, each by a block of its own; 0: no split
+  float* partial = nullptr;  // (tokens, H, parts): largest, sum, head_dim sums
+};
 
 /// Keys of a part, on the tensor cores; tiles of 64 keys are weighed together.
 inline constexpr int kAttentionPartKeys = 256;

@@ -13,52 +13,200 @@
 // Bound by the GPU's memory.
 #include <algorithm>
 
-#include "cuda/chain.h"
-#include "cuda/rows_mma_block.h"
+#include "cuda/rows_mma.h"
+#include "cuda/rows_mma_weights.h"
 
 namespace llama_ext::cuda {
 namespace {
 
 using namespace rows_mma;
 
-/// Weights that loads bring into registers, a share ahead.
-template <Kind kKind>
-class LoadedWeights {
- public:
-  __device__ __forceinline__ explicit LoadedWeights(const RowsMmaView& v) : v_(v), chunks_(Walk<kKind>(v).chunks) {}
-  __device__ __forceinline__ void enter(const TileRows& rows, int tile) {
-    const int lane = static_cast<int>(threadIdx.x % kWarp);
-    const int my_share = static_cast<int>(threadIdx.x / kWarp) & (v_.along_k - 1);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      from_[half] = v_.product.weight.data + int64_t{rows.row(tile, half, lane / 4)} * chunks_ * 16 +
-                    my_share * kTogether * kStepBytes + lane % 4 * 16;
-    }
-  }
-  __device__ __forceinline__ void load(bool is_there, int i) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (is_there) words_[i][half] = __ldcs(reinterpret_cast<const uint4*>(from_[half] + i * kStepBytes));
-      if (i + 1 == kTogether) from_[half] += v_.along_k * kTogether * kStepBytes;
-    }
-  }
-  __device__ __forceinline__ void take(int) {}
-  __device__ __forceinline__ const uint4& words(int i, int half) const { return words_[i][half]; }
+/// A number of y of a block's tiles.
+struct Number {
+  int tile;
+  int r;
+  int m;
 
- private:
-  const RowsMmaView& v_;
-  int chunks_;
-  const unsigned char* from_[2];
-  uint4 words_[kTogether][2] = {};
+  __device__ __forceinline__ Number(const ProductView& p, int number) {
+    r = number % of_tile(p);
+    m = number / of_tile(p) % static_cast<int>(p.rows);
+    tile = number / of_tile(p) / static_cast<int>(p.rows);
+  }
+  /// Of a tile and a row of x.
+  __device__ __forceinline__ static int of_tile(const ProductView& p) { return p.is_gate_up ? 8 : kTileRows; }
+  __device__ __forceinline__ static int count(const ProductView& p, int side_by_side) {
+    return of_tile(p) * static_cast<int>(p.rows) * side_by_side;
+  }
+  /// Where a row of y has it, of tiles from `first` on.
+  __device__ __forceinline__ int place(const ProductView& p, int first) const {
+    return (first + tile) * of_tile(p) + r;
+  }
 };
 
+/// y of the block's tiles. Warps meet once in each turn: each stores its sums, and the block's threads add them up, while others go on.
 template <Kind kKind, bool kHasMin>
 __global__ void __launch_bounds__(kThreadCount, 1) matmul_rows_mma_kernel(const __grid_constant__ RowsMmaView v) {
-  const auto sync = [] { __syncthreads(); };
-  LoadedWeights<kKind> weights(v);
-  MeetingTurns turns(v, static_cast<int>(threadIdx.x), sync);
-  multiply_rows<kKind, kHasMin>(
-      v, static_cast<int>(threadIdx.x), shared_memory(), weights, turns, [] { wait_for_predecessors(); }, sync);
+  constexpr bool kIsCodes = is_quantized(kKind);
+  constexpr int kRowsOfProduct = kIsCodes ? kColumns / kDigits : kColumns;
+  const ProductView& p = v.product;
+  const WeightView& w = p.weight;
+  Weights<kKind> weights(v);
+  const int stride = static_cast<int>(gridDim.x) * (kWarps >> v.k_shift);  // tiles from a turn of the block to its next
+  const auto thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % static_cast<int>(kWarp);
+  const int warp = thread / static_cast<int>(kWarp);
+  const int g = lane / 4;
+  const int t = lane % 4;
+  const Walk<kKind> walk(v);
+  const int steps = walk.steps;
+  const int along_k = v.along_k;
+  const int tiles = v.tiles;
+  const int my_side = warp >> v.k_shift;
+  const int my_first = (warp & (along_k - 1)) * kTogether;       // step
+  const int end = walk.rounds * along_k * kTogether + my_first;  // steps of a tile, in whole rounds
+  const int rows = static_cast<int>(p.rows);
+
+  auto& shared = *reinterpret_cast<Shared*>(shared_memory());
+  auto* step_factors = reinterpret_cast<StepFactor*>(&shared + 1);
+  auto* totals = reinterpret_cast<float*>(step_factors + (kIsCodes ? steps * kColumns : 0));
+  auto* x = reinterpret_cast<unsigned char*>(totals + (kHasMin ? steps * kColumns : 0));
+  const BroughtRows brought{shared, step_factors,         totals,
+                            x,      steps * kStep<kKind>, column_pitch<kKind>(steps * kStep<kKind>)};
+
+  const TileRows tile_rows(p);
+  Factors<kKind, kHasMin> factors(v, tile_rows);
+  const auto enter = [&](int tile) {
+    weights.enter(tile_rows, tile);
+    factors.enter(tile, g);
+  };
+  // Of the block, the first one; the warp's is my_side after it.
+  int tile = static_cast<int>(blockIdx.x) * walk.side_by_side;
+  enter(tile + my_side);
+#pragma unroll
+  for (int i = 0; i < kTogether; ++i) weights.load(my_first + i < steps, i);
+  factors.load(my_first < steps ? my_first : 0);
+  float4 gains[kGains];
+#pragma unroll
+  for (int i = 0; i < kGains; ++i) {
+    const int k = 4 * thread + i * kTurn;
+    gains[i] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (p.norm.weight != nullptr && k < brought.padded) gains[i] = load_four(p.norm.weight, k, w.cols, v.is_whole);
+  }
+  wait_for_predecessors();
+  bring_rows<kKind>(v, brought, gains);
+
+  // Lanes of columns that there are not have some column: what they sum nobody reads.
+  const int columns = kIsCodes ? kDigits * rows : rows;
+  const auto column_of = [&](int n) { return (n < columns ? n : columns - 1) * brought.pitch; };
+  const unsigned char* column = x + column_of(g) + t * static_cast<int>(sizeof(uint4));
+  // Of rows of x beyond those of one product.
+  const auto has_more = [&] { return kIsCodes && static_cast<int>(p.rows) > kRowsOfProduct; };
+  // Not kept in registers over the loop.
+  const auto numbers = [&] { return Number::count(p, kWarps >> v.k_shift); };
+  const auto y_rows = [&] { return p.is_gate_up ? p.width : w.rows; };
+  int buffer = 0;
+  for (; tile < tiles; tile += stride) {
+    // What a number is added to: into shared memory, as a register would be waited for together with the next tile's weights.
+    const auto bring_before = [&](int number) {
+      if (!p.accumulate || number >= numbers()) return;
+      const Number mine(p, number);
+      if (mine.place(p, tile) < y_rows()) copy_async(&shared.before[thread], p.y.row(mine.m) + mine.place(p, tile));
+      commit_copies();
+    };
+    bring_before(thread);
+    float sums[4] = {};
+#pragma unroll 1
+    for (int step = my_first; step < end; step += along_k * kTogether) {
+      const bool is_last = step + along_k * kTogether >= end;
+      const bool is_tile = !is_last || tile + my_side + stride < tiles;
+      const int next_step = is_last ? my_first : step + along_k * kTogether;
+      if (is_last && is_tile) enter(tile + my_side + stride);
+      factors.take(step);
+      factors.load(next_step < steps ? next_step : 0);
+      const auto multiply_step = [&](int i, bool with_more) {
+        Step of{weights.words(i, 0), weights.words(i, 1), {}, {}};
+        factors.give(i, of);
+        const unsigned char* at = column + (step + i) * kStepPitch<kKind>;
+        if constexpr (kIsCodes) {
+          const int place = (step + i) * kColumns + t;
+          multiply_codes<kKind, kHasMin>(sums[0], sums[1], of, at, step_factors + place, totals + place);
+          if (with_more) {
+            const int to_more = column_of(g + kColumns) - column_of(g);
+            multiply_codes<kKind, kHasMin>(sums[2], sums[3], of, at + to_more, step_factors + place + kRowsOfProduct,
+                                           totals + place + kRowsOfProduct);
+          }
+        } else {
+          multiply_numbers(sums, of, at);
+        }
+      };
+      if (!has_more() && step + kTogether <= steps) {
+        // Without a branch between the steps, so that each runs while others wait for what they have loaded or multiplied.
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          multiply_step(i, false);
+          weights.load(is_tile && next_step + i < steps, i);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          if (step + i < steps) multiply_step(i, has_more());
+          weights.load(is_tile && next_step + i < steps, i);
+        }
+      }
+    }
+    auto& partial = shared.partial[buffer];
+    if constexpr (kIsCodes) {
+      partial[warp][g][t] = sums[0];
+      partial[warp][g + 8][t] = sums[1];
+      if (has_more()) {
+        partial[warp][g][t + kRowsOfProduct] = sums[2];
+        partial[warp][g + 8][t + kRowsOfProduct] = sums[3];
+      }
+    } else {
+      *reinterpret_cast<float2*>(&partial[warp][g][2 * t]) = {sums[0], sums[1]};
+      *reinterpret_cast<float2*>(&partial[warp][g + 8][2 * t]) = {sums[2], sums[3]};
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int number = thread; number < numbers(); number += kThreadCount) {
+      float before = 0.0f;
+      if (p.accumulate) {
+        wait_for_copies<0>();
+        before = shared.before[thread];
+        bring_before(number + kThreadCount);
+      }
+      const Number mine(p, number);
+      const int row = mine.place(p, tile);
+      if (row >= y_rows()) continue;
+      float* y = p.y.row(mine.m) + row;
+      const int up_at = p.is_gate_up ? 8 : 0;  // without a branch among the sums
+      float sum = 0.0f;
+      float up = 0.0f;
+#pragma unroll 1
+      for (int part = 0; part < along_k; part += kLeastAlongK) {
+#pragma unroll
+        for (int i = 0; i < kLeastAlongK; ++i) {
+          const auto& of_warp = partial[mine.tile * along_k + part + i];
+          sum += of_warp[mine.r][mine.m];
+          up += of_warp[mine.r + up_at][mine.m];
+        }
+      }
+      if (p.is_gate_up) {
+        if (p.bias != nullptr) {
+          const int of_gate = row / kGateGroup * (2 * kGateGroup) + row % kGateGroup;
+          sum += p.bias[of_gate];
+          up += p.bias[of_gate + kGateGroup];
+        }
+        *y = silu(sum) * up;
+      } else {
+        if (p.bias != nullptr) sum += p.bias[row];
+        if (p.accumulate) sum += before;
+        *y = sum;
+      }
+    }
+    __syncwarp();  // not all lanes have numbers to add up
+    buffer = (buffer + 1) % kBuffers;
+  }
 }
 
 // Of the largest GPU that there is, so that the order of a product's sums is that of its shape.
@@ -93,20 +241,12 @@ size_t row_bytes(const WeightView& w) {
                                                   : column_pitch<Kind::kBF16>(w.stride));
 }
 
-template <Kind kKind, bool kHasMin>
-void start(const Gpu& gpu, const RowsMmaView& v) {
-  divide_alike(gpu, matmul_rows_mma_kernel<kKind, kHasMin>);
-  launch<Start::kEarly>(
-      gpu, matmul_rows_mma_kernel<kKind, kHasMin>,
-      dim3(static_cast<unsigned>(std::min<int64_t>(blocks_for(v.tiles, kWarps / v.along_k), gpu.multiprocessors()))),
-      kThreadCount, rows_mma_shared_bytes(v.product), v);
+size_t shared_bytes(const ProductView& p) {
+  return fixed_bytes(p.weight) + row_bytes(p.weight) * static_cast<size_t>(p.rows);
 }
 
-}  // namespace
-
-namespace rows_mma {
-
-RowsMmaView rows_mma_view(const ProductView& p) {
+/// Of a product of at most rows_of_mma() rows.
+RowsMmaView view_of(const ProductView& p) {
   const WeightView& w = p.weight;
   const int step = step_of(w.kind);
   RowsMmaView v;
@@ -130,11 +270,16 @@ RowsMmaView rows_mma_view(const ProductView& p) {
   return v;
 }
 
-size_t rows_mma_shared_bytes(const ProductView& p) {
-  return fixed_bytes(p.weight) + row_bytes(p.weight) * static_cast<size_t>(p.rows);
+template <Kind kKind, bool kHasMin>
+void start(const Gpu& gpu, const RowsMmaView& v) {
+  divide_alike(gpu, matmul_rows_mma_kernel<kKind, kHasMin>);
+  launch<Start::kEarly>(
+      gpu, matmul_rows_mma_kernel<kKind, kHasMin>,
+      dim3(static_cast<unsigned>(std::min<int64_t>(blocks_for(v.tiles, kWarps / v.along_k), gpu.multiprocessors()))),
+      kThreadCount, shared_bytes(v.product), v);
 }
 
-void start_rows_mma(const Gpu& gpu, const RowsMmaView& v) {
+void start(const Gpu& gpu, const RowsMmaView& v) {
   const bool has_min = v.product.weight.has_min;
   switch (v.product.weight.kind) {
     case Kind::kBF16:
@@ -148,7 +293,7 @@ void start_rows_mma(const Gpu& gpu, const RowsMmaView& v) {
   }
 }
 
-}  // namespace rows_mma
+}  // namespace
 
 int64_t rows_of_mma(const Gpu& gpu, const WeightView& w) {
   const int step = step_of(w.kind);
@@ -172,8 +317,7 @@ void matmul_rows_mma(const Gpu& gpu, const ProductView& product) {
     p.rows = std::min(most, product.rows - begin);
     p.x.data = product.x.row(begin);
     p.y.data = product.y.row(begin);
-    const RowsMmaView view = rows_mma_view(p);
-    if (!chain_product(gpu, view)) start_rows_mma(gpu, view);
+    start(gpu, view_of(p));
   }
 }
 

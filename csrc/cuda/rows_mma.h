@@ -1,19 +1,29 @@
-// Rows of x as matmul_rows_mma.cu multiplies them: in shared memory, normalised, as the tensor cores take them.
+// What matmul_rows_mma.cu multiplies: sizes, and rows of x in shared memory, normalised, as the tensor cores take them.
 #pragma once
 
-#include "cuda/link_views.h"
+#include "cuda/kernels.h"
 #include "cuda/mma.h"
 #include "cuda/numeric.h"
 #include "cuda/weight_codes.h"
 
 namespace llama_ext::cuda::rows_mma {
 
+struct RowsMmaView {
+  ProductView product;
+  int tiles;
+  int along_k;      // warps that share a tile's k: a block has kWarps / along_k tiles at a time
+  int k_shift;      // along_k as a power of two
+  int groups;       // of a row, with codes
+  int group_shift;  // steps of a group, as a power of two
+  bool is_whole;    // rows of x are as long as W's padded ones, and they and the norm's weight lie at 16 bytes
+};
+
 inline constexpr int kWarps = 16;
 inline constexpr int kThreadCount = kWarps * static_cast<int>(kWarp);
 inline constexpr int kTogether = 4;  // steps, one after the other in a row of W, that a warp takes at a time
 inline constexpr int kStepBytes = 64;
 inline constexpr int kTileRows = 16;
-inline constexpr int kLeastAlongK = 4;  // warps that share a tile's k, the fewest: a chain's ring has places of as many
+inline constexpr int kLeastAlongK = 4;  // warps that share a tile's k, the fewest
 inline constexpr int kBuffers = 2;      // of warps' sums, in turns
 inline constexpr int kColumns = 8;      // of a product: rows of x, with codes digits of them
 inline constexpr int kGateGroup = 16;   // ops/feed_forward.h
@@ -170,10 +180,10 @@ __device__ __forceinline__ void store_digits(const WeightView& w, const BroughtR
 }
 
 /// Rows of x in shared memory, zeros beyond the last column: normalised where there is a norm, then rounded to bfloat16 or cut into digits. gains:
-/// the thread's first ones, which were loaded early. thread: of the kThreadCount, for which sync is.
-template <Kind kKind, typename Sync>
-__device__ __forceinline__ void bring_rows(const RowsMmaView& v, int thread, const BroughtRows& to,
-                                           const float4 (&gains)[kGains], Sync sync) {
+/// the thread's first ones, which were loaded early.
+template <Kind kKind>
+__device__ __forceinline__ void bring_rows(const RowsMmaView& v, const BroughtRows& to, const float4 (&gains)[kGains]) {
+  const auto thread = static_cast<int>(threadIdx.x);
   const ProductView& p = v.product;
   const int cols = p.weight.cols;
   const bool has_norm = p.norm.weight != nullptr;
@@ -199,7 +209,7 @@ __device__ __forceinline__ void bring_rows(const RowsMmaView& v, int thread, con
         sum = warp_sum(sum);
         if (thread % static_cast<int>(kWarp) == 0) to.shared.squares[m][thread / static_cast<int>(kWarp)] = sum;
       }
-      sync();
+      __syncthreads();
       sum = 0.0f;
 #pragma unroll 4  // all at once would take registers from the loads on their way
       for (int i = 0; i < kLike / static_cast<int>(kWarp); ++i) sum += to.shared.squares[m][i];
@@ -226,7 +236,7 @@ __device__ __forceinline__ void bring_rows(const RowsMmaView& v, int thread, con
       }
     }
   }
-  sync();
+  __syncthreads();
 }
 
 }  // namespace llama_ext::cuda::rows_mma

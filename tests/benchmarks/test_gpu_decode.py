@@ -24,14 +24,14 @@ def test_settings_are_names_and_values() -> None:
 
 
 def test_a_cell_is_the_median_of_all_rounds(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu_decode.report({"CHAIN=0": [of(500), of(600), of(100)], "CHAIN=1": [of(700), of(900), of(800)]}) == 0
+    assert gpu_decode.report({"ONE_ROW=0": [of(500), of(600), of(100)], "ONE_ROW=1": [of(700), of(900), of(800)]}) == 0
     said = capsys.readouterr().out
-    assert "CHAIN=0  500.0 (50%)" in said
-    assert "CHAIN=1  800.0 (80%)" in said
+    assert "ONE_ROW=0  500.0 (50%)" in said
+    assert "ONE_ROW=1  800.0 (80%)" in said
 
 
 def test_other_tokens_are_told_and_no_success(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu_decode.report({"CHAIN=0": [of(500), of(500)], "CHAIN=1": [of(500), of(500, "other")]}) == 1
+    assert gpu_decode.report({"ONE_ROW=0": [of(500), of(500)], "ONE_ROW=1": [of(500), of(500, "other")]}) == 1
     assert "not the same tokens everywhere, or not the same log probabilities: 1b int4" in capsys.readouterr().out
 
 
@@ -44,12 +44,12 @@ def test_a_kind_of_weights_that_no_shape_has_is_refused(capsys: pytest.CaptureFi
 @requires_cuda
 @pytest.mark.gpu
 def test_each_setting_decodes_in_a_process_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
-    settings = ["LLAMA_EXT_CUDA_CHAIN=0", "LLAMA_EXT_CUDA_CHAIN=1,LLAMA_EXT_CUDA_OVERLAP=0"]
+    settings = ["LLAMA_EXT_CUDA_ONE_ROW=0", "LLAMA_EXT_CUDA_ONE_ROW=1,LLAMA_EXT_CUDA_OVERLAP=0"]
     options = ["--shapes", "tiny", "--weights", "bfloat16", "--tokens", "2", "--rounds", "1"]
     assert gpu_decode.main([*options, "--settings", *settings]) == 0
     lines = capsys.readouterr().out.splitlines()
     header = next(i for i, line in enumerate(lines) if "tiny bfloat16" in line)
-    assert [line.strip().split("  ")[0] for line in lines[header + 1 :]] == ["CHAIN=0", "CHAIN=1 OVERLAP=0"]
+    assert [line.strip().split("  ")[0] for line in lines[header + 1 :]] == ["ONE_ROW=0", "ONE_ROW=1 OVERLAP=0"]
 
 
 @requires_cuda

@@ -3,7 +3,9 @@ gives, whatever happens to a row, a session or a logit meanwhile."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 
 import llama_ext
-from devices import IS_EMULATED, REFERENCE, requires_cuda
+from devices import IS_EMULATED, REFERENCE, only_emulated, requires_cuda
 from llama_ext import NumericError, OptionError, _core
 from tolerances import relative_rms, units
 
@@ -140,6 +142,32 @@ def test_positions_may_grow_beyond_what_a_recording_is_good_for(kv_dtype: str) -
     expected = one_by_one(tiny(), prompt, 12, sampling, kv_dtype)
     events = steps(start(tiny(), [prompt], 12, sampling=sampling, kv_dtype=kv_dtype))
     assert [step[0][1] for step in events] == [token for token, _ in expected]
+
+
+@only_emulated
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_tokens_have_the_same_bits_in_any_order_of_turns(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a row's keys grow from one part of decoding attention to the next, of which the last block merges both."""
+    prompts = [(np.arange(125) * 7 % VOCABULARY).tolist(), PROMPTS[1]]
+    found = []
+    for order in ("forward", "backward", "shuffled"):
+        monkeypatch.setenv("LLAMA_EXT_CUDA_EMULATION_ORDER", order)
+        found.append(steps(start(tiny(dtype=dtype), prompts, 8, sampling={"temperature": 1.0}, kv_dtype="bfloat16")))
+    assert found[1] == found[0]
+    assert found[2] == found[0]
+
+
+@only_emulated
+def test_a_token_is_five_kernels_a_layer_and_five_more() -> None:
+    """The embedding, the last norm, the head and two to draw; of each layer two products, attention, and two products."""
+    library = ctypes.CDLL(os.environ["LLAMA_EXT_CUDA_LIBRARY"])
+    model = tiny(dtype="bfloat16")
+    counts = []
+    for tokens in (6, 16):
+        before = library.cuda_emulation_launches()
+        steps(start(model, PROMPTS[:1], tokens, sampling={"temperature": 1.0}, kv_dtype="bfloat16"))
+        counts.append(library.cuda_emulation_launches() - before)
+    assert counts[1] - counts[0] == 10 * (5 + 2 * 5)
 
 
 def test_rows_that_end_early_make_room_and_change_nothing_for_the_others() -> None:

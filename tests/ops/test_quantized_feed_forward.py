@@ -153,6 +153,22 @@ def test_many_rows_of_a_gpu_meet_feed_forward_weights_rounded_to_bfloat16(kept: 
 
 @pytest.mark.gpu
 @requires_cuda
+@pytest.mark.parametrize(
+    "kept", [Kept("int8", 128), Kept("int8_min", 64), Kept("int4", 128), Kept("int4_min", 128)], ids=str
+)
+def test_few_rows_of_a_gpu_meet_gates_so_wide_that_a_block_has_several_tiles_at_a_time(kept: Kept) -> None:
+    """Two and four, whose sums fewer warps have; the last tiles are not whole."""
+    for shape in ((1, 130, 2120), (5, 130, 2120), (1, 64, 4232), (6, 64, 4232)):
+        p = problem(Kinds(kept, kept, kept), shape)
+        found = run(CUDA.backend, p, "auto", is_one=True)
+        assert relative_rms(found, p.expected) < 1e-4, shape
+        for row in range(shape[0]):
+            alone = run(CUDA.backend, p, "auto", is_one=True, rows=slice(row, row + 1))
+            assert_same_bits(alone, found[row : row + 1], row)
+
+
+@pytest.mark.gpu
+@requires_cuda
 @pytest.mark.parametrize("kinds", APART, ids=str)
 def test_many_rows_of_a_gpu_meet_gate_up_and_down_kept_in_different_ways(kinds: Kinds) -> None:
     for shape in ((65, 64, 257), (80, 33, 50)):
