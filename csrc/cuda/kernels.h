@@ -134,6 +134,11 @@ int64_t rows_of_mma(const Gpu& gpu, const WeightView& weight);
 inline constexpr int64_t kMostMmaRows = 8;
 void matmul_rows_mma(const Gpu& gpu, const ProductView& product);
 
+// matmul_one_row.cu: one row of x and codes that matmul_rows_mma takes, too; the same bits.
+/// Whether it is asked for, and takes the product.
+bool takes_one_row(const Gpu& gpu, const ProductView& product);
+void matmul_one_row(const Gpu& gpu, const ProductView& product);
+
 // matmul_tiles.cu: many rows, float32 products. No norm, no rounding, no gates.
 void matmul_tiles(const Gpu& gpu, const ProductView& product);
 

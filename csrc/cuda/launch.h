@@ -31,14 +31,14 @@ inline void allow_shared_memory(const Gpu& gpu, const void* kernel) {
 
 /// For the large kernels of a recorded token, which run beside each other where one starts early: a multiprocessor is divided alike for
 /// all of them, 64 KB of Hopper's 228 for shared memory (more where a block needs more), so that it never has to be divided anew in
-/// between, and loads on their way have the first cache.
+/// between, and loads on their way have the first cache; or all of it, where weights on their way have shared memory (matmul_one_row.cu).
 template <typename... Parameters>
 void divide_alike([[maybe_unused]] const Gpu& gpu, [[maybe_unused]] void (*kernel)(Parameters...)) {
 #if !defined(LLAMA_EXT_CUDA_EMULATED)
   const CurrentGpu current = gpu.use();
-  constexpr int kPercentShared = 28;
+  const int percent_shared = gpu.streams_one_row() ? 100 : 28;
   require_success(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                       cudaFuncAttributePreferredSharedMemoryCarveout, kPercentShared),
+                                       cudaFuncAttributePreferredSharedMemoryCarveout, percent_shared),
                   "how a kernel divides its multiprocessor");
 #endif
 }
@@ -81,10 +81,21 @@ void launch(const Gpu& gpu, void (*kernel)(Parameters...), dim3 grid, unsigned t
 #endif
 }
 
-/// Lets the next kernel start, where it may start early, and waits until all before this one are done and what they wrote can be seen.
-__device__ __forceinline__ void wait_for_predecessors() {
+/// Lets the next kernel start, where it may start early: once all blocks have called this, or are done.
+__device__ __forceinline__ void let_next_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+/// Whether a kernel lets the next one start as soon as it waits itself.
+enum class NextStart : uint8_t { kNow, kLater };
+
+/// Waits until all kernels before this one are done and what they wrote can be seen.
+template <NextStart kNext = NextStart::kNow>
+__device__ __forceinline__ void wait_for_predecessors() {
+  if constexpr (kNext == NextStart::kNow) let_next_start();
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #elif defined(LLAMA_EXT_CUDA_EMULATED)
   cuda_emulation::wait_for_predecessors();

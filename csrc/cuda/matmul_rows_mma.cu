@@ -9,7 +9,8 @@
 // x lies in shared memory: with weights of bfloat16 as such, with codes as whole numbers of 16 bits, which share a power of two in each step,
 // cut into an upper and a lower digit of 8 bits. Codes are multiplied as the bytes that they are, a byte of two of 4 bits masked, once for each
 // digit, and all of a step is summed in whole numbers, without an error: what is not exact is x's rounding, 2^-15 of a step's largest at most,
-// and sums of steps, in float32. A row's bits depend on W's shape and kind, and on nothing else: the warps' shares are added in order.
+// and sums of steps, in float32. A row's bits depend on W's shape and kind, and on nothing else: a share's steps are added up from zero, a warp's
+// shares in order, and then the warps'. One row of x may be made by matmul_one_row.cu instead.
 // Bound by the GPU's memory.
 #include <algorithm>
 
@@ -123,17 +124,18 @@ __global__ void __launch_bounds__(kThreadCount, 1) matmul_rows_mma_kernel(const 
       if (is_last && is_tile) enter(tile + my_side + stride);
       factors.take(step);
       factors.load(next_step < steps ? next_step : 0);
+      float of_share[4] = {};  // with codes
       const auto multiply_step = [&](int i, bool with_more) {
         Step of{weights.words(i, 0), weights.words(i, 1), {}, {}};
         factors.give(i, of);
         const unsigned char* at = column + (step + i) * kStepPitch<kKind>;
         if constexpr (kIsCodes) {
           const int place = (step + i) * kColumns + t;
-          multiply_codes<kKind, kHasMin>(sums[0], sums[1], of, at, step_factors + place, totals + place);
+          multiply_codes<kKind, kHasMin>(of_share[0], of_share[1], of, at, step_factors + place, totals + place);
           if (with_more) {
             const int to_more = column_of(g + kColumns) - column_of(g);
-            multiply_codes<kKind, kHasMin>(sums[2], sums[3], of, at + to_more, step_factors + place + kRowsOfProduct,
-                                           totals + place + kRowsOfProduct);
+            multiply_codes<kKind, kHasMin>(of_share[2], of_share[3], of, at + to_more,
+                                           step_factors + place + kRowsOfProduct, totals + place + kRowsOfProduct);
           }
         } else {
           multiply_numbers(sums, of, at);
@@ -152,6 +154,10 @@ __global__ void __launch_bounds__(kThreadCount, 1) matmul_rows_mma_kernel(const 
           if (step + i < steps) multiply_step(i, has_more());
           weights.load(is_tile && next_step + i < steps, i);
         }
+      }
+      if constexpr (kIsCodes) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[i] += of_share[i];
       }
     }
     auto& partial = shared.partial[buffer];
@@ -245,31 +251,6 @@ size_t shared_bytes(const ProductView& p) {
   return fixed_bytes(p.weight) + row_bytes(p.weight) * static_cast<size_t>(p.rows);
 }
 
-/// Of a product of at most rows_of_mma() rows.
-RowsMmaView view_of(const ProductView& p) {
-  const WeightView& w = p.weight;
-  const int step = step_of(w.kind);
-  RowsMmaView v;
-  v.product = p;
-  v.tiles = static_cast<int>(p.is_gate_up ? blocks_for(p.width, 8) : blocks_for(w.rows, kTileRows));
-  v.is_whole = (reinterpret_cast<uintptr_t>(p.x.data) | reinterpret_cast<uintptr_t>(p.norm.weight)) % 16 == 0 &&
-               p.x.stride % 4 == 0 && w.cols == w.stride;
-  v.groups = w.groups();
-  v.group_shift = 0;
-  while (is_quantized(w.kind) && (step << v.group_shift) < w.group) ++v.group_shift;
-  // As many warps along k as have a share each, but fewer only where there are blocks for all multiprocessors (of the largest GPU, so
-  // that a product's order of sums is that of its shape).
-  const int64_t steps = w.stride / step;
-  v.along_k = kWarps;
-  while (v.along_k > kLeastAlongK && steps < int64_t{v.along_k} * kTogether &&
-         v.tiles >= int64_t{kMostBlocks} * (2 * kWarps / v.along_k)) {
-    v.along_k /= 2;
-  }
-  v.k_shift = 0;
-  while ((1 << v.k_shift) < v.along_k) ++v.k_shift;
-  return v;
-}
-
 template <Kind kKind, bool kHasMin>
 void start(const Gpu& gpu, const RowsMmaView& v) {
   divide_alike(gpu, matmul_rows_mma_kernel<kKind, kHasMin>);
@@ -295,6 +276,30 @@ void start(const Gpu& gpu, const RowsMmaView& v) {
 
 }  // namespace
 
+RowsMmaView rows_mma::view_of(const ProductView& p) {
+  const WeightView& w = p.weight;
+  const int step = step_of(w.kind);
+  RowsMmaView v;
+  v.product = p;
+  v.tiles = static_cast<int>(p.is_gate_up ? blocks_for(p.width, 8) : blocks_for(w.rows, kTileRows));
+  v.is_whole = (reinterpret_cast<uintptr_t>(p.x.data) | reinterpret_cast<uintptr_t>(p.norm.weight)) % 16 == 0 &&
+               p.x.stride % 4 == 0 && w.cols == w.stride;
+  v.groups = w.groups();
+  v.group_shift = 0;
+  while (is_quantized(w.kind) && (step << v.group_shift) < w.group) ++v.group_shift;
+  // As many warps along k as have a share each, but fewer only where there are blocks for all multiprocessors (of the largest GPU, so
+  // that a product's order of sums is that of its shape).
+  const int64_t steps = w.stride / step;
+  v.along_k = kWarps;
+  while (v.along_k > kLeastAlongK && steps < int64_t{v.along_k} * kTogether &&
+         v.tiles >= int64_t{kMostBlocks} * (2 * kWarps / v.along_k)) {
+    v.along_k /= 2;
+  }
+  v.k_shift = 0;
+  while ((1 << v.k_shift) < v.along_k) ++v.k_shift;
+  return v;
+}
+
 int64_t rows_of_mma(const Gpu& gpu, const WeightView& w) {
   const int step = step_of(w.kind);
   if (step == 0 || w.stride == 0) return 0;
@@ -317,7 +322,7 @@ void matmul_rows_mma(const Gpu& gpu, const ProductView& product) {
     p.rows = std::min(most, product.rows - begin);
     p.x.data = product.x.row(begin);
     p.y.data = product.y.row(begin);
-    start(gpu, view_of(p));
+    takes_one_row(gpu, p) ? matmul_one_row(gpu, p) : start(gpu, view_of(p));
   }
 }
 

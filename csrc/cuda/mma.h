@@ -94,6 +94,24 @@ __device__ __forceinline__ void mma_codes(int c[4], const uint32_t a[4], const u
 #endif
 }
 
+/// sum += the two numbers of 16 bits with a sign times bytes 2 kHalf and 2 kHalf + 1 of `codes`, which have none.
+template <int kHalf>
+__device__ __forceinline__ int dot_pair(uint32_t numbers, uint32_t codes, int sum) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (kHalf == 0) {
+    asm("dp2a.lo.s32.u32 %0, %1, %2, %0;" : "+r"(sum) : "r"(numbers), "r"(codes));
+  } else {
+    asm("dp2a.hi.s32.u32 %0, %1, %2, %0;" : "+r"(sum) : "r"(numbers), "r"(codes));
+  }
+  return sum;
+#else
+  const auto product = [&](int i) {
+    return static_cast<int16_t>(numbers >> (16 * i) & 65535u) * static_cast<int>(codes >> (16 * kHalf + 8 * i) & 255u);
+  };
+  return sum + product(0) + product(1);
+#endif
+}
+
 /// Four matrices of 8 x 8 16-bit numbers from shared memory: lane l names row l % 8 of matrix l / 8, and gets of each matrix its row
 /// l / 4, columns 2 (l % 4) and the next.
 __device__ __forceinline__ void load_matrices(uint32_t out[4], const uint16_t* row) {

@@ -17,6 +17,8 @@ struct RowsMmaView {
   int group_shift;  // steps of a group, as a power of two
   bool is_whole;    // rows of x are as long as W's padded ones, and they and the norm's weight lie at 16 bytes
 };
+/// Of a product of at most rows_of_mma() rows.
+RowsMmaView view_of(const ProductView& product);
 
 inline constexpr int kWarps = 16;
 inline constexpr int kThreadCount = kWarps * static_cast<int>(kWarp);
@@ -138,10 +140,32 @@ __device__ __forceinline__ uint32_t bytes_of(const uint32_t (&words)[4]) {
 #endif
 }
 
-/// Four elements of x at k = 0, 4, ... of row m, for codes. All lanes of a step call it together.
+/// The lower halves of two words, that of `a` below.
+__device__ __forceinline__ uint32_t lower_halves(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  return __byte_perm(a, b, 0x5410);
+#else
+  return (a & 0xffffu) | b << 16;
+#endif
+}
+
+/// Four elements of x as whole numbers, and what they have of their step: the power of two that they share, and the sum of its numbers.
+struct StepNumbers {
+  uint32_t numbers[4];  // of 16 bits with a sign, in lower halves
+  uint32_t sum;
+  float unit;  // what 1 stands for; NaN where something is no number
+
+  /// Of a step's sum, `unit_of_sum` times that of codes times numbers.
+  __device__ __forceinline__ StepFactor factor(int unit_of_sum, int zero) const {
+    return {0u - static_cast<uint32_t>(unit_of_sum * zero) * sum, unit / static_cast<float>(unit_of_sum)};
+  }
+  /// What x sums up to.
+  __device__ __forceinline__ float total() const { return unit * static_cast<float>(static_cast<int>(sum)); }
+};
+
+/// All lanes of a step call it together.
 template <Kind kKind>
-__device__ __forceinline__ void store_digits(const WeightView& w, const BroughtRows& to, int m, int k,
-                                             const float4& four) {
+__device__ __forceinline__ StepNumbers whole_numbers(const float4& four) {
   constexpr int kLanes = kStep<kKind> / 4;
   constexpr uint32_t kBias = 127;
   const float values[4] = {four.x, four.y, four.z, four.w};
@@ -158,25 +182,53 @@ __device__ __forceinline__ void store_digits(const WeightView& w, const BroughtR
   const uint32_t biased = wanted < kBias + 100 ? wanted : kBias + 100;
   const float power = __uint_as_float(biased << 23);
   constexpr float kRounds = 12582912.0f;  // 1.5 2^23: what is added to it is a whole number in the sum's lower bits
-  uint32_t numbers[4];
-  uint32_t up[4];  // so that their second bytes are the upper digits
-  uint32_t sum = 0;
+  StepNumbers step;
+  step.sum = 0;
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
-    numbers[e] = __float_as_uint(fmaf(values[e], power, kRounds));
-    up[e] = numbers[e] + 128u;
-    sum += numbers[e] - 0x4b400000u;
+    step.numbers[e] = __float_as_uint(fmaf(values[e], power, kRounds));
+    step.sum += step.numbers[e] - 0x4b400000u;
   }
-  sum = sum_of_lanes<kLanes>(sum);
+  step.sum = sum_of_lanes<kLanes>(step.sum);
+  step.unit = __uint_as_float((2 * kBias - biased) << 23) + (largest - largest);
+  return step;
+}
+
+/// Four elements of x at k = 0, 4, ... of row m, for codes. All lanes of a step call it together.
+template <Kind kKind>
+__device__ __forceinline__ void store_digits(const WeightView& w, const BroughtRows& to, int m, int k,
+                                             const float4& four) {
+  const StepNumbers step = whole_numbers<kKind>(four);
   if (k >= to.padded) return;
+  uint32_t up[4];  // so that their second bytes are the upper digits
+#pragma unroll
+  for (int e = 0; e < 4; ++e) up[e] = step.numbers[e] + 128u;
   unsigned char* column = to.x + kDigits * m * to.pitch + place_of_digit<kKind>(k);
   *reinterpret_cast<uint32_t*>(column) = bytes_of<1>(up);
-  *reinterpret_cast<uint32_t*>(column + to.pitch) = bytes_of<0>(numbers);
+  *reinterpret_cast<uint32_t*>(column + to.pitch) = bytes_of<0>(step.numbers);
   if (k % kStep<kKind> != 0) return;
-  const float unit = __uint_as_float((2 * kBias - biased) << 23) + (largest - largest);  // NaN for what is no number
   const int at = k / kStep<kKind> * kColumns + m;
-  to.factors[at] = {0u - static_cast<uint32_t>(kUnit<kKind> * w.zero) * sum, unit / static_cast<float>(kUnit<kKind>)};
-  if (w.has_min) to.totals[at] = unit * static_cast<float>(static_cast<int>(sum));
+  to.factors[at] = step.factor(kUnit<kKind>, w.zero);
+  if (w.has_min) to.totals[at] = step.total();
+}
+
+/// 1 / sqrt(mean(x^2) + eps) of a row, in the order of block_inverse_rms(), so that a norm by itself has the same bits. The block has kThreads
+/// threads at least. squares: kThreads / kWarp numbers.
+__device__ __forceinline__ float inverse_rms_of_row(const float* row, int cols, float eps, float* squares) {
+  constexpr int kLike = static_cast<int>(kThreads);
+  const auto thread = static_cast<int>(threadIdx.x);
+  float sum = 0.0f;
+  if (thread < kLike) {
+#pragma unroll 8
+    for (int k = thread; k < cols; k += kLike) sum = fmaf(row[k], row[k], sum);
+    sum = warp_sum(sum);
+    if (thread % static_cast<int>(kWarp) == 0) squares[thread / static_cast<int>(kWarp)] = sum;
+  }
+  __syncthreads();
+  sum = 0.0f;
+#pragma unroll 4  // all at once would take registers from the loads on their way
+  for (int i = 0; i < kLike / static_cast<int>(kWarp); ++i) sum += squares[i];
+  return inverse_rms(sum, cols, eps);
 }
 
 /// Rows of x in shared memory, zeros beyond the last column: normalised where there is a norm, then rounded to bfloat16 or cut into digits. gains:
@@ -198,23 +250,7 @@ __device__ __forceinline__ void bring_rows(const RowsMmaView& v, const BroughtRo
     float4 next_gains[kGains] = {gains[0], gains[1]};
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) load(row, 4 * thread + i * kTurn, next[i]);
-    float inverse = 1.0f;
-    if (has_norm) {
-      // In the order of block_inverse_rms(), so that a norm by itself has the same bits.
-      constexpr int kLike = static_cast<int>(kThreads);
-      float sum = 0.0f;
-      if (thread < kLike) {
-#pragma unroll 8
-        for (int k = thread; k < cols; k += kLike) sum = fmaf(row[k], row[k], sum);
-        sum = warp_sum(sum);
-        if (thread % static_cast<int>(kWarp) == 0) to.shared.squares[m][thread / static_cast<int>(kWarp)] = sum;
-      }
-      __syncthreads();
-      sum = 0.0f;
-#pragma unroll 4  // all at once would take registers from the loads on their way
-      for (int i = 0; i < kLike / static_cast<int>(kWarp); ++i) sum += to.shared.squares[m][i];
-      inverse = inverse_rms(sum, cols, p.norm.eps);
-    }
+    const float inverse = has_norm ? inverse_rms_of_row(row, cols, p.norm.eps, to.shared.squares[m]) : 1.0f;
 #pragma unroll 1
     for (int k = 4 * thread; k - 4 * thread < to.padded; k += kTurn) {
       float4 four = next[0];

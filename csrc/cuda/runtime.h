@@ -58,6 +58,8 @@ class Gpu {
   cudaStream_t stream() const;
   /// Whether kernels that wait for their predecessors themselves (launch.h) may be started before those are done.
   bool overlaps() const { return overlaps_; }
+  /// Whether products of one row of x and codes are made by matmul_one_row.cu.
+  bool streams_one_row() const { return streams_one_row_; }
   /// 90 for compute capability 9.0.
   int capability() const { return capability_; }
   /// Whether kernels of Hopper's own instructions (wgmma.h) are there: not where the driver compiles what was made for others, as it
@@ -108,6 +110,7 @@ class Gpu {
   cudaMemPool_t pool_ = nullptr;
   bool has_hopper_code_ = false;
   bool overlaps_ = false;
+  bool streams_one_row_ = false;
 };
 
 /// hopper_code.cu: the compute capability that the kernels were compiled for which run on this GPU, 90 for 9.0.

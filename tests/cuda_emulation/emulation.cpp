@@ -148,6 +148,7 @@ thread_local Machine* running = nullptr;  // while fibers run
 // Counted over all host threads, which take turns where races are looked for.
 std::mutex launch_mutex;
 uint32_t launches = 0;
+uint32_t last_threads = 0;
 uint32_t first_of_chain = 0;  // of kernels that start early, one after the other
 
 void to_scheduler() {
@@ -437,6 +438,11 @@ uint32_t cuda_emulation_launches() {
   return launches;
 }
 
+uint32_t cuda_emulation_threads() {
+  const std::lock_guard lock(launch_mutex);
+  return last_threads;
+}
+
 void begin_in_order() {
   const std::lock_guard lock(launch_mutex);
   first_of_chain = launches + 1;
@@ -460,6 +466,7 @@ void launch(CUstream_st* stream, const LaunchShape& shape, const std::function<v
   std::unique_lock turn(launch_mutex);
   Machine& m = machine();
   m.launch = ++launches;
+  last_threads = threads;
   if (!shape.starts_early) first_of_chain = m.launch;
   m.first_unfinished = first_of_chain;
   m.has_any_waited = false;

@@ -78,6 +78,8 @@ struct LaunchShape {
 void launch(CUstream_st* stream, const LaunchShape& shape, const std::function<void()>& kernel);
 /// How many have been launched: for tests that ask the library.
 extern "C" __attribute__((visibility("default"))) uint32_t cuda_emulation_launches();
+/// Threads of a block of the last one: likewise.
+extern "C" __attribute__((visibility("default"))) uint32_t cuda_emulation_threads();
 /// No kernel after this starts before those ahead of it are done.
 void begin_in_order();
 void wait_for_predecessors();

@@ -1,0 +1,387 @@
+// y = x W^T for one row of x and codes: decoding one sequence, where reading the weights bounds the time.
+//
+// A warp takes units, 512 bytes of each of four rows of W. Asynchronous copies bring them to places in shared memory that are the warp's own,
+// each lane the bytes that it reads itself, so that nobody waits for another warp before all rows of a pass are summed. (In registers the
+// units would share a barrier: a thread has six for what it has on its way, the compiler gives all loads of a loop one of them, and who waits
+// for the oldest waits for the newest.) A lane has 32 codes of each row, or 16, and multiplies them two at a time with x, whole numbers of
+// 16 bits (rows_mma.h); the four lanes of a step add up four rows without an error. From there on sums are made in the order of
+// matmul_rows_mma.cu, whose bits they have. Next to nothing stays in registers, so that a second block fits beside the first: the next
+// kernel's, whose first units come while this one ends. Bound by the GPU's memory.
+#include <algorithm>
+
+#include "cuda/rows_mma.h"
+
+namespace llama_ext::cuda {
+namespace {
+
+using namespace rows_mma;
+
+constexpr int kOneRowThreads = 384;
+constexpr int kOneRowWarps = kOneRowThreads / static_cast<int>(kWarp);
+constexpr int kUnitRows = 4;
+constexpr int kUnitBytes = 16 * static_cast<int>(kWarp);  // of a row
+constexpr int kUnitSteps = static_cast<int>(kWarp) / 4;
+constexpr int kSharesOfUnit = kUnitSteps / kTogether;
+constexpr int kPlaces = 3;  // of a warp: a unit at work, and others on their way
+constexpr int kXTurn = 4 * kOneRowThreads;
+constexpr int kXAhead = 3;  // vectors of x that a thread has at a time
+// Rows of a pass: whole turns of all warps, whatever the units of a row, and gates with their ups.
+constexpr int kLeastPass = 2 * kGateGroup * (kOneRowWarps % 3 == 0 ? 3 : 1);
+static_assert(kLeastPass / kUnitRows % kOneRowWarps == 0);
+constexpr int kMostPartialBytes = 40 * 1024;  // where a pass is not the least
+
+/// A place: rows of codes, then a word with the scale, and one with the minimum, for each lane.
+template <bool kHasMin>
+constexpr int kPlaceBytes = kUnitRows * kUnitBytes + (kHasMin ? 2 : 1) * 4 * static_cast<int>(kWarp);
+
+/// Planes of x, in which a lane's codes have 16 bytes each: eight numbers.
+template <Kind kKind>
+constexpr int kPlanesOfX = kChunkElements<kKind> / 8;
+
+struct OneRowView {
+  RowsMmaView rows;
+  int parts;  // of W's rows, `part_rows` each, that blocks share out
+  int part_rows;
+  int pass_rows;
+  int units;      // of a row
+  int shares;     // of a row
+  int pitch;      // sums of a row of W
+  int totals_at;  // bytes into shared memory, which StepFactor begin
+  int x_at;
+  int places_at;
+  int partial_at;
+};
+
+/// A lane's codes of a row times its numbers of x, kUnit times.
+template <Kind kKind>
+__device__ __forceinline__ int multiply_pairs(const uint4& codes, const uint4 (&x)[kPlanesOfX<kKind>]) {
+  const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+  // Two sums: of lower nibbles and upper ones, or of what comes in turns.
+  int sums[2] = {};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const auto pairs = [&](int plane) {
+      return i % 2 == 0 ? uint2{x[plane].x, x[plane].y} : uint2{x[plane].z, x[plane].w};
+    };
+    if constexpr (kKind == Kind::kQ4) {
+      const uint2 low = pairs(i / 2);
+      const uint2 high = pairs(2 + i / 2);
+      sums[0] = dot_pair<0>(low.x, words[i] & 0x0f0f0f0fu, sums[0]);
+      sums[1] = dot_pair<0>(high.x, words[i] & 0xf0f0f0f0u, sums[1]);
+      sums[0] = dot_pair<1>(low.y, words[i] & 0x0f0f0f0fu, sums[0]);
+      sums[1] = dot_pair<1>(high.y, words[i] & 0xf0f0f0f0u, sums[1]);
+    } else {
+      const uint2 of = pairs(i / 2);
+      sums[0] = dot_pair<0>(of.x, words[i], sums[0]);
+      sums[1] = dot_pair<1>(of.y, words[i], sums[1]);
+    }
+  }
+  return kUnit<kKind> * sums[0] + sums[1];
+}
+
+/// Of four rows, over the four lanes of a step: lane t has that of row t.
+__device__ __forceinline__ int sum_of_step(const int (&rows)[kUnitRows], int lane) {
+  const bool upper = (lane & 2) != 0;
+  const bool odd = (lane & 1) != 0;
+  const int first = (upper ? rows[2] : rows[0]) + __shfl_xor_sync(kAllLanes, upper ? rows[0] : rows[2], 2);
+  const int second = (upper ? rows[3] : rows[1]) + __shfl_xor_sync(kAllLanes, upper ? rows[1] : rows[3], 2);
+  return (odd ? second : first) + __shfl_xor_sync(kAllLanes, odd ? first : second, 1);
+}
+
+/// Where x goes.
+struct BroughtRow {
+  StepFactor* factors;
+  float* totals;
+  unsigned char* planes;
+};
+
+/// The row of x as whole numbers, zeros beyond its last column, normalised where there is a norm. gains: the thread's first ones.
+template <Kind kKind>
+__device__ __forceinline__ void bring_row(const OneRowView& v, const BroughtRow& to, float* squares,
+                                          const float4 (&gains)[kXAhead]) {
+  const ProductView& p = v.rows.product;
+  const WeightView& w = p.weight;
+  const float* row = p.x.row(0);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int padded = w.stride;
+  const int plane_bytes = v.units * kUnitBytes;
+  const bool has_norm = p.norm.weight != nullptr;
+  const auto load = [&](const float* from, int k) {
+    return load_four(from, k < padded ? k : 0, w.cols, v.rows.is_whole);
+  };
+  float4 next[kXAhead];
+#pragma unroll
+  for (int i = 0; i < kXAhead; ++i) next[i] = load(row, 4 * thread + i * kXTurn);
+  const float inverse = has_norm ? inverse_rms_of_row(row, w.cols, p.norm.eps, squares) : 1.0f;
+#pragma unroll 1
+  for (int first = 0; first < padded; first += kXAhead * kXTurn) {
+    float4 fours[kXAhead];
+#pragma unroll
+    for (int i = 0; i < kXAhead; ++i) {
+      const int k = first + 4 * thread + i * kXTurn;
+      fours[i] = next[i];
+      next[i] = load(row, k + kXAhead * kXTurn);
+      if (!has_norm) continue;
+      const float4 gain = first == 0 ? gains[i] : load(p.norm.weight, k);
+      fours[i] = {normalized(fours[i].x, inverse, gain.x), normalized(fours[i].y, inverse, gain.y),
+                  normalized(fours[i].z, inverse, gain.z), normalized(fours[i].w, inverse, gain.w)};
+    }
+#pragma unroll
+    for (int i = 0; i < kXAhead; ++i) {
+      if (first + i * kXTurn >= padded) break;  // for all threads
+      const int k = first + 4 * thread + i * kXTurn;
+      const StepNumbers step = whole_numbers<kKind>(fours[i]);
+      if (k >= padded) continue;
+      const int of_chunk = k % kChunkElements<kKind>;
+      *reinterpret_cast<uint2*>(to.planes + of_chunk / 8 * plane_bytes + k / kChunkElements<kKind> * 16 +
+                                of_chunk % 8 * 2) = {lower_halves(step.numbers[0], step.numbers[1]),
+                                                     lower_halves(step.numbers[2], step.numbers[3])};
+      if (k % kStep<kKind> != 0) continue;
+      to.factors[k / kStep<kKind>] = step.factor(kUnit<kKind>, w.zero);
+      if (w.has_min) to.totals[k / kStep<kKind>] = step.total();
+    }
+  }
+  __syncthreads();
+}
+
+template <Kind kKind, bool kHasMin>
+__global__ void __launch_bounds__(kOneRowThreads, 2) matmul_one_row_kernel(const __grid_constant__ OneRowView v) {
+  const ProductView& p = v.rows.product;
+  const WeightView& w = p.weight;
+  unsigned char* memory = shared_memory();
+  auto* factors = reinterpret_cast<StepFactor*>(memory);
+  auto* totals = reinterpret_cast<float*>(memory + v.totals_at);
+  auto* partial = reinterpret_cast<float*>(memory + v.partial_at);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % static_cast<int>(kWarp);
+  const int warp = thread / static_cast<int>(kWarp);
+  const int t = lane % 4;
+  const int of_unit = lane / 4;  // step
+  const int steps = w.stride / kStep<kKind>;
+  const int row_bytes = static_cast<int>(w.row_bytes());
+  const auto row_of = [&](unsigned block) {
+    return static_cast<int>(int64_t{v.parts} * block / gridDim.x) * v.part_rows;
+  };
+  const int begin = row_of(blockIdx.x);
+  const int end = row_of(blockIdx.x + 1);
+
+  // The warp's units: one, and then each kOneRowWarps further on.
+  const int first_batch = warp / v.units;
+  const int first_of_row = warp % v.units;
+  const int next_batches = kOneRowWarps / v.units;
+  const int next_of_row = kOneRowWarps % v.units;
+  const auto units_of = [&](int rows) { return (rows / kUnitRows * v.units - warp + kOneRowWarps - 1) / kOneRowWarps; };
+
+  // What comes next, and where: of the lane.
+  int left = units_of(end - begin);
+  int ahead = first_of_row;
+  int64_t row = begin + kUnitRows * first_batch;
+  const unsigned char* codes = w.data + row * row_bytes + ahead * kUnitBytes + lane * 16;
+  int pair = static_cast<int>(row + t) * (v.rows.groups / 2);  // of scales, as fewer bytes are not copied
+  unsigned char* places = memory + v.places_at + warp * kPlaces * kPlaceBytes<kHasMin>;
+  const auto bring_unit = [&](unsigned char* to) {
+    if (left > 0) {
+      const bool is_there = ahead * kUnitSteps + of_unit < steps;
+#pragma unroll
+      for (int r = 0; r < kUnitRows; ++r) {
+        copy_async(to + r * kUnitBytes + lane * 16, codes + r * row_bytes, is_there);
+      }
+      const int at = pair + (min(ahead * kUnitSteps + of_unit, steps - 1) >> (v.rows.group_shift + 1));
+      auto* words = reinterpret_cast<float*>(to + kUnitRows * kUnitBytes) + lane;
+      copy_async(words, reinterpret_cast<const float*>(w.data + w.scales_at) + at);
+      if constexpr (kHasMin) copy_async(words + kWarp, reinterpret_cast<const float*>(w.data + w.mins_at) + at);
+      --left;
+      ahead += next_of_row;
+      codes += next_batches * kUnitRows * row_bytes + next_of_row * kUnitBytes;
+      pair += next_batches * kUnitRows * (v.rows.groups / 2);
+      if (ahead >= v.units) {
+        ahead -= v.units;
+        codes += kUnitRows * row_bytes - v.units * kUnitBytes;
+        pair += kUnitRows * (v.rows.groups / 2);
+      }
+    }
+    commit_copies();
+  };
+#pragma unroll 1
+  for (int i = 0; i < kPlaces; ++i) bring_unit(places + i * kPlaceBytes<kHasMin>);
+  float4 gains[kXAhead] = {};
+  if (p.norm.weight != nullptr) {
+#pragma unroll
+    for (int i = 0; i < kXAhead; ++i) {
+      const int k = 4 * thread + i * kXTurn;
+      gains[i] = load_four(p.norm.weight, k < w.stride ? k : 0, w.cols, v.rows.is_whole);
+    }
+  }
+  wait_for_predecessors<NextStart::kLater>();
+  // With sums in memory that is not in use yet.
+  bring_row<kKind>(v, {factors, totals, memory + v.x_at}, partial, gains);
+
+  int place = 0;
+  bool has_let_start = false;
+#pragma unroll 1
+  for (int pass = begin; pass < end; pass += v.pass_rows) {
+    const int pass_rows = min(v.pass_rows, end - pass);
+    // The numbers of y that are the pass's.
+    const int first = p.is_gate_up ? pass / 2 : pass;
+    const int count = p.is_gate_up ? min(pass_rows / 2, p.width - first) : pass_rows;  // surplus gates are not written
+    float before = 0.0f;
+    if (p.accumulate && thread < count) before = p.y.row(0)[first + thread];
+    int unit = first_of_row;
+    float* to = partial + (kUnitRows * first_batch + t) * v.pitch + unit * kSharesOfUnit + of_unit / kTogether;
+#pragma unroll 1
+    for (int i = units_of(pass_rows); i > 0; --i) {
+      wait_for_copies<kPlaces - 1>();
+      unsigned char* from = places + place * kPlaceBytes<kHasMin>;
+      uint4 numbers[kPlanesOfX<kKind>];
+#pragma unroll
+      for (int plane = 0; plane < kPlanesOfX<kKind>; ++plane) {
+        numbers[plane] =
+            *reinterpret_cast<const uint4*>(memory + v.x_at + (plane * v.units + unit) * kUnitBytes + lane * 16);
+      }
+      int dots[kUnitRows];
+#pragma unroll
+      for (int r = 0; r < kUnitRows; ++r) {
+        dots[r] = multiply_pairs<kKind>(*reinterpret_cast<const uint4*>(from + r * kUnitBytes + lane * 16), numbers);
+      }
+      const int step = unit * kUnitSteps + of_unit;
+      const bool is_there = step < steps;
+      const auto* words = reinterpret_cast<const uint32_t*>(from + kUnitRows * kUnitBytes) + lane;
+      const auto factor_of = [&](uint32_t word) {
+        return from_f16(static_cast<uint16_t>((step >> v.rows.group_shift & 1) != 0 ? word >> 16 : word));
+      };
+      const StepFactor factor = factors[step];
+      const float scale = factor_of(words[0]) * factor.scale;
+      float minimum = 0.0f;
+      float total = 0.0f;
+      if constexpr (kHasMin) {
+        minimum = factor_of(words[kWarp]);
+        total = totals[step];
+      }
+      const auto dot =
+          static_cast<float>(static_cast<int>(static_cast<uint32_t>(sum_of_step(dots, lane)) + factor.excess));
+      // A share's steps one after the other, as one warp does there.
+      float sum = 0.0f;
+#pragma unroll
+      for (int of_share = 0; of_share < kTogether; ++of_share) {
+        float mine = fmaf(scale, dot, sum);
+        if constexpr (kHasMin) mine = fmaf(minimum, total, mine);
+        if (!is_there) mine = sum;
+        sum = of_share + 1 < kTogether ? __shfl_sync(kAllLanes, mine, (lane & 19) + 4 * of_share) : mine;
+      }
+      if (of_unit % kTogether == kTogether - 1) *to = sum;
+      bring_unit(from);
+      if (left == 0 && !has_let_start) {
+        let_next_start();
+        has_let_start = true;
+      }
+      place = place + 1 < kPlaces ? place + 1 : 0;
+      unit += next_of_row;
+      to += next_batches * kUnitRows * v.pitch + next_of_row * kSharesOfUnit;
+      if (unit >= v.units) {
+        unit -= v.units;
+        to += kUnitRows * v.pitch - v.units * kSharesOfUnit;
+      }
+    }
+    __syncthreads();
+    const auto sum_of = [&](int of_pass) {
+      const float* sums = partial + of_pass * v.pitch;
+      float all = 0.0f;
+#pragma unroll 1
+      for (int first_share = 0; first_share < v.rows.along_k; first_share += kLeastAlongK) {
+        float of_warps[kLeastAlongK] = {};  // at a time, as each sum would wait for its load
+        for (int share = first_share; share < v.shares; share += v.rows.along_k) {
+#pragma unroll
+          for (int i = 0; i < kLeastAlongK; ++i) {
+            if (share + i < v.shares) of_warps[i] += sums[share + i];
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kLeastAlongK; ++i) all += of_warps[i];
+      }
+      return all;
+    };
+    for (int i = thread; i < count; i += kOneRowThreads) {
+      float* y = p.y.row(0) + first + i;
+      if (p.is_gate_up) {
+        const int gate = i / kGateGroup * (2 * kGateGroup) + i % kGateGroup;
+        float sum = sum_of(gate);
+        float up = sum_of(gate + kGateGroup);
+        if (p.bias != nullptr) {
+          sum += p.bias[pass + gate];
+          up += p.bias[pass + gate + kGateGroup];
+        }
+        *y = silu(sum) * up;
+      } else {
+        float sum = sum_of(i);
+        if (p.bias != nullptr) sum += p.bias[pass + i];
+        if (p.accumulate) sum += i == thread ? before : *y;
+        *y = sum;
+      }
+    }
+    __syncthreads();  // the next pass has the same memory
+  }
+  if (!has_let_start) let_next_start();
+  wait_for_copies<0>();  // of which the last groups have none
+}
+
+template <Kind kKind, bool kHasMin>
+void start(const Gpu& gpu, const OneRowView& v, size_t shared_bytes) {
+  divide_alike(gpu, matmul_one_row_kernel<kKind, kHasMin>);
+  launch<Start::kEarly>(gpu, matmul_one_row_kernel<kKind, kHasMin>,
+                        dim3(static_cast<unsigned>(std::min(v.parts, gpu.multiprocessors()))), kOneRowThreads,
+                        shared_bytes, v);
+}
+
+template <Kind kKind>
+OneRowView view_of_row(const Gpu& gpu, const ProductView& p) {
+  const WeightView& w = p.weight;
+  OneRowView v;
+  v.rows = view_of(p);
+  v.part_rows = p.is_gate_up ? 2 * kGateGroup : kUnitRows;
+  v.parts = w.rows / v.part_rows;
+  v.units = static_cast<int>(blocks_for(w.row_bytes(), kUnitBytes));
+  v.shares = static_cast<int>(blocks_for(w.stride / kStep<kKind>, kTogether));
+  v.pitch = v.units * kSharesOfUnit + 1;
+  // All rows of a block in one pass, if they fit.
+  const int rows = static_cast<int>(blocks_for(v.parts, std::min(v.parts, gpu.multiprocessors()))) * v.part_rows;
+  const int fitting = kMostPartialBytes / (v.pitch * static_cast<int>(sizeof(float)));
+  v.pass_rows = rows <= fitting ? rows : std::max(fitting / kLeastPass, 1) * kLeastPass;
+  const int steps = v.units * kUnitSteps;
+  v.totals_at = steps * static_cast<int>(sizeof(StepFactor));
+  v.x_at = v.totals_at + (w.has_min ? steps * static_cast<int>(sizeof(float)) : 0);
+  v.places_at = v.x_at + kPlanesOfX<kKind> * v.units * kUnitBytes;
+  v.partial_at = v.places_at + kOneRowWarps * kPlaces * (w.has_min ? kPlaceBytes<true> : kPlaceBytes<false>);
+  return v;
+}
+
+OneRowView view_of_row(const Gpu& gpu, const ProductView& p) {
+  return p.weight.kind == Kind::kQ4 ? view_of_row<Kind::kQ4>(gpu, p) : view_of_row<Kind::kQ8>(gpu, p);
+}
+
+/// bring_row() has its squares where the sums come later.
+size_t shared_bytes(const OneRowView& v) {
+  const int numbers = std::max(v.pass_rows * v.pitch, static_cast<int>(kThreads / kWarp));
+  return static_cast<size_t>(v.partial_at) + static_cast<size_t>(numbers) * sizeof(float);
+}
+
+}  // namespace
+
+bool takes_one_row(const Gpu& gpu, const ProductView& p) {
+  const WeightView& w = p.weight;
+  if (!gpu.streams_one_row() || p.rows != 1 || !is_quantized(w.kind) || rows_of_mma(gpu, w) == 0) return false;
+  // Whole batches, and scales by twos.
+  if (w.rows % kUnitRows != 0 || w.groups() % 2 != 0) return false;
+  return shared_bytes(view_of_row(gpu, p)) <= gpu.shared_bytes_per_block();
+}
+
+void matmul_one_row(const Gpu& gpu, const ProductView& p) {
+  const OneRowView v = view_of_row(gpu, p);
+  const size_t bytes = shared_bytes(v);
+  if (p.weight.kind == Kind::kQ4) {
+    p.weight.has_min ? start<Kind::kQ4, true>(gpu, v, bytes) : start<Kind::kQ4, false>(gpu, v, bytes);
+  } else {
+    p.weight.has_min ? start<Kind::kQ8, true>(gpu, v, bytes) : start<Kind::kQ8, false>(gpu, v, bytes);
+  }
+}
+
+}  // namespace llama_ext::cuda
