@@ -216,6 +216,12 @@ __global__ void __launch_bounds__(kOneRowThreads, 2) matmul_one_row_kernel(const
   // With sums in memory that is not in use yet.
   bring_row<kKind>(v, {factors, totals, memory + v.x_at}, partial, gains);
 
+  // Of x, what a unit meets. Where warps are a multiple of a row's units, that is the same for all of a warp's.
+  uint4 numbers[kPlanesOfX<kKind>];
+  StepFactor factor{};
+  float total = 0.0f;
+  int step = 0;
+  int loaded = -1;
   int place = 0;
   bool has_let_start = false;
 #pragma unroll 1
@@ -230,33 +236,31 @@ __global__ void __launch_bounds__(kOneRowThreads, 2) matmul_one_row_kernel(const
     float* to = partial + (kUnitRows * first_batch + t) * v.pitch + unit * kSharesOfUnit + of_unit / kTogether;
 #pragma unroll 1
     for (int i = units_of(pass_rows); i > 0; --i) {
+      if (unit != loaded) {
+        loaded = unit;
+        step = unit * kUnitSteps + of_unit;
+        factor = factors[step];
+        if constexpr (kHasMin) total = totals[step];
+#pragma unroll
+        for (int plane = 0; plane < kPlanesOfX<kKind>; ++plane) {
+          numbers[plane] =
+              *reinterpret_cast<const uint4*>(memory + v.x_at + (plane * v.units + unit) * kUnitBytes + lane * 16);
+        }
+      }
       wait_for_copies<kPlaces - 1>();
       unsigned char* from = places + place * kPlaceBytes<kHasMin>;
-      uint4 numbers[kPlanesOfX<kKind>];
-#pragma unroll
-      for (int plane = 0; plane < kPlanesOfX<kKind>; ++plane) {
-        numbers[plane] =
-            *reinterpret_cast<const uint4*>(memory + v.x_at + (plane * v.units + unit) * kUnitBytes + lane * 16);
-      }
       int dots[kUnitRows];
 #pragma unroll
       for (int r = 0; r < kUnitRows; ++r) {
         dots[r] = multiply_pairs<kKind>(*reinterpret_cast<const uint4*>(from + r * kUnitBytes + lane * 16), numbers);
       }
-      const int step = unit * kUnitSteps + of_unit;
-      const bool is_there = step < steps;
       const auto* words = reinterpret_cast<const uint32_t*>(from + kUnitRows * kUnitBytes) + lane;
       const auto factor_of = [&](uint32_t word) {
         return from_f16(static_cast<uint16_t>((step >> v.rows.group_shift & 1) != 0 ? word >> 16 : word));
       };
-      const StepFactor factor = factors[step];
       const float scale = factor_of(words[0]) * factor.scale;
       float minimum = 0.0f;
-      float total = 0.0f;
-      if constexpr (kHasMin) {
-        minimum = factor_of(words[kWarp]);
-        total = totals[step];
-      }
+      if constexpr (kHasMin) minimum = factor_of(words[kWarp]);
       const auto dot =
           static_cast<float>(static_cast<int>(static_cast<uint32_t>(sum_of_step(dots, lane)) + factor.excess));
       // A share's steps one after the other, as one warp does there.
@@ -265,7 +269,7 @@ __global__ void __launch_bounds__(kOneRowThreads, 2) matmul_one_row_kernel(const
       for (int of_share = 0; of_share < kTogether; ++of_share) {
         float mine = fmaf(scale, dot, sum);
         if constexpr (kHasMin) mine = fmaf(minimum, total, mine);
-        if (!is_there) mine = sum;
+        if (step >= steps) mine = sum;
         sum = of_share + 1 < kTogether ? __shfl_sync(kAllLanes, mine, (lane & 19) + 4 * of_share) : mine;
       }
       if (of_unit % kTogether == kTogether - 1) *to = sum;
