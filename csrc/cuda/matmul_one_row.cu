@@ -8,6 +8,7 @@
 // matmul_rows_mma.cu, whose bits they have. Next to nothing stays in registers, so that a second block fits beside the first: the next
 // kernel's, whose first units come while this one ends. Bound by the GPU's memory.
 #include <algorithm>
+#include <numeric>
 
 #include "cuda/rows_mma.h"
 
@@ -25,9 +26,8 @@ constexpr int kSharesOfUnit = kUnitSteps / kTogether;
 constexpr int kPlaces = 3;  // of a warp: a unit at work, and others on their way
 constexpr int kXTurn = 4 * kOneRowThreads;
 constexpr int kXAhead = 3;  // vectors of x that a thread has at a time
-// Rows of a pass: whole turns of all warps, whatever the units of a row, and gates with their ups.
-constexpr int kLeastPass = 2 * kGateGroup * (kOneRowWarps % 3 == 0 ? 3 : 1);
-static_assert(kLeastPass / kUnitRows % kOneRowWarps == 0);
+// Rows of a pass where there are several: whole turns of all warps, whatever the units of a row, and gates with their ups.
+constexpr int kLeastPass = std::lcm(kUnitRows * kOneRowWarps, 2 * kGateGroup);
 constexpr int kMostPartialBytes = 40 * 1024;  // where a pass is not the least
 
 /// A place: rows of codes, then a word with the scale, and one with the minimum, for each lane.
