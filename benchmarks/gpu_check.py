@@ -5,7 +5,7 @@
     python -m benchmarks.gpu_check --no-tests --tools racecheck   one tool alone
     python -m benchmarks.gpu_check --no-tests --tools initcheck --tests tests/ops/test_dropout.py   and of these tests
 
-Where pytest-xdist is installed, several processes share the tests. A tool makes a kernel a hundred times as slow and keeps one core busy,
+The tests run twice: as they are, and with LLAMA_EXT_CUDA_ONE_ROW=1 (docs/running.md). Where pytest-xdist is installed, several processes share them. A tool makes a kernel a hundred times as slow and keeps one core busy,
 so that each tool's tests are dealt out to several processes, too.
 """
 
@@ -83,6 +83,8 @@ SANITIZED = (
 # After which a tool is stopped.
 SANITIZER_SECONDS = 360.0
 
+# Of the environment, for which the tests run once each.
+SETTINGS: tuple[dict[str, str], ...] = ({}, {"LLAMA_EXT_CUDA_ONE_ROW": "1"})
 # Processes at once, of the tests and of all tools: each has a context on the GPU, of half a gigabyte.
 MOST_PROCESSES = 16
 
@@ -119,9 +121,15 @@ def check(
 
 
 def run_tests(device: str) -> bool:
-    """All tests marked `gpu`."""
+    """All tests marked `gpu`, under each setting."""
     command = [*PYTEST, *shared_out(), "tests"]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | seeing(device), check=False).returncode == 0
+    is_right = True
+    for settings in SETTINGS:
+        said = " ".join(f"{name}={value}" for name, value in settings.items())
+        print(f"tests {said}".rstrip(), flush=True)
+        status = subprocess.run(command, cwd=ROOT, env=os.environ | settings | seeing(device), check=False).returncode
+        is_right = is_right and status == 0
+    return is_right
 
 
 def seeing(device: str) -> dict[str, str]:

@@ -31,7 +31,7 @@ inline void allow_shared_memory(const Gpu& gpu, const void* kernel) {
 
 /// For the large kernels of a recorded token, which run beside each other where one starts early: a multiprocessor is divided alike for
 /// all of them, 64 KB of Hopper's 228 for shared memory (more where a block needs more), so that it never has to be divided anew in
-/// between, and loads on their way have the first cache; or all of it, where weights on their way have shared memory (matmul_one_row.cu).
+/// between, and loads on their way have the first cache; or all of it, for all models, where weights on their way have shared memory (matmul_one_row.cu).
 template <typename... Parameters>
 void divide_alike([[maybe_unused]] const Gpu& gpu, [[maybe_unused]] void (*kernel)(Parameters...)) {
 #if !defined(LLAMA_EXT_CUDA_EMULATED)

@@ -23,10 +23,13 @@ std::shared_mutex& captures() {
   return mutex;
 }
 
-/// A setting of the environment, "0" or "1", for comparison.
+/// A setting of the environment, "0" or "1", for comparison. Throws OptionError.
 bool is_set(const char* name, bool otherwise) {
   const char* text = std::getenv(name);
-  return text == nullptr ? otherwise : std::string_view(text) != "0";
+  if (text == nullptr || *text == '\0') return otherwise;
+  const std::string_view said(text);
+  require(said == "0" || said == "1", ErrorKind::kOption, name, " must be 0 or 1, got '", said, "'");
+  return said == "1";
 }
 
 /// Whether anything in this process has used the GPU.

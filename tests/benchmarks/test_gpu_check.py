@@ -95,17 +95,20 @@ def test_what_sanitizers_watch_is_there() -> None:
 @requires_cuda
 @pytest.mark.gpu
 @pytest.mark.parametrize("passes", [True, False], ids=["pass", "fail"])
-def test_tests_run_once_and_their_failure_is_that_of_the_check(passes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tests_run_under_each_setting_and_a_failure_is_that_of_the_check(
+    passes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs: list[str] = []
 
     def run(command: list[str], *, env: dict[str, str], **options: Any) -> subprocess.CompletedProcess[str]:
         assert env["CUDA_VISIBLE_DEVICES"]
-        runs.append(command[-1])
-        return subprocess.CompletedProcess(command, 0 if passes else 1)
+        assert command[-1] == "tests"
+        runs.append(env.get("LLAMA_EXT_CUDA_ONE_ROW", ""))
+        return subprocess.CompletedProcess(command, 0 if passes or not runs[-1] else 1)
 
     monkeypatch.setattr(subprocess, "run", run)
     assert gpu_check.main(["--tools"]) == (0 if passes else 1)
-    assert runs == ["tests"]
+    assert runs == ["", "1"]
 
 
 def test_tools_that_are_asked_for_and_missing_are_no_success(

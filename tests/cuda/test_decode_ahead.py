@@ -217,6 +217,20 @@ def test_threads_that_share_a_model_generate_what_each_would_alone() -> None:
             assert all(each == tokens for each in found)
 
 
+def test_threads_whose_keys_are_several_parts_generate_what_each_would_alone() -> None:
+    """Parts of decoding attention are counted in memory that all of a model's generations share."""
+    model = tiny(dtype="bfloat16")
+    prompts = [(np.arange(137) * step % VOCABULARY).tolist() for step in (3, 5, 7)]
+
+    def generate(prompt: Sequence[int]) -> list[int]:
+        return by_row(steps(start(model, [prompt], 8, kv_dtype="bfloat16")))[0]
+
+    expected = [generate(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        for _ in range(2 if IS_EMULATED else 20):
+            assert list(threads.map(generate, prompts)) == expected
+
+
 def continued(tokens: int, **options: Any) -> tuple[_core.Session, _core.Generation]:
     session = _core.Session(tiny()._core, 64, "float32")
     session.append(np.array([1, 2, 3], np.int32), "none")

@@ -12,9 +12,9 @@ import numpy.typing as npt
 import pytest
 
 import llama_ext
-from devices import IS_EMULATED, only_emulated, requires_cuda
+from devices import IS_EMULATED, only_emulated, only_hopper, requires_cuda
 from guarded import guarded, guarded_empty
-from llama_ext import _core
+from llama_ext import OptionError, _core
 from quantized import Kept, Weights, weights
 from tolerances import assert_same_bits
 
@@ -140,14 +140,33 @@ def test_what_it_does_not_take_others_do() -> None:
         assert_same_bits(found, expected, f"{rows} x {columns}, {count} rows")
 
 
-def test_the_last_row_of_nine_is_made_by_it() -> None:
-    """Of which the others' kernel takes eight at a time."""
+def test_a_row_alone_has_the_bits_that_it_has_among_eight() -> None:
     rng = np.random.default_rng(7)
     made = weights(Kept("int4", 128), rng, 64, 512)
     x = rng.standard_normal((8, 512)).astype(np.float32)
     whole = multiply(made, x, True, is_taken=False)
     for row in range(8):
         assert_same_bits(multiply(made, x[row : row + 1], True), whole[row : row + 1], f"row {row}")
+
+
+@only_hopper
+def test_a_row_that_is_left_over_is_made_by_it() -> None:
+    """Of four so long that three fit a block of the others' kernel."""
+    rng = np.random.default_rng(10)
+    made = weights(Kept("int4", 128), rng, 8, 28672)
+    x = rng.standard_normal((4, 28672)).astype(np.float32)
+    found = multiply(made, x, True)
+    expected = np.concatenate([multiply(made, x[row : row + 1], False) for row in range(4)])
+    assert_same_bits(found, expected, "3 + 1 rows")
+
+
+def test_a_setting_that_is_neither_on_nor_off_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for said in ("true", "2", "off"):
+        monkeypatch.setenv(SETTING, said)
+        with pytest.raises(OptionError, match=f"{SETTING} must be 0 or 1, got '{said}'"):
+            _core.Backend("cuda:0")
+    monkeypatch.setenv(SETTING, "")
+    _core.Backend("cuda:0")
 
 
 def test_what_is_no_number_makes_no_number() -> None:

@@ -137,6 +137,12 @@ struct Machine {
       mprotect(resident.window + kSharedWindow, 4096, PROT_NONE);
     }
   }
+  ~Machine() {
+    munmap(stacks, kMostFibers * kStack);
+    for (const Resident& resident : residents) munmap(resident.window, kSharedWindow + 4096);
+  }
+  Machine(const Machine&) = delete;
+  Machine& operator=(const Machine&) = delete;
 };
 
 Machine& machine() {
@@ -145,7 +151,7 @@ Machine& machine() {
 }
 thread_local Machine* running = nullptr;  // while fibers run
 
-// Counted over all host threads, which take turns where races are looked for.
+// Counted over all host threads, which take turns: a stream's kernels run one after the other, whoever starts them.
 std::mutex launch_mutex;
 uint32_t launches = 0;
 uint32_t last_threads = 0;
@@ -409,6 +415,9 @@ void wait_for_predecessors() {
 
 void copy_async(void* shared, const void* global, size_t nbytes) {
   const void* code = __builtin_return_address(0);
+  if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % nbytes != 0) {
+    fail_launch("an asynchronous copy between addresses that are no multiples of its bytes");
+  }
   race_check::access(Access::kRead, global, nbytes, code);
   race_check::access(Access::kWrite, shared, nbytes, code);
   std::memset(shared, 0xff, nbytes);
@@ -463,14 +472,13 @@ void launch(CUstream_st* stream, const LaunchShape& shape, const std::function<v
     set_last_error(cudaErrorInvalidValue, "a launch of impossible size");
     return;
   }
-  std::unique_lock turn(launch_mutex);
+  const std::lock_guard turn(launch_mutex);
   Machine& m = machine();
   m.launch = ++launches;
   last_threads = threads;
   if (!shape.starts_early) first_of_chain = m.launch;
   m.first_unfinished = first_of_chain;
   m.has_any_waited = false;
-  if (!race_check::is_on()) turn.unlock();
   const size_t aligned_shared = (shape.shared_bytes + 15) / 16 * 16;
   const Order turn_order = order();
   std::vector<unsigned> turns(threads * shape.cluster);
