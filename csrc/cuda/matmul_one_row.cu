@@ -43,8 +43,13 @@ struct OneRowView {
   int parts;  // of W's rows, `part_rows` each, that blocks share out
   int part_rows;
   int pass_rows;
-  int units;      // of a row
-  int shares;     // of a row
+  int row_bytes;
+  int steps;   // of a row
+  int shares;  // of a row
+  int units;   // of a row
+  // From a unit of a warp to its next, but for a row's end.
+  int next_batches;  // of kUnitRows rows
+  int next_units;
   int pitch;      // sums of a row of W
   int totals_at;  // bytes into shared memory, which StepFactor begin
   int x_at;
@@ -144,66 +149,163 @@ __device__ __forceinline__ void bring_row(const OneRowView& v, const BroughtRow&
   __syncthreads();
 }
 
+/// Units of a warp on their way: one of the block's rows from `begin` on, and then each kOneRowWarps further on.
+template <bool kHasMin>
+class ComingUnits {
+ public:
+  /// count: of the warp.
+  __device__ __forceinline__ ComingUnits(const OneRowView& v, int begin, int warp, int lane, int count)
+      : v_(v), lane_(lane), left_(count), of_row_(warp % v.units) {
+    const int64_t row = begin + kUnitRows * (warp / v.units);
+    codes_ = v.rows.product.weight.data + row * v.row_bytes + of_row_ * kUnitBytes + lane * 16;
+    pair_ = static_cast<int>(row + lane % 4) * (v.rows.groups / 2);
+  }
+  __device__ __forceinline__ bool is_empty() const { return left_ == 0; }
+
+  /// The next one, if there is one, begins to come to a place.
+  __device__ __forceinline__ void bring(unsigned char* place) {
+    if (left_ > 0) {
+      const WeightView& w = v_.rows.product.weight;
+      const int step = of_row_ * kUnitSteps + lane_ / 4;
+#pragma unroll
+      for (int r = 0; r < kUnitRows; ++r) {
+        copy_async(place + r * kUnitBytes + lane_ * 16, codes_ + r * v_.row_bytes, step < v_.steps);
+      }
+      // Factors of two groups, as fewer bytes are not copied.
+      const int at = pair_ + (min(step, v_.steps - 1) >> (v_.rows.group_shift + 1));
+      auto* words = reinterpret_cast<float*>(place + kUnitRows * kUnitBytes) + lane_;
+      copy_async(words, reinterpret_cast<const float*>(w.data + w.scales_at) + at);
+      if constexpr (kHasMin) copy_async(words + kWarp, reinterpret_cast<const float*>(w.data + w.mins_at) + at);
+      --left_;
+      advance();
+    }
+    commit_copies();
+  }
+
+ private:
+  __device__ __forceinline__ void advance() {
+    const int pairs = kUnitRows * (v_.rows.groups / 2);
+    of_row_ += v_.next_units;
+    codes_ += v_.next_batches * kUnitRows * v_.row_bytes + v_.next_units * kUnitBytes;
+    pair_ += v_.next_batches * pairs;
+    if (of_row_ < v_.units) return;
+    of_row_ -= v_.units;
+    codes_ += kUnitRows * v_.row_bytes - v_.units * kUnitBytes;
+    pair_ += pairs;
+  }
+
+  const OneRowView& v_;
+  int lane_;
+  int left_;
+  int of_row_;
+  const unsigned char* codes_;  // the lane's, of the batch's first row
+  int pair_;                    // of scales: the lane's row's first
+};
+
+/// Of x, what a lane meets in a unit.
+template <Kind kKind, bool kHasMin>
+struct MetX {
+  uint4 numbers[kPlanesOfX<kKind>];
+  StepFactor factor{};
+  float total = 0.0f;
+  int step = 0;
+  int of_row = -1;  // the unit
+
+  /// Where warps are a multiple of a row's units, all of a warp's units meet the same.
+  __device__ __forceinline__ void load(const OneRowView& v, const unsigned char* memory, int unit, int lane) {
+    if (unit == of_row) return;
+    of_row = unit;
+    step = unit * kUnitSteps + lane / 4;
+    factor = reinterpret_cast<const StepFactor*>(memory)[step];
+    if constexpr (kHasMin) total = reinterpret_cast<const float*>(memory + v.totals_at)[step];
+#pragma unroll
+    for (int plane = 0; plane < kPlanesOfX<kKind>; ++plane) {
+      numbers[plane] =
+          *reinterpret_cast<const uint4*>(memory + v.x_at + (plane * v.units + unit) * kUnitBytes + lane * 16);
+    }
+  }
+};
+
+/// The sum of a share: lane t of its last step has that of row t of the unit at `place`.
+template <Kind kKind, bool kHasMin>
+__device__ __forceinline__ float sum_of_share(const OneRowView& v, const MetX<kKind, kHasMin>& x,
+                                              const unsigned char* place, int lane) {
+  int dots[kUnitRows];
+#pragma unroll
+  for (int r = 0; r < kUnitRows; ++r) {
+    dots[r] = multiply_pairs<kKind>(*reinterpret_cast<const uint4*>(place + r * kUnitBytes + lane * 16), x.numbers);
+  }
+  const auto* words = reinterpret_cast<const uint32_t*>(place + kUnitRows * kUnitBytes) + lane;
+  const auto factor_of = [&](uint32_t word) {
+    return from_f16(static_cast<uint16_t>((x.step >> v.rows.group_shift & 1) != 0 ? word >> 16 : word));
+  };
+  const float scale = factor_of(words[0]) * x.factor.scale;
+  float minimum = 0.0f;
+  if constexpr (kHasMin) minimum = factor_of(words[kWarp]);
+  const auto dot =
+      static_cast<float>(static_cast<int>(static_cast<uint32_t>(sum_of_step(dots, lane)) + x.factor.excess));
+  // One step after the other, as one warp does in matmul_rows_mma.cu.
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kTogether; ++i) {
+    float mine = fmaf(scale, dot, sum);
+    if constexpr (kHasMin) mine = fmaf(minimum, x.total, mine);
+    if (x.step >= v.steps) mine = sum;
+    sum = i + 1 < kTogether ? __shfl_sync(kAllLanes, mine, (lane & 19) + 4 * i) : mine;
+  }
+  return sum;
+}
+
+/// Of a row of W, in the order of matmul_rows_mma.cu: a warp's shares there, then warps. Four at a time, as each sum would wait for its load.
+__device__ __forceinline__ float sum_of_row(const OneRowView& v, const float* sums) {
+  float all = 0.0f;
+#pragma unroll 1
+  for (int first = 0; first < v.rows.along_k; first += kLeastAlongK) {
+    float of_warps[kLeastAlongK] = {};
+    for (int share = first; share < v.shares; share += v.rows.along_k) {
+#pragma unroll
+      for (int i = 0; i < kLeastAlongK; ++i) {
+        if (share + i < v.shares) of_warps[i] += sums[share + i];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kLeastAlongK; ++i) all += of_warps[i];
+  }
+  return all;
+}
+
+/// Number i of y of a pass that begins with row `begin` of W. before: what it is added to.
+__device__ __forceinline__ float y_of_pass(const OneRowView& v, const float* partial, int begin, int i, float before) {
+  const ProductView& p = v.rows.product;
+  const int row = p.is_gate_up ? i / kGateGroup * (2 * kGateGroup) + i % kGateGroup : i;
+  float sum = sum_of_row(v, partial + row * v.pitch);
+  if (p.bias != nullptr) sum += p.bias[begin + row];
+  if (!p.is_gate_up) return p.accumulate ? sum + before : sum;
+  float up = sum_of_row(v, partial + (row + kGateGroup) * v.pitch);
+  if (p.bias != nullptr) up += p.bias[begin + row + kGateGroup];
+  return silu(sum) * up;
+}
+
 template <Kind kKind, bool kHasMin>
 __global__ void __launch_bounds__(kOneRowThreads, 2) matmul_one_row_kernel(const __grid_constant__ OneRowView v) {
   const ProductView& p = v.rows.product;
   const WeightView& w = p.weight;
   unsigned char* memory = shared_memory();
-  auto* factors = reinterpret_cast<StepFactor*>(memory);
-  auto* totals = reinterpret_cast<float*>(memory + v.totals_at);
   auto* partial = reinterpret_cast<float*>(memory + v.partial_at);
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % static_cast<int>(kWarp);
   const int warp = thread / static_cast<int>(kWarp);
-  const int t = lane % 4;
-  const int of_unit = lane / 4;  // step
-  const int steps = w.stride / kStep<kKind>;
-  const int row_bytes = static_cast<int>(w.row_bytes());
   const auto row_of = [&](unsigned block) {
     return static_cast<int>(int64_t{v.parts} * block / gridDim.x) * v.part_rows;
   };
   const int begin = row_of(blockIdx.x);
   const int end = row_of(blockIdx.x + 1);
-
-  // The warp's units: one, and then each kOneRowWarps further on.
-  const int first_batch = warp / v.units;
-  const int first_of_row = warp % v.units;
-  const int next_batches = kOneRowWarps / v.units;
-  const int next_of_row = kOneRowWarps % v.units;
   const auto units_of = [&](int rows) { return (rows / kUnitRows * v.units - warp + kOneRowWarps - 1) / kOneRowWarps; };
 
-  // What comes next, and where: of the lane.
-  int left = units_of(end - begin);
-  int ahead = first_of_row;
-  int64_t row = begin + kUnitRows * first_batch;
-  const unsigned char* codes = w.data + row * row_bytes + ahead * kUnitBytes + lane * 16;
-  int pair = static_cast<int>(row + t) * (v.rows.groups / 2);  // of scales, as fewer bytes are not copied
+  ComingUnits<kHasMin> coming(v, begin, warp, lane, units_of(end - begin));
   unsigned char* places = memory + v.places_at + warp * kPlaces * kPlaceBytes<kHasMin>;
-  const auto bring_unit = [&](unsigned char* to) {
-    if (left > 0) {
-      const bool is_there = ahead * kUnitSteps + of_unit < steps;
-#pragma unroll
-      for (int r = 0; r < kUnitRows; ++r) {
-        copy_async(to + r * kUnitBytes + lane * 16, codes + r * row_bytes, is_there);
-      }
-      const int at = pair + (min(ahead * kUnitSteps + of_unit, steps - 1) >> (v.rows.group_shift + 1));
-      auto* words = reinterpret_cast<float*>(to + kUnitRows * kUnitBytes) + lane;
-      copy_async(words, reinterpret_cast<const float*>(w.data + w.scales_at) + at);
-      if constexpr (kHasMin) copy_async(words + kWarp, reinterpret_cast<const float*>(w.data + w.mins_at) + at);
-      --left;
-      ahead += next_of_row;
-      codes += next_batches * kUnitRows * row_bytes + next_of_row * kUnitBytes;
-      pair += next_batches * kUnitRows * (v.rows.groups / 2);
-      if (ahead >= v.units) {
-        ahead -= v.units;
-        codes += kUnitRows * row_bytes - v.units * kUnitBytes;
-        pair += kUnitRows * (v.rows.groups / 2);
-      }
-    }
-    commit_copies();
-  };
 #pragma unroll 1
-  for (int i = 0; i < kPlaces; ++i) bring_unit(places + i * kPlaceBytes<kHasMin>);
+  for (int i = 0; i < kPlaces; ++i) coming.bring(places + i * kPlaceBytes<kHasMin>);
   float4 gains[kXAhead] = {};
   if (p.norm.weight != nullptr) {
 #pragma unroll
@@ -214,113 +316,47 @@ __global__ void __launch_bounds__(kOneRowThreads, 2) matmul_one_row_kernel(const
   }
   wait_for_predecessors<NextStart::kLater>();
   // With sums in memory that is not in use yet.
-  bring_row<kKind>(v, {factors, totals, memory + v.x_at}, partial, gains);
+  bring_row<kKind>(
+      v, {reinterpret_cast<StepFactor*>(memory), reinterpret_cast<float*>(memory + v.totals_at), memory + v.x_at},
+      partial, gains);
 
-  // Of x, what a unit meets. Where warps are a multiple of a row's units, that is the same for all of a warp's.
-  uint4 numbers[kPlanesOfX<kKind>];
-  StepFactor factor{};
-  float total = 0.0f;
-  int step = 0;
-  int loaded = -1;
+  MetX<kKind, kHasMin> x;
   int place = 0;
   bool has_let_start = false;
 #pragma unroll 1
   for (int pass = begin; pass < end; pass += v.pass_rows) {
     const int pass_rows = min(v.pass_rows, end - pass);
-    // The numbers of y that are the pass's.
+    // The numbers of y that are the pass's. Surplus gates are not written.
     const int first = p.is_gate_up ? pass / 2 : pass;
-    const int count = p.is_gate_up ? min(pass_rows / 2, p.width - first) : pass_rows;  // surplus gates are not written
+    const int count = p.is_gate_up ? min(pass_rows / 2, p.width - first) : pass_rows;
     float before = 0.0f;
     if (p.accumulate && thread < count) before = p.y.row(0)[first + thread];
-    int unit = first_of_row;
-    float* to = partial + (kUnitRows * first_batch + t) * v.pitch + unit * kSharesOfUnit + of_unit / kTogether;
+    int unit = warp % v.units;
+    float* to = partial + (kUnitRows * (warp / v.units) + lane % 4) * v.pitch + lane / 4 / kTogether;
 #pragma unroll 1
     for (int i = units_of(pass_rows); i > 0; --i) {
-      if (unit != loaded) {
-        loaded = unit;
-        step = unit * kUnitSteps + of_unit;
-        factor = factors[step];
-        if constexpr (kHasMin) total = totals[step];
-#pragma unroll
-        for (int plane = 0; plane < kPlanesOfX<kKind>; ++plane) {
-          numbers[plane] =
-              *reinterpret_cast<const uint4*>(memory + v.x_at + (plane * v.units + unit) * kUnitBytes + lane * 16);
-        }
-      }
+      x.load(v, memory, unit, lane);
       wait_for_copies<kPlaces - 1>();
       unsigned char* from = places + place * kPlaceBytes<kHasMin>;
-      int dots[kUnitRows];
-#pragma unroll
-      for (int r = 0; r < kUnitRows; ++r) {
-        dots[r] = multiply_pairs<kKind>(*reinterpret_cast<const uint4*>(from + r * kUnitBytes + lane * 16), numbers);
-      }
-      const auto* words = reinterpret_cast<const uint32_t*>(from + kUnitRows * kUnitBytes) + lane;
-      const auto factor_of = [&](uint32_t word) {
-        return from_f16(static_cast<uint16_t>((step >> v.rows.group_shift & 1) != 0 ? word >> 16 : word));
-      };
-      const float scale = factor_of(words[0]) * factor.scale;
-      float minimum = 0.0f;
-      if constexpr (kHasMin) minimum = factor_of(words[kWarp]);
-      const auto dot =
-          static_cast<float>(static_cast<int>(static_cast<uint32_t>(sum_of_step(dots, lane)) + factor.excess));
-      // A share's steps one after the other, as one warp does there.
-      float sum = 0.0f;
-#pragma unroll
-      for (int of_share = 0; of_share < kTogether; ++of_share) {
-        float mine = fmaf(scale, dot, sum);
-        if constexpr (kHasMin) mine = fmaf(minimum, total, mine);
-        if (step >= steps) mine = sum;
-        sum = of_share + 1 < kTogether ? __shfl_sync(kAllLanes, mine, (lane & 19) + 4 * of_share) : mine;
-      }
-      if (of_unit % kTogether == kTogether - 1) *to = sum;
-      bring_unit(from);
-      if (left == 0 && !has_let_start) {
+      const float sum = sum_of_share(v, x, from, lane);
+      if (lane / 4 % kTogether == kTogether - 1) to[unit * kSharesOfUnit] = sum;
+      coming.bring(from);
+      if (coming.is_empty() && !has_let_start) {
         let_next_start();
         has_let_start = true;
       }
       place = place + 1 < kPlaces ? place + 1 : 0;
-      unit += next_of_row;
-      to += next_batches * kUnitRows * v.pitch + next_of_row * kSharesOfUnit;
+      unit += v.next_units;
+      to += v.next_batches * kUnitRows * v.pitch;
       if (unit >= v.units) {
         unit -= v.units;
-        to += kUnitRows * v.pitch - v.units * kSharesOfUnit;
+        to += kUnitRows * v.pitch;
       }
     }
     __syncthreads();
-    const auto sum_of = [&](int of_pass) {
-      const float* sums = partial + of_pass * v.pitch;
-      float all = 0.0f;
-#pragma unroll 1
-      for (int first_share = 0; first_share < v.rows.along_k; first_share += kLeastAlongK) {
-        float of_warps[kLeastAlongK] = {};  // at a time, as each sum would wait for its load
-        for (int share = first_share; share < v.shares; share += v.rows.along_k) {
-#pragma unroll
-          for (int i = 0; i < kLeastAlongK; ++i) {
-            if (share + i < v.shares) of_warps[i] += sums[share + i];
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < kLeastAlongK; ++i) all += of_warps[i];
-      }
-      return all;
-    };
     for (int i = thread; i < count; i += kOneRowThreads) {
       float* y = p.y.row(0) + first + i;
-      if (p.is_gate_up) {
-        const int gate = i / kGateGroup * (2 * kGateGroup) + i % kGateGroup;
-        float sum = sum_of(gate);
-        float up = sum_of(gate + kGateGroup);
-        if (p.bias != nullptr) {
-          sum += p.bias[pass + gate];
-          up += p.bias[pass + gate + kGateGroup];
-        }
-        *y = silu(sum) * up;
-      } else {
-        float sum = sum_of(i);
-        if (p.bias != nullptr) sum += p.bias[pass + i];
-        if (p.accumulate) sum += i == thread ? before : *y;
-        *y = sum;
-      }
+      *y = y_of_pass(v, partial, pass, i, i == thread || !p.accumulate ? before : *y);
     }
     __syncthreads();  // the next pass has the same memory
   }
@@ -343,8 +379,12 @@ OneRowView view_of_row(const Gpu& gpu, const ProductView& p) {
   v.rows = view_of(p);
   v.part_rows = p.is_gate_up ? 2 * kGateGroup : kUnitRows;
   v.parts = w.rows / v.part_rows;
-  v.units = static_cast<int>(blocks_for(w.row_bytes(), kUnitBytes));
-  v.shares = static_cast<int>(blocks_for(w.stride / kStep<kKind>, kTogether));
+  v.row_bytes = static_cast<int>(w.row_bytes());
+  v.steps = w.stride / kStep<kKind>;
+  v.shares = static_cast<int>(blocks_for(v.steps, kTogether));
+  v.units = static_cast<int>(blocks_for(v.row_bytes, kUnitBytes));
+  v.next_batches = kOneRowWarps / v.units;
+  v.next_units = kOneRowWarps % v.units;
   v.pitch = v.units * kSharesOfUnit + 1;
   // All rows of a block in one pass, if they fit.
   const int rows = static_cast<int>(blocks_for(v.parts, std::min(v.parts, gpu.multiprocessors()))) * v.part_rows;
