@@ -290,11 +290,11 @@ def test_row_order_by_its_definition() -> None:
 
 
 FACTORS = st.tuples(
-    st.sampled_from([16, 64, 128]),
+    st.sampled_from([2, 4, 6, 16, 64, 128]),
     st.sampled_from([10000.0, 500000.0]),
     st.sampled_from([2.0, 8.0, 32.0]),
     st.floats(0.5, 4.0),
-    st.floats(1.5, 8.0),
+    st.floats(1.1, 8.0),
     st.integers(100, 20000),
 )
 
@@ -309,12 +309,7 @@ def test_factors_of_any_llama3_scaling_are_read_as_one_that_is_equal(
 
     head_dim, theta, factor, low, ratio, original = numbers
     factors = llama3_factors(head_dim, theta, factor, low, low * ratio, original).astype(np.float32).astype(np.float64)
-    try:
-        found = _from_factors(factors, head_dim, theta, FieldReader({}))
-    except UnsupportedError:
-        # Too few frequencies lie between to tell; never another rotation.
-        assert np.count_nonzero((factors > 1) & (factors < factor)) <= 2
-        return
+    found = _from_factors(factors, head_dim, theta, FieldReader({}))
     if found["rope_type"] == "default":
         assert (factors == 1).all()
         return

@@ -175,15 +175,28 @@ def _candidates(
     for power in range(4, 21):
         yield 1.0, 4.0, 1 << power
     smooth = (1.0 / factors - 1.0 / factor) / (1.0 - 1.0 / factor)
-    between = (smooth > 1e-4) & (smooth < 1.0 - 1e-4)
+    rounding = 2e-7 / (1.0 - 1.0 / factor)  # of float32 factors
+    is_between = (smooth > rounding) & (smooth < 1.0 - rounding)
     original = 8192
-    if np.count_nonzero(between) >= 2:
-        slope, intercept = np.polyfit(frequencies[between] * original, smooth[between], 1)
+    turns = frequencies * original
+    between, parts = turns[is_between], smooth[is_between]
+    if len(between) >= 2:
+        slope, intercept = np.polyfit(between, parts, 1)
         if slope > 0 > intercept:
             yield float(-intercept / slope), float((1.0 - intercept) / slope), original
-    elif np.any(between):  # one number is not enough for two: assume the published ratio
-        low = float(frequencies[between][0] * original / (3.0 * smooth[between][0] + 1.0))
-        yield low, 4.0 * low, original
+        return
+    # Not enough for two numbers: any will do that divide the other frequencies alike.
+    least = float(turns[smooth <= rounding].max(initial=0.0))
+    most = float(turns[smooth >= 1.0 - rounding].min(initial=4.0 * float(turns.max())))
+    if len(between) == 0:
+        yield least + (most - least) / 3.0, most - (most - least) / 3.0, original
+        return
+    turn, part = float(between[0]), float(parts[0])
+    low = turn / (3.0 * part + 1.0)
+    yield low, 4.0 * low, original  # the published ratio
+    for halvings in range(16):
+        low = turn - (turn - least) * 0.5**halvings
+        yield low, low + (turn - low) / part, original
 
 
 def rope_metadata(config: LlamaConfig) -> tuple[dict[str, Any], npt.NDArray[np.float32] | None]:
