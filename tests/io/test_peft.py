@@ -261,6 +261,16 @@ def test_missing_files_are_named(adapter: Path, tmp_path: Path) -> None:
         opened(other)
 
 
+def test_patterns_keep_their_order_as_the_first_that_matches_counts(tmp_path: Path) -> None:
+    patterns: dict[str, int] = {"q_proj": 3, r"layers\.0\..*": 2}
+    for order in (patterns, dict(reversed(patterns.items()))):
+        lora = LoRA(r=4, targets=["q_proj"], rank_pattern=order, alpha_pattern=order)
+        write_adapter(tmp_path, lora, CONFIG, matrices(lora=lora))
+        found = opened(tmp_path).lora
+        assert found.resolve(CONFIG) == lora.resolve(CONFIG)
+        assert list(found.rank_pattern) == list(found.alpha_pattern) == list(order)
+
+
 def test_too_many_patterns_are_refused(adapter: Path) -> None:
     change(adapter, rank_pattern={f"a{index}": 1 for index in range(20_000)})
     with pytest.raises(LimitError, match="20000 entries"):

@@ -404,7 +404,8 @@ def write_adapter(
     if head is not None:
         tensors.append((_PREFIX + CLASSIFIER_HEAD, "float32", head.shape, lambda: [np.ascontiguousarray(head)]))
     folder = made_folder(directory)
-    text = json.dumps(_config_of(lora, config, head is not None, base), indent=2, sort_keys=True, allow_nan=False)
+    # Patterns are in their order: the first one that matches counts.
+    text = json.dumps(_config_of(lora, config, head is not None, base), indent=2, allow_nan=False)
     remove(folder / CONFIG_FILE)
     write_safetensors(folder / WEIGHTS_FILE, tensors)
     with atomic_write(folder / CONFIG_FILE) as file:
