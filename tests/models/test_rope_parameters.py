@@ -63,6 +63,15 @@ def test_yarn_has_the_defaults_of_transformers() -> None:
     assert dataclasses.replace(both, attention_factor=1.25).effective_attention_factor == 1.25
 
 
+def test_a_null_truncate_of_yarn_is_false_as_in_transformers() -> None:
+    """It reads it with a default for what is absent, and then asks whether it is true."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    found = [config_of(rope_parameters={**yarn, "truncate": value}).rope_parameters for value in (None, False, True)]
+    assert [rope.truncate for rope in found] == [False, False, True]
+    assert config_of(rope_parameters=found[0]).rope_parameters == found[0]
+    assert config_of(rope_parameters=yarn).rope_parameters == found[2]
+
+
 def test_yarn_takes_a_null_factor_for_the_ratio_of_the_contexts() -> None:
     rope = config_of(rope_parameters={"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 128})
     assert rope.rope_parameters.factor == 4.0

@@ -256,7 +256,10 @@ def _resolved(
     max_position_embeddings: int,
 ) -> RopeParameters:
     # null is absent here, so that what the config says outside can stand in for it.
+    is_not_truncated = "truncate" in values and values["truncate"] is None
     values = {key: value for key, value in values.items() if value is not None or key == "factor"}
+    if is_not_truncated:
+        values["truncate"] = False  # as transformers takes it: null is no default there
     kind = values.get("rope_type", values.get("type"))
     outside: dict[str, float | None] = {"rope_theta": theta}
     if kind in ("llama3", "yarn"):
