@@ -77,6 +77,16 @@ def test_the_same_texts_give_the_same_tokenizer_in_every_process() -> None:
     assert len({run_script(script, PYTHONHASHSEED=str(seed)) for seed in range(3)}) == 1
 
 
+def test_special_tokens_among_characters_are_tokens_where_they_are_written_out() -> None:
+    tokenizer = llama_ext.Tokenizer.train("cab", kind="char", bos_token="<s>", eos_token="</s>")
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert tokenizer.encode("<s>ab</s>", add_special_tokens=False) == [bos, *tokenizer.encode("ab", False), eos]
+    with pytest.raises(llama_ext.OptionError, match="knows 3 characters, and not '/', '<', 's'"):
+        tokenizer.encode("</s")
+    with pytest.raises(llama_ext.OptionError, match="and not '>'"):
+        tokenizer.encode("</s>>")
+
+
 def test_characters_are_tokens() -> None:
     tokenizer = llama_ext.Tokenizer.train(["cab", "ca猫"], kind="char")
     assert [tokenizer.id_to_token(index) for index in range(len(tokenizer))] == ["a", "b", "c", "猫"]

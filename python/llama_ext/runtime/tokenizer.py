@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -77,8 +78,12 @@ class Tokenizer:
             index for index, token in backend.get_added_tokens_decoder().items() if token.special
         )
         self._alphabet: frozenset[str] | None = None
+        self._specials: re.Pattern[str] | None = None
         if self._config.get("unknown_characters") == "raise":
-            self._alphabet = frozenset(backend.get_vocab())
+            special = {token.content for token in backend.get_added_tokens_decoder().values()}
+            self._alphabet = frozenset(backend.get_vocab()) - special
+            written = sorted(map(re.escape, special), key=len, reverse=True)
+            self._specials = re.compile("|".join(written)) if written else None
 
     # -- making one -------------------------------------------------------------------------------------------------
 
@@ -267,7 +272,10 @@ class Tokenizer:
             raise OptionError(f"encode: expected a str, got {type(text).__name__}. Use encode_batch for several texts")
         check_utf8(text, "encode: the text", ". Was it decoded with errors='surrogateescape'?")
         if self._alphabet is not None:
+            # Special tokens that are written out are no characters; most texts have none to look for.
             unknown = set(text) - self._alphabet
+            if unknown and self._specials is not None:
+                unknown = set(self._specials.sub("", text)) - self._alphabet
             if unknown:
                 found = ", ".join(repr(letter) for letter in sorted(unknown)[:10])
                 raise OptionError(
