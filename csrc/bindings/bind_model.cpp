@@ -229,8 +229,9 @@ py::list logits(const Model& model, const py::object& sequences, const Adapters&
 }
 
 py::tuple score_tokens(const ModelPtr& model, const py::object& tokens, int64_t first, const py::object& advance,
-                       const std::shared_ptr<Adapter>& adapter) {
+                       const std::shared_ptr<Adapter>& adapter, const std::string& kv_dtype) {
   const std::vector<int32_t> ids = token_ids(tokens, "score", "tokens");
+  const DType kept = kv_dtype_from_name(kv_dtype);
   std::function<void(int64_t)> tell;
   if (!advance.is_none()) {
     tell = [&](int64_t scored) {
@@ -238,7 +239,7 @@ py::tuple score_tokens(const ModelPtr& model, const py::object& tokens, int64_t 
       advance(scored);
     };
   }
-  const std::vector<Score> scores = without_gil([&] { return score(model, ids, first, tell, adapter); });
+  const std::vector<Score> scores = without_gil([&] { return score(model, ids, first, tell, adapter, kept); });
   const py::ssize_t count = static_cast<py::ssize_t>(scores.size());
   py::array_t<float> logprobs(count);
   py::array_t<bool> greedy(count);
@@ -302,7 +303,7 @@ void bind_model(py::module_& module) {
       .def("read_codes", &read_codes, py::arg("slot"))
       .def("logits", &logits, py::arg("sequences"), py::arg("adapters") = Adapters{}, py::arg("rows") = "all")
       .def("score", &score_tokens, py::arg("tokens"), py::arg("first"), py::arg("advance") = py::none(),
-           py::arg("adapter") = py::none())
+           py::arg("adapter") = py::none(), py::arg("kv_dtype") = "float32")
       .def("beam_search", &search, py::arg("prompt"), py::kw_only(), py::arg("beams"), py::arg("returned"),
            py::arg("max_new_tokens"), py::arg("length_penalty"), py::arg("early_stopping"), py::arg("eos"),
            py::arg("kv_dtype"), py::arg("adapter") = py::none());

@@ -23,7 +23,8 @@ Score score_of(const float* logits, const LogSumExp& sum, int32_t token) {
 }  // namespace
 
 std::vector<Score> score(const std::shared_ptr<const Model>& model, const std::vector<int32_t>& tokens, int64_t first,
-                         const std::function<void(int64_t)>& advance, std::shared_ptr<const Adapter> adapter) {
+                         const std::function<void(int64_t)>& advance, std::shared_ptr<const Adapter> adapter,
+                         DType kv_dtype) {
   const int64_t count = static_cast<int64_t>(tokens.size());
   require_language_model(model->config(), "score");
   const int64_t vocabulary = model->config().vocabulary;
@@ -37,7 +38,7 @@ std::vector<Score> score(const std::shared_ptr<const Model>& model, const std::v
   scores.reserve(static_cast<size_t>(count - first));
 
   // The last token is predicted, never run. Logits at position p score token p + 1.
-  Session session(model, count - 1, DType::kF32, std::move(adapter));
+  Session session(model, count - 1, kv_dtype, std::move(adapter));
   session.append(tokens.data(), first - 1, LogitsRows::kNone, nullptr);
   const int64_t rows = std::clamp(kLogitsHeld / vocabulary, kLeastRows, model->backend().pass_rows());
   std::vector<float> logits(static_cast<size_t>(std::min(rows, count - first) * vocabulary));

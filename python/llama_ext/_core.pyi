@@ -358,6 +358,7 @@ class Model:
         first: int,
         advance: Callable[[int], object] | None = None,
         adapter: Adapter | None = None,
+        kv_dtype: str = "float32",
     ) -> tuple[FloatArray, npt.NDArray[np.bool_]]: ...
     def beam_search(
         self,

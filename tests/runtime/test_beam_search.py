@@ -196,6 +196,17 @@ def test_the_best_of_all_is_not_found_step_by_step_and_depends_on_the_penalty() 
     assert lengths == set(range(1, MOST + 1))
 
 
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "int8"])
+def test_log_probabilities_add_up_to_the_score_whatever_the_cache_keeps(kv_dtype: str) -> None:
+    source = Model(model(0.4, 1).config, seed=1, kv_dtype=kv_dtype)
+    outputs = source.generate([3, 4], num_beams=4, num_return_sequences=4, max_new_tokens=8, return_details=True)
+    for output in outputs:
+        assert sum(output.logprobs) == pytest.approx(output.score * len(output.token_ids), abs=2e-6)
+    if kv_dtype != "float32":
+        exact = [source.loglikelihood([3, 4], output.token_ids).logprob for output in outputs]
+        assert max(abs(sum(each.logprobs) - one) for each, one in zip(outputs, exact, strict=True)) > 1e-4
+
+
 @pytest.mark.parametrize("prompt", PROMPTS, ids=str)
 @pytest.mark.parametrize(("drawn", "eos"), CASES, ids=str)
 def test_a_beam_of_one_is_greedy(drawn: tuple[float, int], eos: tuple[int, ...], prompt: list[int]) -> None:

@@ -407,7 +407,7 @@ def complete(
 ) -> list[GenerationOutput]:
     """Every sequence to its end, by beam search or token by token.
 
-    Beam search has only scores at hand: it costs a pass more to know the log probabilities.
+    Beam search has only scores at hand: it costs a pass more to know the log probabilities that they are made of.
     """
     if plan.num_beams == 1:
         return _Run(model, prompts, plan, with_text=with_text).complete()
@@ -451,7 +451,8 @@ def _logprobs(
 ) -> list[float]:
     if not tokens:
         return []
-    scores, _ = model._core.score(np.array(prompt + tokens, dtype=np.int32), len(prompt), adapter=adapter)
+    both = np.array(prompt + tokens, dtype=np.int32)
+    scores, _ = model._core.score(both, len(prompt), adapter=adapter, kv_dtype=model.kv_dtype)
     return [float(score) for score in scores]
 
 
