@@ -96,7 +96,7 @@ def test_a_quantised_model_is_compared_with_its_own_codes(tmp_path: Path, tiny: 
     report = verify(model, tmp_path, steps=4, threads=1)
     assert report.passed, str(report)
     assert not report.loss
-    assert report.loss_note == "the weights are stored exactly"
+    assert report.loss_note == "int4 holds them exactly"
 
 
 # -- the report -------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from onnx_runs import PROFILES
 from shared_data import SHARED, requires_shared
 
 from llama_ext.onnx.exporting import export  # isort: skip
+from llama_ext.onnx.parity import GATES, nearness  # isort: skip
 from llama_ext.onnx.profiles import PROFILES as BY_NAME  # isort: skip
 from llama_ext.onnx.verification import verify  # isort: skip
 from llama_ext.onnx.verification_parties import NativeParty, Pass  # isort: skip
@@ -137,6 +138,17 @@ def test_a_text_may_end_with_what_the_config_calls_padding(tmp_path: Path, texts
     export(model, tmp_path, verify=False)
     report = verify(model, tmp_path, texts=texts, threads=1)
     assert report.passed, str(report)
+
+
+def test_few_scores_are_held_to_what_a_position_may_be_off() -> None:
+    """A mean over two numbers is no surer than they are: one in twenty quantised classifiers of two labels was refused."""
+    gates = GATES["int8 activations"]
+    assert gates.for_numbers(4).relative_rms == gates.for_numbers(4).worst_position == gates.worst_position
+    assert gates.for_numbers(32) == gates
+    off = nearness([np.array([[1.09, 2.0]])], [np.array([[1.0, 2.0]]) / 1.1])
+    assert gates.relative_rms < off.relative_rms < gates.worst_position
+    assert off.passes(gates.for_numbers(2))
+    assert not off.passes(gates)
 
 
 # -- adapters ---------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ __all__ = ["GATES", "Gates", "LogitFigures", "Nearness", "compare_logits", "gate
 Array = npt.NDArray[Any]
 
 _TOP = 10
+_FEW = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,12 @@ class Gates:
     relative_rms: float
     worst_position: float
     kl_mean: float | None
+
+    def for_numbers(self, count: int) -> Gates:
+        """The gates of so few logits that a mean over them is no surer than a position: a classifier's for one token or two."""
+        if count >= _FEW:
+            return self
+        return dataclasses.replace(self, relative_rms=self.worst_position)
 
 
 # What onnxruntime 1.32's noise was measured at: float32 1e-6 and 1e-11; float16 2e-3; int8 activations 3e-2 and 5e-3.

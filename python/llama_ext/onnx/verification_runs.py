@@ -96,7 +96,7 @@ class Verification:
         self.not_run: list[NotRun] = []
         self.fault: Fault | None = None
         self.loss: dict[str, Number] = {}
-        self.loss_note = "the weights are stored exactly"
+        self.loss_note = f"{dtype} holds them exactly"
         self.versions: dict[str, str] = {}
         self._runtimes = runtimes
         self._measured: list[_Measured] = []
@@ -314,7 +314,7 @@ class Verification:
 
     def _check(self, measured: _Measured, expected: Expectations) -> None:
         gates = measured.gates
-        limits = {"relative_rms": gates.relative_rms, "worst_position": gates.worst_position}
+        limits = _limits(gates)
         error = 0.0
         if measured.logits is not None:
             error = self._check_texts(measured, measured.logits, expected, limits)
@@ -329,7 +329,8 @@ class Verification:
         for name, (work, _, logits) in measured.others.items():
             theirs = [expected.last(*work.row(row), len(ours)) for row, ours in enumerate(logits)]
             near = nearness(logits, theirs)
-            self.checks.append(Check(measured.party, name, near.passes(gates), limits, _figures(near)))
+            mine = gates.for_numbers(sum(each.size for each in logits))
+            self.checks.append(Check(measured.party, name, near.passes(mine), _limits(mine), _figures(near)))
 
     def _check_texts(
         self, measured: _Measured, logits: list[FloatArray], expected: Expectations, limits: dict[str, float]
@@ -424,6 +425,10 @@ def _token_figures(tokens: IntArray, theirs: F64, error: float) -> tuple[dict[st
         "largest_gap": float(gaps.max()),
     }
     return figures, note
+
+
+def _limits(gates: Gates) -> dict[str, float]:
+    return {"relative_rms": gates.relative_rms, "worst_position": gates.worst_position}
 
 
 def _figures(near: Nearness) -> dict[str, Number]:
