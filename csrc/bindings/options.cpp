@@ -14,10 +14,10 @@ Compute compute_from_name(std::string_view name) {
 }
 
 DType kv_dtype_from_name(std::string_view name) {
-  const DType dtype = dtype_from_name(name, "KV cache");
-  require(dtype == DType::kF32 || dtype == DType::kBF16 || dtype == DType::kI8, ErrorKind::kDType,
-          "KV cache: dtype must be float32, bfloat16 or int8, got ", name);
-  return dtype;
+  for (const DType dtype : {DType::kF32, DType::kBF16, DType::kI8}) {
+    if (name == name_of(dtype)) return dtype;
+  }
+  fail(ErrorKind::kDType, "KV cache: dtype must be float32, bfloat16 or int8, got '", name, "'");
 }
 
 void Fields::finish() const {

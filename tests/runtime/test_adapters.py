@@ -276,6 +276,8 @@ def test_names_and_choices_are_checked(three: llama_ext.LlamaForCausalLM, tmp_pa
         three.add_adapter("a", LoRA())
     with pytest.raises(OptionError, match="name must be"):
         three.add_adapter("", LoRA())
+    with pytest.raises(OptionError, match=r"name must be .*, got 5$"):
+        three.add_adapter(5, LoRA())  # type: ignore[arg-type]
     with pytest.raises(OptionError, match=r"llama_ext\.LoRA"):
         three.add_adapter("d", {"r": 3})  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="seed"):

@@ -125,6 +125,11 @@ def test_the_last_message_can_be_left_open() -> None:
     assert render("{{ messages[1].content[0].text }}<end>", messages, continue_final_message=True) == "Yo"
 
 
+def test_what_is_no_text_is_no_template() -> None:
+    with pytest.raises(OptionError, match="must be a str, got int"):
+        render_chat_template(5, [USER])  # type: ignore[arg-type]
+
+
 def test_leaving_the_last_message_open_needs_one() -> None:
     with pytest.raises(OptionError, match="no text to continue"):
         render(CHATML, [{"role": "assistant"}], continue_final_message=True)

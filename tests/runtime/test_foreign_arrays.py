@@ -57,6 +57,11 @@ def test_a_list_of_them_is_a_list_of_rows(tiny: Model) -> None:
     assert tiny.generate([Foreign([1, 2, 3]), Foreign([4])], max_new_tokens=4) == expected
 
 
+def test_their_perplexity_is_that_of_a_list(tiny: Model) -> None:
+    assert tiny.perplexity(Foreign([1, 2, 3])) == tiny.perplexity([1, 2, 3])  # type: ignore[arg-type]
+    assert tiny.perplexity(Foreign([[1, 2], [3, 4]])) == tiny.perplexity([[1, 2], [3, 4]])  # type: ignore[arg-type]
+
+
 def test_a_list_of_their_numbers_is_one_row(tiny: Model) -> None:
     assert tiny.generate([Number(1), Number(2)], max_new_tokens=4) == tiny.generate([1, 2], max_new_tokens=4)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llama_ext.errors import ContextLengthError, LlamaExtError, OptionError, TokenIdError, UnsupportedError
@@ -107,6 +108,11 @@ def test_a_value_out_of_range_is_an_error_that_names_the_option(name: str, value
     for value in values:
         with pytest.raises(OptionError, match=name):
             plan(**{name: value})
+
+
+def test_a_logit_bias_may_be_any_number() -> None:
+    for bias in (1, 0.5, np.float32(0.5), np.int64(2), -math.inf):
+        assert plan(logit_bias={1: bias}).sampling["logit_bias"] == {1: float(bias)}
 
 
 def test_the_keys_of_a_logit_bias_are_named_as_what_is_wrong() -> None:

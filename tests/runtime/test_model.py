@@ -123,6 +123,7 @@ def test_options_of_quantised_weights_need_quantised_weights() -> None:
         ({"threads": 0}, llama_ext.OptionError, "threads"),
         ({"device": "cuda:99"}, llama_ext.DeviceError, "cuda"),
         ({"device": "tpu"}, llama_ext.DeviceError, "tpu"),
+        ({"device": None}, llama_ext.OptionError, "device must be a str, such as 'cpu' or 'cuda', got None"),
     ],
 )
 def test_a_wrong_option_is_an_error(options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -359,6 +360,9 @@ def test_the_kv_cache_follows_the_weights_unless_it_is_said(tiny: Model) -> None
     assert chosen(dtype="bfloat16", compute="exact") == "float32"
     assert chosen(dtype="bfloat16", kv_dtype="float32") == "float32"
     assert chosen(kv_dtype="bfloat16") == "bfloat16"
+    for other in ("float16", "x"):
+        with pytest.raises(llama_ext.DTypeError, match=f"must be float32, bfloat16 or int8, got '{other}'"):
+            tiny.session(kv_dtype=other)  # type: ignore[arg-type]
 
 
 # Logits.

@@ -97,6 +97,12 @@ def test_a_calibration_text_becomes_windows() -> None:
         calibration_ids(None, "x", model.config)
 
 
+@pytest.mark.parametrize("text", [5, [5], ["text", b"bytes"]])
+def test_what_is_no_text_is_refused(text: Any, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="calibration must be a text or a list of texts"):
+        llama_ext.quantize("demo", tmp_path / "x", "int4", calibration=text)
+
+
 @pytest.mark.parametrize("text", ["", " \n\t ", [], ["", "\n"], "ROMEO", ["ROMEO", "x" * 10]])
 def test_a_text_that_is_no_evidence_is_refused_before_anything_is_written(
     text: str | list[str], tmp_path: Path

@@ -339,7 +339,7 @@ def test_an_id_outside_the_vocabulary_names_both(token: int) -> None:
         tokenizer.id_to_token(token)
 
 
-@pytest.mark.parametrize("token", ["3", 3.0, None, [3]])
+@pytest.mark.parametrize("token", ["3", 3.0, None, [3], True])
 def test_an_id_that_is_not_an_integer_is_refused(token: Any) -> None:
     with pytest.raises(OptionError, match="must be integers"):
         Tokenizer.from_tokenizers(small_backend()).decode([token])

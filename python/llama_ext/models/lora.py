@@ -140,7 +140,14 @@ class LoRA:
 
     def _nothing(self, config: LlamaConfig) -> str:
         names = sorted({module.rpartition(".")[2] for module in adaptable_modules(config)})
-        return f"no matrix of the model is meant by targets {shown(self.targets)}. There are: {', '.join(names)}."
+        advice = ""
+        if isinstance(self.targets, str):
+            advice = (
+                " A str is a regular expression of the whole name of a module, such as '.*q_proj'; names are a list."
+            )
+        return (
+            f"no matrix of the model is meant by targets {shown(self.targets)}.{advice} There are: {', '.join(names)}."
+        )
 
     def _check_each_target(self, config: LlamaConfig) -> None:
         """A name that means nothing is a mistake where somebody wrote it by hand; PEFT's files may have some."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from llama_ext import _core
 from llama_ext._arrays import FloatArray, widen_bfloat16
-from llama_ext._options import whole_seed
+from llama_ext._options import shown, whole_seed
 from llama_ext.errors import NumericError, OptionError, UnsupportedError
 from llama_ext.io.peft import AdapterFiles, write_adapter
 from llama_ext.limits import DEFAULT_LIMITS, Limits
@@ -262,7 +262,7 @@ class Adapted:
     def _check_new(self, name: object) -> None:
         if not isinstance(name, str) or not name or len(name) > _MOST_CHARACTERS:
             raise OptionError(
-                f"an adapter's name must be a text of 1 to {_MOST_CHARACTERS} characters, got {str(name)[:80]!r}"
+                f"an adapter's name must be a text of 1 to {_MOST_CHARACTERS} characters, got {shown(name)}"
             )
         if name in self._adapters:
             raise OptionError(f"there is an adapter {name!r} already: delete_adapter it first, or take another name")

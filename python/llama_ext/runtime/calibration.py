@@ -45,7 +45,12 @@ def calibration_ids(
     Raises:
         OptionError: There is no tokenizer, the text is blank, or it has fewer than `FEWEST_TOKENS` tokens.
     """
-    texts = [text] if isinstance(text, str) else list(text)
+    try:
+        texts = [text] if isinstance(text, str) else list(text)
+    except TypeError:
+        raise OptionError(f"calibration must be a text or a list of texts, got {type(text).__name__}") from None
+    if not all(isinstance(each, str) for each in texts):
+        raise OptionError("calibration must be a text or a list of texts, got a list of something else")
     if not any(each.strip() for each in texts):
         # Before a BOS token makes it look like a text of one token.
         raise OptionError(

@@ -94,6 +94,8 @@ def render_chat_template(
             "this model has no chat template: it was probably not trained on conversations. Use generate() with a plain"
             " prompt, or pass chat_template=... with the format it was trained on"
         )
+    if not isinstance(template, str):
+        raise OptionError(f"a chat template must be a str, got {type(template).__name__}")
     if len(template) > limits.template:
         raise LimitError(
             f"chat template: {len(template)} characters, the limit is {limits.template} (TemplateLimits.template)"

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 from llama_ext import _core
+from llama_ext._options import shown
 from llama_ext.errors import LlamaExtError, OptionError
 from llama_ext.models.config import LlamaConfig
 from llama_ext.models.generation_config import GenerationDefaults
@@ -55,6 +56,8 @@ class LoadedModel(Adapted):
             raise OptionError(f"kv_dtype must be one of {', '.join(_KV_DTYPES)}, got {kv_dtype!r}")
         if kv_dtype == "auto":
             kv_dtype = "bfloat16" if types[""][0] not in ("float32", "float16") and compute != "exact" else "float32"
+        if not isinstance(device, str):
+            raise OptionError(f"device must be a str, such as 'cpu' or 'cuda', got {shown(device)}")
         self.config = config
         self.tokenizer = tokenizer
         self.generation_defaults = defaults

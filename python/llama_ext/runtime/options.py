@@ -358,8 +358,8 @@ def _logit_bias(value: object, vocabulary: int) -> dict[int, float]:
     for token, bias in value.items():
         number = _token("logit_bias", token, vocabulary, "each key of logit_bias must be a token id, a whole number")
         try:
-            value_of_it = math.nan if isinstance(bias, bool) or not isinstance(bias, (int, float)) else float(bias)
-        except OverflowError:
+            value_of_it = math.nan if isinstance(bias, (bool, str)) else float(bias)
+        except (TypeError, ValueError, OverflowError):
             value_of_it = math.nan
         if math.isnan(value_of_it) or value_of_it == math.inf:
             raise OptionError(f"logit_bias[{number}] must be a number below infinity, got {shown(bias)}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from llama_ext import _core
-from llama_ext._arrays import IntArray, token_ids
+from llama_ext._arrays import IntArray, array_by_protocol, token_ids
 from llama_ext._options import whole
 from llama_ext.errors import ContextLengthError, DTypeError, OptionError
 from llama_ext.runtime.progress import ProgressBar
@@ -158,6 +158,9 @@ def _in_range(name: str, value: int | None, default: int, low: int, high: int) -
 def _documents(model: LlamaForCausalLM, texts: object) -> tuple[list[IntArray], int | None]:
     """The token ids of each text, and the bytes that the scored tokens stand for."""
     vocabulary = model.config.vocab_size
+    array = array_by_protocol("texts", texts)
+    if array is not None:
+        texts = array
     if isinstance(texts, np.ndarray) or (isinstance(texts, Sequence) and not isinstance(texts, str)):
         rows = list(texts)
         if not rows or not isinstance(rows[0], str):

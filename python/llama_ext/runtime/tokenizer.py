@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import operator
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from llama_ext._arrays import as_whole
 from llama_ext._options import shown
 from llama_ext.errors import OptionError, TokenIdError
 from llama_ext.io.atomic import path_text
@@ -321,10 +321,9 @@ class Tokenizer:
         )
 
     def _index(self, token: Any) -> int:
-        try:
-            index = operator.index(token)
-        except TypeError:
-            raise OptionError(f"token ids must be integers, got {token!r} ({type(token).__name__})") from None
+        index = as_whole(token)
+        if index is None:
+            raise OptionError(f"token ids must be integers, got {shown(token)} ({type(token).__name__})")
         if not self.has_id(index):
             raise TokenIdError(
                 f"token id {shown(index)} is outside the tokenizer's vocabulary: expected 0 <= id < {self._size}"
