@@ -62,6 +62,13 @@ def test_info_checks_the_files(run: Run, tmp_path: Path) -> None:
     assert result.code == 3
     assert result.out == ""
     assert "model.safetensors" in result.err
+    for dtype in ("int8", "int4"):
+        llama_ext.quantize("demo", tmp_path / dtype, dtype)
+        assert run("info", "--model", tmp_path / dtype).code == 0
+    shutil.copy(tmp_path / "int8" / "model.safetensors", tmp_path / "int4")
+    result = run("info", "--model", tmp_path / "int4")
+    assert (result.code, result.out) == (3, "")
+    assert "as int4" in result.err
 
 
 def test_bench_measures_each_dtype(run: Run) -> None:

@@ -293,6 +293,24 @@ def test_a_whole_model_takes_the_place_of_an_adapter(make: Callable[..., Task], 
     again = type(task).load(tmp_path / "out")
     assert again.model.adapters[again.adapter].r == 2
     assert np.array_equal(answers(again), answers(adapted))
+    # Failure seen: what takes a directory for a model, such as an export, got the one from before.
+    assert not (tmp_path / "out" / "config.json").exists()
+    assert not list((tmp_path / "out").glob("model*.safetensors*"))
+
+
+@each_task
+def test_a_model_that_may_be_the_base_stays_beside_its_adapter(make: Callable[..., Task], tmp_path: Path) -> None:
+    first = make(model())
+    learn(first)
+    first.save(tmp_path / "own")
+    model().save_pretrained(tmp_path / "base")
+    model().save_pretrained(tmp_path / "plain")
+    for base, folder in (("own", "own"), ("base", "base"), ("base", "plain"), (None, "own")):
+        task = make(model() if base is None else tmp_path / base)
+        learn(task, adapter=LoRA(r=2))
+        task.save(tmp_path / folder)
+        assert (tmp_path / folder / "config.json").is_file(), (base, folder)
+        assert (tmp_path / folder / "model.safetensors").is_file(), (base, folder)
 
 
 @each_task

@@ -75,6 +75,7 @@ def describe_model(name: str) -> dict[str, Any]:
     from llama_ext.runtime.loading import open_model
 
     with open_model(name) as files:
+        files.check()
         config, tokenizer = files.config, files.tokenizer
         types: dict[str, list[int]] = {}
         for tensor in files.tensors:

@@ -28,6 +28,7 @@ __all__ = [
     "Checkpoint",
     "TensorSource",
     "open_checkpoint",
+    "remove_weights",
     "write_safetensors",
     "write_sharded",
 ]
@@ -404,6 +405,15 @@ def _unused_names(folder: Path, count: int) -> list[str]:
         if not any(os.path.lexists(folder / name) for name in names):
             return names
         attempt += 1
+
+
+def remove_weights(folder: Path) -> None:
+    """Removes the weights that `write_sharded` writes, by any save.
+
+    Raises:
+        OSError: One cannot be removed.
+    """
+    _remove_old(folder, set())
 
 
 def _remove_old(folder: Path, new: set[str]) -> None:

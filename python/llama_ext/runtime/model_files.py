@@ -132,6 +132,15 @@ class ModelFiles(abc.ABC):
         """
         return {}
 
+    def check(self) -> None:
+        """Checks what opening the files has left to loading them: of packed matrices, whether they are there and as large as the
+        config says.
+
+        Raises:
+            FormatError, CheckpointError, UnsupportedError: Loading them would fail.
+        """
+        return
+
     def _load(self, core: _core.Model, tensor: StoredTensor, kept: WeightType | None) -> None:
         """Fills the slot of a tensor, whose matrix is kept as `kept`; None for a norm or a bias."""
         values, dtype = self.read(tensor)

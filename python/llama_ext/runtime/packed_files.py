@@ -86,6 +86,9 @@ class PackedFiles(DirectoryFiles):
             )
         return {name: self.checkpoint.read_bytes(PREFIX + name) for name in self._packed}
 
+    def check(self) -> None:
+        self._opened()
+
     def _can_load_codes(self) -> bool:
         """Whether another device takes the codes: they lie as a CPU has them, and their scales are what `load_codes` takes."""
         is_plain = all(group == 0 or encoding in _ZEROS for encoding, group in self._quantization.types.values())

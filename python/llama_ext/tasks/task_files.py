@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama_ext.errors import FormatError, LlamaExtError, OptionError, UnsupportedError
 from llama_ext.io.atomic import atomic_write, named, remove
+from llama_ext.io.checkpoint import remove_weights
 from llama_ext.io.peft import CONFIG_FILE, WEIGHTS_FILE, read_adapter_base
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ __all__ = [
 # Beside the weights or the adapter: what these have no word for. Of a classifier's adapter, its labels; the prompt.
 CLASSIFIER_FILE = "classifier.json"
 TRANSLATOR_FILE = "translator.json"
+
+_MODEL_CONFIG_FILE = "config.json"
 
 # How a base is loaded where nothing is said, as `LlamaForCausalLM.from_pretrained` has it.
 _DEFAULTS = {"dtype": "auto", "device": "cpu", "compute": "auto", "threads": None}
@@ -140,8 +143,8 @@ def save_task(
 ) -> None:
     """Writes what a task has learned and its own file; an adapter and the files of tasks that other saves have left in the directory go.
 
-    An adapter that was there is what loads until all of a model is written, and the model is from then on. A whole model that was there
-    stays beside an adapter, whose base it may be.
+    An adapter that was there is what loads until all of a model is written, and the model is from then on. A whole model of a task that
+    was there goes once an adapter is written whose base is named and is another; any other model stays, as it may be the base.
 
     Args:
         model: The model.
@@ -158,8 +161,12 @@ def save_task(
     folder = named(directory)
     if adapter in model.adapters:
         # Labels or a prompt that are there would be taken for the new adapter's, where this is cut short.
+        replaces_whole = base is not None and not _is_same(folder, base) and _holds_whole(folder)
         remove(folder / file)
         model.save_adapter(folder, adapter, base=base)
+        if replaces_whole:
+            remove(folder / _MODEL_CONFIG_FILE)  # nothing loads without it
+            remove_weights(folder)
     else:
         model.save_pretrained(folder)
         # Not before: a save that is refused or cut short leaves the adapter that was there.
@@ -170,6 +177,17 @@ def save_task(
             remove(folder / other)
     if values is not None:
         _write_about(folder / file, values)
+
+
+def _is_same(folder: Path, base: str | os.PathLike[str]) -> bool:
+    return folder.resolve() == Path(base).resolve()
+
+
+def _holds_whole(folder: Path) -> bool:
+    """Whether a folder holds all of a model that a task has saved, and no adapter, whose base it might be."""
+    if (folder / CONFIG_FILE).exists():
+        return False
+    return (folder / TRANSLATOR_FILE).is_file() or _is_classifier(folder)
 
 
 def _write_about(path: Path, values: Mapping[str, Any]) -> None:
