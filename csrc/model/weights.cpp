@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
+#include <limits>
 #include <set>
 #include <utility>
 
@@ -50,6 +52,26 @@ void check_source(const Weights::Slot& slot, const TensorView& tensor) {
   require(same, ErrorKind::kShape, "weights: '", slot.name, "' must have shape ", shape_text_of(slot.shape), ", got ",
           tensor.shape_text(), ". Do the config and the checkpoint belong together?");
   require(tensor.is_contiguous(), ErrorKind::kShape, "weights: '", slot.name, "' must be contiguous");
+}
+
+/// The largest that is rounded to an infinity of float16 without being one, or 0. Branch-free, as nearly all weights are small.
+float largest_beyond_f16(const TensorView& source) {
+  constexpr float kRoundedUp = 65520.0f;
+  float largest = 0.0f;
+  const auto look = [&](const auto* values, const auto& widen) {
+    for (int64_t i = 0; i < source.size(); ++i) {
+      const float magnitude = std::fabs(widen(values[i]));
+      largest = magnitude >= kRoundedUp && magnitude <= std::numeric_limits<float>::max() && magnitude > largest
+                    ? magnitude
+                    : largest;
+    }
+  };
+  if (source.dtype() == DType::kF32) look(static_cast<const float*>(source.data()), [](float x) { return x; });
+  if (source.dtype() == DType::kBF16) look(static_cast<const uint16_t*>(source.data()), bf16_to_f32);
+  if (source.dtype() == DType::kF64) {
+    look(static_cast<const double*>(source.data()), [](double x) { return static_cast<float>(x); });
+  }
+  return largest;
 }
 
 }  // namespace
@@ -251,6 +273,11 @@ void Weights::load(std::string_view slot, const TensorView& source, const Tensor
   const Place& place = place_to_fill(slot);
   std::vector<float> values;
   if (place.matrix != nullptr) {
+    if (slots_[index].type.encoding == Encoding::kF16) {
+      const float largest = largest_beyond_f16(source);
+      require(largest == 0.0f, ErrorKind::kNumeric, "weights: '", slot, "' has a weight of magnitude ", largest,
+              ", and the largest number of float16 is 65504. Load it as bfloat16 or float32");
+    }
     backend_.write_rows(*place.matrix, place.rows, source, importance);
   } else {
     values.resize(static_cast<size_t>(source.size()));

@@ -79,7 +79,7 @@ class Weights {
 
   /// Fills a slot from host memory (f32 | f16 | bf16 | f64); a matrix is rounded to its type, quantised ones with the errors of
   /// each column weighted by `importance`, (K) f32 or none. Throws CheckpointError for a slot that does not exist or is
-  /// packed, ShapeError for another shape.
+  /// packed, ShapeError for another shape, NumericError for a number beyond float16 where that is the type.
   void load(std::string_view slot, const TensorView& source, const TensorView& importance);
   /// Fills the slot of a matrix from rows of ggml blocks. Throws as `load`, and DTypeError for blocks of another type.
   void load_blocks(std::string_view slot, const GgmlType& ggml, std::span<const std::byte> blocks);

@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import llama_ext
+from devices import requires_cuda
 from llama_ext.models.llama import tensor_specs
 from shared_data import LETTERS, SHARED, requires_shared
 
@@ -49,6 +50,33 @@ def test_logits_match_transformers_in_float64(name: str, device: str) -> None:
     assert logits.dtype == np.float32
     # Other engines' float32 agrees with these files to about 1e-6.
     assert relative_rms(logits, case["logits"]) < 2e-6
+
+
+@pytest.mark.parametrize("device", ["cpu", "reference", pytest.param("cuda", marks=[pytest.mark.gpu, requires_cuda])])
+@pytest.mark.parametrize("stored", ["float32", "float64", "bfloat16"])
+def test_a_weight_beyond_float16_is_told_instead_of_becoming_an_infinity(
+    stored: str, device: str, tiny: Model, tmp_path: Path
+) -> None:
+    tiny.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    # bfloat16 has nothing between 65280 and 65536.
+    for number in (65280.0, 65504.0, -65519.0, -65536.0, 2.0**100):
+        weights["model.layers.1.mlp.down_proj.weight"][3, 5] = number
+        kept = {
+            name: values.astype(np.float64 if stored == "float64" else np.float32) for name, values in weights.items()
+        }
+        save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        source = tmp_path
+        if stored == "bfloat16":
+            source = tmp_path / "bfloat16"
+            Model.from_pretrained(tmp_path, dtype=stored).save_pretrained(source)
+        if abs(number) < (65400 if stored == "bfloat16" else 65520):
+            assert np.isfinite(Model.from_pretrained(source, dtype="float16", device=device)([[1, 2]])).all()
+            continue
+        with pytest.raises(
+            llama_ext.NumericError, match=r"'layers\.1\.down' has a weight of magnitude (65536|1\.26765e\+30)"
+        ):
+            Model.from_pretrained(source, dtype="float16", device=device)
 
 
 @requires_shared

@@ -89,7 +89,8 @@ class LlamaForSequenceClassification(LoadedModel):
 
         Raises:
             OptionError: A language model without labels, other labels than a classifier's, or as `LlamaForCausalLM`.
-            FormatError, CheckpointError, UnsupportedError, LimitError, DeviceError, OutOfMemoryError: As `LlamaForCausalLM`.
+            FormatError, CheckpointError, UnsupportedError, LimitError, NumericError, DeviceError, OutOfMemoryError: As
+                `LlamaForCausalLM`.
         """
         refuse_unknown(unknown, keyword_options(cls.from_pretrained))
         if not isinstance(path_or_hub_id, (str, os.PathLike)):

@@ -163,6 +163,7 @@ class LlamaForCausalLM(LoadedModel, Trainable):
             CheckpointError: A tensor is missing, unexpected or wrongly shaped.
             UnsupportedError: A model or a dtype that this version does not have.
             LimitError: A number in a file is beyond `limits`.
+            NumericError: A weight is beyond the range of float16, where that is the dtype.
             OptionError, DeviceError, OutOfMemoryError: See the class.
         """
         refuse_unknown(unknown, keyword_options(cls.from_pretrained))
