@@ -144,6 +144,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=None, help="default: all cores")
     args = parser.parse_args()
+    if not args.text.is_file():
+        parser.error(f"{args.text}: there is no such file")
+    if args.steps < 1:
+        parser.error(f"--steps must be at least 1, got {args.steps}")
     text = args.text.read_text(encoding="utf-8")
     cut = int(0.9 * len(text))
     model = train(text[:cut], args)

@@ -55,6 +55,16 @@ def test_named_columns_come_in_any_order_and_the_likelier_name_wins(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("heading", ["text,label,text", "label,text,Label"])
+def test_two_columns_of_one_name_are_refused(tmp_path: Path, heading: str) -> None:
+    lines = [heading, *(f"{text},{label},{text}" for text, label in REVIEWS)]
+    with pytest.raises(FormatError, match=r"line 1 calls two columns '(text|label)': which one is meant"):
+        read_pairs(written(tmp_path, lines), "text", "label")
+    # Another one may come twice.
+    lines = ["n,text,n,label", *(f"1,{text},2,{label}" for text, label in REVIEWS)]
+    assert read_pairs(written(tmp_path, lines), "text", "label") == REVIEWS
+
+
 @pytest.mark.parametrize("heading", ["phrase,mood", "review,stars", "utterance,label", "1,label"])
 def test_a_label_of_the_first_line_alone_is_refused(tmp_path: Path, heading: str) -> None:
     lines = [heading, *(f"{text},{label}" for text, label in REVIEWS)]

@@ -104,6 +104,11 @@ def _table(text: str, path: str, suffix: str, first: str, second: str) -> list[t
     named = _named_columns(heading, first, second)
     if named is not None and not _is_heading(lines, named, first, second):
         named = None
+    for column in named or ():
+        if [_plain(name) for name in heading].count(_plain(heading[column])) > 1:
+            raise FormatError(
+                f"line {lines[0][0]} calls two columns {heading[column]!r}: which one is meant?", path=path
+            )
     columns = named or (0, 1)
     rows = []
     for number, row in lines[named is not None :]:
