@@ -2,9 +2,10 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
-#include <limits>
 #include <set>
+#include <type_traits>
 #include <utility>
 
 #include "core/half.h"
@@ -54,24 +55,46 @@ void check_source(const Weights::Slot& slot, const TensorView& tensor) {
   require(tensor.is_contiguous(), ErrorKind::kShape, "weights: '", slot.name, "' must be contiguous");
 }
 
-/// The largest that is rounded to an infinity of float16 without being one, or 0. Branch-free, as nearly all weights are small.
-float largest_beyond_f16(const TensorView& source) {
-  constexpr float kRoundedUp = 65520.0f;
-  float largest = 0.0f;
-  const auto look = [&](const auto* values, const auto& widen) {
-    for (int64_t i = 0; i < source.size(); ++i) {
-      const float magnitude = std::fabs(widen(values[i]));
-      largest = magnitude >= kRoundedUp && magnitude <= std::numeric_limits<float>::max() && magnitude > largest
-                    ? magnitude
-                    : largest;
-    }
+/// The first of `values`, float32 or the bits of bfloat16, that is rounded to an infinity of float16 without being one; else the end.
+template <typename Value>
+const Value* find_beyond_f16(const Value* values, int64_t count) {
+  using Bits = std::conditional_t<sizeof(Value) == 4, uint32_t, uint16_t>;
+  // From 65520, which is half-way from the largest number to what would be the next, to below infinity.
+  constexpr uint32_t kLeast = std::bit_cast<uint32_t>(65520.0f);
+  constexpr Bits kFirst = sizeof(Bits) == 4 ? static_cast<Bits>(kLeast) : static_cast<Bits>((kLeast >> 16) + 1);
+  constexpr Bits kNumbers = static_cast<Bits>((sizeof(Bits) == 4 ? 0x7f800000u : 0x7f80u) - kFirst);
+  constexpr Bits kMagnitude = static_cast<Bits>(~Bits{0}) >> 1;
+  const auto distance = [](Value value) {
+    return static_cast<Bits>((std::bit_cast<Bits>(value) & kMagnitude) - kFirst);
   };
-  if (source.dtype() == DType::kF32) look(static_cast<const float*>(source.data()), [](float x) { return x; });
-  if (source.dtype() == DType::kBF16) look(static_cast<const uint16_t*>(source.data()), bf16_to_f32);
-  if (source.dtype() == DType::kF64) {
-    look(static_cast<const double*>(source.data()), [](double x) { return static_cast<float>(x); });
+  constexpr int64_t kBlock = 256;  // known, so that the loop is vectorised
+  int64_t at = 0;
+  for (; at + kBlock <= count; at += kBlock) {
+    Bits least = kNumbers;
+    for (int64_t i = 0; i < kBlock; ++i) least = std::min(least, distance(values[at + i]));
+    if (least < kNumbers) break;
   }
-  return largest;
+  return std::find_if(values + at, values + count, [&](Value value) { return distance(value) < kNumbers; });
+}
+
+/// As a number, 0 where there is none.
+float first_beyond_f16(const TensorView& source) {
+  const int64_t count = source.size();
+  if (source.dtype() == DType::kF32) {
+    const auto* values = static_cast<const float*>(source.data());
+    const float* found = find_beyond_f16(values, count);
+    return found == values + count ? 0.0f : *found;
+  }
+  if (source.dtype() == DType::kBF16) {
+    const auto* values = static_cast<const uint16_t*>(source.data());
+    const uint16_t* found = find_beyond_f16(values, count);
+    return found == values + count ? 0.0f : bf16_to_f32(*found);
+  }
+  if (source.dtype() != DType::kF64) return 0.0f;
+  const auto* values = static_cast<const double*>(source.data());
+  const double* found =
+      std::find_if(values, values + count, [](double x) { return std::fabs(x) >= 65520.0 && std::isfinite(x); });
+  return found == values + count ? 0.0f : static_cast<float>(*found);
 }
 
 }  // namespace
@@ -274,8 +297,8 @@ void Weights::load(std::string_view slot, const TensorView& source, const Tensor
   std::vector<float> values;
   if (place.matrix != nullptr) {
     if (slots_[index].type.encoding == Encoding::kF16) {
-      const float largest = largest_beyond_f16(source);
-      require(largest == 0.0f, ErrorKind::kNumeric, "weights: '", slot, "' has a weight of magnitude ", largest,
+      const float beyond = first_beyond_f16(source);
+      require(beyond == 0.0f, ErrorKind::kNumeric, "weights: '", slot, "' has a weight of ", beyond,
               ", and the largest number of float16 is 65504. Load it as bfloat16 or float32");
     }
     backend_.write_rows(*place.matrix, place.rows, source, importance);

@@ -73,9 +73,7 @@ def test_a_weight_beyond_float16_is_told_instead_of_becoming_an_infinity(
         if abs(number) < (65400 if stored == "bfloat16" else 65520):
             assert np.isfinite(Model.from_pretrained(source, dtype="float16", device=device)([[1, 2]])).all()
             continue
-        with pytest.raises(
-            llama_ext.NumericError, match=r"'layers\.1\.down' has a weight of magnitude (65536|1\.26765e\+30)"
-        ):
+        with pytest.raises(llama_ext.NumericError, match=r"'layers\.1\.down' has a weight of -?(65536|1\.26765e\+30)"):
             Model.from_pretrained(source, dtype="float16", device=device)
 
 
