@@ -62,6 +62,13 @@ def test_an_empty_text_proves_nothing(run: Run, tmp_path: Path) -> None:
     assert f"--text {tmp_path / 'empty.txt'} is empty" in err
 
 
+def test_an_output_that_cannot_be_a_directory_is_a_mistake_in_the_command(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out in ("file", "file/x"):
+        code, _, err = run("export-onnx", "demo", tmp_path / out)
+        assert (code, "file is a file" in err) == (2, True), err
+
+
 def test_messages_speak_of_the_options_of_the_command(run: Run, tmp_path: Path) -> None:
     code, _, err = run("export-onnx", "demo", tmp_path / "out", "--dtype", "int4")  # it is int8
     assert code == 2
@@ -75,6 +82,8 @@ def test_messages_speak_of_the_options_of_the_command(run: Run, tmp_path: Path) 
     assert "--group-size belongs to --dtype 'int8'" in run(*float32, "--group-size", 32).err
     assert "--max-file-bytes must be" in run(*float32, "--max-file-bytes", 0).err
     assert "--steps must be" in run("verify-onnx", LETTERS, tmp_path / "out", "--steps", 0).err
+    standard_input = ("--text", "-", "--text", "-")
+    assert "can be read once" in run("verify-onnx", LETTERS, tmp_path / "out", *standard_input).err
     for message in (err, other):
         assert not re.search(r"\w=|group_size|symmetric|quantised as int8 already.*verify", message)
 

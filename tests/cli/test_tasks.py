@@ -184,6 +184,7 @@ def test_mistakes_are_told_in_one_line(run: Run, tmp_path: Path) -> None:
         (("classify", "train", data, "--out", out, "--labels", "x"), 2, "one.csv has the one label 'x'"),
         (("classify", "train", two, "--out", out, "--labels", "y"), 2, "--labels names 'y' alone, and "),
         (("classify", "train", two, "--out", out, "--labels", "y"), 2, "two.csv has 'x', 'y': name all"),
+        (("classify", "train", two, "--out", out, "--labels", "x,y,x"), 2, "--labels names 'x' twice"),
         (("classify", "train", data, "--out", out, "--lora-alpha", 3), 2, "belong to --lora"),
         (("classify", "train", two, "--out", out, "--merge"), 2, "--merge belong to --lora"),
         (("classify", "train", tmp_path / "no.csv", "--out", out), 3, "cannot be read"),

@@ -201,8 +201,8 @@ def test_an_empty_out_is_not_the_current_directory(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())
-    for option in (("--out", ""), ("--out", "", "--overwrite"), ("--prepare", "")):
-        result = run("train", file, *SMALL, *option)
+    for options in ((*SMALL, "--out", ""), (*SMALL, "--out", "", "--overwrite"), ("--prepare", "")):
+        result = run("train", file, *options)
         assert result.code == 2
         assert "is empty" in result.err
     assert sorted(tmp_path.iterdir()) == before
@@ -303,6 +303,9 @@ def test_a_log_is_added_to(run: Run, file: Path, tmp_path: Path) -> None:
         (["--out", "text.txt/x"], 2, "text.txt/x: no files can be written into this directory: text.txt is a file"),
         (["--prepare", "nowhere/x"], 2, "nowhere does not exist: create it first"),
         (["--prepare", "."], 2, "this is a directory: name a file"),
+        (["--prepare", "y", "--steps", "5"], 2, "--steps is for a training, and --prepare only writes tokens"),
+        (["--prepare", "y", "--resume"], 2, "--resume is for a training"),
+        (["--prepare", "y", "--layers", "2"], 2, "--layers is for a training"),
     ],
 )
 def test_mistakes_have_exit_codes(

@@ -304,3 +304,11 @@ def test_an_empty_path_is_not_the_current_directory(tmp_path: Path, monkeypatch:
         with pytest.raises(FileNotFoundError, match="is empty"):
             check("")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_the_place_of_a_directory_is_told_as_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="this is a file, and a directory is to be written") as caught:
+        _model().save_pretrained(tmp_path / "file")
+    assert caught.value.filename == str(tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == b""

@@ -136,7 +136,7 @@ def test_what_is_no_word_is_refused_as_an_unknown_one_is(value: Any) -> None:
     ):
         with pytest.raises(OptionError, match="compute must be 'auto', 'exact' or 'bfloat16', got"):
             call()
-    with pytest.raises(DTypeError, match="known: float32, bfloat16"):
+    with pytest.raises(DTypeError, match="KV cache: dtype must be float32, bfloat16 or int8, got"):
         ops.attention(HEADS, HEADS, HEADS, kv_dtype=value)
     with pytest.raises(DTypeError, match="supported: Q8_0"):
         ops.pack_blocks(BLOCK, value, 32)

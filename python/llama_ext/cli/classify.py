@@ -119,6 +119,8 @@ def _train(args: argparse.Namespace) -> int:
         raise OptionError(
             f"--labels names {args.labels!r} alone, and {args.file} has {', '.join(map(repr, there))}: name all labels, with commas"
         )
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise OptionError(f"--labels names {twice[0]!r} twice: give each label once")
     # Told before it takes long: a heading that was taken for a text shows here.
     counts = Counter(label for _, label in pairs)
     report(f"{len(pairs)} texts: " + ", ".join(f"{name} {counts[name]}" for name in names))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_ext.cli.common import MODEL_HELP, report, shown_bytes, write
+from llama_ext.cli.outputs import check_directory
 
 if TYPE_CHECKING:
     from llama_ext.cli.common import Commands
@@ -73,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the subcommand."""
     from llama_ext.onnx import export
 
+    check_directory(args.out, overwrite=True)  # what may be replaced, the export knows
     with _told_when_interrupted(args.out), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = export(

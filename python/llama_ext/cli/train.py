@@ -24,6 +24,7 @@ from llama_ext.cli.train_checks import (
     check_new_model_options,
     check_numbers,
     check_out,
+    check_prepare,
     check_sample,
     steps_per_epoch,
     warmup_of,
@@ -155,6 +156,7 @@ def run(args: argparse.Namespace) -> int:
     check_numbers(args)
     check_names(args)
     if args.prepare is not None:
+        check_prepare(args)
         return _prepare(args)
     check_device(args)
     check_out(args)

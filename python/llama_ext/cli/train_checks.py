@@ -22,6 +22,7 @@ __all__ = [
     "check_new_model_options",
     "check_numbers",
     "check_out",
+    "check_prepare",
     "check_sample",
     "steps_per_epoch",
     "warmup_of",
@@ -30,6 +31,12 @@ __all__ = [
 # In --out.
 CHECKPOINTS = "checkpoints"
 _SHAPE = ("layers", "width", "heads", "kv_heads", "ffn_width")
+# What has no default of the parser's.
+_TRAINING = (
+    *("resume", "preset", *_SHAPE, "context", "steps", "epochs", "batch_size", "lr", "optimizer", "schedule", "warmup"),
+    *("weight_decay", "dropout", "precision", "skip_outliers", "overfit_batch", "eval_every", "save_every", "patience"),
+    *("log_file", "plot", "peak_gflops", "sample"),
+)
 
 
 def check_numbers(args: argparse.Namespace) -> None:
@@ -64,6 +71,15 @@ def check_names(args: argparse.Namespace) -> None:
         other = taken.setdefault(os.path.realpath(path), name)
         if other != name:
             raise OptionError(f"{name} {path}: this is also {other}. Name another file")
+
+
+def check_prepare(args: argparse.Namespace) -> None:
+    """That nothing is asked of a training where --prepare asks for none."""
+    for name in _TRAINING:
+        if getattr(args, name) not in (None, False):
+            raise OptionError(
+                f"{_option(name)} is for a training, and --prepare only writes tokens: leave one of them out"
+            )
 
 
 def check_new_model_options(args: argparse.Namespace) -> None:

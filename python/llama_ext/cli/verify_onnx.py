@@ -95,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
     from llama_ext.io.atomic import atomic_write
     from llama_ext.onnx.verification import verify
 
+    if args.text is not None and args.text.count("-") > 1:
+        raise OptionError("--text - is standard input, which can be read once: name files for the others")
     to_file = args.json is not None and args.json != "-"
     if to_file:
         check_file(args.json, args.overwrite)

@@ -119,7 +119,12 @@ def made_folder(path: str | os.PathLike[str]) -> Path:
         OSError: It cannot be made.
     """
     folder = named(path)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(
+            errno.ENOTDIR, "this is a file, and a directory is to be written", str(folder)
+        ) from error
     return folder
 
 
