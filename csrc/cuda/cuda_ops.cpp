@@ -151,7 +151,7 @@ void CudaBackend::product(const ProductView& view, Compute compute) const {
   if (p.norm.weight == nullptr) return matmul_tiles(*gpu_, p);
   const Scratch normed(*gpu_, static_cast<size_t>(p.rows * p.weight.cols) * sizeof(float));
   const Rows x{normed.as<float>(), p.weight.cols};
-  normalize_rows(*gpu_, p.x, p.rows, p.weight.cols, p.norm, x);
+  cuda::rms_norm(*gpu_, p.x, p.rows, p.weight.cols, p.norm, x, nullptr);
   p.x = x;
   p.norm = {};
   matmul_tiles(*gpu_, p);

@@ -31,10 +31,8 @@ void rms_norm(const Gpu& gpu, Rows x, int64_t rows, int width, NormView norm, Ro
 void rope(const Gpu& gpu, Rows x, int64_t tokens, int heads, int head_dim, const float* cosines, const float* sines,
           bool inverse);
 
-// prepare_rows.cu: rows as a product takes them. Normalised; or, for the tensor cores, normalised where there is a norm and rounded
-// to bfloat16, or to float16 where there are row_scales, which then undo what fits a row into that range. stride: elements, zeros
-// beyond width.
-void normalize_rows(const Gpu& gpu, Rows x, int64_t rows, int width, NormView norm, Rows y);
+// prepare_rows.cu: rows as the tensor cores take them, normalised where there is a norm and rounded to bfloat16, or to float16 where there
+// are row_scales, which then undo what fits a row into that range. stride: elements, zeros beyond width.
 void prepare_rows(const Gpu& gpu, Rows x, int64_t rows, int width, int stride, NormView norm, uint16_t* y,
                   float* row_scales);
 

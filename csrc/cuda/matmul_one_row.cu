@@ -117,7 +117,7 @@ __device__ __forceinline__ void bring_row(const OneRowView& v, const BroughtRow&
   float4 next[kXAhead];
 #pragma unroll
   for (int i = 0; i < kXAhead; ++i) next[i] = load(row, 4 * thread + i * kXTurn);
-  const float inverse = has_norm ? inverse_rms_of_row(row, w.cols, p.norm.eps, squares) : 1.0f;
+  const float inverse = has_norm ? block_inverse_rms(next, row, w.cols, p.norm.eps, squares) : 1.0f;
 #pragma unroll 1
   for (int first = 0; first < padded; first += kXAhead * kXTurn) {
     float4 fours[kXAhead];
@@ -128,8 +128,7 @@ __device__ __forceinline__ void bring_row(const OneRowView& v, const BroughtRow&
       next[i] = load(row, k + kXAhead * kXTurn);
       if (!has_norm) continue;
       const float4 gain = first == 0 ? gains[i] : load(p.norm.weight, k);
-      fours[i] = {normalized(fours[i].x, inverse, gain.x), normalized(fours[i].y, inverse, gain.y),
-                  normalized(fours[i].z, inverse, gain.z), normalized(fours[i].w, inverse, gain.w)};
+      fours[i] = normalized(fours[i], inverse, gain);
     }
 #pragma unroll
     for (int i = 0; i < kXAhead; ++i) {
@@ -404,7 +403,7 @@ OneRowView view_of_row(const Gpu& gpu, const ProductView& p) {
 
 /// bring_row() has its squares where the sums come later.
 size_t shared_bytes(const OneRowView& v) {
-  const int numbers = std::max(v.pass_rows * v.pitch, static_cast<int>(kThreads / kWarp));
+  const int numbers = std::max(v.pass_rows * v.pitch, segments_of(v.rows.product.weight.cols));
   return static_cast<size_t>(v.partial_at) + static_cast<size_t>(numbers) * sizeof(float);
 }
 

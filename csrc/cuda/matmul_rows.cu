@@ -5,6 +5,7 @@
 // A lane sums its chunks in ascending order of k, and a butterfly adds the lanes: bits depend on the weights' kind, never on M,
 // N or the GPU. Codes are multiplied as whole numbers, and each group's sum by its scale.
 #include "cuda/kernels.h"
+#include "cuda/row_norm.h"
 #include "cuda/weight_codes.h"
 
 namespace llama_ext::cuda {
@@ -52,15 +53,15 @@ __global__ void __launch_bounds__(kThreads, 2) matmul_rows_kernel(const __grid_c
   const WeightView& w = p.weight;
   const int tile = tile_size(w.stride, kRows);
   auto* activations = reinterpret_cast<float*>(shared_memory());
-  float* place = activations + kRows * tile;
-  float* inverse_rms = place + kWarp;  // (kRows), read after the barrier that follows
+  float* squares = activations + kRows * tile;
+  float* inverse_rms = squares + segments_of(w.cols);  // (kRows)
   if (p.norm.weight != nullptr) {
 #pragma unroll 1
     for (int m = 0; m < kRows; ++m) {
-      const float inverse = block_inverse_rms(p.x.row(m < p.rows ? m : 0), w.cols, p.norm.eps, place);
+      const float inverse = block_inverse_rms(p.x.row(m < p.rows ? m : 0), w.cols, p.norm.eps, squares);
       if (threadIdx.x == 0) inverse_rms[m] = inverse;
+      __syncthreads();
     }
-    __syncthreads();
   }
 
   const int lane = static_cast<int>(threadIdx.x % kWarp);
@@ -156,7 +157,8 @@ __global__ void __launch_bounds__(kThreads, 2) matmul_rows_kernel(const __grid_c
 template <Kind kKind, int kRows>
 void start(const Gpu& gpu, const ProductView& p) {
   const int64_t warps = p.is_gate_up ? p.width : blocks_for(p.weight.rows, kRowsPerWarp);
-  const size_t floats = static_cast<size_t>(kRows * tile_size(p.weight.stride, kRows)) + kWarp + kRows;
+  const size_t floats =
+      static_cast<size_t>(kRows * tile_size(p.weight.stride, kRows) + segments_of(p.weight.cols) + kRows);
   launch<Start::kEarly>(gpu, matmul_rows_kernel<kKind, kRows>, dim3(static_cast<unsigned>(blocks_for(warps, kWarps))),
                         kThreads, floats * sizeof(float), p);
 }

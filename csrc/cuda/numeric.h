@@ -97,22 +97,6 @@ __device__ __forceinline__ float block_max(float value, float* place) {
   return largest;
 }
 
-__device__ __forceinline__ float inverse_rms(float squares, int width, float eps) {
-  return 1.0f / sqrtf(squares / static_cast<float>(width > 0 ? width : 1) + eps);
-}
-/// 1 / sqrt(mean(x^2) + eps) of a row, by a whole block of kThreads: rms_norm and the products that take a norm along call this
-/// one function, so that they see the same bits.
-__device__ __forceinline__ float block_inverse_rms(const float* x, int width, float eps, float* place) {
-  float squares = 0.0f;
-  for (int i = static_cast<int>(threadIdx.x); i < width; i += static_cast<int>(blockDim.x)) {
-    squares = fmaf(x[i], x[i], squares);
-  }
-  return inverse_rms(block_sum(squares, place), width, eps);
-}
-__device__ __forceinline__ float normalized(float x, float inverse_rms, float weight) {
-  return x * inverse_rms * weight;
-}
-
 inline constexpr float kLog2E = 1.4426950408889634f;
 /// 2^x, and e^x, where 16 bits are kept of it: one instruction, and two.
 __device__ __forceinline__ float fast_exp2(float x) {

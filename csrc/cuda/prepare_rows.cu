@@ -2,20 +2,12 @@
 // float32's range. float16 has not, so a row is first scaled by a power of two that brings its largest number just below
 // the end of that range: rounding costs half a unit of 11 bits, as everywhere in float16. Bound by memory.
 #include "cuda/kernels.h"
+#include "cuda/mma.h"
 #include "cuda/numeric.h"
+#include "cuda/row_norm.h"
 
 namespace llama_ext::cuda {
 namespace {
-
-__global__ void normalize_rows_kernel(Rows x, int width, NormView norm, Rows y) {
-  auto* place = reinterpret_cast<float*>(shared_memory());
-  const float* from = x.row(blockIdx.x);
-  float* to = y.row(blockIdx.x);
-  const float inverse = block_inverse_rms(from, width, norm.eps, place);
-  for (int i = static_cast<int>(threadIdx.x); i < width; i += static_cast<int>(blockDim.x)) {
-    to[i] = normalized(from[i], inverse, norm.weight[i]);
-  }
-}
 
 __global__ void prepare_rows_kernel(Rows x, int width, int stride, NormView norm, bool to_half, uint16_t* y,
                                     float* row_scales) {
@@ -23,7 +15,7 @@ __global__ void prepare_rows_kernel(Rows x, int width, int stride, NormView norm
   const float* from = x.row(blockIdx.x);
   uint16_t* to = y + int64_t{blockIdx.x} * stride;
   float inverse = 1.0f;
-  if (norm.weight != nullptr) inverse = block_inverse_rms(from, width, norm.eps, place);
+  if (norm.weight != nullptr) inverse = block_inverse_rms(from, width, norm.eps, place + kWarp);
   const auto value = [&](int i) {
     if (i >= width) return 0.0f;
     return norm.weight == nullptr ? from[i] : normalized(from[i], inverse, norm.weight[i]);
@@ -42,60 +34,69 @@ __global__ void prepare_rows_kernel(Rows x, int width, int stride, NormView norm
   }
 }
 
-/// The same to bfloat16 for rows of at most kEach x kThreads numbers, which registers hold: x is read once.
-template <int kEach>
-__global__ void round_rows_kernel(Rows x, int width, int stride, NormView norm, uint16_t* y) {
-  auto* place = reinterpret_cast<float*>(shared_memory());
+/// The same to bfloat16 for rows of at most kHeld fours a thread, which registers hold: x is read once.
+template <int kHeld>
+__global__ void __launch_bounds__(kThreads)
+    round_rows_kernel(Rows x, int width, int stride, NormView norm, uint16_t* y) {
   const float* from = x.row(blockIdx.x);
   uint16_t* to = y + int64_t{blockIdx.x} * stride;
-  const int thread = static_cast<int>(threadIdx.x);
-  constexpr int kStep = static_cast<int>(kThreads);
-  float values[kEach];
+  const int first = 4 * static_cast<int>(threadIdx.x);
+  constexpr int kTurn = 4 * static_cast<int>(kThreads);
+  const bool is_whole = lies_whole(from, width);
+  float4 held[kHeld];
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) values[i] = thread + i * kStep < width ? from[thread + i * kStep] : 0.0f;
-  if (norm.weight != nullptr) {
-    float weights[kEach];
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) weights[i] = thread + i * kStep < width ? norm.weight[thread + i * kStep] : 0.0f;
-    // In the order of block_inverse_rms(): zeros beyond the width change no bits.
-    float squares = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) squares = fmaf(values[i], values[i], squares);
-    const float inverse = inverse_rms(block_sum(squares, place), width, norm.eps);
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) values[i] = normalized(values[i], inverse, weights[i]);
+  for (int i = 0; i < kHeld; ++i) {
+    const int k = first + i * kTurn;
+    held[i] = load_four(from, k, width, is_whole && k < width);
   }
+  if (norm.weight != nullptr) {
+    const bool is_whole_weight = lies_whole(norm.weight, width);
+    float4 gains[kHeld];
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const int k = thread + i * kStep;
-    if (k < stride) to[k] = k < width ? to_bf16(values[i]) : uint16_t{0};
+    for (int i = 0; i < kHeld; ++i) {
+      const int k = first + i * kTurn;
+      gains[i] = load_four(norm.weight, k, width, is_whole_weight && k < width);
+    }
+    const float inverse = block_inverse_rms(held, from, width, norm.eps, reinterpret_cast<float*>(shared_memory()));
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) held[i] = normalized(held[i], inverse, gains[i]);
+  }
+  const bool is_whole_y = stride % 4 == 0 && reinterpret_cast<uintptr_t>(y) % sizeof(uint2) == 0;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int k = first + i * kTurn;
+    if (k >= stride) continue;
+    const float values[4] = {held[i].x, held[i].y, held[i].z, held[i].w};
+    if (is_whole_y) {
+      *reinterpret_cast<uint2*>(to + k) = {round_pair(values[0], values[1]), round_pair(values[2], values[3])};
+      continue;
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if (k + e < stride) to[k + e] = to_bf16(values[e]);
+    }
   }
 }
 
-template <int kEach>
+template <int kHeld>
 bool start_round_rows(const Gpu& gpu, Rows x, int64_t rows, int width, int stride, NormView norm, uint16_t* y) {
-  if (stride > kEach * static_cast<int>(kThreads)) return false;
-  launch(gpu, round_rows_kernel<kEach>, dim3(static_cast<unsigned>(rows)), kThreads, kWarp * sizeof(float), x, width,
+  if (stride > kHeld * 4 * static_cast<int>(kThreads)) return false;
+  launch(gpu, round_rows_kernel<kHeld>, dim3(static_cast<unsigned>(rows)), kThreads, squares_bytes(width), x, width,
          stride, norm, y);
   return true;
 }
 
 }  // namespace
 
-void normalize_rows(const Gpu& gpu, Rows x, int64_t rows, int width, NormView norm, Rows y) {
-  launch(gpu, normalize_rows_kernel, dim3(static_cast<unsigned>(rows)), kThreads, kWarp * sizeof(float), x, width, norm,
-         y);
-}
-
 void prepare_rows(const Gpu& gpu, Rows x, int64_t rows, int width, int stride, NormView norm, uint16_t* y,
                   float* row_scales) {
-  if (row_scales == nullptr && (start_round_rows<4>(gpu, x, rows, width, stride, norm, y) ||
-                                start_round_rows<8>(gpu, x, rows, width, stride, norm, y) ||
-                                start_round_rows<16>(gpu, x, rows, width, stride, norm, y))) {
+  if (row_scales == nullptr && (start_round_rows<1>(gpu, x, rows, width, stride, norm, y) ||
+                                start_round_rows<2>(gpu, x, rows, width, stride, norm, y) ||
+                                start_round_rows<4>(gpu, x, rows, width, stride, norm, y))) {
     return;
   }
-  launch(gpu, prepare_rows_kernel, dim3(static_cast<unsigned>(rows)), kThreads, kWarp * sizeof(float), x, width, stride,
-         norm, row_scales != nullptr, y, row_scales);
+  launch(gpu, prepare_rows_kernel, dim3(static_cast<unsigned>(rows)), kThreads,
+         kWarp * sizeof(float) + squares_bytes(width), x, width, stride, norm, row_scales != nullptr, y, row_scales);
 }
 
 }  // namespace llama_ext::cuda

@@ -1,18 +1,47 @@
-// A block for a row: one pass for the sum of squares, one for the product, which the cache serves. Bound by memory.
+// A block for a row, whose first 4,096 numbers stay in registers between the sum of squares and the product. Bound by memory.
 #include "cuda/kernels.h"
-#include "cuda/numeric.h"
+#include "cuda/row_norm.h"
 
 namespace llama_ext::cuda {
 namespace {
 
-__global__ void rms_norm_kernel(Rows x, int width, NormView norm, Rows y, float* inverse_rms) {
-  wait_for_predecessors();
-  auto* place = reinterpret_cast<float*>(shared_memory());
+constexpr int kHeld = 4;  // fours of a row that a thread keeps
+constexpr int kTurn = 4 * static_cast<int>(kThreads);
+
+__device__ __forceinline__ void store_four(float* row, int k, int cols, bool is_whole, const float4& four) {
+  if (is_whole) {
+    *reinterpret_cast<float4*>(row + k) = four;
+    return;
+  }
+  row[k] = four.x;
+  if (k + 1 < cols) row[k + 1] = four.y;
+  if (k + 2 < cols) row[k + 2] = four.z;
+  if (k + 3 < cols) row[k + 3] = four.w;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    rms_norm_kernel(Rows x, int width, NormView norm, Rows y, float* inverse_rms) {
   const float* from = x.row(blockIdx.x);
   float* to = y.row(blockIdx.x);
-  const float inverse = block_inverse_rms(from, width, norm.eps, place);
-  for (int i = static_cast<int>(threadIdx.x); i < width; i += static_cast<int>(blockDim.x)) {
-    to[i] = normalized(from[i], inverse, norm.weight[i]);
+  const bool is_whole = lies_whole(from, width) && lies_whole(to, width) && lies_whole(norm.weight, width);
+  const auto load = [&](const float* row, int k) { return load_four(row, k, width, is_whole && k < width); };
+  const int first = 4 * static_cast<int>(threadIdx.x);
+  float4 gains[kHeld];
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) gains[i] = load(norm.weight, first + i * kTurn);
+  wait_for_predecessors();
+  float4 held[kHeld];
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) held[i] = load(from, first + i * kTurn);
+  auto* squares = reinterpret_cast<float*>(shared_memory());
+  const float inverse = block_inverse_rms(held, from, width, norm.eps, squares);
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int k = first + i * kTurn;
+    if (k < width) store_four(to, k, width, is_whole, normalized(held[i], inverse, gains[i]));
+  }
+  for (int k = first + kHeld * kTurn; k < width; k += kTurn) {
+    store_four(to, k, width, is_whole, normalized(load(from, k), inverse, load(norm.weight, k)));
   }
   if (inverse_rms != nullptr && threadIdx.x == 0) inverse_rms[blockIdx.x] = inverse;
 }
@@ -20,7 +49,7 @@ __global__ void rms_norm_kernel(Rows x, int width, NormView norm, Rows y, float*
 }  // namespace
 
 void rms_norm(const Gpu& gpu, Rows x, int64_t rows, int width, NormView norm, Rows y, float* inverse_rms) {
-  launch<Start::kEarly>(gpu, rms_norm_kernel, dim3(static_cast<unsigned>(rows)), kThreads, kWarp * sizeof(float), x,
+  launch<Start::kEarly>(gpu, rms_norm_kernel, dim3(static_cast<unsigned>(rows)), kThreads, squares_bytes(width), x,
                         width, norm, y, inverse_rms);
 }
 

@@ -3,6 +3,7 @@
 // several times: a block for a row gives 1 / rms, then d_x; a thread for a column has sums of 64 rows. Bound by memory.
 #include "cuda/kernels.h"
 #include "cuda/numeric.h"
+#include "cuda/row_norm.h"
 #include "cuda/vectors.h"
 
 namespace llama_ext::cuda {
@@ -11,8 +12,7 @@ namespace {
 constexpr int64_t kRowsPerSum = 64;
 
 __global__ void inverse_rms_kernel(Rows x, int width, float eps, float* inverse_rms) {
-  auto* place = reinterpret_cast<float*>(shared_memory());
-  const float inverse = block_inverse_rms(x.row(blockIdx.x), width, eps, place);
+  const float inverse = block_inverse_rms(x.row(blockIdx.x), width, eps, reinterpret_cast<float*>(shared_memory()));
   if (threadIdx.x == 0) inverse_rms[blockIdx.x] = inverse;
 }
 
@@ -141,7 +141,7 @@ void rms_norm_backward(const Gpu& gpu, const NormGradients& g, int64_t rows, int
   const Scratch inverse(gpu, static_cast<size_t>(rows) * sizeof(float));
   auto* inverse_rms = inverse.as<float>();
   const dim3 all(static_cast<unsigned>(rows));
-  launch(gpu, inverse_rms_kernel, all, kThreads, kWarp * sizeof(float), g.x, width, g.norm.eps, inverse_rms);
+  launch(gpu, inverse_rms_kernel, all, kThreads, squares_bytes(width), g.x, width, g.norm.eps, inverse_rms);
   if (g.d_weight != nullptr) {
     const int64_t count = blocks_for(rows, kRowsPerSum);
     const Scratch sums(gpu, static_cast<size_t>(count * width) * sizeof(float));

@@ -4,6 +4,7 @@
 #include "cuda/kernels.h"
 #include "cuda/mma.h"
 #include "cuda/numeric.h"
+#include "cuda/row_norm.h"
 #include "cuda/weight_codes.h"
 
 namespace llama_ext::cuda::rows_mma {
@@ -69,22 +70,10 @@ struct alignas(8) StepFactor {
 /// The block's shared memory.
 struct Shared {
   float partial[kBuffers][kWarps][kTileRows][kColumns];
-  float squares[kColumns][kThreads / kWarp];  // of rows of x, as block_inverse_rms() adds them up
-  float before[kThreadCount];                 // what a thread's next number is added to
+  float before[kThreadCount];  // what a thread's next number is added to
   // Then for codes StepFactor (steps, kColumns) and where there are minima as many sums of x; then x: for each row, or for each digit of
   // each row, one column.
 };
-
-/// Elements k to k + 3 of a row, zeros beyond its last. is_whole: four of them are there and lie at 16 bytes, wherever k begins.
-__device__ __forceinline__ float4 load_four(const float* row, int k, int cols, bool is_whole) {
-  if (is_whole) return *reinterpret_cast<const float4*>(row + k);
-  float4 four{0.0f, 0.0f, 0.0f, 0.0f};
-  if (k < cols) four.x = row[k];
-  if (k + 1 < cols) four.y = row[k + 1];
-  if (k + 2 < cols) four.z = row[k + 2];
-  if (k + 3 < cols) four.w = row[k + 3];
-  return four;
-}
 
 inline constexpr int kTurn = 4 * kThreadCount;  // elements of a row of x, a vector of 4 for each thread
 inline constexpr int kAhead = 4;                // vectors of x that a thread has on their way
@@ -212,25 +201,6 @@ __device__ __forceinline__ void store_digits(const WeightView& w, const BroughtR
   if (w.has_min) to.totals[at] = step.total();
 }
 
-/// 1 / sqrt(mean(x^2) + eps) of a row, in the order of block_inverse_rms(), so that a norm by itself has the same bits. The block has kThreads
-/// threads at least. squares: kThreads / kWarp numbers.
-__device__ __forceinline__ float inverse_rms_of_row(const float* row, int cols, float eps, float* squares) {
-  constexpr int kLike = static_cast<int>(kThreads);
-  const auto thread = static_cast<int>(threadIdx.x);
-  float sum = 0.0f;
-  if (thread < kLike) {
-#pragma unroll 8
-    for (int k = thread; k < cols; k += kLike) sum = fmaf(row[k], row[k], sum);
-    sum = warp_sum(sum);
-    if (thread % static_cast<int>(kWarp) == 0) squares[thread / static_cast<int>(kWarp)] = sum;
-  }
-  __syncthreads();
-  sum = 0.0f;
-#pragma unroll 4  // all at once would take registers from the loads on their way
-  for (int i = 0; i < kLike / static_cast<int>(kWarp); ++i) sum += squares[i];
-  return inverse_rms(sum, cols, eps);
-}
-
 /// Rows of x in shared memory, zeros beyond the last column: normalised where there is a norm, then rounded to bfloat16 or cut into digits. gains:
 /// the thread's first ones, which were loaded early.
 template <Kind kKind>
@@ -250,7 +220,9 @@ __device__ __forceinline__ void bring_rows(const RowsMmaView& v, const BroughtRo
     float4 next_gains[kGains] = {gains[0], gains[1]};
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) load(row, 4 * thread + i * kTurn, next[i]);
-    const float inverse = has_norm ? inverse_rms_of_row(row, cols, p.norm.eps, to.shared.squares[m]) : 1.0f;
+    // In memory that sums of tiles will have; the last row's may still be read.
+    float* squares = &to.shared.partial[0][0][0][0] + m % 2 * segments_of(cols);
+    const float inverse = has_norm ? block_inverse_rms(next, row, cols, p.norm.eps, squares) : 1.0f;
 #pragma unroll 1
     for (int k = 4 * thread; k - 4 * thread < to.padded; k += kTurn) {
       float4 four = next[0];
@@ -261,8 +233,7 @@ __device__ __forceinline__ void bring_rows(const RowsMmaView& v, const BroughtRo
         const float4 gain = next_gains[0];
         next_gains[0] = next_gains[1];
         load(p.norm.weight, k + kGains * kTurn, next_gains[1]);
-        four = {normalized(four.x, inverse, gain.x), normalized(four.y, inverse, gain.y),
-                normalized(four.z, inverse, gain.z), normalized(four.w, inverse, gain.w)};
+        four = normalized(four, inverse, gain);
       }
       if constexpr (is_quantized(kKind)) {
         store_digits<kKind>(p.weight, to, m, k, four);

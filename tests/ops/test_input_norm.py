@@ -83,3 +83,19 @@ def test_a_norm_of_another_width_or_without_an_epsilon_is_refused(device: Device
         backend.matmul(x, matrix, None, out, False, "auto", np.ones(7, np.float32), EPS)
     with pytest.raises(OptionError, match=r"matmul: eps must be a number above 0.*, got 0"):
         backend.matmul(x, matrix, None, out, False, "auto", np.ones(8, np.float32), 0.0)
+
+
+@pytest.mark.parametrize("columns", [4100, 5120, 9216])
+@pytest.mark.parametrize("kept", [Kept("float32"), Kept("bfloat16"), Kept("int8", 128)], ids=str)
+@all_devices
+def test_rows_that_a_kernel_does_not_hold_at_once_have_the_same_bits(device: Device, kept: Kept, columns: int) -> None:
+    backend = device.backend
+    rng = np.random.default_rng(columns)
+    matrix = _matrix(backend, rng, 20, columns, kept)
+    weight = guarded(rng.standard_normal(columns).astype(np.float32))
+    for rows in (1, 3, 40):
+        x = guarded_rows(rng.standard_normal((rows, columns)).astype(np.float32) * 3, 5)
+        expected, found = guarded_empty((rows, 20)), guarded_empty((rows, 20))
+        backend.matmul(_normalized(backend, x, weight), matrix, None, expected, False, "auto")
+        backend.matmul(x, matrix, None, found, False, "auto", weight, EPS)
+        assert_same_bits(found, expected, f"{rows} rows")
