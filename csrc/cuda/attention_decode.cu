@@ -39,7 +39,6 @@ struct DecodeView {
 
 template <int kDim>
 __global__ void __launch_bounds__(kDecodeThreads) attention_decode_kernel(const __grid_constant__ DecodeView view) {
-  wait_for_predecessors();
   auto& shared = *reinterpret_cast<DecodeShared<kDim>*>(shared_memory());
   const auto thread = static_cast<int>(threadIdx.x);
   const auto token = static_cast<int>(blockIdx.x);
@@ -57,7 +56,7 @@ __global__ void __launch_bounds__(kDecodeThreads) attention_decode_kernel(const 
   const int stored = static_cast<int>(position - first_key < kDecodeKeys ? position - first_key : kDecodeKeys);
   const int visible = stored + (part + 1 == parts ? 1 : 0);
 
-  // What is stored comes while the new token is rotated.
+  // What is stored and where the new token goes was known before this token's kernels began: it comes before they are waited for.
   constexpr int kVectors = kDim / 8;
   constexpr int kAtOnce = kDecodeThreads / kVectors;  // keys
   const int vector = thread % kVectors;
@@ -79,21 +78,25 @@ __global__ void __launch_bounds__(kDecodeThreads) attention_decode_kernel(const 
     if (row >= a.group || d >= half_dim) shared.queries[row][2 * d] = shared.queries[row][2 * d + 1] = 0;
   }
 
-  // All loads before the first store: each wait for one would be a microsecond's half.
   const bool has_new = visible > stored;
   const int64_t angles = (segment.live_position == nullptr ? segment.row : position) * half_dim;
   const float* cosines = view.rows.cosines + angles;
   const float* sines = view.rows.sines + angles;
   static_assert(kDim <= kDecodeThreads);
+  float turn[2] = {};
+  if (has_new && thread < half_dim) {
+    turn[0] = cosines[thread];
+    turn[1] = sines[thread];
+  }
+  wait_for_predecessors();
+
+  // All loads before the first store: each wait for one would be a microsecond's half.
   float new_key[2] = {};
   float new_value = 0.0f;
-  float turn[2] = {};
   if (has_new && thread < half_dim) {
     const float* k = view.rows.k.row(segment.row) + kv_head * dim;
     new_key[0] = k[thread];
     new_key[1] = k[thread + half_dim];
-    turn[0] = cosines[thread];
-    turn[1] = sines[thread];
   }
   if (has_new && thread < dim) new_value = view.rows.v.row(segment.row)[kv_head * dim + thread];
   constexpr int kPairs = 2;
