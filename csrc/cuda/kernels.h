@@ -133,7 +133,7 @@ inline constexpr int64_t kMostMmaRows = 8;
 void matmul_rows_mma(const Gpu& gpu, const ProductView& product);
 
 // matmul_one_row.cu: one row of x and codes that matmul_rows_mma takes, too; the same bits.
-/// Whether it is asked for, and takes the product.
+/// Whether it takes the product, by the setting (Gpu::streams_one_row) and by the shape.
 bool takes_one_row(const Gpu& gpu, const ProductView& product);
 void matmul_one_row(const Gpu& gpu, const ProductView& product);
 

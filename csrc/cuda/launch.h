@@ -31,12 +31,14 @@ inline void allow_shared_memory(const Gpu& gpu, const void* kernel) {
 
 /// For the large kernels of a recorded token, which run beside each other where one starts early: a multiprocessor is divided alike for
 /// all of them, 64 KB of Hopper's 228 for shared memory (more where a block needs more), so that it never has to be divided anew in
-/// between, and loads on their way have the first cache; or all of it, for all models, where weights on their way have shared memory (matmul_one_row.cu).
+/// between, and loads on their way have the first cache; or all of it, where weights on their way have shared memory (matmul_one_row.cu): for a
+/// kernel by itself, or for all of them where all such products are made so.
 template <typename... Parameters>
-void divide_alike([[maybe_unused]] const Gpu& gpu, [[maybe_unused]] void (*kernel)(Parameters...)) {
+void divide_alike([[maybe_unused]] const Gpu& gpu, [[maybe_unused]] void (*kernel)(Parameters...),
+                  [[maybe_unused]] bool streams = false) {
 #if !defined(LLAMA_EXT_CUDA_EMULATED)
   const CurrentGpu current = gpu.use();
-  const int percent_shared = gpu.streams_one_row() ? 100 : 28;
+  const int percent_shared = streams || gpu.streams_one_row() == StreamsOneRow::kAll ? 100 : 28;
   require_success(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                        cudaFuncAttributePreferredSharedMemoryCarveout, percent_shared),
                   "how a kernel divides its multiprocessor");

@@ -134,7 +134,9 @@ Gpu::Gpu(int index) : index_(index) {
   has_hopper_code_ = capability_ == 90 && architecture_of_code(*this) >= 90;
   // What was compiled for 8.0 does not wait (wait_for_predecessors).
   overlaps_ = has_hopper_code_ && is_set("LLAMA_EXT_CUDA_OVERLAP", true);
-  streams_one_row_ = is_set("LLAMA_EXT_CUDA_ONE_ROW", false);
+  const bool streams_all = is_set("LLAMA_EXT_CUDA_ONE_ROW", false);
+  const bool streams_any = is_set("LLAMA_EXT_CUDA_ONE_ROW", true);
+  streams_one_row_ = streams_all ? StreamsOneRow::kAll : streams_any ? StreamsOneRow::kLong : StreamsOneRow::kNone;
   total_memory_ = memory().total;
   // Memory of the pool is kept between operations.
   require_success(cudaDeviceGetDefaultMemPool(&pool_, index), "asking for the memory pool");

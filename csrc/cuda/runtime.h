@@ -44,6 +44,9 @@ class [[nodiscard]] CurrentGpu {
   cudaError_t error_;
 };
 
+/// Of products of one row of x and codes: none, those that run long, or all.
+enum class StreamsOneRow : uint8_t { kNone, kLong, kAll };
+
 /// One GPU with the stream that all of a backend's work goes to, in order, whatever thread asks.
 class Gpu {
  public:
@@ -58,8 +61,8 @@ class Gpu {
   cudaStream_t stream() const;
   /// Whether kernels that wait for their predecessors themselves (launch.h) may be started before those are done.
   bool overlaps() const { return overlaps_; }
-  /// Whether products of one row of x and codes are made by matmul_one_row.cu.
-  bool streams_one_row() const { return streams_one_row_; }
+  /// Which products of one row of x and codes are made by matmul_one_row.cu.
+  StreamsOneRow streams_one_row() const { return streams_one_row_; }
   /// 90 for compute capability 9.0.
   int capability() const { return capability_; }
   /// Whether kernels of Hopper's own instructions (wgmma.h) are there: not where the driver compiles what was made for others, as it
@@ -110,7 +113,7 @@ class Gpu {
   cudaMemPool_t pool_ = nullptr;
   bool has_hopper_code_ = false;
   bool overlaps_ = false;
-  bool streams_one_row_ = false;
+  StreamsOneRow streams_one_row_ = StreamsOneRow::kLong;
 };
 
 /// hopper_code.cu: the compute capability that the kernels were compiled for which run on this GPU, 90 for 9.0.

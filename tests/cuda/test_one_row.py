@@ -29,9 +29,13 @@ each_kept = pytest.mark.parametrize("kept", KEPT, ids=str)
 
 
 @functools.cache
-def backend(streams: bool) -> _core.Backend:
+def backend(streams: bool | None) -> _core.Backend:
+    """streams: all products of one row or none; None: as it is where nothing is set."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(SETTING, str(int(streams)))
+        if streams is None:
+            patch.delenv(SETTING, raising=False)
+        else:
+            patch.setenv(SETTING, str(int(streams)))
         return _core.Backend("cuda:0")
 
 
@@ -94,6 +98,24 @@ def test_a_block_that_has_more_sums_than_memory_makes_them_in_passes() -> None:
     y = rng.standard_normal((1, 1400)).astype(np.float32)
     found, expected = (multiply(made, x, streams, y=y, accumulate=True) for streams in (True, False))
     assert_same_bits(found, expected, "passes")
+
+
+def test_a_product_of_32_mib_by_itself_is_made_by_it_unless_that_is_refused() -> None:
+    rng = np.random.default_rng(7)
+    kept, rows, columns = Kept("int8", 128), 8192, 4096
+    made = weights(kept, rng, rows, columns)
+    x = rng.standard_normal((1, columns)).astype(np.float32)
+    on = backend(None)
+    found, one_less = guarded_empty((1, rows)), guarded_empty((1, rows - 4))
+    on.matmul(guarded(x), made.on(on), None, found, False, "auto")
+    assert_used(True)
+    assert_same_bits(found, multiply(made, x, False), "a head")
+    on.matmul(guarded(x), weights(kept, rng, rows - 4, columns).on(on), None, one_less, False, "auto")
+    assert_used(False)
+    y = guarded(np.zeros((1, rows), np.float32))
+    on.matmul(guarded(x), made.on(on), None, y, True, "auto")
+    assert_used(False)
+    assert_same_bits(y, found, "added to something, as in a layer")
 
 
 @pytest.mark.parametrize("width", [16, 20, 300, 1000])
