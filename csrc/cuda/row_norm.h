@@ -27,10 +27,9 @@ __device__ __forceinline__ float4 load_four(const float* row, int k, int cols, b
   return four;
 }
 
-/// Of a segment whose numbers the warp's lanes have, zeros where there are none: its sum of squares goes where others of the block find it.
-__device__ __forceinline__ void store_squares(const float4& four, float* place) {
-  const float sum = warp_sum(fmaf(four.w, four.w, fmaf(four.z, four.z, fmaf(four.y, four.y, four.x * four.x))));
-  if (threadIdx.x % kWarp == 0) *place = sum;
+/// Of a segment whose numbers the warp's lanes have, zeros where there are none.
+__device__ __forceinline__ float squares_of_segment(const float4& four) {
+  return warp_sum(fmaf(four.w, four.w, fmaf(four.z, four.z, fmaf(four.y, four.y, four.x * four.x))));
 }
 
 /// Of a row whose segments' sums are in `squares`, behind a barrier.
@@ -51,15 +50,22 @@ __device__ __forceinline__ float block_inverse_rms(const float4 (&held)[kHeld], 
   const auto thread = static_cast<int>(threadIdx.x);
   const auto turn = static_cast<int>(4 * blockDim.x);
   const int end = segments_of(width) * kSegment;
+  const auto store = [&](int k, float sum) {
+    if (thread % static_cast<int>(kWarp) == 0 && k < end) squares[k / kSegment] = sum;
+  };
+  float sums[kHeld];  // without a branch between them, so that shuffles do not wait for each other
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
-    const int k = 4 * thread + i * turn;
-    if (k < end) store_squares(k < width ? held[i] : float4{0.0f, 0.0f, 0.0f, 0.0f}, squares + k / kSegment);
+    sums[i] = squares_of_segment(4 * thread + i * turn < width ? held[i] : float4{0.0f, 0.0f, 0.0f, 0.0f});
   }
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) store(4 * thread + i * turn, sums[i]);
   const bool is_whole = lies_whole(x, width);
-#pragma unroll 4
+  // Who holds more has few rows that are longer.
+  [[maybe_unused]] constexpr int kAtOnce = kHeld == 1 ? 4 : 1;
+#pragma unroll kAtOnce
   for (int k = 4 * thread + kHeld * turn; k < end; k += turn) {
-    store_squares(load_four(x, k, width, is_whole && k < width), squares + k / kSegment);
+    store(k, squares_of_segment(load_four(x, k, width, is_whole && k < width)));
   }
   __syncthreads();
   return inverse_rms_of_segments(squares, width, eps);
