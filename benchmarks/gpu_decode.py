@@ -1,6 +1,6 @@
 """How fast a GPU decodes under several settings, or with several builds of the library, in turns within one run.
 
-    python -m benchmarks.gpu_decode                             products of one row on tensor cores, beside those of matmul_one_row.cu
+    python -m benchmarks.gpu_decode                             products of one row on tensor cores, all by matmul_one_row.cu, and as it is
     python -m benchmarks.gpu_decode --shapes 8b --weights int4  one shape, one way to keep its weights
     python -m benchmarks.gpu_decode --settings LLAMA_EXT_CUDA_OVERLAP=0 LLAMA_EXT_CUDA_OVERLAP=1,LLAMA_EXT_CUDA_ONE_ROW=1
     python -m benchmarks.gpu_decode --libraries before.so after.so   builds of the same headers as the installed module
@@ -37,7 +37,7 @@ GREEDY = {"temperature": 0.0}
 WARM_TOKENS = 8
 PROMPT_TOKENS = 64
 REPEATS = 3
-DEFAULT_SETTINGS = ["LLAMA_EXT_CUDA_ONE_ROW=0", "LLAMA_EXT_CUDA_ONE_ROW=1"]
+DEFAULT_SETTINGS = ["LLAMA_EXT_CUDA_ONE_ROW=0", "", "LLAMA_EXT_CUDA_ONE_ROW=1"]
 LIBRARY = "LLAMA_EXT_CUDA_LIBRARY"
 
 
@@ -103,7 +103,7 @@ def measure_apart(settings: dict[str, str], arguments: list[str]) -> dict[str, A
 
 
 def read_settings(text: str) -> dict[str, str]:
-    """Of "NAME=VALUE,NAME=VALUE"."""
+    """Of "NAME=VALUE,NAME=VALUE", or "" for none."""
     pairs = [part.partition("=") for part in text.split(",") if part]
     if any(not name or not equals for name, equals, _ in pairs):
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, or several with commas between them, got {text!r}")
@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
     for library, settings in itertools.product(options.libraries, options.settings):
         named = settings | ({LIBRARY: os.path.abspath(library)} if library else {})
         label = " ".join(f"{key.removeprefix('LLAMA_EXT_CUDA_')}={value}" for key, value in settings.items())
-        variants[f"{label} {library}".strip()] = named
+        variants[f"{label} {library}".strip() or "as it is"] = named
     results: dict[str, list[dict[str, Any]]] = {label: [] for label in variants}
     for done in range(options.rounds):
         for label, named in variants.items():

@@ -44,12 +44,16 @@ def test_a_kind_of_weights_that_no_shape_has_is_refused(capsys: pytest.CaptureFi
 @requires_cuda
 @pytest.mark.gpu
 def test_each_setting_decodes_in_a_process_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
-    settings = ["LLAMA_EXT_CUDA_ONE_ROW=0", "LLAMA_EXT_CUDA_ONE_ROW=1,LLAMA_EXT_CUDA_OVERLAP=0"]
+    settings = ["LLAMA_EXT_CUDA_ONE_ROW=0", "", "LLAMA_EXT_CUDA_ONE_ROW=1,LLAMA_EXT_CUDA_OVERLAP=0"]
     options = ["--shapes", "tiny", "--weights", "bfloat16", "--tokens", "2", "--rounds", "1"]
     assert gpu_decode.main([*options, "--settings", *settings]) == 0
     lines = capsys.readouterr().out.splitlines()
     header = next(i for i, line in enumerate(lines) if "tiny bfloat16" in line)
-    assert [line.strip().split("  ")[0] for line in lines[header + 1 :]] == ["ONE_ROW=0", "ONE_ROW=1 OVERLAP=0"]
+    assert [line.strip().split("  ")[0] for line in lines[header + 1 :]] == [
+        "ONE_ROW=0",
+        "as it is",
+        "ONE_ROW=1 OVERLAP=0",
+    ]
 
 
 @requires_cuda
