@@ -178,3 +178,9 @@ def test_wrong_usage(run: Run, tmp_path: Path) -> None:
     assert run("quantize", tmp_path / "nothing", tmp_path / "x", "--dtype", "int8").code == 3
     assert run("quantize", "demo", tmp_path / "x", "--dtype", "int8", "--calibrate", tmp_path / "nothing").code == 3
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hidden_gguf_file_is_a_file(run: Run, tmp_path: Path) -> None:
+    assert run("convert", "demo", tmp_path / ".gguf", "--dtype", "q8_0").code == 0
+    assert (tmp_path / ".gguf").read_bytes()[:4] == b"GGUF"
+    assert run("info", "--model", tmp_path / ".gguf").code == 0

@@ -18,7 +18,7 @@ from command_line import Run, command, run_process
 from llama_ext import errors
 from llama_ext.cli import generate
 from llama_ext.cli.common import in_words_of_the_command
-from llama_ext.cli.main import exit_code
+from llama_ext.cli.main import build_parser, exit_code
 from timing import SLACK
 
 COMMANDS = ["info", "generate", "chat", "bench", "perplexity"]
@@ -43,6 +43,19 @@ def test_help_lists_every_command_and_what_the_exit_codes_mean(run: Run) -> None
     assert (code, err) == (0, "")
     for name in [*COMMANDS, "130 interrupted"]:
         assert name in out
+
+
+@pytest.mark.parametrize("number", ["-1", "-.5", "-1e-1", "-2.5E+3", "-1_000", "-inf", "-Infinity", "-nan"])
+def test_a_negative_number_is_the_value_of_an_option(number: str) -> None:
+    args = build_parser().parse_args(["generate", "x", "--presence-penalty", number])
+    assert str(args.presence_penalty) == str(float(number))
+
+
+@pytest.mark.parametrize("wrong", ["-1x", "-e9", "-information"])
+def test_what_is_no_number_is_an_unknown_option(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["generate", "x", "--presence-penalty", wrong])
+    assert "--presence-penalty: expected one argument" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["", *COMMANDS])

@@ -49,9 +49,9 @@ def add_to(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the subcommand."""
     from llama_ext.cli.info import describe_model
-    from llama_ext.runtime.conversion import convert
+    from llama_ext.runtime.conversion import convert, names_gguf
 
-    check = check_file if Path(args.out).suffix.lower() == ".gguf" else check_directory
+    check = check_file if names_gguf(Path(args.out)) else check_directory
     check(args.out, args.overwrite)
     out = convert(args.model, args.out, dtype=args.dtype)
     written = describe_model(str(out))

@@ -33,7 +33,7 @@ from llama_ext.runtime.model_files import ModelFiles, StoredTensor
 from llama_ext.runtime.progress import ProgressBar
 from llama_ext.runtime.saving import save_files
 
-__all__ = ["DTYPES", "convert"]
+__all__ = ["DTYPES", "convert", "names_gguf"]
 
 DTYPES = ("float32", "float16", "bfloat16", "q8_0", "q4_0")
 # GGUF's words for the first three, which are taken as well.
@@ -86,7 +86,7 @@ def convert(
             "Save a loaded model first: model.save_pretrained(directory), then convert(directory, ...)"
         )
     target = named(out)
-    to_gguf = target.suffix.lower() == ".gguf"
+    to_gguf = names_gguf(target)
     dtype = dtype if dtype is None else _SHORT.get(dtype, dtype)
     if dtype is not None and dtype not in DTYPES:
         raise OptionError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -135,6 +135,11 @@ def _mostly(files: ModelFiles, kinds: dict[str, GgmlType]) -> GgmlType:
         kind = kinds[tensor.slot]
         sizes[kind] = sizes.get(kind, 0) + int(np.prod(tensor.shape))
     return max(sizes, key=sizes.__getitem__)
+
+
+def names_gguf(out: Path) -> bool:
+    """Whether `convert` writes a GGUF file there: a hidden one has a name that is all suffix."""
+    return out.name.lower().endswith(".gguf")
 
 
 def _write_gguf(files: ModelFiles, path: Path, dtype: str | None) -> None:
