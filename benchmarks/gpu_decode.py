@@ -1,11 +1,11 @@
 """How fast a GPU decodes under several settings, or with several builds of the library, in turns within one run.
 
-    python -m benchmarks.gpu_decode                             products of one row on tensor cores, all by matmul_one_row.cu, and as it is
+    python -m benchmarks.gpu_decode                             products of one row on tensor cores, as it is, and all by matmul_one_row.cu
     python -m benchmarks.gpu_decode --shapes 8b --weights int4  one shape, one way to keep its weights
     python -m benchmarks.gpu_decode --settings LLAMA_EXT_CUDA_OVERLAP=0 LLAMA_EXT_CUDA_OVERLAP=1,LLAMA_EXT_CUDA_ONE_ROW=1
     python -m benchmarks.gpu_decode --libraries before.so after.so   builds of the same headers as the installed module
 
-The first compares products of codes; with bfloat16 weights the two differ in how a multiprocessor is divided, and in nothing else.
+The first compares products of codes; with bfloat16 weights only the last differs, in how a multiprocessor is divided.
 Each setting of each library runs in a process of its own, as both are read once, and all of them in each round. A cell is the median
 of all rounds, and its share of the read probe of its own processes. The tokens and their log probabilities must be the same, bit for bit,
 whatever the setting; if they are not, that is said, and the exit code is 1.

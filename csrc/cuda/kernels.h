@@ -32,7 +32,7 @@ void rope(const Gpu& gpu, Rows x, int64_t tokens, int heads, int head_dim, const
           bool inverse);
 
 // prepare_rows.cu: rows as the tensor cores take them, normalised where there is a norm and rounded to bfloat16, or to float16 where there
-// are row_scales, which then undo what fits a row into that range. stride: elements, zeros beyond width.
+// are row_scales, which then undo what fits a row into that range. y: at 8 bytes; stride: elements, a multiple of 4, zeros beyond width.
 void prepare_rows(const Gpu& gpu, Rows x, int64_t rows, int width, int stride, NormView norm, uint16_t* y,
                   float* row_scales);
 
@@ -196,7 +196,8 @@ void attention_wgmma(const Gpu& gpu, const KvSegmentView& segment, Rows q, int h
 void attention_wgmma_rounded(const Gpu& gpu, const KvSegmentView& segment, Rows q, int heads, float scale,
                              RoundedRows y);
 
-// attention_decode.cu: kv_store and attention of one token a segment, at once. q and k stay as they are, not rotated.
+// attention_decode.cu: kv_store and attention of one token a segment, at once. q and k stay as they are, not rotated. Positions and what is
+// stored are read early (launch.h): a recording is of one token of different caches, and its last kernel counts positions.
 inline constexpr int kMostDecodeHeads = 1024;
 bool has_attention_decode(const KvSegmentView* segments, int64_t count, int heads);
 /// arrived: kMostSegments kMostDecodeHeads zeros, which are zeros again afterwards.

@@ -16,7 +16,8 @@ inline constexpr unsigned kAllLanes = 0xffffffffu;
 inline constexpr unsigned kThreads = 256;
 
 /// When a kernel starts: once all before it are done, or, in a recording, as soon as there is room. An early one must call
-/// wait_for_predecessors() before it reads or writes anything that other kernels do.
+/// wait_for_predecessors() before it writes, and before it reads what a kernel of the same recording has written by then. Weights it may read
+/// earlier, and what the replay before this one has left, as replays run one after the other.
 enum class Start : uint8_t { kInOrder, kEarly };
 
 #if !defined(LLAMA_EXT_CUDA_EMULATED)

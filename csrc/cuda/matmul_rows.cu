@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, 2) matmul_rows_kernel(const __grid_c
   const int tile = tile_size(w.stride, kRows);
   auto* activations = reinterpret_cast<float*>(shared_memory());
   float* squares = activations + kRows * tile;
-  float* inverse_rms = squares + segments_of(w.cols);  // (kRows)
+  float* inverse_rms = squares + squares_of(w.cols);  // (kRows)
   if (p.norm.weight != nullptr) {
 #pragma unroll 1
     for (int m = 0; m < kRows; ++m) {
@@ -158,7 +158,7 @@ template <Kind kKind, int kRows>
 void start(const Gpu& gpu, const ProductView& p) {
   const int64_t warps = p.is_gate_up ? p.width : blocks_for(p.weight.rows, kRowsPerWarp);
   const size_t floats =
-      static_cast<size_t>(kRows * tile_size(p.weight.stride, kRows) + segments_of(p.weight.cols) + kRows);
+      static_cast<size_t>(kRows * tile_size(p.weight.stride, kRows) + squares_of(p.weight.cols) + kRows);
   launch<Start::kEarly>(gpu, matmul_rows_kernel<kKind, kRows>, dim3(static_cast<unsigned>(blocks_for(warps, kWarps))),
                         kThreads, floats * sizeof(float), p);
 }

@@ -61,20 +61,11 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) held[i] = normalized(held[i], inverse, gains[i]);
   }
-  const bool is_whole_y = stride % 4 == 0 && reinterpret_cast<uintptr_t>(y) % sizeof(uint2) == 0;
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const int k = first + i * kTurn;
     if (k >= stride) continue;
-    const float values[4] = {held[i].x, held[i].y, held[i].z, held[i].w};
-    if (is_whole_y) {
-      *reinterpret_cast<uint2*>(to + k) = {round_pair(values[0], values[1]), round_pair(values[2], values[3])};
-      continue;
-    }
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      if (k + e < stride) to[k + e] = to_bf16(values[e]);
-    }
+    *reinterpret_cast<uint2*>(to + k) = {round_pair(held[i].x, held[i].y), round_pair(held[i].z, held[i].w)};
   }
 }
 

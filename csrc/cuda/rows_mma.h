@@ -221,7 +221,8 @@ __device__ __forceinline__ void bring_rows(const RowsMmaView& v, const BroughtRo
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) load(row, 4 * thread + i * kTurn, next[i]);
     // In memory that sums of tiles will have; the last row's may still be read.
-    float* squares = &to.shared.partial[0][0][0][0] + m % 2 * segments_of(cols);
+    static_assert(sizeof(Shared::partial) >= 2 * kMostSquares * sizeof(float));
+    float* squares = &to.shared.partial[0][0][0][0] + m % 2 * kMostSquares;
     const float inverse = has_norm ? block_inverse_rms(next, row, cols, p.norm.eps, squares) : 1.0f;
 #pragma unroll 1
     for (int k = 4 * thread; k - 4 * thread < to.padded; k += kTurn) {

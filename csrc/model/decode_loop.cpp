@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <unordered_set>
 #include <utility>
 
 #include "backend/range.h"
@@ -19,9 +20,11 @@ constexpr int64_t kAngleBlock = 64;
 
 std::vector<SampleSeat> sample_seats(const std::vector<DecodeSeat>& seats) {
   std::vector<SampleSeat> all;
+  std::unordered_set<const KvCache*> caches;
   for (const DecodeSeat& seat : seats) {
     require(seat.cache != nullptr && seat.sample.position >= 0, ErrorKind::kInternal,
             "decode loop: a sequence needs a cache, and a position of at least 0");
+    require(caches.insert(seat.cache).second, ErrorKind::kInternal, "decode loop: two sequences have one cache");
     all.push_back(seat.sample);
   }
   return all;

@@ -90,6 +90,16 @@ def test_its_norm_bias_and_residual_have_the_same_bits(kept: Kept) -> None:
         assert_same_bits(found, expected, " ".join(options))
 
 
+@pytest.mark.parametrize("columns", [1536, 3072, 4608, 6144])
+def test_its_norm_has_the_same_bits_whatever_of_the_row_a_thread_holds(columns: int) -> None:
+    rng = np.random.default_rng(columns)
+    made = weights(Kept("int4", 128), rng, 20, columns)
+    x = rng.standard_normal((1, columns)).astype(np.float32)
+    options = {"norm_weight": guarded(rng.standard_normal(columns).astype(np.float32)), "norm_eps": 1e-5}
+    found, expected = (multiply(made, x, streams, **options) for streams in (True, False))
+    assert_same_bits(found, expected, f"{columns} columns")
+
+
 def test_a_block_that_has_more_sums_than_memory_makes_them_in_passes() -> None:
     """With the four multiprocessors of the emulator: a GPU has rows enough for one pass, with sums alike."""
     rng = np.random.default_rng(4)
@@ -116,6 +126,8 @@ def test_a_product_of_32_mib_by_itself_is_made_by_it_unless_that_is_refused() ->
     on.matmul(guarded(x), made.on(on), None, y, True, "auto")
     assert_used(False)
     assert_same_bits(y, found, "added to something, as in a layer")
+    on.matmul(guarded(x), made.on(on), None, y, False, "auto", guarded(np.ones(columns, np.float32)), 1e-5)
+    assert_used(False)
 
 
 @pytest.mark.parametrize("width", [16, 20, 300, 1000])

@@ -85,10 +85,10 @@ def test_a_norm_of_another_width_or_without_an_epsilon_is_refused(device: Device
         backend.matmul(x, matrix, None, out, False, "auto", np.ones(8, np.float32), 0.0)
 
 
-@pytest.mark.parametrize("columns", [4100, 5120, 9216])
+@pytest.mark.parametrize("columns", [1028, 2048, 2052, 4096, 4100, 5120, 9216])
 @pytest.mark.parametrize("kept", [Kept("float32"), Kept("bfloat16"), Kept("int8", 128)], ids=str)
 @all_devices
-def test_rows_that_a_kernel_does_not_hold_at_once_have_the_same_bits(device: Device, kept: Kept, columns: int) -> None:
+def test_rows_that_kernels_hold_in_parts_have_the_same_bits(device: Device, kept: Kept, columns: int) -> None:
     backend = device.backend
     rng = np.random.default_rng(columns)
     matrix = _matrix(backend, rng, 20, columns, kept)

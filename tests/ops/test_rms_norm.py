@@ -47,7 +47,7 @@ WIDTHS = [
     14336,
 ]
 SHAPES = [(rows, width) for rows, width in zip([1, 2, 3, 17, 5] * 6, WIDTHS, strict=False)]
-SHAPES += [(0, 5), (1000, 65), (301, 257), (16, 2048), (33, 4097)]
+SHAPES += [(0, 5), (1000, 65), (301, 257), (16, 2048), (33, 4097), (1, 300_001), (2, 262_144)]
 SHAPE_IDS = [f"{rows}x{width}" for rows, width in SHAPES]
 EPS = (1e-5, 1e-6, 0.5)
 
@@ -84,7 +84,7 @@ def test_rms_norm_matches_float64(device: Device, rows: int, width: int) -> None
         assert_within(out, expected_reference(rows, width), bound, "against the reference")
 
 
-@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 17), (40, 65), (600, 31)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 17), (40, 65), (600, 31), (5, 64), (2, 5000)])
 @all_devices
 def test_rms_norm_of_strided_rows_and_in_place_has_the_same_bits(device: Device, rows: int, width: int) -> None:
     x, weight, eps = make_problem(rows, width)
