@@ -1,6 +1,7 @@
 // A block for a row, whose first 4,096 numbers stay in registers between the sum of squares and the product. Bound by memory.
 #include "cuda/kernels.h"
 #include "cuda/row_norm.h"
+#include "cuda/vectors.h"
 
 namespace llama_ext::cuda {
 namespace {
@@ -8,23 +9,16 @@ namespace {
 constexpr int kHeld = 4;  // fours of a row that a thread keeps
 constexpr int kTurn = 4 * static_cast<int>(kThreads);
 
-__device__ __forceinline__ void store_four(float* row, int k, int cols, bool is_whole, const float4& four) {
-  if (is_whole) {
-    *reinterpret_cast<float4*>(row + k) = four;
-    return;
-  }
-  row[k] = four.x;
-  if (k + 1 < cols) row[k + 1] = four.y;
-  if (k + 2 < cols) row[k + 2] = four.z;
-  if (k + 3 < cols) row[k + 3] = four.w;
-}
-
 __global__ void __launch_bounds__(kThreads)
     rms_norm_kernel(Rows x, int width, NormView norm, Rows y, float* inverse_rms) {
   const float* from = x.row(blockIdx.x);
   float* to = y.row(blockIdx.x);
   const bool is_whole = lies_whole(from, width) && lies_whole(to, width) && lies_whole(norm.weight, width);
   const auto load = [&](const float* row, int k) { return load_four(row, k, width, is_whole && k < width); };
+  const auto store = [&](int k, const float4& four) {
+    const float values[kVector] = {four.x, four.y, four.z, four.w};
+    is_whole ? write_vector<true>(to, k, width, values) : write_vector<false>(to, k, width, values);
+  };
   const int first = 4 * static_cast<int>(threadIdx.x);
   float4 gains[kHeld];
 #pragma unroll
@@ -38,10 +32,10 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const int k = first + i * kTurn;
-    if (k < width) store_four(to, k, width, is_whole, normalized(held[i], inverse, gains[i]));
+    if (k < width) store(k, normalized(held[i], inverse, gains[i]));
   }
   for (int k = first + kHeld * kTurn; k < width; k += kTurn) {
-    store_four(to, k, width, is_whole, normalized(load(from, k), inverse, load(norm.weight, k)));
+    store(k, normalized(load(from, k), inverse, load(norm.weight, k)));
   }
   if (inverse_rms != nullptr && threadIdx.x == 0) inverse_rms[blockIdx.x] = inverse;
 }
