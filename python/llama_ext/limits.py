@@ -6,7 +6,7 @@ import dataclasses
 
 from llama_ext.errors import OptionError
 
-__all__ = ["DEFAULT_LIMITS", "Limits"]
+__all__ = ["DEFAULT_LIMITS", "Limits", "check_limits"]
 
 _MIB = 1 << 20
 
@@ -63,3 +63,15 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits()
+
+
+def check_limits(limits: object) -> None:
+    """Refuses what a caller gives for `limits` and is none.
+
+    Raises:
+        OptionError: It is no `Limits`.
+    """
+    if not isinstance(limits, Limits):
+        raise OptionError(
+            f"limits must be a Limits, such as Limits(vocabulary=2_000_000), got {type(limits).__name__}"
+        )

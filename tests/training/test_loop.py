@@ -282,6 +282,12 @@ def test_callbacks_of_a_generator_are_called_as_those_of_a_list(make_run: MakeRu
     assert steps == [1, 1, 2, 2, 3, 3]
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_names_the_log(make_run: MakeRun) -> None:
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        make_run(max_steps=1, log_file="/dev/full").run.go()
+
+
 def test_the_log_has_a_json_object_for_each_event(make_run: MakeRun, tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     made = make_run(

@@ -24,7 +24,7 @@ from llama_ext.errors import FormatError, LimitError, UnsupportedError
 from llama_ext.io.gguf_types import Bytes, Floats, GgmlType, dequantize, ggml_type
 from llama_ext.io.json_file import open_regular
 from llama_ext.io.mapped_file import MappedFile
-from llama_ext.limits import DEFAULT_LIMITS, Limits
+from llama_ext.limits import DEFAULT_LIMITS, Limits, check_limits
 
 __all__ = ["ALIGNMENT_KEY", "DEFAULT_ALIGNMENT", "MAX_DIMENSIONS", "GgufFile", "GgufTensor", "ValueType"]
 
@@ -142,6 +142,7 @@ class GgufFile:
     """
 
     def __init__(self, path: str | os.PathLike[str], limits: Limits = DEFAULT_LIMITS) -> None:
+        check_limits(limits)
         self.path = os.fspath(path)
         with open_regular(path, what="a GGUF file") as file:
             first = file.read(_HEADER.size)

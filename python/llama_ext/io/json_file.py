@@ -10,7 +10,7 @@ import stat
 from typing import Any, BinaryIO, NoReturn
 
 from llama_ext.errors import FormatError, LimitError
-from llama_ext.limits import DEFAULT_LIMITS, Limits
+from llama_ext.limits import DEFAULT_LIMITS, Limits, check_limits
 
 __all__ = ["open_regular", "parse_json_object", "read_json_object"]
 
@@ -66,9 +66,11 @@ def read_json_object(
         The object. Its numbers are finite.
 
     Raises:
+        OptionError: `limits` is no `Limits`.
         FormatError: The file is missing, or not UTF-8, not JSON, not an object, or has a duplicate key, NaN or Infinity.
         LimitError: The file is larger or nested deeper than the limits allow.
     """
+    check_limits(limits)
     shown = os.fspath(path)
     most: int = getattr(limits, limit)
     with open_regular(path, what=what) as file:

@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from llama_ext._options import shown
 from llama_ext.errors import CheckpointError, FormatError, LimitError, OptionError, UnsupportedError
-from llama_ext.io.atomic import atomic_write, made_folder, remove
+from llama_ext.io.atomic import atomic_write, named, remove
 from llama_ext.io.checkpoint import TensorSource, write_safetensors
+from llama_ext.io.folder_lock import saving_into
 from llama_ext.io.json_file import read_json_object
 from llama_ext.io.safetensors_file import SafetensorsFile, TensorInfo
 from llama_ext.limits import DEFAULT_LIMITS, Limits
@@ -403,13 +404,14 @@ def write_adapter(
     ]
     if head is not None:
         tensors.append((_PREFIX + CLASSIFIER_HEAD, "float32", head.shape, lambda: [np.ascontiguousarray(head)]))
-    folder = made_folder(directory)
+    folder = named(directory)
     # Patterns are in their order: the first one that matches counts.
     text = json.dumps(_config_of(lora, config, head is not None, base), indent=2, allow_nan=False)
-    remove(folder / CONFIG_FILE)
-    write_safetensors(folder / WEIGHTS_FILE, tensors)
-    with atomic_write(folder / CONFIG_FILE) as file:
-        file.write((text + "\n").encode("utf-8"))
+    with saving_into(folder):
+        remove(folder / CONFIG_FILE)
+        write_safetensors(folder / WEIGHTS_FILE, tensors)
+        with atomic_write(folder / CONFIG_FILE) as file:
+            file.write((text + "\n").encode("utf-8"))
 
 
 def _config_of(lora: LoRA, config: LlamaConfig, with_head: bool, base: str | None) -> dict[str, Any]:

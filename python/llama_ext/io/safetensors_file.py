@@ -22,7 +22,7 @@ import safetensors
 from llama_ext.errors import FormatError, LimitError, UnsupportedError
 from llama_ext.io.json_file import open_regular
 from llama_ext.io.mapped_file import MappedFile
-from llama_ext.limits import DEFAULT_LIMITS, Limits
+from llama_ext.limits import DEFAULT_LIMITS, Limits, check_limits
 
 __all__ = ["DTYPES", "SafetensorsFile", "TensorInfo"]
 
@@ -90,6 +90,7 @@ class SafetensorsFile:
     """
 
     def __init__(self, path: str | os.PathLike[str], limits: Limits = DEFAULT_LIMITS) -> None:
+        check_limits(limits)
         self.path = os.fspath(path)
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}

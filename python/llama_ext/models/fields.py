@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from llama_ext._options import shown
 from llama_ext.errors import FormatError, LimitError, OptionError, UnsupportedError
-from llama_ext.limits import DEFAULT_LIMITS, Limits
+from llama_ext.limits import DEFAULT_LIMITS, Limits, check_limits
 
 __all__ = ["LEAST_EPS", "FieldReader"]
 
@@ -44,6 +44,7 @@ class FieldReader:
         self.path = path
         self.from_file = from_file
         self.prefix = prefix
+        check_limits(limits)
         self.limits = limits
 
     def nested(self, values: Mapping[str, Any], prefix: str) -> FieldReader:

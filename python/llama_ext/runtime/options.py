@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
+import numpy as np
+
 from llama_ext._arrays import as_whole
 from llama_ext._options import meant, refuse_unknown, shown, whole_seed
 from llama_ext.errors import ContextLengthError, OptionError, TokenIdError, UnsupportedError
@@ -41,6 +43,8 @@ DEFAULT_NEW_TOKENS = 256
 DEFAULT_BATCH_SIZE = 16
 # kMaxBeams of the core.
 _MOST_BEAMS = 1024
+# Of float32, in which logits are.
+_LARGEST_LOGIT = float(np.finfo(np.float32).max)
 
 
 class OneSequenceOptions(TypedDict, total=False):
@@ -361,8 +365,9 @@ def _logit_bias(value: object, vocabulary: int) -> dict[int, float]:
             value_of_it = math.nan if isinstance(bias, (bool, str)) else float(bias)
         except (TypeError, ValueError, OverflowError):
             value_of_it = math.nan
-        if math.isnan(value_of_it) or value_of_it == math.inf:
-            raise OptionError(f"logit_bias[{number}] must be a number below infinity, got {shown(bias)}")
+        # What lies below the range forbids a token as -inf does.
+        if math.isnan(value_of_it) or value_of_it > _LARGEST_LOGIT:
+            raise OptionError(f"logit_bias[{number}] must be a number of at most {_LARGEST_LOGIT:.7g}, got {shown(bias)}")
         result[number] = value_of_it
     return result
 

@@ -16,6 +16,7 @@ from llama_ext import _core
 from llama_ext.errors import FormatError
 from llama_ext.io.atomic import atomic_write, named, remove
 from llama_ext.io.checkpoint import BYTES, TensorSource, write_sharded
+from llama_ext.io.folder_lock import saving_into
 from llama_ext.models import ARCHITECTURES
 from llama_ext.models.config import LlamaConfig
 from llama_ext.models.generation_config import GenerationDefaults
@@ -77,7 +78,8 @@ def save_files(
     """Writes a directory: weights, config, generation defaults, tokenizer.
 
     Nothing loads without config.json: it goes before the first file of an older model is replaced, and comes last. So a
-    save that is cut short leaves the older model, the new one or none, but never some files of each.
+    save that is cut short leaves the older model, the new one or none, but never some files of each. Two saves into one
+    directory come one after the other.
 
     Raises:
         OSError: It cannot be written.
@@ -97,15 +99,16 @@ def save_files(
     tokenizer_files = None if tokenizer is None else tokenizer._files()
     if advance is not None:
         tensors = [(name, kind, shape, _counted(source, advance)) for name, kind, shape, source in tensors]
-    write_sharded(folder, tensors, replacing=lambda: remove(folder / _CONFIG_FILE))
-    # One that an earlier save left would speak for this model.
-    remove(folder / GENERATION_FILE)
-    if said is not None:
-        with atomic_write(folder / GENERATION_FILE) as file:
-            file.write(said.encode("utf-8"))
-    if tokenizer_files is not None:
-        write_tokenizer_files(tokenizer_files, folder)
-    config.save_pretrained(folder)
+    with saving_into(folder):
+        write_sharded(folder, tensors, replacing=lambda: remove(folder / _CONFIG_FILE))
+        # One that an earlier save left would speak for this model.
+        remove(folder / GENERATION_FILE)
+        if said is not None:
+            with atomic_write(folder / GENERATION_FILE) as file:
+                file.write(said.encode("utf-8"))
+        if tokenizer_files is not None:
+            write_tokenizer_files(tokenizer_files, folder)
+        config.save_pretrained(folder)
 
 
 def _counted(source: Callable[[], Iterable[Any]], advance: Callable[[int], None]) -> Callable[[], Iterable[Any]]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llama_ext.errors import FormatError, LlamaExtError, OptionError, UnsupportedError
 from llama_ext.io.atomic import atomic_write, named, remove
 from llama_ext.io.checkpoint import remove_weights
+from llama_ext.io.folder_lock import saving_into
 from llama_ext.io.peft import CONFIG_FILE, WEIGHTS_FILE, read_adapter_base
 
 if TYPE_CHECKING:
@@ -158,7 +159,19 @@ def save_task(
         OptionError: The whole model is to be written, and another adapter is active.
         OSError: It cannot be written.
     """
-    folder = named(directory)
+    with saving_into(directory):
+        _save_task(model, adapter, named(directory), base=base, file=file, values=values)
+
+
+def _save_task(
+    model: LoadedModel,
+    adapter: str,
+    folder: Path,
+    *,
+    base: str | os.PathLike[str] | None,
+    file: str,
+    values: Mapping[str, Any] | None,
+) -> None:
     if adapter in model.adapters:
         # Labels or a prompt that are there would be taken for the new adapter's, where this is cut short.
         replaces_whole = base is not None and not _is_same(folder, base) and _holds_whole(folder)

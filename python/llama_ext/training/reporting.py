@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
@@ -31,9 +32,13 @@ class Log:
 
     Args:
         path: The file, or None. Lines that are there stay.
+
+    Raises:
+        OSError: The file cannot be opened, or written to: of `write` and `close` as well. It names the file.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
+        self._path = path
         self._file: IO[str] | None = None if path is None else open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def write(self, event: str, **values: Any) -> None:
@@ -44,13 +49,25 @@ class Log:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
         }
-        self._file.write(json.dumps({"event": event, **finite}) + "\n")
-        self._file.flush()
+        with self._named():
+            self._file.write(json.dumps({"event": event, **finite}) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
         if self._file is not None:
-            self._file.close()
+            with self._named():
+                self._file.close()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """A full disk names no file."""
+        try:
+            yield
+        except OSError as error:
+            if error.filename is None and self._path is not None:
+                raise OSError(error.errno, error.strerror, os.fspath(self._path)) from error
+            raise
 
 
 class _Lines:
