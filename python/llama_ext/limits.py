@@ -72,6 +72,4 @@ def check_limits(limits: object) -> None:
         OptionError: It is no `Limits`.
     """
     if not isinstance(limits, Limits):
-        raise OptionError(
-            f"limits must be a Limits, such as Limits(vocabulary=2_000_000), got {type(limits).__name__}"
-        )
+        raise OptionError(f"limits must be a Limits, such as Limits(vocabulary=2_000_000), got {type(limits).__name__}")

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_config import config_of
 
 from llama_ext import LlamaForCausalLM, OptionError
 from llama_ext.io.folder_lock import LOCK_FILE, saving_into
+from small_config import config_of
 
 if sys.platform == "win32":
     pytest.skip("no locks there", allow_module_level=True)
@@ -164,7 +164,9 @@ def test_a_path_that_is_none_is_refused() -> None:
 def test_saves_at_once_leave_a_model_of_one_of_them(tmp_path: Path) -> None:
     models = {vocabulary: LlamaForCausalLM(config_of(vocab_size=vocabulary), seed=1) for vocabulary in (37, 53, 71, 90)}
     for _ in range(20):
-        threads = [threading.Thread(target=model.save_pretrained, args=(tmp_path / "model",)) for model in models.values()]
+        threads = [
+            threading.Thread(target=model.save_pretrained, args=(tmp_path / "model",)) for model in models.values()
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:

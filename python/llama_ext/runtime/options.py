@@ -367,7 +367,9 @@ def _logit_bias(value: object, vocabulary: int) -> dict[int, float]:
             value_of_it = math.nan
         # What lies below the range forbids a token as -inf does.
         if math.isnan(value_of_it) or value_of_it > _LARGEST_LOGIT:
-            raise OptionError(f"logit_bias[{number}] must be a number of at most {_LARGEST_LOGIT:.7g}, got {shown(bias)}")
+            raise OptionError(
+                f"logit_bias[{number}] must be a number of at most {_LARGEST_LOGIT:.7g}, got {shown(bias)}"
+            )
         result[number] = value_of_it
     return result
 
