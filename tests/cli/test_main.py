@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,6 +20,8 @@ from llama_ext import errors
 from llama_ext.cli import generate
 from llama_ext.cli.common import in_words_of_the_command
 from llama_ext.cli.main import build_parser, exit_code
+from llama_ext.errors import NumericError
+from llama_ext.training.outliers import OutlierRule
 from timing import SLACK
 
 COMMANDS = ["info", "generate", "chat", "bench", "perplexity"]
@@ -248,6 +251,24 @@ def test_an_interrupt_that_comes_out_as_another_error_is_an_interrupt(
 )
 def test_messages_name_options_as_they_are_typed(message: str, expected: str) -> None:
     assert in_words_of_the_command(message) == expected
+
+
+@pytest.mark.parametrize(
+    ("command", "advice"),
+    [
+        ("train", "Lower the learning rate, add --warmup, or skip such steps: --skip-outliers 6"),
+        ("classify", "Lower the learning rate"),
+        ("translate", "Lower the learning rate"),
+    ],
+)
+def test_advice_names_options_that_the_command_has(command: str, advice: str) -> None:
+    with pytest.raises(NumericError) as caught:
+        OutlierRule(None).skips(math.nan, 1.0, 3)
+    assert in_words_of_the_command(str(caught.value), command).endswith(f"this step. {advice}")
+    message = "Lower batch_size or grad_accum"
+    assert in_words_of_the_command(message, command) == (
+        "Lower --batch-size or --grad-accum" if command == "train" else "Lower --batch-size"
+    )
 
 
 def test_options_are_checked_before_weights_are_read(run: Run, chat_model: Path, tmp_path: Path) -> None:

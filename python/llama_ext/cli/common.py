@@ -108,6 +108,13 @@ _FLAGS = {
     "Translator.load": "`llama-ext translate`",
 }
 
+# What `fit` advises, in words that `train` has; other commands that train have no such options.
+_ADVICE = {
+    ", add warm-up, or skip such steps: skip_outliers=6": ", add --warmup, or skip such steps: --skip-outliers 6",
+    "ower batch_size or grad_accum": "ower --batch-size or --grad-accum",
+}
+_SHORT_ADVICE = dict(zip(_ADVICE, ("", "ower --batch-size"), strict=True))
+
 # Seconds of silence before a `Spinner`.
 _DELAY = 1.0
 
@@ -305,9 +312,9 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
-def in_words_of_the_command(message: str) -> str:
-    """A message of the library with its options spelled as on the command line."""
-    for flag, option in _FLAGS.items():
+def in_words_of_the_command(message: str, command: str = "train") -> str:
+    """A message of the library with its options spelled as on the command line, those that the command has."""
+    for flag, option in {**_FLAGS, **(_ADVICE if command == "train" else _SHORT_ADVICE)}.items():
         message = message.replace(flag, option)
     message = _TRAINING_OPTION.sub(
         lambda match: "--" + _TRAINING_WORDS.get(match[1], match[1]).replace("_", "-"), message

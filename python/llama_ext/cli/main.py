@@ -146,16 +146,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, Exception):
             from llama_ext.cli.common import report
 
-            report(_describe(error))
+            report(_describe(error, arguments))
         return exit_code(error)
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: Exception, arguments: Sequence[str]) -> str:
     text = str(error)
     if isinstance(error, LlamaExtError):
         from llama_ext.cli.common import in_words_of_the_command
 
-        return in_words_of_the_command(text)
+        return in_words_of_the_command(text, *arguments[:1])
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or text}"
