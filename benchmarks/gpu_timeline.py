@@ -37,7 +37,7 @@ LAST = "find_largest_kernel"
 # Around a token's layers, and of one of them.
 BEFORE = ("embedding",)
 LAYER = ("qkv", "attention", "o", "gate, up", "down")
-AFTER = ("norm", "head", "largest logit")
+AFTER = ("head", "largest logit")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -409,11 +409,14 @@ size_t shared_bytes(const OneRowView& v) {
   return static_cast<size_t>(v.partial_at) + static_cast<size_t>(numbers) * sizeof(float);
 }
 
-/// A product by itself, as a head's is, whose kernel runs so long that its neighbours may divide the multiprocessors in another way.
+/// A head, whose kernel runs so long that its neighbours may divide the multiprocessors in another way: a product by itself of more rows for
+/// its columns than q, k and v of a layer have.
 bool is_long(const ProductView& p) {
   constexpr int64_t kLeastBytes = 32 << 20;
-  const bool is_alone = p.norm.weight == nullptr && !p.accumulate && !p.is_gate_up;
-  return is_alone && p.weight.rows * p.weight.row_bytes() >= kLeastBytes;
+  constexpr int64_t kMostOfLayer = 3;
+  const WeightView& w = p.weight;
+  const bool is_alone = !p.accumulate && !p.is_gate_up && w.rows > kMostOfLayer * w.cols;
+  return is_alone && w.rows * w.row_bytes() >= kLeastBytes;
 }
 
 }  // namespace

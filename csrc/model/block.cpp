@@ -14,10 +14,6 @@ TensorView head_slice(const Model& model, const TensorView& qkv, int64_t begin, 
   return {qkv.f32() + begin, DType::kF32, {qkv.rows(), heads, model.config().head_dim}, qkv.row_stride()};
 }
 
-InputNorm input_norm(const Model& model, const Norm& norm) {
-  return {.weight = norm.weight, .eps = model.config().norm_eps};
-}
-
 /// y = x W^T + b, or y += x W^T + b; x normalised first, where a norm is given.
 MatmulArgs projection(const Model& model, const TensorView& x, const InputNorm& norm, const Linear& linear,
                       const TensorView& y, bool accumulate) {
@@ -216,6 +212,10 @@ void block_observed(const Model& model, int64_t layer, const Pass& pass) {
 }
 
 }  // namespace
+
+InputNorm input_norm(const Model& model, const Norm& norm) {
+  return {.weight = norm.weight, .eps = model.config().norm_eps};
+}
 
 void normalize(const Model& model, const TensorView& x, const Norm& norm, const TensorView& y) {
   model.backend().rms_norm({.x = x, .weight = norm.weight, .eps = model.config().norm_eps, .y = y, .inv_rms = {}});

@@ -41,7 +41,9 @@ struct Pass {
 /// x += attention(norm(x)); x += feed_forward(norm(x)). Stores the rows' keys and values in their caches.
 void block(const Model& model, int64_t layer, const Pass& pass);
 
-/// y = norm(x) with the model's epsilon.
+/// A norm with the model's epsilon, for the product that reads it.
+InputNorm input_norm(const Model& model, const Norm& norm);
+/// y = norm(x) with the same.
 void normalize(const Model& model, const TensorView& x, const Norm& norm, const TensorView& y);
 
 }  // namespace llama_ext

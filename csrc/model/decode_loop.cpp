@@ -85,9 +85,9 @@ void DecodeLoop::run(const Workspace& workspace) {
   backend.embedding(
       {.ids = state_.args().tokens, .table = &model_->weights().embedding(), .y = pass.x, .live_ids = true});
   for (int64_t layer = 0; layer < model_->config().layers; ++layer) block(*model_, layer, pass);
-  normalize(*model_, pass.x, model_->weights().final_norm(), pass.normed);
   MatmulArgs head;
-  head.x = pass.normed;
+  head.x = pass.x;
+  head.norm = input_norm(*model_, model_->weights().final_norm());
   head.weight = &model_->weights().head();
   head.y = workspace.head;
   head.compute = model_->compute();

@@ -110,9 +110,9 @@ def test_a_block_that_has_more_sums_than_memory_makes_them_in_passes() -> None:
     assert_same_bits(found, expected, "passes")
 
 
-def test_a_product_of_32_mib_by_itself_is_made_by_it_unless_that_is_refused() -> None:
+def test_a_head_of_32_mib_is_made_by_it_unless_that_is_refused() -> None:
     rng = np.random.default_rng(7)
-    kept, rows, columns = Kept("int8", 128), 8192, 4096
+    kept, rows, columns = Kept("int8", 128), 16384, 2048
     made = weights(kept, rng, rows, columns)
     x = rng.standard_normal((1, columns)).astype(np.float32)
     on = backend(None)
@@ -126,7 +126,12 @@ def test_a_product_of_32_mib_by_itself_is_made_by_it_unless_that_is_refused() ->
     on.matmul(guarded(x), made.on(on), None, y, True, "auto")
     assert_used(False)
     assert_same_bits(y, found, "added to something, as in a layer")
-    on.matmul(guarded(x), made.on(on), None, y, False, "auto", guarded(np.ones(columns, np.float32)), 1e-5)
+    norm = guarded(np.ones(columns, np.float32))
+    on.matmul(guarded(x), made.on(on), None, y, False, "auto", norm, 1e-5)
+    assert_used(True)
+    assert_same_bits(y, multiply(made, x, False, norm_weight=norm, norm_eps=1e-5), "a head with the last norm")
+    wide = guarded_empty((1, 8192))
+    on.matmul(guarded(np.tile(x, 2)), weights(kept, rng, 8192, 2 * columns).on(on), None, wide, False, "auto")
     assert_used(False)
 
 
