@@ -10,6 +10,7 @@ import pytest
 
 import llama_ext
 from llama_ext.io.checkpoint import open_checkpoint
+from llama_ext.training.token_file import TokenFile
 from small_config import SMALL, config_of
 
 READERS: dict[str, Callable[[Path, Any], object]] = {
@@ -21,6 +22,7 @@ READERS: dict[str, Callable[[Path, Any], object]] = {
     "a config of arguments": lambda _, limits: llama_ext.LlamaConfig(limits=limits),
     "a tokenizer": lambda _, limits: llama_ext.Tokenizer.from_pretrained("demo", limits=limits),
     "an adapter": lambda folder, limits: llama_ext.LlamaForCausalLM(config_of()).load_adapter(folder, limits=limits),
+    "tokens": lambda folder, limits: TokenFile(folder / "tokens", limits=limits),
     "a quantisation": lambda folder, limits: llama_ext.quantize(folder, folder / "new", limits=limits),
 }
 

@@ -9,7 +9,7 @@ import os
 import secrets
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,6 +25,7 @@ __all__ = [
     "named",
     "path_text",
     "remove",
+    "remove_empty",
     "sync_folder",
 ]
 
@@ -119,13 +120,16 @@ def made_folder(path: str | os.PathLike[str]) -> Path:
         OSError: It cannot be made.
     """
     folder = named(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise NotADirectoryError(
-            errno.ENOTDIR, "this is a file, and a directory is to be written", str(folder)
-        ) from error
-    return folder
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            if not os.path.lexists(error.filename or folder):
+                continue  # a directory that another save has just removed
+            raise NotADirectoryError(
+                errno.ENOTDIR, "this is a file, and a directory is to be written", str(folder)
+            ) from error
+        return folder
 
 
 @contextlib.contextmanager
@@ -140,9 +144,14 @@ def folder_for(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        for each in missing:
-            with contextlib.suppress(OSError):  # it is not empty
-                each.rmdir()
+        remove_empty(missing)
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Removes directories, in this order, as far as they are there and empty."""
+    for each in folders:
+        with contextlib.suppress(OSError):
+            each.rmdir()
 
 
 def remove(path: str | os.PathLike[str]) -> None:

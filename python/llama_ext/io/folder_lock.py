@@ -7,34 +7,39 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
-from llama_ext.io.atomic import folder_for, named
+from llama_ext.io.atomic import made_folder, named, remove_empty
 
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["LOCK_FILE", "saving_into"]
+__all__ = ["held_by_this_process", "saving_into"]
 
-# There while a save lasts; after a kill until the next one. A lock of the directory itself is a training's, for as long as that runs.
-LOCK_FILE = ".llama_ext-save.lock"
+# A directory may go while somebody waits for it, as whoever made it for a save that failed takes it away again.
+_TRIES = 1000
+
+_Identity = tuple[int, int]
 
 
-class _Held(threading.local):
+class _Saving(threading.local):
     """The directories into which a thread is saving."""
 
     def __init__(self) -> None:
-        self.folders: set[str] = set()
+        self.folders: set[_Identity] = set()
 
 
-_held = _Held()
+_saving = _Saving()
+# Directories that this process has locked for longer than a save.
+_kept: set[_Identity] = set()
 
 
 @contextlib.contextmanager
 def saving_into(directory: str | os.PathLike[str]) -> Iterator[None]:
     """A block of code that writes the files of a save; the same of other threads and processes waits for its end.
 
-    Blocks of one thread may be nested. A kill ends one. Where the system or the file system has no locks (Windows, some
-    network file systems), nothing waits.
+    Blocks of one thread may be nested. A kill ends one, unless a process that was forked in it lives on. Where the system or the file
+    system has no locks (Windows, some network file systems), nothing waits.
 
     Args:
         directory: Made if it is not there, and removed again if nothing is saved.
@@ -42,53 +47,88 @@ def saving_into(directory: str | os.PathLike[str]) -> Iterator[None]:
     Raises:
         OptionError, OSError: As `made_folder`.
     """
-    folder = os.path.realpath(named(directory))
-    if folder in _held.folders:
+    folder = named(directory)
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    descriptor = -1
+    identity: _Identity | None = None
+    try:
+        for _ in range(_TRIES):
+            _make(folder)
+            with contextlib.suppress(OSError):
+                descriptor = os.open(folder, os.O_RDONLY)
+            if descriptor < 0:
+                break  # what is wrong, the save will say
+            found = _identity(os.fstat(descriptor))
+            if found in _saving.folders or found in _kept or not _lock(descriptor):
+                break
+            if _is_at(folder, found):
+                identity = found
+                _saving.folders.add(found)
+                break
+            # Another directory has its name by now, or none.
+            _unlock(descriptor)
+            descriptor = -1
         yield
-        return
-    with folder_for(directory):
-        _held.folders.add(folder)
+    finally:
         try:
-            with _locked(os.path.join(folder, LOCK_FILE)):
-                yield
+            # Before others go on: they find out that it is gone.
+            if identity is None or _is_at(folder, identity):
+                remove_empty(missing)
         finally:
-            _held.folders.discard(folder)
+            if identity is not None:
+                _saving.folders.discard(identity)
+            if descriptor >= 0:
+                _unlock(descriptor)
 
 
 @contextlib.contextmanager
-def _locked(path: str) -> Iterator[None]:
-    descriptor = _lock(path)
+def held_by_this_process(descriptor: int) -> Iterator[None]:
+    """A block of code in which saves of this process do not wait for the lock that `descriptor`, of a directory, has.
+
+    It is for who has it for long: a callback of a training may save where the checkpoints are.
+    """
+    identity = _identity(os.fstat(descriptor))
+    _kept.add(identity)
     try:
         yield
     finally:
-        if descriptor is not None:
-            # Whoever waits for this file finds that it is gone, and makes the next one.
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-            # Not by closing alone: a process that was forked meanwhile has it open, too.
+        _kept.discard(identity)
+
+
+def _identity(stat: os.stat_result) -> _Identity:
+    return stat.st_dev, stat.st_ino
+
+
+def _is_at(folder: Path, identity: _Identity) -> bool:
+    try:
+        return _identity(os.stat(folder)) == identity
+    except OSError:
+        return False
+
+
+def _make(folder: Path) -> None:
+    for _ in range(_TRIES):
+        with contextlib.suppress(FileNotFoundError):  # another save has just removed one of its parents
+            made_folder(folder)
+            return
+    made_folder(folder)
+
+
+def _lock(descriptor: int) -> bool:
+    if sys.platform == "win32":
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
+
+
+def _unlock(descriptor: int) -> None:
+    """Not by closing alone: a process that was forked meanwhile has it open, too."""
+    try:
+        if sys.platform != "win32":
             with contextlib.suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
-            os.close(descriptor)
-
-
-def _lock(path: str) -> int | None:
-    """An open file that is locked and has this name, or None where there is none to be had: what is wrong, the save will say."""
-    if sys.platform == "win32":
-        return None
-    while True:
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        except OSError:
-            return None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
-                    return descriptor
-        except OSError:
-            os.close(descriptor)
-            return None
-        except BaseException:  # Ctrl-C while it waited
-            os.close(descriptor)
-            raise
+    finally:
         os.close(descriptor)

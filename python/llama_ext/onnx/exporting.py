@@ -17,7 +17,7 @@ from llama_ext._version import __version__
 from llama_ext.errors import LlamaExtError, NumericError, OptionError
 from llama_ext.io.atomic import named, remove
 from llama_ext.io.folder_lock import saving_into
-from llama_ext.limits import DEFAULT_LIMITS, Limits
+from llama_ext.limits import DEFAULT_LIMITS, Limits, check_limits
 from llama_ext.models.config import LlamaConfig
 from llama_ext.onnx.components.attention import is_grouped
 from llama_ext.onnx.directory import GRAPH_FOLDER, write_small_files
@@ -120,15 +120,17 @@ def export(
     if max_file_bytes is not None:
         max_file_bytes = whole("max_file_bytes", max_file_bytes, 1)
     folder = named(out_dir)
-    with _weights(model_or_path, dtype, group_size, symmetric, limits) as weights:
-        checked_profile(profile, weights.dtype)  # what the model decided
-        _check_folder(folder, model_or_path, weights, overwrite)  # before anything is made
-        with saving_into(folder):
+    check_limits(limits)
+    with contextlib.ExitStack() as saving:
+        with _weights(model_or_path, dtype, group_size, symmetric, limits) as weights:
+            checked_profile(profile, weights.dtype)  # what the model decided
+            _check_folder(folder, model_or_path, weights, overwrite)  # before anything is made
+            saving.enter_context(saving_into(folder))
             # A save that this one waited for may have changed it.
             replaces = _check_folder(folder, model_or_path, weights, overwrite)
             stems = tuple(FILE_STEMS.values()) if replaces else (FILE_STEMS[weights.dtype],)
             result = _write(folder, weights, chosen, max_file_bytes, stems, progress)
-    return _verified(model_or_path, result, limits) if verify else result
+        return _verified(model_or_path, result, limits) if verify else result
 
 
 @contextlib.contextmanager

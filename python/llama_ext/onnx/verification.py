@@ -23,7 +23,7 @@ from llama_ext._options import whole
 from llama_ext._version import __version__
 from llama_ext.errors import ContextLengthError, OptionError
 from llama_ext.io.json_file import read_json_object
-from llama_ext.limits import DEFAULT_LIMITS, Limits
+from llama_ext.limits import DEFAULT_LIMITS, Limits, check_limits
 from llama_ext.onnx import metadata
 from llama_ext.onnx.ort_model_session import find_graph
 from llama_ext.onnx.parity_report import Check, Fault, NotRun, ParityReport
@@ -104,6 +104,7 @@ def verify(
     """
     started = time.perf_counter()
     count = whole("steps", steps, 1)
+    check_limits(limits)
     number = checked_threads(threads)
     others = checked_runtimes(runtimes)
     _refuse_blank(texts)

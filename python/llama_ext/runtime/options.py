@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
-
-import numpy as np
 
 from llama_ext._arrays import as_whole
 from llama_ext._options import meant, refuse_unknown, shown, whole_seed
@@ -43,8 +42,6 @@ DEFAULT_NEW_TOKENS = 256
 DEFAULT_BATCH_SIZE = 16
 # kMaxBeams of the core.
 _MOST_BEAMS = 1024
-# Of float32, in which logits are.
-_LARGEST_LOGIT = float(np.finfo(np.float32).max)
 
 
 class OneSequenceOptions(TypedDict, total=False):
@@ -365,10 +362,10 @@ def _logit_bias(value: object, vocabulary: int) -> dict[int, float]:
             value_of_it = math.nan if isinstance(bias, (bool, str)) else float(bias)
         except (TypeError, ValueError, OverflowError):
             value_of_it = math.nan
-        # What lies below the range forbids a token as -inf does.
-        if math.isnan(value_of_it) or value_of_it > _LARGEST_LOGIT:
+        # As float32, which logits are: what lies below its range forbids a token as -inf does.
+        if math.isnan(value_of_it) or ctypes.c_float(value_of_it).value == math.inf:
             raise OptionError(
-                f"logit_bias[{number}] must be a number of at most {_LARGEST_LOGIT:.7g}, got {shown(bias)}"
+                f"logit_bias[{number}] must be a number that is finite as float32 or -inf, got {shown(bias)}"
             )
         result[number] = value_of_it
     return result

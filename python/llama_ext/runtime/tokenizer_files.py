@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from llama_ext._options import shown
 from llama_ext.errors import FormatError, LimitError, OptionError, UnsupportedError
-from llama_ext.io.atomic import atomic_write, made_folder
+from llama_ext.io.atomic import atomic_write, named
+from llama_ext.io.folder_lock import saving_into
 from llama_ext.io.gguf import find_gguf
 from llama_ext.io.gguf_file import GgufFile
 from llama_ext.io.json_file import open_regular, parse_json_object, read_json_object
@@ -357,13 +358,14 @@ def write_tokenizer_files(files: Mapping[str, bytes], directory: str | os.PathLi
         OptionError: `directory` is no path that a system may have.
         OSError: It cannot be written.
     """
-    folder = made_folder(directory)
-    # Templates of an earlier save would go before the new config's.
-    for path in [folder / _TEMPLATE_FILE, *(folder / _TEMPLATES_FOLDER).glob("*.jinja")]:
-        if path.relative_to(folder).as_posix() not in files:
-            path.unlink(missing_ok=True)
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(exist_ok=True)
-        with atomic_write(path) as file:
-            file.write(content)
+    folder = named(directory)
+    with saving_into(folder):
+        # Templates of an earlier save would go before the new config's.
+        for path in [folder / _TEMPLATE_FILE, *(folder / _TEMPLATES_FOLDER).glob("*.jinja")]:
+            if path.relative_to(folder).as_posix() not in files:
+                path.unlink(missing_ok=True)
+        for name, content in files.items():
+            path = folder / name
+            path.parent.mkdir(exist_ok=True)
+            with atomic_write(path) as file:
+                file.write(content)

@@ -26,6 +26,7 @@ import numpy.typing as npt
 from llama_ext.errors import CheckpointError, FormatError, LimitError, OptionError
 from llama_ext.io.atomic import atomic_write, exchange, folder_for, sync_folder
 from llama_ext.io.checkpoint import TensorSource, write_safetensors
+from llama_ext.io.folder_lock import held_by_this_process
 from llama_ext.io.json_file import read_json_object
 from llama_ext.io.safetensors_file import SafetensorsFile
 from llama_ext.training.driver import Trainer, Weights
@@ -115,7 +116,8 @@ def locked(folder: Path) -> Iterator[None]:
                 ) from None
             except OSError:
                 pass
-            yield
+            with held_by_this_process(descriptor):
+                yield
         finally:
             # Not by closing alone: a process that was forked meanwhile has it open, too.
             with contextlib.suppress(OSError):

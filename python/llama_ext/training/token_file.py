@@ -21,7 +21,7 @@ from llama_ext.errors import DTypeError, FormatError, LimitError, OptionError, T
 from llama_ext.io.atomic import atomic_write
 from llama_ext.io.json_file import open_regular
 from llama_ext.io.mapped_file import MappedFile
-from llama_ext.limits import DEFAULT_LIMITS, Limits
+from llama_ext.limits import DEFAULT_LIMITS, Limits, check_limits
 from llama_ext.runtime.tokenizer import Tokenizer
 
 __all__ = ["ArrayReader", "TokenFile", "TokenSlice", "is_token_file", "tokenizer_hash", "write_token_file"]
@@ -58,6 +58,7 @@ class TokenFile:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS) -> None:
+        check_limits(limits)
         self.path = os.fspath(path)
         with open_regular(path, what="a token file") as file:
             head = file.read(_HEADER.size)
