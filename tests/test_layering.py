@@ -125,8 +125,7 @@ CUDA_ONLY = {
         "cuda/sample_parts.h",
         "cuda/sample_next.cu",
         "cuda/sample_draw.cu",
-        "cuda/attention_decode.h",
-        "cuda/chain.cu",
+        "cuda/attention_decode.cu",
     },
 }
 

@@ -126,49 +126,21 @@ int architecture_of(const Gpu& gpu, void (*kernel)(Parameters...)) {
   return attributes.ptxVersion;  // binaryVersion is the GPU's own, also of what the driver has compiled
 }
 
-/// Blocks that need each other: those of a cluster, or all, which are on the GPU at the same time.
-struct Together {
-  unsigned cluster = 1;
-  bool is_all = false;
-};
-
-/// Whether so many blocks can be on the GPU at the same time.
-template <typename... Parameters>
-bool fit_together(const Gpu& gpu, void (*kernel)(Parameters...), unsigned blocks, unsigned threads,
-                  size_t shared_bytes) {
-  const CurrentGpu current = gpu.use();
-  const auto* function = reinterpret_cast<const void*>(kernel);
-#if !defined(LLAMA_EXT_CUDA_EMULATED)
-  allow_shared_memory(gpu, function);
-#endif
-  int each = 0;
-  require_success(
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, function, static_cast<int>(threads), shared_bytes),
-      "asking for the blocks of a multiprocessor");
-  return int64_t{each} * gpu.multiprocessors() >= blocks;
-}
-
-/// As launch(), for kernels of Hopper's own instructions.
+/// As launch(), `blocks` in clusters of `cluster`, for kernels of Hopper's own instructions.
 template <typename... Parameters, typename... Arguments>
-void launch_together(const Gpu& gpu, void (*kernel)(Parameters...), unsigned blocks, Together together,
-                     unsigned threads, size_t shared_bytes, Arguments... arguments) {
+void launch_clusters(const Gpu& gpu, void (*kernel)(Parameters...), unsigned blocks, unsigned cluster, unsigned threads,
+                     size_t shared_bytes, Arguments... arguments) {
   if (blocks == 0) return;
   const CurrentGpu current = gpu.use();
 #if defined(LLAMA_EXT_CUDA_EMULATED)
-  cuda_emulation::launch(gpu.stream(),
-                         {dim3(blocks), threads, shared_bytes, together.is_all ? blocks : together.cluster, false},
+  cuda_emulation::launch(gpu.stream(), {dim3(blocks), threads, shared_bytes, cluster, false},
                          [=] { kernel(static_cast<Parameters>(arguments)...); });
   require_success(cudaGetLastError(), "a kernel");
 #else
   allow_shared_memory(gpu, reinterpret_cast<const void*>(kernel));
   cudaLaunchAttribute attribute{};
-  if (together.is_all) {
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
-  } else {
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {together.cluster, 1, 1};
-  }
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {cluster, 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(threads);

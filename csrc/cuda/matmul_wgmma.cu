@@ -313,8 +313,8 @@ void start(const Gpu& gpu, WgmmaView p, const void* x, const WeightView& w) {
   p.grid = tile_grid(p.rows, w.rows, kCluster, kColumns);
   p.is_aligned = p.y.stride % 4 == 0 && reinterpret_cast<uintptr_t>(p.y.data) % 16 == 0;
   const int clusters = min(p.grid.count(), gpu.multiprocessors() / kCluster);
-  launch_together(gpu, matmul_wgmma_kernel<kColumns, kCluster, kEpilogue>, static_cast<unsigned>(clusters * kCluster),
-                  {.cluster = kCluster}, kWgmmaThreads, S::kShared, p);
+  launch_clusters(gpu, matmul_wgmma_kernel<kColumns, kCluster, kEpilogue>, static_cast<unsigned>(clusters * kCluster),
+                  kCluster, kWgmmaThreads, S::kShared, p);
 }
 
 template <Epilogue kEpilogue>

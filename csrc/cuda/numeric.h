@@ -13,14 +13,6 @@
 
 namespace llama_ext::cuda {
 
-/// The same number, of which the compiler knows nothing: what is computed of it is not kept in registers over a long loop.
-__device__ __forceinline__ int unknown(int number) {
-#if defined(__CUDA_ARCH__)
-  asm volatile("" : "+r"(number));
-#endif
-  return number;
-}
-
 __device__ __forceinline__ float from_bf16(uint32_t bits) { return __uint_as_float(bits << 16); }
 
 __device__ __forceinline__ float from_f16(uint16_t bits) {

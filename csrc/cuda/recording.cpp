@@ -67,7 +67,7 @@ class CudaRecording final : public Recording {
     const CurrentGpu current = gpu_->use();
     cudaGraph_t graph = nullptr;
     {
-      Capture capture(*gpu_, arena_);
+      const Capture capture(*gpu_, arena_);
       operations();
       graph = capture.end();
     }

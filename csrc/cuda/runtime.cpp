@@ -15,7 +15,7 @@ constexpr int kNeededDriver = CUDART_VERSION >= 13000 ? CUDART_VERSION / 1000 * 
 constexpr const char* kNeededDriverText = kNeededDriver >= 13000 ? "580" : "550";
 constexpr int kNeededCapability = 80;
 
-thread_local Capture* current_capture = nullptr;
+thread_local const Capture* current_capture = nullptr;
 
 /// Shared by those who record, held alone by who waits for a whole device.
 std::shared_mutex& captures() {
@@ -137,7 +137,6 @@ Gpu::Gpu(int index) : index_(index) {
   const bool streams_all = is_set("LLAMA_EXT_CUDA_ONE_ROW", false);
   const bool streams_any = is_set("LLAMA_EXT_CUDA_ONE_ROW", true);
   streams_one_row_ = streams_all ? StreamsOneRow::kAll : streams_any ? StreamsOneRow::kLong : StreamsOneRow::kNone;
-  chains_ = has_hopper_code_ && attribute(cudaDevAttrCooperativeLaunch) != 0 && is_set("LLAMA_EXT_CUDA_CHAIN", false);
   total_memory_ = memory().total;
   // Memory of the pool is kept between operations.
   require_success(cudaDeviceGetDefaultMemPool(&pool_, index), "asking for the memory pool");
@@ -152,7 +151,7 @@ Gpu::~Gpu() {
 }
 
 cudaStream_t Gpu::stream() const {
-  Capture* capture = Capture::of(*this);
+  const Capture* capture = Capture::of(*this);
   return capture == nullptr ? stream_ : capture->stream();
 }
 
@@ -211,12 +210,6 @@ void Gpu::copy_to_device(void* device, const void* host, size_t nbytes) const {
   require_success(cudaMemcpyAsync(device, host, nbytes, cudaMemcpyHostToDevice, stream()), "a copy to the GPU");
 }
 
-void Gpu::copy_to_device_now(void* device, const void* host, size_t nbytes) const {
-  const CurrentGpu current = use();
-  require_success(cudaMemcpyAsync(device, host, nbytes, cudaMemcpyHostToDevice, stream_), "a copy to the GPU");
-  synchronize();  // else the driver may read the host's memory later
-}
-
 void Gpu::copy_to_host(void* host, const void* device, size_t nbytes) const {
   if (nbytes == 0) return;
   const CurrentGpu current = use();
@@ -266,15 +259,13 @@ void* Arena::take(size_t nbytes) {
   for (Block& block : blocks_) {
     if (!block.is_taken && block.nbytes >= nbytes && (best == nullptr || block.nbytes < best->nbytes)) best = &block;
   }
-  if (best == nullptr) return keep(nbytes);
+  if (best == nullptr) {
+    blocks_.reserve(blocks_.size() + 1);
+    blocks_.push_back({gpu_.allocate(nbytes, "scratch memory of a recording", Gpu::Source::kPool), nbytes, false});
+    best = &blocks_.back();
+  }
   best->is_taken = true;
   return best->memory;
-}
-
-void* Arena::keep(size_t nbytes) {
-  blocks_.reserve(blocks_.size() + 1);
-  blocks_.push_back({gpu_.allocate(nbytes, "scratch memory of a recording", Gpu::Source::kPool), nbytes, true});
-  return blocks_.back().memory;
 }
 
 void Arena::give_back(void* memory) noexcept {
@@ -306,20 +297,14 @@ Capture::~Capture() {
   cudaStreamDestroy(stream_);
 }
 
-cudaStream_t Capture::stream() {
-  // Its own launches come here again.
-  if (const std::unique_ptr<PutOff> work = std::move(put_off_)) work->start();
-  return stream_;
-}
-
-cudaGraph_t Capture::end() {
+cudaGraph_t Capture::end() const {
   const CurrentGpu current = gpu_.use();
   cudaGraph_t graph = nullptr;
-  require_success(cudaStreamEndCapture(stream(), &graph), "recording kernels");
+  require_success(cudaStreamEndCapture(stream_, &graph), "recording kernels");
   return graph;
 }
 
-Capture* Capture::of(const Gpu& gpu) {
+const Capture* Capture::of(const Gpu& gpu) {
   return current_capture != nullptr && &current_capture->gpu_ == &gpu ? current_capture : nullptr;
 }
 

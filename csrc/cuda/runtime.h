@@ -5,11 +5,9 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <new>
 #include <shared_mutex>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "core/errors.h"
@@ -59,14 +57,12 @@ class Gpu {
   Gpu& operator=(const Gpu&) = delete;
 
   int index() const { return index_; }
-  /// Where the calling thread's work goes: while it records, to the capture, behind what is put off there.
+  /// Where the calling thread's work goes: while it records, to the capture.
   cudaStream_t stream() const;
   /// Whether kernels that wait for their predecessors themselves (launch.h) may be started before those are done.
   bool overlaps() const { return overlaps_; }
   /// Which products of one row of x and codes are made by matmul_one_row.cu.
   StreamsOneRow streams_one_row() const { return streams_one_row_; }
-  /// Whether operations of a recording become links of one kernel (chain.h).
-  bool chains() const { return chains_; }
   /// 90 for compute capability 9.0.
   int capability() const { return capability_; }
   /// Whether kernels of Hopper's own instructions (wgmma.h) are there: not where the driver compiles what was made for others, as it
@@ -95,8 +91,6 @@ class Gpu {
   void* allocate(size_t nbytes, const char* what, Source source = Source::kOwn) const;
   void release(void* memory, Source source = Source::kOwn) const noexcept;
   void copy_to_device(void* device, const void* host, size_t nbytes) const;
-  /// The same at once, also while the calling thread records: it is done when this returns.
-  void copy_to_device_now(void* device, const void* host, size_t nbytes) const;
   void copy_to_host(void* host, const void* device, size_t nbytes) const;
   void copy_on_device(void* to, const void* from, size_t nbytes) const;
   /// `height` rows of `width` bytes, which start so many bytes apart there and here.
@@ -120,7 +114,6 @@ class Gpu {
   bool has_hopper_code_ = false;
   bool overlaps_ = false;
   StreamsOneRow streams_one_row_ = StreamsOneRow::kLong;
-  bool chains_ = false;
 };
 
 /// hopper_code.cu: the compute capability that the kernels were compiled for which run on this GPU, 90 for 9.0.
@@ -135,8 +128,6 @@ class Arena {
   Arena& operator=(const Arena&) = delete;
   void* take(size_t nbytes);
   void give_back(void* memory) noexcept;
-  /// Zeros that no operation had before or will have after: the caller's as long as the recording lives.
-  void* keep(size_t nbytes);
 
  private:
   struct Block {
@@ -148,16 +139,6 @@ class Arena {
   std::vector<Block> blocks_;
 };
 
-/// Work of a recording that waits for more of its kind.
-class PutOff {
- public:
-  PutOff() = default;
-  virtual ~PutOff() = default;
-  PutOff(const PutOff&) = delete;
-  PutOff& operator=(const PutOff&) = delete;
-  virtual void start() = 0;
-};
-
 /// While it lives, what the calling thread starts on this GPU is captured and does not run; scratch memory comes from `arena`. One at a
 /// time for a thread.
 class Capture {
@@ -167,23 +148,17 @@ class Capture {
   Capture(const Capture&) = delete;
   Capture& operator=(const Capture&) = delete;
   /// What was captured, once.
-  cudaGraph_t end();
+  cudaGraph_t end() const;
 
   /// The calling thread's, when it captures on this GPU.
-  static Capture* of(const Gpu& gpu);
+  static const Capture* of(const Gpu& gpu);
   Arena& arena() const { return arena_; }
-  /// Whoever asks is about to start something: what was put off is started first.
-  cudaStream_t stream();
-
-  /// Null where nothing is put off.
-  PutOff* put_off() const { return put_off_.get(); }
-  void put_off(std::unique_ptr<PutOff> work) { put_off_ = std::move(work); }
+  cudaStream_t stream() const { return stream_; }
 
  private:
   const Gpu& gpu_;
   Arena& arena_;
   cudaStream_t stream_ = nullptr;
-  std::unique_ptr<PutOff> put_off_;
   std::shared_lock<std::shared_mutex> capturing_;  // see Gpu::synchronize_device
 };
 
@@ -202,7 +177,7 @@ class Scratch {
 
  private:
   const Gpu& gpu_;
-  Capture* capture_;
+  const Capture* capture_;
   void* memory_ = nullptr;
 };
 

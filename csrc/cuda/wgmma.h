@@ -39,9 +39,8 @@ __device__ __forceinline__ void arrive_expecting(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
-/// As `count` threads.
-__device__ __forceinline__ void arrive(uint64_t* barrier, int count = 1) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+__device__ __forceinline__ void arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 /// At the barrier of the same name in block `rank` of the cluster. Orders no ordinary memory between blocks: that would be a fence of
 /// the whole GPU, a microsecond each.
@@ -118,32 +117,8 @@ __device__ __forceinline__ void bring_box(const void* map, int column, int row, 
       "l"(map), "r"(column), "r"(row), "r"(matrix), "r"(shared_address(barrier))
       : "memory");
 }
-/// Brings so many bytes, a multiple of 16 between addresses that are multiples of 16, and tells `barrier`. Called by one thread.
-__device__ __forceinline__ void bring_bytes(const void* from, void* shared, int bytes, uint64_t* barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   shared_address(shared)),
-               "l"(from), "r"(bytes), "r"(shared_address(barrier))
-               : "memory");
-}
-/// A box of a matrix begins to come to the second cache.
-__device__ __forceinline__ void bring_box_ahead(const void* map, int column, int row) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(column), "r"(row)
-               : "memory");
-}
 __device__ __forceinline__ void prefetch_map(const void* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
-// Blocks that run together count in the GPU's memory how often they came. What a block's threads did before a barrier behind which one of
-// them says so can be seen by all threads behind a barrier after one of them has waited.
-__device__ __forceinline__ void count_up(uint64_t* counter) {
-  asm volatile("red.release.gpu.global.add.u64 [%0], 1;" ::"l"(counter) : "memory");
-}
-__device__ __forceinline__ void wait_for_count(const uint64_t* counter, uint64_t count) {
-  uint64_t found;
-  do {
-    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(found) : "l"(counter) : "memory");
-  } while (found < count);
 }
 
 // Registers that a warpgroup has: all four warps ask.

@@ -128,7 +128,6 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor,
   cudaDevAttrMemoryPoolsSupported,
-  cudaDevAttrCooperativeLaunch,
 };
 enum cudaMemPoolAttr { cudaMemPoolAttrReleaseThreshold };
 struct CUstream_st;
@@ -156,8 +155,6 @@ struct cudaFuncAttributes {
   int ptxVersion;
 };
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel);
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, const void* kernel, int threads,
-                                                          size_t shared_bytes);
 cudaError_t cudaMemGetInfo(size_t* available, size_t* total);
 cudaError_t cudaMalloc(void** memory, size_t nbytes);
 cudaError_t cudaFree(void* memory);

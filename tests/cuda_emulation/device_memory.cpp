@@ -286,7 +286,6 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       *value = capability() % 10;
       break;
     case cudaDevAttrMemoryPoolsSupported:
-    case cudaDevAttrCooperativeLaunch:
       *value = 1;
       break;
   }
@@ -296,12 +295,6 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   use_device(current_device);
   attributes->ptxVersion = architecture_of_code();
-  return cudaSuccess;
-}
-
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, const void*, int, size_t) {
-  use_device(current_device);
-  *count = static_cast<int>(setting("LLAMA_EXT_CUDA_EMULATION_BLOCKS", 1));
   return cudaSuccess;
 }
 

@@ -51,8 +51,8 @@ namespace {
 
 constexpr size_t kStack = 128 * 1024;
 constexpr unsigned kMostThreads = 1024;
-constexpr unsigned kMostTogether = 4;  // blocks; as many as there are multiprocessors
-constexpr unsigned kMostFibers = kMostTogether * kMostThreads;
+constexpr unsigned kMostCluster = 2;
+constexpr unsigned kMostFibers = kMostCluster * kMostThreads;
 constexpr size_t kSharedWindow = 228 * 1024;
 
 struct Copy {
@@ -106,7 +106,7 @@ struct Resident {
 
 /// Everything a host thread needs to run blocks; made at its first launch.
 struct Machine {
-  std::vector<Resident> residents = std::vector<Resident>(kMostTogether);
+  std::vector<Resident> residents = std::vector<Resident>(kMostCluster);
   std::vector<Fiber> fibers = std::vector<Fiber>(kMostFibers);
   std::vector<Warp> warps = std::vector<Warp>(kMostFibers / kWarpSize);
   unsigned char* stacks = nullptr;
@@ -467,7 +467,7 @@ void launch(CUstream_st* stream, const LaunchShape& shape, const std::function<v
   const dim3& grid = shape.grid;
   const unsigned threads = shape.threads;
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535 || threads == 0 ||
-      threads % kWarpSize != 0 || threads > kMostThreads || shape.cluster > kMostTogether ||
+      threads % kWarpSize != 0 || threads > kMostThreads || shape.cluster > kMostCluster ||
       grid.x % shape.cluster != 0 || shape.shared_bytes > shared_memory_per_block()) {
     set_last_error(cudaErrorInvalidValue, "a launch of impossible size");
     return;

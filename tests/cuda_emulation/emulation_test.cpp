@@ -160,7 +160,7 @@ int main() {
     cudaGraph_t graph = nullptr;
     void* scratch[3] = {};
     {
-      Capture capture(gpu, arena);
+      const Capture capture(gpu, arena);
       launch(gpu, count_kernel, dim3(1), 32, 0, memory);
       for (int i = 0; i < 2; ++i) scratch[i] = Scratch(gpu, 64).as<void>();
       const Scratch first(gpu, 64);
@@ -188,31 +188,6 @@ int main() {
     launch(gpu, count_kernel, dim3(1), 32, 0, memory);
     read(1);
     expect(host[0] == 4, "after operations that threw while they were recorded, others run again");
-  }
-  {
-    struct Later final : PutOff {
-      Later(const Gpu& to, std::vector<int>& seen) : gpu(to), order(seen) {}
-      void start() override {
-        order.push_back(1);
-        static_cast<void>(gpu.stream());  // as a launch does: it is not started again
-      }
-      const Gpu& gpu;
-      std::vector<int>& order;
-    };
-    Arena arena(gpu);
-    std::vector<int> order;
-    Capture capture(gpu, arena);
-    capture.put_off(std::make_unique<Later>(gpu, order));
-    const Scratch scratch(gpu, 64);
-    expect(order.empty(), "what is put off waits while nothing starts");
-    expect(arena.keep(64) != scratch.as<void>() && arena.keep(64) != arena.keep(64),
-           "what a recording keeps is nobody else's");
-    launch(gpu, count_kernel, dim3(1), 32, 0, memory);
-    launch(gpu, count_kernel, dim3(1), 32, 0, memory);
-    expect(order == std::vector<int>{1}, "starts before what is started next, once");
-    capture.put_off(std::make_unique<Later>(gpu, order));
-    cudaGraphDestroy(capture.end());
-    expect(order.size() == 2 && capture.put_off() == nullptr, "and at the end of the recording");
   }
   {
     Arena arena(gpu);
@@ -274,8 +249,6 @@ int main() {
   };
   expect(copied([&](const float* from) { gpu.copy_to_device(memory, from, sizeof *from); }) == 2,
          "a copy may read the host's memory later");
-  expect(copied([&](const float* from) { gpu.copy_to_device_now(memory, from, sizeof *from); }) == 1,
-         "one that is done now does not");
   setenv("LLAMA_EXT_CUDA_EMULATION_LATE_COPIES", "0", 1);
   expect(copied([&](const float* from) { gpu.copy_to_device(memory, from, sizeof *from); }) == 1, "or at once");
   unsetenv("LLAMA_EXT_CUDA_EMULATION_LATE_COPIES");

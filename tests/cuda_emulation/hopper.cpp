@@ -183,22 +183,6 @@ void bring_box(const CUtensorMap& map, const int (&first)[3], void* shared, uint
   });
 }
 
-void bring_bytes(const void* from, void* shared, int bytes, uint64_t* barrier) {
-  const auto number = static_cast<size_t>(bytes);
-  const auto* begin = static_cast<const unsigned char*>(from);
-  auto* to = static_cast<unsigned char*>(shared);
-  if (bytes <= 0 || (number | reinterpret_cast<uintptr_t>(from) | static_cast<size_t>(to - shared_window())) % 16 != 0)
-    fail_launch("bytes to bring that are no multiple of 16, or lie or go where none is");
-  if (!is_device_memory(begin, number)) fail_launch("bytes to bring that are not the device's");
-  std::memset(to, 0xff, number);
-  copy_later([=] {
-    std::memcpy(to, begin, number);
-    Phase phase = load(barrier);
-    phase.bytes -= bytes;
-    store(barrier, phase);
-  });
-}
-
 void multiply(const Product& product) {
   multiply_later([product] { multiply_now(product); });
 }

@@ -16,7 +16,6 @@ void init_barrier(uint64_t* barrier, int count);
 void arrive_at(uint64_t* barrier, unsigned rank, int bytes);
 void wait_barrier(uint64_t* barrier, unsigned parity);
 void bring_box(const CUtensorMap& map, const int (&first)[3], void* shared, uint64_t* barrier, unsigned mask);
-void bring_bytes(const void* from, void* shared, int bytes, uint64_t* barrier);
 
 /// c (64, columns) of a warpgroup = or += a b. a: a description, or fragments of a warp's 16 rows.
 struct Product {
@@ -43,9 +42,7 @@ inline void publish_barriers() {}
 inline void arrive_expecting(uint64_t* barrier, int bytes) {
   cuda_emulation::arrive_at(barrier, cuda_emulation::cluster_rank(), bytes);
 }
-inline void arrive(uint64_t* barrier, int count = 1) {
-  for (int i = 0; i < count; ++i) cuda_emulation::arrive_at(barrier, cuda_emulation::cluster_rank(), 0);
-}
+inline void arrive(uint64_t* barrier) { cuda_emulation::arrive_at(barrier, cuda_emulation::cluster_rank(), 0); }
 inline void arrive_at(uint64_t* barrier, uint32_t rank) { cuda_emulation::arrive_at(barrier, rank, 0); }
 inline void wait_barrier(uint64_t* barrier, uint32_t parity) { cuda_emulation::wait_barrier(barrier, parity); }
 
@@ -65,15 +62,7 @@ inline void bring_box(const CUtensorMap* map, int column, int row, void* shared,
 inline void bring_box(const CUtensorMap* map, int column, int row, int matrix, void* shared, uint64_t* barrier) {
   cuda_emulation::bring_box(*map, {column, row, matrix}, shared, barrier, 1u << cuda_emulation::cluster_rank());
 }
-inline void bring_bytes(const void* from, void* shared, int bytes, uint64_t* barrier) {
-  cuda_emulation::bring_bytes(from, shared, bytes, barrier);
-}
-inline void bring_box_ahead(const CUtensorMap*, int, int) {}
 inline void prefetch_map(const CUtensorMap*) {}
-inline void count_up(uint64_t* counter) { ++*counter; }
-inline void wait_for_count(const uint64_t* counter, uint64_t count) {
-  while (*counter < count) cuda_emulation::wait_for_change(counter, *counter);
-}
 template <int kCount>
 inline void give_registers() {
   cuda_emulation::have_registers(kCount);

@@ -81,32 +81,6 @@ __global__ void registers_kernel() {
   threadIdx.x < 512 ? take_registers<kTaken>() : give_registers<32>();
 }
 
-enum class Meeting { kNone, kNobodyWaits, kOddBytes, kBytesOfTheHost };
-
-/// Each block writes its number, and the sum of all of them once all have; then `bytes` come by the copy engine.
-__global__ void meeting_kernel(int* numbers, uint64_t* counter, const unsigned char* bytes, Meeting what) {
-  auto* full = reinterpret_cast<uint64_t*>(shared_memory());
-  unsigned char* brought = shared_memory() + 16;
-  if (threadIdx.x == 0) {
-    init_barrier(full, 1);
-    publish_barriers();
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) numbers[blockIdx.x] = static_cast<int>(blockIdx.x) + 1;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    arrive_expecting(full, 32);
-    bring_bytes(bytes, brought, what == Meeting::kOddBytes ? 24 : 32, full);
-    count_up(counter);
-    if (what != Meeting::kNobodyWaits) wait_for_count(counter, gridDim.x);
-  }
-  __syncthreads();
-  if (what != Meeting::kNobodyWaits) wait_barrier(full, 0);
-  int sum = brought[threadIdx.x];
-  for (unsigned i = 0; i < gridDim.x; ++i) sum += numbers[i];
-  numbers[gridDim.x * (1 + threadIdx.x) + blockIdx.x] = sum;
-}
-
 CUtensorMap map_of(const Gpu& gpu, const void* data, int64_t columns, int64_t rows, int64_t pitch) {
   const int64_t size[2] = {columns, rows};
   const int box[2] = {64, 64};
@@ -163,7 +137,7 @@ int main() {
   expect(run(Fault::kOutOfPlace).find("128 bytes") != std::string::npos, "a box has to lie at a multiple of 128 bytes");
 
   const auto in_cluster = [&](bool stays) {
-    return error_of([&] { launch_together(gpu, cluster_kernel, 2, {.cluster = 2}, 32, 64, out, stays); });
+    return error_of([&] { launch_clusters(gpu, cluster_kernel, 2, 2, 32, 64, out, stays); });
   };
   expect(in_cluster(true).empty(), "blocks of a cluster arrive at each other's barriers");
   expect(in_cluster(false).find("ended") != std::string::npos, "but not at those of one that has ended");
@@ -171,34 +145,6 @@ int main() {
   const auto take = [&](void (*kernel)()) { return error_of([&] { launch(gpu, kernel, dim3(1), 640, 0); }); };
   expect(take(registers_kernel<112>).empty(), "threads take the registers that others give back");
   expect(take(registers_kernel<120>).find("given back") != std::string::npos, "and no more of them");
-
-  constexpr unsigned kAll = 4;  // multiprocessors
-  std::vector<unsigned char> bytes(32);
-  for (size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<unsigned char>(3 * i);
-  auto* brought = static_cast<unsigned char*>(gpu.allocate(bytes.size(), "a test"));
-  gpu.copy_to_device(brought, bytes.data(), bytes.size());
-  const auto meet = [&](Meeting what, unsigned blocks) {
-    auto* numbers = reinterpret_cast<int*>(out);
-    auto* counter = reinterpret_cast<uint64_t*>(numbers + 40 * kAll);
-    gpu.fill_zero(out, c.size() * sizeof(float), c.size() * sizeof(float), 1);
-    const unsigned char* from = what == Meeting::kBytesOfTheHost ? bytes.data() : brought;
-    return error_of(
-        [&] { launch_together(gpu, meeting_kernel, blocks, {.is_all = true}, 32, 64, numbers, counter, from, what); });
-  };
-  for (const char* order : {"forward", "backward", "shuffled"}) {
-    setenv("LLAMA_EXT_CUDA_EMULATION_ORDER", order, 1);
-    bool is_met = meet(Meeting::kNone, kAll).empty();
-    std::vector<int> numbers(33 * kAll);
-    gpu.copy_to_host(numbers.data(), out, numbers.size() * sizeof(int));
-    for (size_t i = kAll; i < numbers.size(); ++i) is_met = is_met && numbers[i] == 10 + bytes[i / kAll - 1];
-    expect(is_met, "blocks that run together meet at a counter, and bytes come as they are, in every order");
-  }
-  setenv("LLAMA_EXT_CUDA_EMULATION_ORDER", "forward", 1);
-  expect(meet(Meeting::kNobodyWaits, kAll).find("nobody waited") != std::string::npos, "bytes must be waited for");
-  expect(meet(Meeting::kOddBytes, kAll).find("multiple of 16") != std::string::npos, "and be a multiple of 16");
-  expect(meet(Meeting::kBytesOfTheHost, kAll).find("not the device's") != std::string::npos,
-         "and come from the device's memory");
-  expect(!meet(Meeting::kNone, kAll + 1).empty(), "no more blocks run together than there are multiprocessors");
 
   expect(!error_of([&] { map_of(gpu, operands, 64, 4, 120); }).empty(), "rows lie a multiple of 16 bytes apart");
   expect(!error_of([&] { map_of(gpu, operands + 1, 64, 4, 128); }).empty(), "and begin at one");

@@ -113,7 +113,7 @@ std::string error_of_recording(const Gpu& gpu, const std::function<void()>& reco
   Arena arena(gpu);
   cudaGraph_t graph = nullptr;
   {
-    Capture capture(gpu, arena);
+    const Capture capture(gpu, arena);
     record();
     graph = capture.end();
   }
