@@ -32,6 +32,20 @@ with saving_into(sys.argv[1]):
 """
 
 
+# Its child lives until its input ends.
+_FORKER = """
+import os, sys
+from llama_ext.io.folder_lock import saving_into
+with saving_into(sys.argv[1]):
+    child = os.fork()
+    if child == 0:
+        sys.stdin.read()
+        os._exit(0)
+print("has had it", flush=True)
+os.waitpid(child, 0)
+"""
+
+
 def holder(folder: Path) -> subprocess.Popen[bytes]:
     """Another process that has the directory until its input ends."""
     process = subprocess.Popen(
@@ -180,22 +194,15 @@ def test_ctrl_c_ends_the_waiting(tmp_path: Path) -> None:
 
 
 def test_a_process_that_is_forked_in_a_save_does_not_go_on_with_it(tmp_path: Path) -> None:
-    with saving_into(tmp_path):
-        waiting, inside = enters(tmp_path)
-        assert not inside.wait(0.1)
-        child = subprocess.Popen(
-            [sys.executable, "-c", "import os, sys\nif os.fork(): os._exit(0)\nsys.stdin.read()"],
-            stdin=subprocess.PIPE,
-            close_fds=False,
-        )
-    try:
-        assert inside.wait(10)
-        waiting.join()
-        thread, inside = enters(tmp_path)
-        assert inside.wait(10)
-        thread.join()
-    finally:
-        child.communicate(b"")
+    process = subprocess.Popen(
+        [sys.executable, "-c", _FORKER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"has had it\n"
+    thread, inside = enters(tmp_path)
+    assert inside.wait(10)
+    thread.join()
+    process.communicate(b"")
 
 
 def test_where_there_are_no_locks_saves_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
