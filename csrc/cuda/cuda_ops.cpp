@@ -82,6 +82,20 @@ const LogitsLoops& logits_loops() {
   return loops;
 }
 
+/// The product, of rows that a kernel of its own has normalised.
+template <typename Run>
+void normalize_first(const Gpu& gpu, ProductView p, const Run& run) {
+  const Scratch normed(gpu, static_cast<size_t>(p.rows * p.weight.cols) * sizeof(float));
+  const Rows x{normed.as<float>(), p.weight.cols};
+  rms_norm(gpu, p.x, p.rows, p.weight.cols, p.norm, x, nullptr);
+  p.x = x;
+  p.norm = {};
+  run(gpu, p);
+}
+
+/// Whether matmul_rows() has far more blocks than a GPU has room for, each of which would normalise x again: a head's product has.
+bool has_many_blocks(const ProductView& p) { return int64_t{p.weight.rows} > 3 * int64_t{p.weight.cols}; }
+
 }  // namespace
 
 void CudaBackend::embedding(const EmbeddingArgs& args) {
@@ -124,8 +138,9 @@ void CudaBackend::product(const ProductView& view, Compute compute) const {
   if (p.weight.kind == Kind::kBF16 && compute != Compute::kExact) p.rounding = Rounding::kBF16;
   if (rounds_weights(p.weight, compute)) return rounded_product(*gpu_, p);
   if (takes_few_rows(p.weight, p.rows, compute)) {
-    return compute != Compute::kExact && rows_of_mma(*gpu_, p.weight) > 0 ? matmul_rows_mma(*gpu_, p)
-                                                                          : matmul_rows(*gpu_, p);
+    if (compute != Compute::kExact && rows_of_mma(*gpu_, p.weight) > 0) return matmul_rows_mma(*gpu_, p);
+    const bool is_apart = p.norm.weight != nullptr && !p.is_gate_up && has_many_blocks(p);
+    return is_apart ? normalize_first(*gpu_, p, matmul_rows) : matmul_rows(*gpu_, p);
   }
   if (compute != Compute::kExact && has_mma(p.weight.kind) && p.weight.stride > 0) {
     const bool is_rounded = p.rounded != nullptr;
@@ -148,13 +163,7 @@ void CudaBackend::product(const ProductView& view, Compute compute) const {
       matmul_mma(*gpu_, tiles);
     });
   }
-  if (p.norm.weight == nullptr) return matmul_tiles(*gpu_, p);
-  const Scratch normed(*gpu_, static_cast<size_t>(p.rows * p.weight.cols) * sizeof(float));
-  const Rows x{normed.as<float>(), p.weight.cols};
-  cuda::rms_norm(*gpu_, p.x, p.rows, p.weight.cols, p.norm, x, nullptr);
-  p.x = x;
-  p.norm = {};
-  matmul_tiles(*gpu_, p);
+  p.norm.weight == nullptr ? matmul_tiles(*gpu_, p) : normalize_first(*gpu_, p, matmul_tiles);
 }
 
 void CudaBackend::matmul(const MatmulArgs& args) {

@@ -21,7 +21,7 @@ from llama_ext.training.checkpoints import locked
 from small_config import config_of
 
 if sys.platform == "win32":
-    pytest.skip("no locks there", allow_module_level=True)
+    pytest.skip("Windows has no flock, and saves do not wait there", allow_module_level=True)
 
 _HOLDER = """
 import sys, time
