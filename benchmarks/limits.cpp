@@ -32,7 +32,8 @@ volatile uint64_t g_sink;
 // ------------------------------------------------------------------------------------------------- the processor
 
 struct Features {
-  bool avx2_fma = false, avx512 = false, vnni = false, bf16 = false, amx_bf16 = false, amx_int8 = false;
+  bool avx2_fma = false, avx_vnni = false, avx512 = false, vnni = false, bf16 = false, amx_bf16 = false,
+       amx_int8 = false;
 };
 
 Features detect() {
@@ -56,7 +57,10 @@ Features detect() {
   if (tiles) tiles = syscall(SYS_arch_prctl, 0x1023L, 18L) == 0;
   f.amx_bf16 = tiles && (d & (1u << 22)) != 0;
   f.amx_int8 = tiles && (d & (1u << 25)) != 0;
-  if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0) f.bf16 = f.avx512 && (a & bit_AVX512BF16) != 0;
+  if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0) {
+    f.avx_vnni = f.avx2_fma && (a & (1u << 4)) != 0;
+    f.bf16 = f.avx512 && (a & bit_AVX512BF16) != 0;
+  }
   return f;
 }
 
@@ -113,6 +117,7 @@ void mul_add_128(int64_t rounds) {
 
 LLAMA_EXT_VECTOR_PEAK(fma_128, "vfmadd231ps", "xmm")
 LLAMA_EXT_VECTOR_PEAK(fma_256, "vfmadd231ps", "ymm")
+LLAMA_EXT_VECTOR_PEAK(int8_dot_256, "%{vex%} vpdpbusd", "ymm")
 
 // clang-format off
 #define LLAMA_EXT_TWELVE_MORE(op, from, to)                                                                          \
@@ -235,6 +240,7 @@ std::vector<Peak> peaks(const Features& f) {
       {"bf16_amx", f.amx_bf16, bf16_amx, 2.0 * 6 * 16 * 16 * 32},
       {"int8_madd_256", f.avx2_fma, int8_madd_256, kVector * 16},
       {"int8_maddubs_256", f.avx2_fma, int8_maddubs_256, kVector * 32},
+      {"int8_dot_256", f.avx_vnni, int8_dot_256, kVector * 32},
       {"int8_dot_512", f.vnni, int8_512, kVector * 64},
       {"int8_amx", f.amx_int8, int8_amx, 2.0 * 6 * 16 * 16 * 64},
   };

@@ -29,8 +29,9 @@ _COMPILERS = ("c++", "g++", "clang++")
 _INSTRUCTIONS_OF_ISA = {
     "x86-64-v2": ("f32_mul_add_128",),
     "avx2": ("f32_fma_128", "f32_fma_256", "int8_madd_256", "int8_maddubs_256"),
-    "avx512": ("f32_fma_512",),
-    "avx512-bf16": ("bf16_dot_512", "int8_dot_512"),
+    "avx2-vnni": ("int8_dot_256",),
+    "avx512": ("f32_fma_512", "int8_dot_512"),
+    "avx512-bf16": ("bf16_dot_512",),
     "amx": ("bf16_amx", "int8_amx"),
 }
 # A processor without instructions for a narrow type widens it.

@@ -14,6 +14,7 @@ namespace llama_ext {
 
 extern const KernelTable kTable_x86_64_v2;
 extern const KernelTable kTable_avx2;
+extern const KernelTable kTable_avx2_vnni;
 extern const KernelTable kTable_avx512;
 extern const KernelTable kTable_avx512_bf16;
 extern const KernelTable kTable_amx;
@@ -24,7 +25,8 @@ struct Features {
   bool sse42 = false, popcnt = false;
   bool avx2 = false, fma = false, f16c = false;
   bool v3_rest = false;  // AVX, MOVBE, BMI1, BMI2, LZCNT: what else x86-64-v3 allows a compiler
-  bool avx512 = false;   // F, BW, CD, DQ, VL: x86-64-v4
+  bool avx_vnni = false;
+  bool avx512 = false;  // F, BW, CD, DQ, VL: x86-64-v4
   bool avx512_vbmi2 = false, avx512_vnni = false, avx512_bf16 = false;
   bool amx_bf16 = false;
 };
@@ -73,6 +75,8 @@ Features detect() {
   constexpr uint32_t kAmxTile = 1u << 24;
   const bool has_amx = saves_tiles && (d & kAmxBf16) != 0 && (d & kAmxTile) != 0;
   if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0) {
+    constexpr uint32_t kAvxVnni = 1u << 4;
+    f.avx_vnni = f.avx2 && (a & kAvxVnni) != 0;
     f.avx512_bf16 = f.avx512 && (a & bit_AVX512BF16) != 0;
   }
   f.amx_bf16 = has_amx && f.avx512_bf16 && request_amx();
@@ -93,17 +97,19 @@ struct Tier {
 };
 
 /// Weakest first.
-std::array<Tier, 5> tiers() {
+std::array<Tier, 6> tiers() {
   const Features& f = features();
   const bool v2 = f.sse42 && f.popcnt;
   const bool v3 = v2 && f.avx2 && f.fma && f.f16c && f.v3_rest;
-  // VPDPBUSD came a generation before the CPUs that AVX-512 is worth using on.
+  // VPDPBUSD came to AVX-512 a generation before the CPUs that AVX-512 is worth using on. Without AVX-512, Intel's desktop and mobile
+  // processors have had it since 2021.
   const bool v4 = v3 && f.avx512 && f.avx512_vnni;
   const bool bf16 = v4 && f.avx512_bf16;
   // VBMI2 came with Ice Lake and Zen 4.
   const bool fast512 = v4 && f.avx512_vbmi2;
   return {{{&kTable_x86_64_v2, v2, v2},
            {&kTable_avx2, v3, v3},
+           {&kTable_avx2_vnni, v3 && f.avx_vnni, v3 && f.avx_vnni},
            {&kTable_avx512, v4, fast512},
            {&kTable_avx512_bf16, bf16, bf16 && fast512},
            {&kTable_amx, bf16 && f.amx_bf16, bf16 && f.amx_bf16}}};
@@ -146,6 +152,7 @@ std::vector<std::string> cpu_features() {
   add(f.avx2, "avx2");
   add(f.fma, "fma");
   add(f.f16c, "f16c");
+  add(f.avx_vnni, "avx_vnni");
   add(f.avx512, "avx512");
   add(f.avx512_vbmi2, "avx512_vbmi2");
   add(f.avx512_vnni, "avx512_vnni");

@@ -8,7 +8,7 @@
 
 namespace llama_ext {
 
-/// Tiers compiled into this build, weakest first: "x86-64-v2", "avx2", "avx512", "avx512-bf16", "amx".
+/// Tiers compiled into this build, weakest first: "x86-64-v2", "avx2", "avx2-vnni", "avx512", "avx512-bf16", "amx".
 std::vector<std::string> compiled_isas();
 
 /// Those of them that this CPU and operating system can run (CPUID, XGETBV and, for AMX, the kernel's permission).

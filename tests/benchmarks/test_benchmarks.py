@@ -36,6 +36,7 @@ PRINTED: dict[str, Any] = {
         "bf16_dot_512": {"1": 55.0, "2": 110.0},
         "int8_madd_256": {"1": 90.0, "2": 180.0},
         "int8_maddubs_256": {"1": 170.0, "2": 340.0},
+        "int8_dot_256": {"1": 190.0, "2": 380.0},
         "int8_dot_512": {"1": 200.0, "2": 400.0},
     },
 }
@@ -139,6 +140,8 @@ def test_limits_refuse_what_the_probe_does_not_print(change: dict[str, Any], mes
         ("f32", "x86-64-v2", ("f32_mul_add_128", 50.0)),
         ("bf16", None, ("f32_fma_512", 120.0)),  # here widening is faster than the instruction for bfloat16
         ("int8", "avx512-bf16", ("int8_dot_512", 400.0)),
+        ("int8", "avx512", ("int8_dot_512", 400.0)),
+        ("int8", "avx2-vnni", ("int8_dot_256", 380.0)),
         ("int8", "avx2", ("int8_maddubs_256", 340.0)),
         ("int8", "x86-64-v2", ("f32_mul_add_128", 50.0)),
     ],
@@ -150,7 +153,7 @@ def test_the_best_instruction_is_one_that_the_isa_has(kind: str, isa: str | None
 def test_every_probed_instruction_belongs_to_an_isa() -> None:
     table = limits.SOURCE.read_text(encoding="utf-8").split("peaks(const Features& f) {")[1].split("};")[0]
     probed = re.findall(r'\{"(\w+)", ', table)
-    assert len(probed) == 10
+    assert len(probed) == 11
     assert sorted(probed) == sorted(limits.instructions("amx"))
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 
 import numpy_ops
-from devices import CPU, CUDA, REFERENCE, Device, all_devices, each_isa, each_tier_and_thread_count, requires_cuda
+from devices import CPU, CUDA, ISAS, REFERENCE, Device, all_devices, each_isa, each_tier_and_thread_count, requires_cuda
 from guarded import guarded, guarded_empty, guarded_rows, guarded_rows_empty
 from llama_ext import _core
 from quantized import (
@@ -251,6 +251,20 @@ def test_quantized_matmul_of_a_column_has_the_same_bits_among_any_others(isa: st
     for columns in (1, 15, 16, 17, 31, 32, 33, 129):
         some = multiply(two, x, made.rows(3, 3 + columns).on(two), compute)
         assert_same_bits(some, np.ascontiguousarray(whole[:, 3 : 3 + columns]), f"{columns} columns")
+
+
+@each_compute
+@each_kept
+@pytest.mark.skipif("avx2-vnni" not in ISAS, reason="this machine does not have avx2-vnni")
+def test_quantized_matmul_has_the_same_bits_with_and_without_vpdpbusd(kept: Kept, compute: str) -> None:
+    """Vectors are equally wide, whole numbers have one sum, and float32 totals are made in one order."""
+    rng = np.random.default_rng(10)
+    made = weights(kept, rng, 71, kept.columns(700))
+    x = rng.standard_normal((40, made.exact.shape[1])).astype(np.float32)
+    without, with_it = Device("avx2", 2).backend, Device("avx2-vnni", 2).backend
+    for rows in (*range(1, 8), 40):
+        expected = multiply(without, x[:rows], made.on(without), compute)
+        assert_same_bits(multiply(with_it, x[:rows], made.on(with_it), compute), expected, f"{rows} rows")
 
 
 @each_compute

@@ -1,5 +1,5 @@
 // Quantised weights by activations rounded to int8: int32 sums within a group of k, float32 totals across groups. The tiles come
-// from codes_vnni.h or codes_madd.h.
+// from codes_tile_512.h or codes_tile_256.h, their products from codes_dot_vnni.h or codes_dot_madd.h.
 //
 // A group's sum starts at -zero x (sum of its activations), so codes need no correction. An output is one chain of float32
 // additions over ascending groups and blocks of 128 k, whatever rows surround it.
@@ -8,7 +8,7 @@
 #pragma once
 
 #include "cpu/kernel_table.h"
-#include "cpu/kernels/tile_codes.h"
+#include "cpu/kernels/codes_tile.h"
 
 namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE {
 

@@ -3,7 +3,8 @@
 #define LLAMA_EXT_ISA_NAMESPACE isa_amx
 
 #include "cpu/simd/vec_avx512.h"
-#include "cpu/kernels/codes_vnni.h"
+#include "cpu/kernels/codes_dot_vnni.h"
+#include "cpu/kernels/codes_tile_512.h"
 #include "cpu/kernels/gemm.h"
 #include "cpu/kernels/gemm_amx.h"
 #include "cpu/kernels/gemm_codes.h"

@@ -3,7 +3,8 @@
 #define LLAMA_EXT_ISA_NAMESPACE isa_avx2
 
 #include "cpu/simd/vec_avx2.h"
-#include "cpu/kernels/codes_madd.h"
+#include "cpu/kernels/codes_dot_madd.h"
+#include "cpu/kernels/codes_tile_256.h"
 #include "cpu/kernels/gemm_codes.h"
 #include "cpu/kernels/table.h"
 

@@ -3,7 +3,8 @@
 #define LLAMA_EXT_ISA_NAMESPACE isa_avx512
 
 #include "cpu/simd/vec_avx512.h"
-#include "cpu/kernels/codes_vnni.h"
+#include "cpu/kernels/codes_dot_vnni.h"
+#include "cpu/kernels/codes_tile_512.h"
 #include "cpu/kernels/gemm_codes.h"
 #include "cpu/kernels/table.h"
 

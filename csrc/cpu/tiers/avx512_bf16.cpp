@@ -4,7 +4,8 @@
 
 #include "cpu/simd/vec_avx512.h"
 #include "cpu/kernels/attention_bf16_dot.h"
-#include "cpu/kernels/codes_vnni.h"
+#include "cpu/kernels/codes_dot_vnni.h"
+#include "cpu/kernels/codes_tile_512.h"
 #include "cpu/kernels/gemm.h"
 #include "cpu/kernels/gemm_bf16_dot.h"
 #include "cpu/kernels/gemm_codes.h"

@@ -1,67 +1,27 @@
-// Products of codes and int8 activations with VPDPBUSD: four k in one instruction.
+// Tiles of quantised products in the thirty-two registers of AVX-512: int32 sums and float32 totals both in registers.
 #pragma once
 
-#include "cpu/kernels/tile_codes.h"
+#include "cpu/kernels/codes_tile.h"
 
 namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE {
 
-template <CodeFormat>
-using Activation = int8_t;
 constexpr bool kHasWholeTile = true;
-constexpr const char* kDotNote = "VPDPBUSD, activations rounded to int8";
 
-/// sum += codes (unsigned) x activations (signed), four of each per lane. Inline and volatile: around the intrinsic, or when
-/// it may reorder them, g++ 12 spills the sums.
-static inline void dot_quad(vi& sum, vi codes, vi activations) {
-  asm volatile("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(activations));
-}
-
-/// Few rows have few sums, each of which waits for the product before: their quads take turns with this many. They are whole
-/// numbers, so in what order they are added up makes no difference.
-template <int R>
-constexpr int kChains = R == 1   ? 4
-                        : R <= 3 ? 2
-                                 : 1;
-
-/// sum += the products of quads [kFirst, kFirst + kCount) of a strip. a: its activations, [8][R][4].
-template <CodeFormat F, int kFirst, int kCount, int C, int R, int NV>
-static inline void dot_strip(const uint8_t* strip, const uint8_t* a, vi (&sum)[C][R][NV]) {
+/// total += scale x sum (+ min x sum of activations)
+template <CodeFormat F, typename Scales, int R, int NV>
+static inline void finish_group(const Scales& scales, int64_t group, int64_t column, const uint8_t* starts,
+                                const vi (&sum)[R][NV], vf (&total)[R][NV]) {
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) {
+    const vf scale = scales.scale(group, column + kWidth * v);
 #pragma GCC unroll 8
-  for (int quad = kFirst; quad < kFirst + kCount; ++quad) {
-    vi codes[NV];
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) codes[v] = codes_of<F>(strip, quad, kWidth * v);
+    for (int r = 0; r < R; ++r) total[r][v] = vfma(sum_value(sum[r][v]), scale, total[r][v]);
+    if constexpr (F.has_min) {
+      const vf min = scales.min(group, column + kWidth * v);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const vi x = broadcast_quad(a + 4 * (quad * R + r));
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) dot_quad(sum[quad % C][r][v], codes[v], x);
-    }
-  }
-}
-
-template <CodeFormat F, int C, int R, int NV>
-static inline void start_chains(const uint8_t* starts, vi (&sum)[C][R][NV]) {
-  start_sums<F>(starts, sum[0]);
-#pragma GCC unroll 4
-  for (int chain = 1; chain < C; ++chain) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) sum[chain][r][v] = iset1(0);
-    }
-  }
-}
-
-/// Into the first chain.
-template <int C, int R, int NV>
-static inline void join_chains(vi (&sum)[C][R][NV]) {
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-#pragma GCC unroll 4
-      for (int chain = 1; chain < C; ++chain) sum[0][r][v] = iadd(sum[0][r][v], sum[chain][r][v]);
+      for (int r = 0; r < R; ++r) {
+        total[r][v] = vfma(vset1(reinterpret_cast<const float*>(starts)[r]), min, total[r][v]);
+      }
     }
   }
 }
@@ -119,7 +79,7 @@ static void tile_codes(const PanelProduct& p, const uint8_t* a, float* c, const 
       for (int v = 0; v < NV; ++v) total[r][v] = vzero();
     }
     for (int64_t groups = left < groups_of_block ? left : groups_of_block; groups > 0;) {
-      vi sum[kChains<R>][R][NV];
+      vi sum[chains(R)][R][NV];
       start_chains<F>(starts, sum);
       if constexpr (F.group == 16) {
         prefetch_ahead<R, F.strip_bytes()>(strip);

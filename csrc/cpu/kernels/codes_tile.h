@@ -1,4 +1,4 @@
-// What the tiles of quantised products share: where a group's sums start, how they end, and what is fetched meanwhile.
+// What the tiles of quantised products share: where a group's sums start, how chains of them end, and what is fetched meanwhile.
 #pragma once
 
 #include "cpu/kernels/codes.h"
@@ -26,21 +26,28 @@ static inline void start_sums(const uint8_t* starts, vi (&sum)[R][NV]) {
   }
 }
 
-/// total += scale x sum (+ min x sum of activations)
-template <CodeFormat F, typename Scales, int R, int NV>
-static inline void finish_group(const Scales& scales, int64_t group, int64_t column, const uint8_t* starts,
-                                const vi (&sum)[R][NV], vf (&total)[R][NV]) {
+template <CodeFormat F, int C, int R, int NV>
+static inline void start_chains(const uint8_t* starts, vi (&sum)[C][R][NV]) {
+  start_sums<F>(starts, sum[0]);
 #pragma GCC unroll 4
-  for (int v = 0; v < NV; ++v) {
-    const vf scale = scales.scale(group, column + kWidth * v);
+  for (int chain = 1; chain < C; ++chain) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) total[r][v] = vfma(sum_value(sum[r][v]), scale, total[r][v]);
-    if constexpr (F.has_min) {
-      const vf min = scales.min(group, column + kWidth * v);
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) sum[chain][r][v] = iset1(0);
+    }
+  }
+}
+
+/// Into the first chain.
+template <int C, int R, int NV>
+static inline void join_chains(vi (&sum)[C][R][NV]) {
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        total[r][v] = vfma(vset1(reinterpret_cast<const float*>(starts)[r]), min, total[r][v]);
-      }
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+#pragma GCC unroll 4
+      for (int chain = 1; chain < C; ++chain) sum[0][r][v] = iadd(sum[0][r][v], sum[chain][r][v]);
     }
   }
 }
