@@ -26,14 +26,14 @@ CODE = """\
 LOOP = {"frame": "nop", "operand": "(%rax)", "target": "14"}
 
 
-def run(folder: Path, symbols: str, code: str, *options: str) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, symbols: str, code: str, *options: str, tier: str = "avx512") -> subprocess.CompletedProcess[str]:
     """The check, of programs that print these listings."""
     for name, listing in (("nm", symbols), ("objdump", code)):
         (folder / f"{name}.txt").write_text(listing)
         (folder / name).write_text(f"#!/bin/sh\ncat '{folder / name}.txt'\n")
         (folder / name).chmod(0o755)
     options = options or ("--objdump", str(folder / "objdump"))
-    command = [sys.executable, str(TOOL), "--nm", str(folder / "nm"), *options, "avx512.cpp.o"]
+    command = [sys.executable, str(TOOL), "--nm", str(folder / "nm"), *options, f"{tier}.cpp.o"]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -56,6 +56,18 @@ def test_a_loop_with_sums_on_the_stack_is_refused(
     assert (done.returncode == 0) == is_clean, done.stderr
     found = "" if is_clean else "avx512.cpp.o: sums on the stack in llama_ext::isa_avx512::tile() at 14\n"
     assert done.stderr == found
+
+
+@pytest.mark.parametrize("tier", ["avx2", "avx2_vnni", "avx512", "amx"])
+def test_of_loops_on_the_stack_only_tiles_of_codes_are_let_be_and_only_where_registers_are_few(
+    tmp_path: Path, tier: str
+) -> None:
+    symbols, code = (text.replace("avx512", tier) for text in (SYMBOLS, CODE))
+    clean = code.format(**LOOP)
+    dirty = code.format(**LOOP | {"operand": "0x40(%rsp)"})
+    assert run(tmp_path, symbols, dirty, tier=tier).returncode == 1
+    done = run(tmp_path, symbols, clean + dirty.replace("tile", "tile_codes"), tier=tier)
+    assert (done.returncode == 0) == (tier in ("avx2", "avx2_vnni")), done.stderr
 
 
 def test_a_mergeable_symbol_outside_the_tiers_namespace_is_refused(tmp_path: Path) -> None:
