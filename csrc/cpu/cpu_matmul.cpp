@@ -190,6 +190,8 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
 
   // Few rows: one block of k, so that a panel is read in one go.
   const int64_t tiles = ceil_div(count, kernel.tile_rows);
+  // Of equal height: a tile of a row or two takes as long as one of more, its sums waiting for each other.
+  const int64_t tile_rows = kernel.streams ? ceil_div(count, std::max<int64_t>(tiles, 1)) : kernel.tile_rows;
   const int64_t k_block = tiles == 1 ? std::max<int64_t>(k_padded, 1) : kernel.k_block;
   // Groups of equal size, as many for each thread.
   const int64_t largest_group = tiles == 1 ? kDecodePanels : kernel.group_panels;
@@ -199,7 +201,7 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
   const int64_t wanted_blocks =
       groups >= threads ? 1 : ceil_div(threads * kTasksPerThread, std::max<int64_t>(groups, 1));
   const int64_t block_tiles = std::max<int64_t>(1, ceil_div(tiles, wanted_blocks));
-  const int64_t block_rows = block_tiles * kernel.tile_rows;
+  const int64_t block_rows = block_tiles * tile_rows;
   const int64_t row_blocks = ceil_div(tiles, block_tiles);
 
   const int64_t packed_bytes = round_up(count * kernel.packed_bytes(k_padded, group), 64);
@@ -208,7 +210,7 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
   const int64_t kept_panels = k_padded > k_block ? group_panels : 1;
   const int64_t finished_rows = weight.type().is_quantized() && product.compute != Compute::kAuto
                                     ? block_rows  // some of these kernels widen the panel for all their rows
-                                    : std::max<int64_t>(1, kFinishedRows / kernel.tile_rows) * kernel.tile_rows;
+                                    : std::max<int64_t>(1, kFinishedRows / tile_rows) * tile_rows;
   const int64_t normed_size = normed_floats(product, kernel);
   const int64_t floats = threads * std::max(kept_panels * sums, normed_size);
   auto* packed = static_cast<char*>(thread_scratch(
@@ -222,8 +224,8 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
     return packed + count * kernel.packed_bytes(k0, group) + row * kernel.packed_bytes(depth, group);
   };
   parallel_for(tiles > 1 ? threads : 1, tiles, [&](int64_t tile, int worker) {
-    const int64_t row = tile * kernel.tile_rows;
-    pack_tile(product, kernel, begin + row, std::min(kernel.tile_rows, count - row), k_block,
+    const int64_t row = tile * tile_rows;
+    pack_tile(product, kernel, begin + row, std::min(tile_rows, count - row), k_block,
               all_floats + worker * normed_size, [&](int64_t k0) { return packed_at(row, k0); });
   });
 
@@ -241,7 +243,8 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
       for (int64_t panel = first; panel < last; ++panel) {
         // What is read next: the same k of the next panel, or the next k of the first one.
         const bool is_last = panel + 1 == last;
-        const bool has_next = (tiles > 1 || count > kStreamedRows) && (!is_last || k0 + depth < k_padded);
+        const bool has_next =
+            (tiles > 1 || (!kernel.streams && count > kStreamedRows)) && (!is_last || k0 + depth < k_padded);
         const void* next = !has_next ? nullptr
                            : is_last ? weight.panel_at(first, k0 + depth)
                                      : weight.panel_at(panel + 1, k0);
@@ -252,9 +255,11 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
         const int64_t next_bytes = weight.bytes_of(depth);
         for (int64_t r = 0; r < rows; r += step) {
           const int64_t height = std::min(step, rows - r);
-          // Each part of the rows asks for its part of what is next.
-          const int64_t from = next_bytes * r / rows / 64 * 64;
-          const int64_t to = r + height == rows ? next_bytes : next_bytes * (r + height) / rows / 64 * 64;
+          // Each part of the rows asks for its part of what is next, or the first two tiles for all.
+          const int64_t from = kernel.streams ? 0 : next_bytes * r / rows / 64 * 64;
+          const int64_t to =
+              kernel.streams || r + height == rows ? next_bytes : next_bytes * (r + height) / rows / 64 * 64;
+          const bool asks = next != nullptr && (!kernel.streams || r == 0);
           float* part_sums = panel_sums + r * kPanel;
           float* y = product.y.row<float>(begin + row + r) + panel * width;
           // What is written after the product: its lines arrive meanwhile.
@@ -263,7 +268,8 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
             __builtin_prefetch(y + i * product.y.row_stride() + 16, 1);
           }
           kernel.panel({height, depth, group, packed_at(row, k0) + r * row_bytes, weight.panel_at(panel, k0), part_sums,
-                        kPanel, k0 > 0, next == nullptr ? nullptr : static_cast<const char*>(next) + from, to - from});
+                        kPanel, k0 > 0, asks ? static_cast<const char*>(next) + from : nullptr, to - from, 0, tile_rows,
+                        kernel.streams && r == 0});
           if (!finishes) continue;
           kernels_.epilogue({product.epilogue, product.bias == nullptr ? nullptr : product.bias + panel * kPanel, y,
                              product.y.row_stride(), std::min(width, y_columns - panel * width)},

@@ -68,7 +68,10 @@ struct PanelProduct {
   bool accumulate;
   const void* next;  // what will be read after this, or nullptr: fetched into the L2 cache meanwhile
   int64_t next_bytes;
-  int64_t stride = 0;  // of panel_in_place: a is the first of rows of float32, so many floats apart
+  int64_t stride = 0;     // of panel_in_place: a is the first of rows of float32, so many floats apart
+  int64_t tile_rows = 0;  // rows of `a`'s tiles, where they are fewer than the kernel's
+  bool streams =
+      false;  // weights come from memory: tiles ask for `next`, or else for the panel itself, while they multiply
 };
 
 /// Rows of activations to pack into one tile.
@@ -94,6 +97,7 @@ struct GemmKernel {
   int64_t (*packed_bytes)(int64_t depth, int64_t group);
   void (*pack)(const PackJob& job);
   void (*panel)(const PanelProduct& product);
+  bool streams = false;                                           // knows PanelProduct::streams and tile_rows
   void (*panel_in_place)(const PanelProduct& product) = nullptr;  // with activations that are not packed, if it can
 };
 

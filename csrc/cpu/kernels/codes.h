@@ -150,7 +150,7 @@ static void panel_codes_exact(const PanelProduct& p) {
     for (int64_t row = 0; row < p.rows; row += kTileRows) {
       const int64_t height = p.rows - row < kTileRows ? p.rows - row : kTileRows;
       tile_any<PanelF32, PackedRows>(height, depth, tiles + row * p.depth + k0 * height, 0, widened, p.c + row * p.ldc,
-                                     p.ldc, p.accumulate || k0 > 0);
+                                     p.ldc, p.accumulate || k0 > 0, stream_itself(widened, kPanel * 4));
     }
   }
 }

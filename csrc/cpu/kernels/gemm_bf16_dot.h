@@ -7,8 +7,9 @@
 
 namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE {
 
-template <int R>
-static void tile_bf16_dot(int64_t k, const uint32_t* a, const uint16_t* b, float* c, int64_t ldc, bool accumulate) {
+template <int R, bool kStreams>
+static void tile_bf16_dot(int64_t k, const uint32_t* a, const uint16_t* b, float* c, int64_t ldc, bool accumulate,
+                          [[maybe_unused]] Stream stream) {
   __m512 sum[R][2];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -16,10 +17,10 @@ static void tile_bf16_dot(int64_t k, const uint32_t* a, const uint16_t* b, float
     sum[r][1] = accumulate ? _mm512_loadu_ps(c + r * ldc + 16) : _mm512_setzero_ps();
   }
   for (int64_t i = 0; i < k; i += 2) {
-    if constexpr (R <= kPrefetchRows) {
-      const char* ahead = reinterpret_cast<const char*>(b) + kPrefetchBytes;
-      __builtin_prefetch(ahead);
-      __builtin_prefetch(ahead + 64);
+    if constexpr (kStreams) {
+      __builtin_prefetch(stream.line);
+      __builtin_prefetch(stream.line + stream.second);
+      stream.line += stream.step;
     }
     const __m512bh w0 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b));
     const __m512bh w1 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + 32));
@@ -39,20 +40,29 @@ static void tile_bf16_dot(int64_t k, const uint32_t* a, const uint16_t* b, float
   }
 }
 
+using TileBf16Dot = void (*)(int64_t, const uint32_t*, const uint16_t*, float*, int64_t, bool, Stream);
+template <bool kStreams>
+static constexpr TileBf16Dot kTilesBf16Dot[kTileRows] = {
+    tile_bf16_dot<1, true>,      tile_bf16_dot<2, true>,      tile_bf16_dot<3, true>,      tile_bf16_dot<4, true>,
+    tile_bf16_dot<5, kStreams>,  tile_bf16_dot<6, kStreams>,  tile_bf16_dot<7, kStreams>,  tile_bf16_dot<8, kStreams>,
+    tile_bf16_dot<9, kStreams>,  tile_bf16_dot<10, kStreams>, tile_bf16_dot<11, kStreams>, tile_bf16_dot<12, kStreams>,
+    tile_bf16_dot<13, kStreams>, tile_bf16_dot<14, kStreams>};
+static_assert(kPrefetchRows == 4);
+
 static void panel_bf16_dot(const PanelProduct& p) {
-  using Tile = void (*)(int64_t, const uint32_t*, const uint16_t*, float*, int64_t, bool);
-  static constexpr Tile kTiles[kTileRows] = {tile_bf16_dot<1>,  tile_bf16_dot<2>,  tile_bf16_dot<3>,  tile_bf16_dot<4>,
-                                             tile_bf16_dot<5>,  tile_bf16_dot<6>,  tile_bf16_dot<7>,  tile_bf16_dot<8>,
-                                             tile_bf16_dot<9>,  tile_bf16_dot<10>, tile_bf16_dot<11>, tile_bf16_dot<12>,
-                                             tile_bf16_dot<13>, tile_bf16_dot<14>};
+  constexpr int64_t kStepBytes = 2 * kPanel * static_cast<int64_t>(sizeof(uint16_t));
   const auto* tiles = static_cast<const uint32_t*>(p.a);  // one pair of k each
-  const int64_t parts = (p.rows + kTileRows - 1) / kTileRows;
+  const int64_t tile_rows = p.tile_rows > 0 ? p.tile_rows : kTileRows;
+  const int64_t parts = (p.rows + tile_rows - 1) / tile_rows;
   for (int64_t part = 0; part < parts; ++part) {
-    const int64_t row = part * kTileRows;
-    const int64_t height = p.rows - row < kTileRows ? p.rows - row : kTileRows;
-    prefetch_next(p, part, parts);
-    kTiles[height - 1](p.depth, tiles + row * p.depth / 2, static_cast<const uint16_t*>(p.b), p.c + row * p.ldc, p.ldc,
-                       p.accumulate);
+    const int64_t row = part * tile_rows;
+    const int64_t height = p.rows - row < tile_rows ? p.rows - row : tile_rows;
+    Stream stream = stream_itself(p.b, kStepBytes);
+    const bool streams = find_stream(p, part, parts, kStepBytes, &stream);
+    if (!p.streams) prefetch_next(p, part, parts);
+    const auto& multiply = streams ? kTilesBf16Dot<true> : kTilesBf16Dot<false>;
+    multiply[height - 1](p.depth, tiles + row * p.depth / 2, static_cast<const uint16_t*>(p.b), p.c + row * p.ldc,
+                         p.ldc, p.accumulate, stream);
   }
 }
 
