@@ -23,8 +23,8 @@ constexpr int64_t kLeastRows = 42;
 constexpr int64_t kAliasedFloats = 512;  // rows so far apart lie in a few sets of a cache
 // Panels of a task with few rows: about a megabyte, so that a thread which is held up leaves the rest to the others.
 constexpr int64_t kDecodePanels = 4;
-// Kernels of up to so many rows ask for what they read by themselves.
-constexpr int64_t kStreamedRows = 4;
+// So few rows of outputs are not asked for before they are written.
+constexpr int64_t kFewRows = 4;
 // When there are fewer groups of panels than threads, rows are split, too, into this many tasks for each thread.
 constexpr int64_t kTasksPerThread = 2;
 
@@ -243,8 +243,7 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
       for (int64_t panel = first; panel < last; ++panel) {
         // What is read next: the same k of the next panel, or the next k of the first one.
         const bool is_last = panel + 1 == last;
-        const bool has_next =
-            (tiles > 1 || (!kernel.streams && count > kStreamedRows)) && (!is_last || k0 + depth < k_padded);
+        const bool has_next = count > kernel.streamed_rows && (!is_last || k0 + depth < k_padded);
         const void* next = !has_next ? nullptr
                            : is_last ? weight.panel_at(first, k0 + depth)
                                      : weight.panel_at(panel + 1, k0);
@@ -263,7 +262,7 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
           float* part_sums = panel_sums + r * kPanel;
           float* y = product.y.row<float>(begin + row + r) + panel * width;
           // What is written after the product: its lines arrive meanwhile.
-          for (int64_t i = 0; finishes && rows > kStreamedRows && i < height; ++i) {
+          for (int64_t i = 0; finishes && rows > kFewRows && i < height; ++i) {
             __builtin_prefetch(y + i * product.y.row_stride(), 1);
             __builtin_prefetch(y + i * product.y.row_stride() + 16, 1);
           }

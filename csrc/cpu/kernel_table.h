@@ -97,6 +97,7 @@ struct GemmKernel {
   int64_t (*packed_bytes)(int64_t depth, int64_t group);
   void (*pack)(const PackJob& job);
   void (*panel)(const PanelProduct& product);
+  int64_t streamed_rows = 4;                                      // up to so many need not be told what is next
   bool streams = false;                                           // knows PanelProduct::streams and tile_rows
   void (*panel_in_place)(const PanelProduct& product) = nullptr;  // with activations that are not packed, if it can
 };

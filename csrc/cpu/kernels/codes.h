@@ -46,12 +46,16 @@ static inline vi codes_of(const uint8_t* strip, int quad, int64_t column) {
   }
 }
 
-/// With few rows, which wait for memory: asks for as many bytes as are read at `at`, a strip or a unit's header, well ahead.
-template <int R, int64_t kBytes>
+/// How far ahead few rows, which wait for memory, ask for what they will read.
+template <CodeFormat F>
+constexpr int64_t kCodesAhead = F.bits == 8 ? 4096 : 8192;
+
+/// With few rows: asks for as many bytes as are read at `at`, a strip or a unit's header.
+template <CodeFormat F, int R, int64_t kBytes>
 static inline void prefetch_ahead(const uint8_t* at) {
   if constexpr (R <= kPrefetchRows) {
 #pragma GCC unroll 20
-    for (int64_t i = 0; i < kBytes; i += 64) __builtin_prefetch(at + kPrefetchBytes + i);
+    for (int64_t i = 0; i < kBytes; i += 64) __builtin_prefetch(at + kCodesAhead<F> + i);
   }
 }
 

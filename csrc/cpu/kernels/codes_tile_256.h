@@ -73,7 +73,7 @@ static void tile_codes(const PanelProduct& p, const uint8_t* a, float* c, const 
         start_chains<F>(starts, sum);
         for (int64_t i = 0; i < step; i += kStrip, at += F.strip_bytes(), with += kActivationBytes) {
           if (column == 0) {
-            prefetch_ahead<R, F.strip_bytes()>(at);
+            prefetch_ahead<F, R, F.strip_bytes()>(at);
             ahead();
           }
           // One address each: where a group is a strip, g++ 12 keeps forty of them on the stack.
@@ -98,7 +98,7 @@ static void tile_codes(const PanelProduct& p, const uint8_t* a, float* c, const 
       in_unit += step;
       if (in_unit == unit) {
         scales.advance(strip);
-        prefetch_ahead<R, F.header_bytes()>(strip);
+        prefetch_ahead<F, R, F.header_bytes()>(strip);
         strip += F.header_bytes();
         in_unit = 0;
       }

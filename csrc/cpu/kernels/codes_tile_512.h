@@ -82,7 +82,7 @@ static void tile_codes(const PanelProduct& p, const uint8_t* a, float* c, const 
       vi sum[chains(R)][R][NV];
       start_chains<F>(starts, sum);
       if constexpr (F.group == 16) {
-        prefetch_ahead<R, F.strip_bytes()>(strip);
+        prefetch_ahead<F, R, F.strip_bytes()>(strip);
         ahead();
         dot_strip<F, 0, 4>(strip, codes, sum);
         join_chains(sum);
@@ -109,7 +109,7 @@ static void tile_codes(const PanelProduct& p, const uint8_t* a, float* c, const 
         } else {
           int64_t strips = strips_of_group;
           do {
-            prefetch_ahead<R, F.strip_bytes()>(strip);
+            prefetch_ahead<F, R, F.strip_bytes()>(strip);
             ahead();
             dot_strip<F, 0, 8>(strip, codes, sum);
             codes += kStrip * R;
@@ -124,7 +124,7 @@ static void tile_codes(const PanelProduct& p, const uint8_t* a, float* c, const 
       starts += 4 * R;
       if (index == groups_of_unit) {
         scales.advance(strip);
-        prefetch_ahead<R, F.header_bytes()>(strip);
+        prefetch_ahead<F, R, F.header_bytes()>(strip);
         strip += F.header_bytes();
         index = 0;
       }

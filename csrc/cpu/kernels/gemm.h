@@ -16,7 +16,7 @@ namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE {
 constexpr int kTileRows = kWidth == 16 ? 14 : 6;
 // Few rows are bound by memory: ask for the panel well ahead.
 constexpr int kPrefetchRows = 4;
-constexpr int64_t kPrefetchBytes = 4096;
+constexpr int64_t kPrefetchBytes = kWidth == 16 ? 8192 : 4096;
 
 struct PanelF32 {
   using Element = float;

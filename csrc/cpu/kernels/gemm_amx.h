@@ -17,6 +17,7 @@ constexpr int64_t kAmxHalf = 16;
 constexpr int64_t kAmxK = 32;
 // Four steps of k: a step is 2 KB and takes as long to arrive as several to compute.
 constexpr int64_t kAmxPrefetchBytes = 8192;
+constexpr int64_t kAmxVectorPrefetchBytes = 4096;
 
 struct alignas(64) AmxConfig {
   uint8_t palette = 1;
@@ -106,7 +107,7 @@ static void tile_amx_vectors(int64_t depth, const uint16_t* a, const uint16_t* b
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) even[r][0] = even[r][1] = odd[r][0] = odd[r][1] = vzero();
     for (int pair = 0; pair < kAmxK / 2; ++pair) {
-      const char* ahead = reinterpret_cast<const char*>(b) + kPrefetchBytes;
+      const char* ahead = reinterpret_cast<const char*>(b) + kAmxVectorPrefetchBytes;
       __builtin_prefetch(ahead);
       __builtin_prefetch(ahead + 64);
 #pragma GCC unroll 4

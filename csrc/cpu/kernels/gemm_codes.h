@@ -46,6 +46,8 @@ static void panel_codes(const PanelProduct& p) {
   const bool spreads = p.next != nullptr && parts <= kSpreadTiles;
   const int64_t lines = p.next_bytes / 64;
   const int64_t per_strip = spreads ? (lines + parts * (p.depth / kStrip) - 1) / (parts * (p.depth / kStrip)) : 0;
+  // The only tile asks for its own panel, headers included.
+  const int64_t own_per_strip = (F.unit_bytes(p.group) / (F.unit(p.group) / kStrip) + 63) / 64;
   // Several tiles use the same scales.
   alignas(64) float scales[kWidenedDepth / F.smallest_group() * WidenedScales<F>::kFloats];
   const bool is_widened = parts > 1 && p.depth <= kWidenedDepth;
@@ -55,7 +57,9 @@ static void panel_codes(const PanelProduct& p) {
     const int64_t row = part * kCodeRows;
     const int64_t height = p.rows - row < kCodeRows ? p.rows - row : kCodeRows;
     Ahead ahead;
-    if (spreads) {
+    if (parts == 1 && p.next == nullptr && height > kPrefetchRows) {
+      ahead = {static_cast<const uint8_t*>(p.b) + kCodesAhead<F>, own_per_strip};
+    } else if (spreads) {
       ahead = {static_cast<const uint8_t*>(p.next) + 64 * part * per_strip * (p.depth / kStrip), per_strip};
     } else {
       prefetch_next(p, part, parts);
@@ -67,7 +71,8 @@ static void panel_codes(const PanelProduct& p) {
 
 template <CodeFormat F>
 static constexpr GemmKernel kCodeKernel = {
-    kCodeRows, kWidenedDepth, 8, packed_bytes_codes<Activation<F>>, pack_codes<F, Activation<F>>, panel_codes<F>};
+    kCodeRows,      kWidenedDepth, 8, packed_bytes_codes<Activation<F>>, pack_codes<F, Activation<F>>,
+    panel_codes<F>, kCodeRows};
 
 static constexpr CodeKernels kCodes = {LLAMA_EXT_OF_EACH_FORMAT(kCodeKernel), kDotNote};
 

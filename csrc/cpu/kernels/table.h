@@ -16,9 +16,11 @@
 namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE {
 
 static constexpr GemmKernel kGemmF32 = {
-    kTileRows, 192, 4, packed_bytes_f32, pack_f32, panel<PanelF32>, true, panel<PanelF32, RowsInPlace>};
-static constexpr GemmKernel kGemmF16 = {kTileRows, 256, 8, packed_bytes_f32, pack_f32, panel<PanelF16>, true};
-static constexpr GemmKernel kGemmBf16Exact = {kTileRows, 256, 8, packed_bytes_f32, pack_f32, panel<PanelBf16>, true};
+    kTileRows, 192, 4, packed_bytes_f32, pack_f32, panel<PanelF32>, kTileRows, true, panel<PanelF32, RowsInPlace>};
+static constexpr GemmKernel kGemmF16 = {kTileRows,       256,       8,   packed_bytes_f32, pack_f32,
+                                        panel<PanelF16>, kTileRows, true};
+static constexpr GemmKernel kGemmBf16Exact = {kTileRows,        256,       8,   packed_bytes_f32, pack_f32,
+                                              panel<PanelBf16>, kTileRows, true};
 
 template <CodeFormat F>
 static constexpr GemmKernel kExactKernel = {kTileRows, 256, 8, packed_bytes_f32, pack_f32, panel_codes_exact<F>};

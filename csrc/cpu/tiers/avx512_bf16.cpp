@@ -14,7 +14,8 @@
 namespace llama_ext {
 
 namespace LLAMA_EXT_ISA_NAMESPACE {
-static constexpr GemmKernel kGemmBf16 = {kTileRows, 512, 8, packed_bytes_bf16, pack_bf16_pairs, panel_bf16_dot, true};
+static constexpr GemmKernel kGemmBf16 = {kTileRows,      512,       8,   packed_bytes_bf16, pack_bf16_pairs,
+                                         panel_bf16_dot, kTileRows, true};
 }
 
 extern const KernelTable kTable_avx512_bf16;
