@@ -86,13 +86,13 @@ static inline Stream stream_itself(const void* panel, int64_t step) {
 /// comes next asked for at once would hold up the loads behind it, and memory has nothing to do during the products: 5 to 42 rows took
 /// 1.3 to 1.9 times as long. Returns whether there is anything to ask for.
 static inline bool find_stream(const PanelProduct& p, int64_t part, int64_t parts, int64_t step, Stream* stream) {
-  if (!p.streams || part > 1) return false;
-  if (parts == 1) {
-    *stream = p.next == nullptr ? stream_itself(p.b, step) : Stream{static_cast<const char*>(p.next), 64, step};
-    return true;
-  }
-  *stream = {static_cast<const char*>(p.next) + p.next_bytes / 2 * part, 0, step / 2};
-  return p.next != nullptr;
+  const bool is_only = parts == 1;
+  if (!p.streams || part > 1 || (p.next == nullptr && !is_only)) return false;
+  const char* next = static_cast<const char*>(p.next);
+  *stream = next == nullptr ? stream_itself(p.b, step)
+            : is_only       ? Stream{next, 64, step}
+                            : Stream{next + p.next_bytes / 2 * part, 0, step / 2};
+  return true;
 }
 
 template <typename Panel, int R, int NV, bool kStreams, template <int> typename Activations>
