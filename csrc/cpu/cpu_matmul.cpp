@@ -254,11 +254,17 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
         const int64_t next_bytes = weight.bytes_of(depth);
         for (int64_t r = 0; r < rows; r += step) {
           const int64_t height = std::min(step, rows - r);
-          // Each part of the rows asks for its part of what is next, or the first two tiles for all.
-          const int64_t from = kernel.streams ? 0 : next_bytes * r / rows / 64 * 64;
-          const int64_t to =
-              kernel.streams || r + height == rows ? next_bytes : next_bytes * (r + height) / rows / 64 * 64;
-          const bool asks = next != nullptr && (!kernel.streams || r == 0);
+          // Each part of the rows asks for its part of what is next; where tiles stream, the first for all.
+          const char* ahead = static_cast<const char*>(next);
+          int64_t ahead_bytes = next_bytes;
+          if (kernel.streams) {
+            if (r > 0) ahead = nullptr;
+          } else if (next != nullptr) {
+            const int64_t from = next_bytes * r / rows / 64 * 64;
+            const int64_t to = r + height == rows ? next_bytes : next_bytes * (r + height) / rows / 64 * 64;
+            ahead += from;
+            ahead_bytes = to - from;
+          }
           float* part_sums = panel_sums + r * kPanel;
           float* y = product.y.row<float>(begin + row + r) + panel * width;
           // What is written after the product: its lines arrive meanwhile.
@@ -267,8 +273,7 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
             __builtin_prefetch(y + i * product.y.row_stride() + 16, 1);
           }
           kernel.panel({height, depth, group, packed_at(row, k0) + r * row_bytes, weight.panel_at(panel, k0), part_sums,
-                        kPanel, k0 > 0, asks ? static_cast<const char*>(next) + from : nullptr, to - from, 0, tile_rows,
-                        kernel.streams && r == 0});
+                        kPanel, k0 > 0, ahead, ahead_bytes, 0, tile_rows, kernel.streams && r == 0});
           if (!finishes) continue;
           kernels_.epilogue({product.epilogue, product.bias == nullptr ? nullptr : product.bias + panel * kPanel, y,
                              product.y.row_stride(), std::min(width, y_columns - panel * width)},

@@ -70,8 +70,8 @@ struct PanelProduct {
   int64_t next_bytes;
   int64_t stride = 0;     // of panel_in_place: a is the first of rows of float32, so many floats apart
   int64_t tile_rows = 0;  // rows of `a`'s tiles, where they are fewer than the kernel's
-  bool streams =
-      false;  // weights come from memory: tiles ask for `next`, or else for the panel itself, while they multiply
+  // Weights come from memory: tiles ask for `next`, or else the only one for the panel itself, while they multiply.
+  bool streams = false;
 };
 
 /// Rows of activations to pack into one tile.
