@@ -52,7 +52,7 @@ def spill_problems(objdump: str, path: Path) -> list[str]:
         if header is None:
             body.append(line)
             continue
-        if re.search(r"\b(tile|panel)", name) and not (has_few_registers and "_codes" in name):
+        if re.search(r"\b(tile|panel)", name) and not (has_few_registers and "tile_codes" in name):
             stack = STACK_OF_FRAME if any(FRAME.search(text) for text in body) else STACK
             for place, loop in _product_loops(body):
                 checked += 1

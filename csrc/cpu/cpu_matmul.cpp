@@ -191,7 +191,7 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
   // Few rows: one block of k, so that a panel is read in one go.
   const int64_t tiles = ceil_div(count, kernel.tile_rows);
   // Of equal height: a tile of a row or two takes as long as one of more, its sums waiting for each other.
-  const int64_t tile_rows = kernel.streams ? ceil_div(count, std::max<int64_t>(tiles, 1)) : kernel.tile_rows;
+  const int64_t tile_rows = kernel.can_stream ? ceil_div(count, std::max<int64_t>(tiles, 1)) : kernel.tile_rows;
   const int64_t k_block = tiles == 1 ? std::max<int64_t>(k_padded, 1) : kernel.k_block;
   // Groups of equal size, as many for each thread.
   const int64_t largest_group = tiles == 1 ? kDecodePanels : kernel.group_panels;
@@ -243,7 +243,7 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
       for (int64_t panel = first; panel < last; ++panel) {
         // What is read next: the same k of the next panel, or the next k of the first one.
         const bool is_last = panel + 1 == last;
-        const bool has_next = count > kernel.streamed_rows && (!is_last || k0 + depth < k_padded);
+        const bool has_next = count > kernel.rows_without_next && (!is_last || k0 + depth < k_padded);
         const void* next = !has_next ? nullptr
                            : is_last ? weight.panel_at(first, k0 + depth)
                                      : weight.panel_at(panel + 1, k0);
@@ -257,7 +257,7 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
           // Each part of the rows asks for its part of what is next; where tiles stream, the first for all.
           const char* ahead = static_cast<const char*>(next);
           int64_t ahead_bytes = next_bytes;
-          if (kernel.streams) {
+          if (kernel.can_stream) {
             if (r > 0) ahead = nullptr;
           } else if (next != nullptr) {
             const int64_t from = next_bytes * r / rows / 64 * 64;
@@ -273,7 +273,7 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
             __builtin_prefetch(y + i * product.y.row_stride() + 16, 1);
           }
           kernel.panel({height, depth, group, packed_at(row, k0) + r * row_bytes, weight.panel_at(panel, k0), part_sums,
-                        kPanel, k0 > 0, ahead, ahead_bytes, 0, tile_rows, kernel.streams && r == 0});
+                        kPanel, k0 > 0, ahead, ahead_bytes, 0, tile_rows, kernel.can_stream && r == 0});
           if (!finishes) continue;
           kernels_.epilogue({product.epilogue, product.bias == nullptr ? nullptr : product.bias + panel * kPanel, y,
                              product.y.row_stride(), std::min(width, y_columns - panel * width)},

@@ -66,10 +66,10 @@ struct PanelProduct {
   float* c;
   int64_t ldc;
   bool accumulate;
-  const void* next;  // what will be read after this, or nullptr: fetched into the L2 cache meanwhile
+  const void* next;  // what will be read after this, or nullptr: fetched into a cache meanwhile
   int64_t next_bytes;
   int64_t stride = 0;     // of panel_in_place: a is the first of rows of float32, so many floats apart
-  int64_t tile_rows = 0;  // rows of `a`'s tiles, where they are fewer than the kernel's
+  int64_t tile_rows = 0;  // rows of `a`'s tiles; 0: the kernel's
   // Weights come from memory: tiles ask for `next`, or else the only one for the panel itself, while they multiply.
   bool streams = false;
 };
@@ -86,7 +86,8 @@ struct PackJob {
 };
 
 /// One way to multiply activations by panels of weights. For each block of k, activations are packed by `pack` into tiles of
-/// `tile_rows` rows (the last may be smaller) that follow each other, so that a pass over the rows is one stream.
+/// `tile_rows` rows (the last may be smaller, and where the kernel can stream all) that follow each other, so that a pass over the
+/// rows is one stream.
 struct GemmKernel {
   int64_t tile_rows;
   // Blocking, for many rows: the activations' block of k (rows x k_block) and the sums of a group of panels share the L2 cache.
@@ -97,8 +98,8 @@ struct GemmKernel {
   int64_t (*packed_bytes)(int64_t depth, int64_t group);
   void (*pack)(const PackJob& job);
   void (*panel)(const PanelProduct& product);
-  int64_t streamed_rows = 4;                                      // up to so many need not be told what is next
-  bool streams = false;                                           // knows PanelProduct::streams and tile_rows
+  int64_t rows_without_next = 4;  // so few ask for their own panel, and need not be told what is next
+  bool can_stream = false;        // knows PanelProduct::streams and tile_rows
   void (*panel_in_place)(const PanelProduct& product) = nullptr;  // with activations that are not packed, if it can
 };
 

@@ -68,6 +68,7 @@ def test_of_loops_on_the_stack_only_tiles_of_codes_are_let_be_and_only_where_reg
     assert run(tmp_path, symbols, dirty, tier=tier).returncode == 1
     done = run(tmp_path, symbols, clean + dirty.replace("tile", "tile_codes"), tier=tier)
     assert (done.returncode == 0) == (tier in ("avx2", "avx2_vnni")), done.stderr
+    assert run(tmp_path, symbols, clean + dirty.replace("tile", "panel_codes_exact"), tier=tier).returncode == 1
 
 
 def test_a_mergeable_symbol_outside_the_tiers_namespace_is_refused(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ static inline vi codes_of(const uint8_t* strip, int quad, int64_t column) {
   }
 }
 
-/// How far ahead few rows, which wait for memory, ask for what they will read.
+/// How far ahead few rows, which wait for memory, ask for what they will read. Measured: int4 gains up to a fifth by 8 KB, int8 nothing.
 template <CodeFormat F>
 constexpr int64_t kCodesAhead = F.bits == 8 ? 4096 : 8192;
 

@@ -82,19 +82,6 @@ static inline Stream stream_itself(const void* panel, int64_t step) {
   return {static_cast<const char*>(panel) + kPrefetchBytes, 64, step};
 }
 
-/// Tile `part` of `parts` of a PanelProduct that streams: the panel itself, where it is the only one, or half of what comes next. All that
-/// comes next asked for at once would hold up the loads behind it, and memory has nothing to do during the products: 5 to 42 rows took
-/// 1.3 to 1.9 times as long. Returns whether there is anything to ask for.
-static inline bool find_stream(const PanelProduct& p, int64_t part, int64_t parts, int64_t step, Stream* stream) {
-  const bool is_only = parts == 1;
-  if (!p.streams || part > 1 || (p.next == nullptr && !is_only)) return false;
-  const char* next = static_cast<const char*>(p.next);
-  *stream = next == nullptr ? stream_itself(p.b, step)
-            : is_only       ? Stream{next, 64, step}
-                            : Stream{next + p.next_bytes / 2 * part, 0, step / 2};
-  return true;
-}
-
 template <typename Panel, int R, int NV, bool kStreams, template <int> typename Activations>
 static inline void tile(int64_t k, Activations<R> x, const typename Panel::Element* b, float* c, int64_t ldc,
                         bool accumulate, [[maybe_unused]] Stream stream) {
@@ -151,8 +138,8 @@ static inline void tile(int64_t k, Activations<R> x, const typename Panel::Eleme
 
 /// R rows x 32 columns, in as few passes over the columns as the registers allow.
 template <typename Panel, int R, bool kStreams, template <int> typename Activations>
-static void tile_rows(int64_t k, Activations<R> x, const typename Panel::Element* b, float* c, int64_t ldc,
-                      bool accumulate, const Stream& stream) {
+static void tile_columns(int64_t k, Activations<R> x, const typename Panel::Element* b, float* c, int64_t ldc,
+                         bool accumulate, const Stream& stream) {
   constexpr int kVectors = static_cast<int>(kPanel) / kWidth;
   constexpr int NV = kVectors * R <= 8 ? kVectors : 2;
   tile<Panel, R, NV, kStreams, Activations>(k, x, b, c, ldc, accumulate, stream);
@@ -165,12 +152,12 @@ static void tile_rows(int64_t k, Activations<R> x, const typename Panel::Element
 template <typename Panel, template <int> typename Activations, bool kStreams = false>
 static void tile_any(int64_t rows, int64_t k, const float* a, int64_t stride, const typename Panel::Element* b,
                      float* c, int64_t ldc, bool accumulate, const Stream& stream) {
-#define LLAMA_EXT_TILE(R)                                                                                       \
-  case R:                                                                                                       \
-    if constexpr (R <= kTileRows) {                                                                             \
-      tile_rows<Panel, R, kStreams || R <= kPrefetchRows, Activations>(k, Activations<R>(a, stride), b, c, ldc, \
-                                                                       accumulate, stream);                     \
-    }                                                                                                           \
+#define LLAMA_EXT_TILE(R)                                                                                          \
+  case R:                                                                                                          \
+    if constexpr (R <= kTileRows) {                                                                                \
+      tile_columns<Panel, R, kStreams || R <= kPrefetchRows, Activations>(k, Activations<R>(a, stride), b, c, ldc, \
+                                                                          accumulate, stream);                     \
+    }                                                                                                              \
     break;
   switch (rows) {
     LLAMA_EXT_TILE(1)
@@ -204,6 +191,22 @@ static inline void prefetch_next(const PanelProduct& p, int64_t index, int64_t p
   for (int64_t line = index * share; line < end; ++line) __builtin_prefetch(next + 64 * line, 0, 2);
 }
 
+/// What tile `part` of `parts` of a product asks for, of a panel of `step` bytes a step of k. Returns whether it does so while it
+/// multiplies, as its first two tiles do where the product streams: the only one for the panel itself, or for what comes next, of
+/// several each for half of that (asking for each line twice). All at once, as without streaming, holds up the loads behind it, and leaves
+/// memory with nothing to do during the products: 5 to 42 rows took 1.3 to 1.9 times as long.
+static inline bool begin_stream(const PanelProduct& p, int64_t part, int64_t parts, int64_t step, Stream* stream) {
+  *stream = stream_itself(p.b, step);
+  if (!p.streams) {
+    prefetch_next(p, part, parts);
+    return false;
+  }
+  if (p.next == nullptr) return parts == 1;
+  const char* next = static_cast<const char*>(p.next);
+  *stream = parts == 1 ? Stream{next, 64, step} : Stream{next + p.next_bytes / 2 * part, 0, step / 2};
+  return part < 2;
+}
+
 template <typename Panel, template <int> typename Activations = PackedRows>
 static void panel(const PanelProduct& p) {
   const float* x = static_cast<const float*>(p.a);
@@ -216,12 +219,12 @@ static void panel(const PanelProduct& p) {
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t row = part * tile_rows;
     const int64_t height = p.rows - row < tile_rows ? p.rows - row : tile_rows;
-    Stream stream = stream_itself(weights, kStepBytes);
+    Stream stream;
+    const bool streams = begin_stream(p, part, parts, kStepBytes, &stream);
     auto* multiply = tile_any<Panel, Activations>;
     if constexpr (Activations<1>::kMayStream) {
-      if (find_stream(p, part, parts, kStepBytes, &stream)) multiply = tile_any<Panel, Activations, true>;
+      if (streams) multiply = tile_any<Panel, Activations, true>;
     }
-    if (!p.streams) prefetch_next(p, part, parts);
     multiply(height, p.depth, x + row * row_floats, p.stride, weights, p.c + row * p.ldc, p.ldc, p.accumulate, stream);
   }
 }

@@ -57,10 +57,9 @@ static void panel_bf16_dot(const PanelProduct& p) {
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t row = part * tile_rows;
     const int64_t height = p.rows - row < tile_rows ? p.rows - row : tile_rows;
-    Stream stream = stream_itself(p.b, kStepBytes);
-    const bool streams = find_stream(p, part, parts, kStepBytes, &stream);
-    if (!p.streams) prefetch_next(p, part, parts);
-    const auto& multiply = streams ? kTilesBf16Dot<true> : kTilesBf16Dot<false>;
+    Stream stream;
+    const auto& multiply =
+        begin_stream(p, part, parts, kStepBytes, &stream) ? kTilesBf16Dot<true> : kTilesBf16Dot<false>;
     multiply[height - 1](p.depth, tiles + row * p.depth / 2, static_cast<const uint16_t*>(p.b), p.c + row * p.ldc,
                          p.ldc, p.accumulate, stream);
   }

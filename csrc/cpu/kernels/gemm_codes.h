@@ -46,7 +46,7 @@ static void panel_codes(const PanelProduct& p) {
   const bool spreads = p.next != nullptr && parts <= kSpreadTiles;
   const int64_t lines = p.next_bytes / 64;
   const int64_t per_strip = spreads ? (lines + parts * (p.depth / kStrip) - 1) / (parts * (p.depth / kStrip)) : 0;
-  // The only tile asks for its own panel, headers included.
+  // The only tile asks for its own panel: whole lines for each strip, so a bit further ahead with each.
   const int64_t own_per_strip = (F.unit_bytes(p.group) / (F.unit(p.group) / kStrip) + 63) / 64;
   // Several tiles use the same scales.
   alignas(64) float scales[kWidenedDepth / F.smallest_group() * WidenedScales<F>::kFloats];
