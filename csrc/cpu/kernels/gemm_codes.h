@@ -71,8 +71,14 @@ static void panel_codes(const PanelProduct& p) {
 
 template <CodeFormat F>
 static constexpr GemmKernel kCodeKernel = {
-    kCodeRows,      kWidenedDepth, 8, packed_bytes_codes<Activation<F>>, pack_codes<F, Activation<F>>,
-    panel_codes<F>, kCodeRows};
+    .tile_rows = kCodeRows,
+    .k_block = kWidenedDepth,
+    .group_panels = 8,
+    .packed_bytes = packed_bytes_codes<Activation<F>>,
+    .pack = pack_codes<F, Activation<F>>,
+    .panel = panel_codes<F>,
+    .rows_without_next = kCodeRows,
+};
 
 static constexpr CodeKernels kCodes = {LLAMA_EXT_OF_EACH_FORMAT(kCodeKernel), kDotNote};
 

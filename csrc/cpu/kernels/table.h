@@ -16,11 +16,36 @@
 namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE {
 
 static constexpr GemmKernel kGemmF32 = {
-    kTileRows, 192, 4, packed_bytes_f32, pack_f32, panel<PanelF32>, kTileRows, true, panel<PanelF32, RowsInPlace>};
-static constexpr GemmKernel kGemmF16 = {kTileRows,       256,       8,   packed_bytes_f32, pack_f32,
-                                        panel<PanelF16>, kTileRows, true};
-static constexpr GemmKernel kGemmBf16Exact = {kTileRows,        256,       8,   packed_bytes_f32, pack_f32,
-                                              panel<PanelBf16>, kTileRows, true};
+    .tile_rows = kTileRows,
+    .k_block = 192,
+    .group_panels = 4,
+    .packed_bytes = packed_bytes_f32,
+    .pack = pack_f32,
+    .panel = panel<PanelF32>,
+    .rows_without_next = kTileRows,
+    .can_stream = true,
+    .panel_in_place = panel<PanelF32, RowsInPlace>,
+};
+static constexpr GemmKernel kGemmF16 = {
+    .tile_rows = kTileRows,
+    .k_block = 256,
+    .group_panels = 8,
+    .packed_bytes = packed_bytes_f32,
+    .pack = pack_f32,
+    .panel = panel<PanelF16>,
+    .rows_without_next = kTileRows,
+    .can_stream = true,
+};
+static constexpr GemmKernel kGemmBf16Exact = {
+    .tile_rows = kTileRows,
+    .k_block = 256,
+    .group_panels = 8,
+    .packed_bytes = packed_bytes_f32,
+    .pack = pack_f32,
+    .panel = panel<PanelBf16>,
+    .rows_without_next = kTileRows,
+    .can_stream = true,
+};
 
 template <CodeFormat F>
 static constexpr GemmKernel kExactKernel = {kTileRows, 256, 8, packed_bytes_f32, pack_f32, panel_codes_exact<F>};

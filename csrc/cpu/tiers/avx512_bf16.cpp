@@ -14,8 +14,16 @@
 namespace llama_ext {
 
 namespace LLAMA_EXT_ISA_NAMESPACE {
-static constexpr GemmKernel kGemmBf16 = {kTileRows,      512,       8,   packed_bytes_bf16, pack_bf16_pairs,
-                                         panel_bf16_dot, kTileRows, true};
+static constexpr GemmKernel kGemmBf16 = {
+    .tile_rows = kTileRows,
+    .k_block = 512,
+    .group_panels = 8,
+    .packed_bytes = packed_bytes_bf16,
+    .pack = pack_bf16_pairs,
+    .panel = panel_bf16_dot,
+    .rows_without_next = kTileRows,
+    .can_stream = true,
+};
 }
 
 extern const KernelTable kTable_avx512_bf16;
