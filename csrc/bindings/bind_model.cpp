@@ -275,7 +275,7 @@ py::list search(const ModelPtr& model, const py::object& prompt, int64_t beams, 
 void bind_model(py::module_& module) {
   py::class_<Model, ModelPtr> cls(module, "Model");
   bind_adapter(module);  // each names the other in its signatures
-  bind_observed(cls);
+  bind_observed(module, cls);
   cls.def(py::init(&make_model), py::arg("backend"), py::arg("config"), py::arg("types"),
           py::arg("packed") = py::dict(), py::arg("compute") = "auto")
       .def_property_readonly("backend", &Model::shared_backend)

@@ -1,20 +1,24 @@
 // A forward pass that a Python function looks at and may change.
 #include <algorithm>
+#include <memory>
 #include <set>
 #include <utility>
 
 #include "bindings/bindings.h"
+#include "model/observed_sequence.h"
 #include "model/observer.h"
 #include "model/read_out.h"
 
 namespace llama_ext {
 namespace {
 
+/// (site, layer)
+using Places = std::vector<std::pair<std::string, int64_t>>;
+
 /// Calls see(site, layer, values) at the places that are named, with the GIL.
 class PythonObserver : public Observer {
  public:
-  PythonObserver(const std::vector<std::pair<std::string, int64_t>>& places, int64_t layers, py::object see)
-      : see_(std::move(see)) {
+  PythonObserver(const Places& places, int64_t layers, py::object see) : see_(std::move(see)) {
     for (const auto& [name, layer] : places) {
       const Site site = site_from_name(name);
       const int64_t count = is_of_a_layer(site) ? layers : 1;
@@ -44,15 +48,56 @@ class PythonObserver : public Observer {
   py::object see_;
 };
 
-py::array observed_logits(const Model& model, const py::object& tokens,
-                          const std::vector<std::pair<std::string, int64_t>>& places, const py::object& see,
-                          const std::shared_ptr<Adapter>& adapter) {
-  const std::vector<int32_t> ids = token_ids(tokens, "forward", "tokens");
-  PythonObserver observer(places, model.config().layers, see);
-  py::array logits = new_array(DType::kF32, {static_cast<int64_t>(ids.size()), model.config().outputs()}, "the logits");
+/// A sequence, and what it refers to.
+struct PyObservedSequence {
+  std::shared_ptr<Model> model;
+  std::shared_ptr<Adapter> adapter;
+  ObservedSequence sequence;
+  Busy busy;
+
+  PyObservedSequence(std::shared_ptr<Model> of, std::vector<int32_t> tokens, std::shared_ptr<Adapter> with,
+                     const std::vector<int64_t>& layers)
+      : model(std::move(of)), adapter(std::move(with)), sequence(*model, std::move(tokens), adapter.get(), layers) {}
+};
+
+std::unique_ptr<PyObservedSequence> make_sequence(const std::shared_ptr<Model>& model, const py::object& tokens,
+                                                  const std::vector<int64_t>& layers,
+                                                  const std::shared_ptr<Adapter>& adapter) {
+  std::vector<int32_t> ids = token_ids(tokens, "forward", "tokens");
+  return without_gil([&] { return std::make_unique<PyObservedSequence>(model, std::move(ids), adapter, layers); });
+}
+
+/// Calls run(observer, rows, logits) and gives the logits, (rows asked for of each copy, V).
+template <typename Run>
+py::array observed_logits(PyObservedSequence& self, const Places& places, const py::object& see,
+                          const std::string& which, int64_t copies, int64_t all_rows, const Run& run) {
+  const BusyScope busy(self.busy, "ObservedSequence");
+  require(which == "all" || which == "last", ErrorKind::kOption, "forward: rows must be 'all' or 'last', got '", which,
+          "'");
+  const ModelConfig& config = self.model->config();
+  PythonObserver observer(places, config.layers, see);
+  py::array logits = new_array(DType::kF32, {which == "all" ? all_rows : copies, config.outputs()}, "the logits");
   float* data = float_data(logits);
-  without_gil([&] { forward_observed(model, ids, adapter.get(), observer, data); });
+  without_gil([&] { run(observer, which == "all" ? LogitsRows::kAll : LogitsRows::kLast, data); });
   return logits;
+}
+
+py::array run(PyObservedSequence& self, const Places& places, const py::object& see, const std::string& which) {
+  return observed_logits(
+      self, places, see, which, 1, self.sequence.count(),
+      [&](Observer& observer, LogitsRows rows, float* logits) { self.sequence.run(observer, rows, logits); });
+}
+
+py::array run_from(PyObservedSequence& self, int64_t layer, const std::vector<int64_t>& begins, const Places& places,
+                   const py::object& see, const std::string& which) {
+  const int64_t count = self.sequence.count();
+  int64_t all_rows = 0;
+  for (const int64_t begin : begins)
+    all_rows += begin >= 0 && begin < count ? count - begin : 0;  // checked by the call
+  return observed_logits(self, places, see, which, static_cast<int64_t>(begins.size()), all_rows,
+                         [&](Observer& observer, LogitsRows rows, float* logits) {
+                           self.sequence.run_from(layer, begins, observer, rows, logits);
+                         });
 }
 
 py::array read_out_rows(const Model& model, const py::object& x) {
@@ -67,10 +112,14 @@ py::array read_out_rows(const Model& model, const py::object& x) {
 
 }  // namespace
 
-void bind_observed(py::class_<Model, std::shared_ptr<Model>>& model) {
-  model.def("observed_logits", &observed_logits, py::arg("tokens"), py::arg("places"), py::arg("see"),
-            py::arg("adapter") = py::none());
+void bind_observed(py::module_& module, py::class_<Model, std::shared_ptr<Model>>& model) {
   model.def("read_out", &read_out_rows, py::arg("x"));
+  py::class_<PyObservedSequence>(module, "ObservedSequence")
+      .def(py::init(&make_sequence), py::arg("model"), py::arg("tokens"), py::arg("layers") = std::vector<int64_t>{},
+           py::arg("adapter") = py::none())
+      .def("run", &run, py::arg("places"), py::arg("see"), py::arg("rows") = "all")
+      .def("run_from", &run_from, py::arg("layer"), py::arg("begins"), py::arg("places"), py::arg("see"),
+           py::arg("rows") = "all");
 }
 
 }  // namespace llama_ext

@@ -50,7 +50,7 @@ void bind_generation(py::module_& module);
 void bind_adapter(py::module_& module);
 void bind_train(py::module_& module);
 /// What bind_model calls for passes that somebody looks at.
-void bind_observed(py::class_<Model, std::shared_ptr<Model>>& model);
+void bind_observed(py::module_& module, py::class_<Model, std::shared_ptr<Model>>& model);
 void bind_input_gradients(py::module_& module);
 
 /// bindings/backends.cpp, the only file that names all backends.

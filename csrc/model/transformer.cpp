@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <limits>
 #include <utility>
 
 #include "backend/range.h"
@@ -16,9 +17,6 @@ namespace {
 
 // Angles are kept of positions up to this one: a context is a number in a file, and may be any.
 constexpr int64_t kAnglesKept = int64_t{1} << 18;
-
-// Logits are made for this many rows at a time, so that their buffer stays small beside a large vocabulary.
-constexpr int64_t kHeadRows = 128;
 
 /// Tokens [begin, begin + count) of a chunk, as rows of one pass.
 struct Part {
@@ -117,8 +115,13 @@ int64_t find_not_finite(const float* row, int64_t count) {
 /// One call of forward(): the workspace, and the passes through it.
 class ForwardCall {
  public:
-  ForwardCall(const Model& model, const std::vector<Chunk>& chunks, float* logits, Observation* observation = nullptr)
-      : model_(model), backend_(model.backend()), chunks_(chunks), logits_(logits), observation_(observation) {}
+  ForwardCall(const Model& model, const std::vector<Chunk>& chunks, float* logits, const ObservedPass& observed = {})
+      : model_(model),
+        backend_(model.backend()),
+        chunks_(chunks),
+        logits_(logits),
+        observed_(observed),
+        observation_(observed.observation) {}
 
   // Operations may still be reading the host vectors and the workspace when an exception passes through here.
   ~ForwardCall() {
@@ -132,7 +135,7 @@ class ForwardCall {
 
   void run() {
     // Who looks at a pass sees all tokens at once.
-    const int64_t pass_rows = observation_ == nullptr ? backend_.pass_rows() : chunks_.front().count;
+    const int64_t pass_rows = observation_ == nullptr ? backend_.pass_rows() : std::numeric_limits<int64_t>::max();
     const std::vector<std::vector<Part>> passes = cut_into_passes(chunks_, pass_rows);
     if (passes.empty()) return;
     int64_t most_rows = 0;
@@ -166,17 +169,34 @@ class ForwardCall {
     const bool decodes = rows == static_cast<int64_t>(parts.size());
     const Range range(backend_, decodes ? "decode " : "prefill ", rows, rows == 1 ? " row" : " rows");
     const Pass pass = begin_pass(parts);
-    backend_.embedding({.ids = TensorView(ids_.data(), DType::kI32, {pass.x.rows()}),
-                        .table = &model_.weights().embedding(),
-                        .y = pass.x});
-    if (observation_ != nullptr) observation_->show(Site::kEmbedding, 0, pass.x);
-    for (int64_t layer = 0; layer < model_.config().layers; ++layer) {
+    enter(pass);
+    for (int64_t layer = observed_.first_layer; layer < model_.config().layers; ++layer) {
       throw_if_interrupted();
+      if (!observed_.inputs.empty()) keep(observed_.inputs[static_cast<size_t>(layer)], pass.x);
       block(model_, layer, pass);
     }
     throw_if_interrupted();
     write_logits(parts, pass);
     backend_.synchronize();  // the next pass overwrites the host vectors
+  }
+
+  /// What the first layer of the pass reads.
+  void enter(const Pass& pass) {
+    if (observed_.first_layer > 0) {
+      for (const KvSegment& segment : pass.segments) {
+        backend_.copy(pass.x.slice_rows(segment.row, segment.tokens),
+                      observed_.input.slice_rows(segment.position, segment.tokens));
+      }
+      return;
+    }
+    backend_.embedding({.ids = TensorView(ids_.data(), DType::kI32, {pass.x.rows()}),
+                        .table = &model_.weights().embedding(),
+                        .y = pass.x});
+    if (observation_ != nullptr) observation_->show(Site::kEmbedding, 0, pass.x);
+  }
+
+  void keep(const TensorView& to, const TensorView& x) {
+    if (to.data() != nullptr) backend_.copy(to, x);
   }
 
   /// Lays the parts out as rows: their ids, their places in the caches, and the angles of their positions.
@@ -247,7 +267,7 @@ class ForwardCall {
       run_end = end;
     }
     flush();
-    if (observation_ != nullptr) observation_->show(Site::kFinalNorm, 0, pass.normed);
+    if (observation_ != nullptr) observation_->show(Site::kFinalNorm, 0, pass.normed.slice_rows(0, gathered));
 
     const int64_t outputs = model_.config().outputs();
     for (int64_t row = 0; row < gathered; row += kHeadRows) {
@@ -294,6 +314,7 @@ class ForwardCall {
   Backend& backend_;
   const std::vector<Chunk>& chunks_;
   float* logits_;  // where the next row goes
+  const ObservedPass observed_;
   Observation* observation_;
   Workspace workspace_;  // for as many rows as the largest pass
   // Host memory of the pass that is running.
@@ -347,30 +368,9 @@ void forward(const Model& model, const std::vector<Chunk>& chunks, float* logits
   ForwardCall(model, chunks, logits).run();
 }
 
-void forward_observed(const Model& model, const std::vector<int32_t>& tokens, const Adapter* adapter,
-                      Observer& observer, float* logits) {
-  require(!tokens.empty(), ErrorKind::kOption, "forward: there is nothing to look at without a token");
-  const int64_t count = static_cast<int64_t>(tokens.size());
-  const KvCacheShape shape = model.kv_shape(count, DType::kF32);
-  const WorkspaceSize size{.rows = count,
-                           .head_rows = std::min(count, kHeadRows),
-                           .angles = count,
-                           .rank = adapter == nullptr ? 0 : adapter->rank(),
-                           .is_observed = true};
-  // Both at once, as each alone might still seem to fit.
-  model.backend().require_memory(
-      checked_add(model.backend().kv_cache_nbytes(shape), workspace_nbytes(model, size), "forward"),
-      "forward: the activations of a text in one pass");
-  const std::unique_ptr<KvCache> cache = model.backend().create_kv_cache(shape);
-  const std::vector<Chunk> chunks = {{.cache = cache.get(),
-                                      .position = 0,
-                                      .tokens = tokens.data(),
-                                      .count = count,
-                                      .logits = LogitsRows::kAll,
-                                      .adapter = adapter}};
+void forward(const Model& model, const std::vector<Chunk>& chunks, const ObservedPass& observed, float* logits) {
   check_chunks(model, chunks, logits);
-  Observation observation(model.backend(), observer);
-  ForwardCall(model, chunks, logits, &observation).run();
+  ForwardCall(model, chunks, logits, observed).run();
 }
 
 }  // namespace llama_ext

@@ -12,7 +12,7 @@
 
 namespace llama_ext {
 
-class Observer;
+class Observation;
 
 /// Immutable once its weights are loaded, so any number of threads and sessions share one.
 class Model {
@@ -62,11 +62,19 @@ struct Chunk {
 /// positions written are undefined, everything before `position` is intact.
 void forward(const Model& model, const std::vector<Chunk>& chunks, float* logits);
 
-/// The logits of a whole sequence, (count, V; a classifier's labels), with an observer who may look at the pass and change it. It is
-/// one pass whatever its length, so that each site shows all tokens. The bits are forward()'s; on a GPU, whose kernels depend on a pass's
-/// rows, of up to pass_rows() tokens. tokens: at least one. Throws as forward(), OutOfMemoryError, and what the observer throws.
-void forward_observed(const Model& model, const std::vector<int32_t>& tokens, const Adapter* adapter,
-                      Observer& observer, float* logits);
+/// A pass that is looked at (observed_sequence.h), and may begin at a later layer than the first.
+struct ObservedPass {
+  Observation* observation = nullptr;
+  int64_t first_layer = 0;
+  /// (positions, C) f32 on the device, by position: what `first_layer` reads. At layer 0 unused: the embedding is.
+  TensorView input = {};
+  /// By layer, empty or (rows, C) f32 on the device: gets what that layer reads.
+  std::vector<TensorView> inputs = {};
+};
+
+/// The same as one pass, whatever its length, so that each site shows all rows together: the chunks', in order. kFinalNorm shows those whose
+/// logits are asked for.
+void forward(const Model& model, const std::vector<Chunk>& chunks, const ObservedPass& observed, float* logits);
 
 /// Rows of logits that `chunks` ask for.
 int64_t logits_rows(const std::vector<Chunk>& chunks);

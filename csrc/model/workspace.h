@@ -8,6 +8,9 @@
 
 namespace llama_ext {
 
+/// Logits are made for this many rows at a time, so that their buffer stays small beside a large vocabulary.
+inline constexpr int64_t kHeadRows = 128;
+
 struct Workspace {
   std::unique_ptr<Buffer> memory;
   Pass whole;       // for as many rows as it was made for

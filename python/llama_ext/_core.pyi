@@ -340,17 +340,6 @@ class Model:
     def logits(
         self, sequences: Sequence[IntArray], adapters: Sequence[Adapter | None] = [], rows: str = "all"
     ) -> list[FloatArray]: ...
-    def observed_logits(
-        self,
-        tokens: IntArray,
-        places: Sequence[tuple[str, int]],
-        see: Callable[[str, int, FloatArray], FloatArray | None],
-        adapter: Adapter | None = None,
-    ) -> FloatArray:
-        """Logits (T, V) of one pass. `see` is shown the values at `places`, (site, layer) of csrc/model/observer.h: a fresh array
-
-        (T, width) each. What it returns, unless None, takes their place: float32, contiguous, of the same shape.
-        """
     def read_out(self, x: FloatArray) -> FloatArray: ...
     def score(
         self,
@@ -447,6 +436,31 @@ def input_gradients(
 
 def embed_tokens(model: Model, ids: IntArray) -> FloatArray:
     """The embeddings (M, C) of token ids (M)."""
+
+class ObservedSequence:
+    """A sequence that is run whole, and then again from inside (csrc/model/observed_sequence.h).
+
+    `see` is shown the values at `places`, (site, layer) of csrc/model/observer.h: a fresh array (rows, width) each. What it returns, unless
+    None, takes their place: float32, contiguous, of the same shape. Logits are those of all rows, or of the last one of each copy.
+    """
+
+    def __init__(
+        self, model: Model, tokens: IntArray, layers: Sequence[int] = [], adapter: Adapter | None = None
+    ) -> None: ...
+    def run(
+        self,
+        places: Sequence[tuple[str, int]],
+        see: Callable[[str, int, FloatArray], FloatArray | None],
+        rows: str = "all",
+    ) -> FloatArray: ...
+    def run_from(
+        self,
+        layer: int,
+        begins: Sequence[int],
+        places: Sequence[tuple[str, int]],
+        see: Callable[[str, int, FloatArray], FloatArray | None],
+        rows: str = "all",
+    ) -> FloatArray: ...
 
 class Session:
     """`append` gives logits of shape (V,) for rows="last", (T, V) for "all", (0, V) for "none".

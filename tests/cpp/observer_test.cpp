@@ -10,6 +10,7 @@
 
 #include "check.h"
 #include "cpu/cpu_backend.h"
+#include "model/observed_sequence.h"
 #include "model/read_out.h"
 #include "odd_model.h"
 #include "reference/reference_backend.h"
@@ -53,7 +54,7 @@ Floats ordinary(const Model& model, const std::vector<int32_t>& tokens, const Ad
 Floats observed(const Model& model, const std::vector<int32_t>& tokens, const Adapter* adapter, Watcher::See see) {
   Floats logits(tokens.size() * static_cast<size_t>(model.config().outputs()));
   Watcher watcher(std::move(see));
-  forward_observed(model, tokens, adapter, watcher, logits.data());
+  ObservedSequence(model, tokens, adapter, {}).run(watcher, LogitsRows::kAll, logits.data());
   return logits;
 }
 
@@ -113,6 +114,33 @@ void test_a_change_stays_in_its_row(const Model& model, const Adapter* adapter) 
   }
 }
 
+/// Copies from inside end as runs of the whole sequence do, side by side and wherever they begin.
+void test_copies_begin_inside(const Model& model, const Adapter* adapter) {
+  const size_t outputs = static_cast<size_t>(model.config().outputs());
+  ObservedSequence sequence(model, kTokens, adapter, {1, 0});
+  Watcher blind([](Site, int64_t, const TensorView&) { return false; });
+  Floats whole(kTokens.size() * outputs);
+  sequence.run(blind, LogitsRows::kAll, whole.data());
+  for (const int64_t layer : {0, 1}) {
+    Floats last(3 * outputs);
+    sequence.run_from(layer, {14, 0, 7}, blind, LogitsRows::kLast, last.data());
+    Floats all((1 + 15 + 8) * outputs);
+    Watcher changes([&](Site site, int64_t at, const TensorView& values) {
+      if (site != Site::kV || at != 1) return false;
+      CHECK(values.rows() == 1 + 15 + 8);
+      values.slice_rows(1, 1).f32()[0] += 0.5f;  // of the second copy
+      return true;
+    });
+    sequence.run_from(layer, {14, 0, 7}, changes, LogitsRows::kAll, all.data());
+    const size_t bytes = outputs * sizeof(float);
+    const float* end = whole.data() + 14 * outputs;
+    for (size_t copy = 0; copy < 3; ++copy) CHECK(std::memcmp(last.data() + copy * outputs, end, bytes) == 0);
+    CHECK(std::memcmp(all.data(), end, bytes) == 0);
+    CHECK(std::memcmp(all.data() + outputs, whole.data(), bytes) != 0);
+    CHECK(std::memcmp(all.data() + 16 * outputs, whole.data() + 7 * outputs, 8 * bytes) == 0);
+  }
+}
+
 void test_what_an_observer_throws_ends_the_pass(const Model& model) {
   bool caught = false;
   try {
@@ -139,7 +167,10 @@ void test_observer() {
     for (const auto& [model, added] : std::vector<std::pair<const Model*, const Adapter*>>{
              {joined.get(), nullptr}, {apart.get(), nullptr}, {apart.get(), adapter.get()}}) {
       // The reference rounds a fused step once, and its parts one by one.
-      if (!is_reference) test_looking_changes_no_bit(*model, added);
+      if (!is_reference) {
+        test_looking_changes_no_bit(*model, added);
+        test_copies_begin_inside(*model, added);
+      }
       test_a_change_stays_in_its_row(*model, added);
     }
     test_what_an_observer_throws_ends_the_pass(*joined);

@@ -14,6 +14,7 @@ from devices import CUDA, each_isa, requires_cuda
 from llama_ext import _core, interpret
 from llama_ext.onnx.reference import Reference, weights_of_core
 from random_models import CONFIG, build, tokens
+from seen import KINDS, SITES, observed_logits, with_adapter
 
 # What the probe of the reference calls the values that it has as well.
 REFERENCE = {
@@ -103,71 +104,35 @@ def test_a_pattern_is_causal_and_its_rows_sum_to_one(kept: list[int]) -> None:
         assert not np.triu(pattern, 1).any()
 
 
-SITES = [
-    "embedding",
-    "residual_before",
-    "attention_norm",
-    "q",
-    "k",
-    "v",
-    "rotated_q",
-    "rotated_k",
-    "attended",
-    "attention_out",
-    "residual_middle",
-    "feed_forward_norm",
-    "gate",
-    "up",
-    "activation",
-    "feed_forward_out",
-    "residual_after",
-    "final_norm",
-]
-KINDS = [
-    ("float32", 0, "auto", {}),
-    ("bfloat16", 0, "auto", {"tied_head": True}),
-    ("bfloat16", 0, "exact", {"attention_bias": False, "ffn_bias": False}),
-    ("float16", 0, "auto", {}),
-    ("int8", 32, "auto", {"width": 128, "ffn_width": 320}),
-    ("int4", 32, "exact", {"width": 128, "ffn_width": 320}),
-]
-
-
 @pytest.mark.parametrize(("dtype", "group", "compute", "changes"), KINDS, ids=lambda value: str(value))
 @each_isa
 def test_logits_of_a_pass_that_is_looked_at_have_the_same_bits(
     isa: str, dtype: str, group: int, compute: str, changes: dict[str, Any]
 ) -> None:
-    core = build(_core.Backend("cpu", 2, isa), dtype, compute, group, **changes)
+    core, apart, adapter = with_adapter(build(_core.Backend("cpu", 2, isa), dtype, compute, group, **changes))
     of_layers = [(site, layer) for site in SITES[1:-1] for layer in range(CONFIG["layers"])]
     places = [("embedding", 0), *of_layers, ("final_norm", 0)]
-    apart = core.converted(core.types(), True)  # gate and up as two matrices, as adapters need them
-    adapter = _core.Adapter(apart, {"layers.0.q": (3, 0.5), "layers.1.down": (2, 1.0), "layers.1.gate": (2, 1.0)})
-    for slot, _, _ in adapter.slots():
-        for which in "AB":
-            values = np.random.default_rng(3).standard_normal(adapter.read(slot, which).shape, np.float32)
-            adapter.write(slot, which, values / 8)
     for length in (1, 70):
         for case, chosen in ((core, None), (apart, None), (apart, adapter)):
             expected = case.logits([tokens(length)], [chosen] if chosen else [])[0].tobytes()
-            assert expected == case.observed_logits(tokens(length), [], lambda *_: None, chosen).tobytes()
+            assert expected == observed_logits(case, tokens(length), [], lambda *_: None, chosen).tobytes()
             seen: list[tuple[str, int]] = []
 
             def look(site: str, layer: int, _: Any, seen: list[tuple[str, int]] = seen) -> None:
                 seen.append((site, layer))
 
-            assert expected == case.observed_logits(tokens(length), places, look, chosen).tobytes()
+            assert expected == observed_logits(case, tokens(length), places, look, chosen).tobytes()
             assert sorted(seen) == sorted(places)
             # Where a layer has nothing to show, or half of it, the rest is done as if nobody looked.
             for place in places:
-                assert expected == case.observed_logits(tokens(length), [place], lambda *_: None, chosen).tobytes()
+                assert expected == observed_logits(case, tokens(length), [place], lambda *_: None, chosen).tobytes()
 
 
 def test_a_place_that_there_is_not_is_refused() -> None:
     core = build(_core.Backend("cpu", 1), "float32", "auto", 0)
     for place in (("q", CONFIG["layers"]), ("q", -1), ("embedding", 1), ("final_norm", 1)):
         with pytest.raises(llama_ext.OptionError, match=f"{place[0]} is shown of layers 0 to"):
-            core.observed_logits(tokens(3), [place], lambda *_: None)
+            observed_logits(core, tokens(3), [place], lambda *_: None)
 
 
 @pytest.mark.gpu

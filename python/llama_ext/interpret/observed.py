@@ -8,11 +8,12 @@ norm's `hook_normalized` is x / scale, before the weight, as TransformerLens' RM
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from llama_ext import _core
 from llama_ext._arrays import FloatArray, IntArray
 from llama_ext.errors import ContextLengthError, ShapeError, UnsupportedError
 from llama_ext.interpret.names import attention_of, layer_of, norm_of, shape_of, site_of
@@ -22,7 +23,7 @@ from llama_ext.runtime.prompts import read_prompts
 if TYPE_CHECKING:
     from llama_ext.runtime.model import LlamaForCausalLM
 
-__all__ = ["Text", "observe", "read_text"]
+__all__ = ["ObservedText", "Text", "observe", "read_text"]
 
 _F64 = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 # Is given a name and its value, which it may keep and does not write to, and returns what takes its place, or None.
@@ -93,9 +94,52 @@ def observe(model: LlamaForCausalLM, ids: IntArray, names: Collection[str], see:
         OutOfMemoryError: There is not enough memory.
         Whatever `see` raises.
     """
-    observed = _Observed(model, ids.size, names, see)
-    adapter = next(iter(model._core_adapters(None, 1)), None)
-    return model._core.observed_logits(ids, observed.places(), observed.show, adapter)
+    return ObservedText(model, ids).run(names, see)
+
+
+class ObservedText:
+    """A sequence that is run whole, and then again from where something in it is changed, with the model's active adapter.
+
+    On a CPU both give the same bits; on a GPU where copies begin at token 0 and are one.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, ids: IntArray, names: Collection[str] = ()) -> None:
+        """ids: (T) int32, at least one. names: what later runs are to change. Raises OutOfMemoryError."""
+        self._model = model
+        self._count = ids.size
+        adapter = next(iter(model._core_adapters(None, 1)), None)
+        layers = sorted({_first_layer(model, name) for name in names})
+        self._sequence = _core.ObservedSequence(model._core, ids, layers, adapter)
+
+    def run(self, names: Collection[str], see: See) -> FloatArray:
+        """As `observe`."""
+        observed = _Observed(self._model, self._count, names, see)
+        return self._sequence.run(observed.places(), observed.show)
+
+    def run_from(self, name: str, begins: Sequence[int], see: See, *, last: bool = False) -> FloatArray:
+        """Runs copies side by side, after `run`, each from its own token on; no layer before the value's is computed again.
+
+        Args:
+            name: One of those that this was made with.
+            begins: The copies' first tokens. One copy from token 0 on for scores and patterns.
+            see: Is given the copies' rows, one after the other, T - begin of each.
+            last: Whether to give the last row of logits of each alone; not where a value of the last norm is changed.
+
+        Returns:
+            Logits (rows, V) of the copies, one after the other.
+
+        Raises:
+            As `observe`.
+        """
+        rows = sum(self._count - begin for begin in begins)
+        observed = _Observed(self._model, rows, [name], see)
+        which = "last" if last else "all"
+        return self._sequence.run_from(_first_layer(self._model, name), begins, observed.places(), observed.show, which)
+
+
+def _first_layer(model: LlamaForCausalLM, name: str) -> int:
+    """The layer where a pass has to begin that changes a value."""
+    return model.config.num_hidden_layers - 1 if name.startswith("ln_final.") else layer_of(name)[0]
 
 
 class _Observed:

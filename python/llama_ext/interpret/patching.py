@@ -6,9 +6,9 @@ Source: Meng et al., "Locating and Editing Factual Associations in GPT", 2022; W
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from llama_ext._plots import new_figure
 from llama_ext.errors import DTypeError, NumericError, OptionError, ShapeError
 from llama_ext.interpret.cache import run_with_cache
 from llama_ext.interpret.names import Names, layer_of, match_names, shape_of
-from llama_ext.interpret.observed import observe, read_text
+from llama_ext.interpret.observed import ObservedText, read_text
 from llama_ext.interpret.pages import label, shown_text
 from llama_ext.interpret.questions import bar
 
@@ -191,32 +191,97 @@ def patch(
     chosen = match_names(model.config, names)
     several = _heads(model, chosen, count) if heads else 1
     clean_logits, cache = run_with_cache(model, right.ids, chosen)
-    corrupted_logits = observe(model, wrong.ids, [], lambda name, value: None)
+    text = ObservedText(model, wrong.ids, chosen)
+    corrupted_logits = text.run([], lambda name, value: None)
     measure = metric if metric is not None else _difference(model, answers, clean_logits, corrupted_logits)
     best, worst = _measured(measure, clean_logits), _measured(measure, corrupted_logits)
     if best == worst:
         raise OptionError(
             f"patch: the metric is {best:.6g} of both texts, so there is nothing to recover: choose texts that the model answers differently"
         )
-    shape = (len(chosen), *((len(tokens),) if tokens else ()), *((several,) if heads else ()))
-    recovery = np.empty(shape)
+    recovery = np.zeros((len(chosen), *((len(tokens),) if tokens else ()), *((several,) if heads else ())))
+    # Before the first token that differs a value is what it is in the clean run.
+    same = int((np.cumsum(right.ids != wrong.ids) == 0).sum())
+    # On a GPU the last bits hang on a pass's rows: there a pass is of one whole text.
+    is_cpu = model.device == "cpu"
     with bar("Patching", recovery.size, "runs", shown=bool(verbose)) as advance:
-        for index in np.ndindex(shape):
-            name, *rest = index
-            place = _place(chosen[name], tokens[rest[0]] if tokens else None, rest[-1] if heads else None)
-
-            def see(of: str, value: FloatArray, place: tuple[int | slice, ...] = place) -> FloatArray | None:
-                there = cache[of][place]
-                if value[place].tobytes() == there.tobytes():
-                    return None
-                patched = value.copy()
-                patched[place] = there
-                return patched
-
-            logits = observe(model, wrong.ids, [chosen[name]], see)
-            recovery[index] = (_measured(measure, logits) - worst) / (best - worst)
-            advance(1)
+        for row, name in enumerate(chosen):
+            patches = [
+                _Patch(at, tokens[at[0]] if tokens else None, at[-1] if heads else None)
+                for at in np.ndindex(recovery.shape[1:])
+            ]
+            wanted = [patch for patch in patches if patch.token is None or patch.token >= same]
+            advance(len(patches) - len(wanted))
+            last = is_cpu and metric is None and not name.startswith("ln_final.")
+            apart = ([patch] for patch in wanted)
+            for copies in _copies(wanted, count) if is_cpu and not _is_square(name) else apart:
+                logits = _logits(text, name, copies, cache[name], corrupted_logits, last=last)
+                for patch, each in zip(copies, logits, strict=True):
+                    recovery[(row, *patch.at)] = (_measured(measure, each) - worst) / (best - worst)
+                    advance(1)
     return Patching(recovery, chosen, best, worst, right.tokens, wrong.tokens, tokens, bool(heads))
+
+
+class _Patch(NamedTuple):
+    """A patch of a value: its place in the value's table, and which token and head it changes, where None is all."""
+
+    at: tuple[int, ...]
+    token: int | None
+    head: int | None
+    # The first token that is computed again.
+    begin: int = 0
+
+
+# Rows of a pass over copies of the corrupted text: enough to multiply at full speed.
+_ROWS = 256
+# Tokens of all copies together, whose keys and values are kept.
+_KEPT = 1024
+
+
+def _copies(patches: list[_Patch], count: int) -> Iterator[list[_Patch]]:
+    """Those that run in one pass, each from its token on."""
+    copies: list[_Patch] = []
+    rows = 0
+    for patch in patches:
+        begin = patch.token or 0
+        if copies and (rows + count - begin > _ROWS or (len(copies) + 1) * count > _KEPT):
+            yield copies
+            copies, rows = [], 0
+        copies.append(patch._replace(begin=begin))
+        rows += count - begin
+    if copies:
+        yield copies
+
+
+def _logits(
+    text: ObservedText, name: str, copies: list[_Patch], clean: FloatArray, corrupted: FloatArray, *, last: bool
+) -> Iterator[FloatArray]:
+    """What a metric reads of each patched copy: (T, V), or (1, V) of the last token alone.
+
+    Args:
+        text: The corrupted one, which has run.
+        name: Of the value that is patched.
+        copies: The patches.
+        clean: The value in the clean run.
+        corrupted: (T, V) logits of the corrupted run, which tokens before a patch keep.
+        last: Whether the last token is enough.
+    """
+    count = len(corrupted)
+
+    def see(of: str, value: FloatArray) -> FloatArray:
+        patched = value.copy()
+        row = 0
+        for _, token, head, begin in copies:
+            rows = patched if _is_square(name) else patched[row : row + count - begin]
+            rows[_place(name, None if token is None else token - begin, head)] = clean[_place(name, token, head)]
+            row += count - begin
+        return patched
+
+    logits = text.run_from(name, [patch.begin for patch in copies], see, last=last)
+    for patch in copies:
+        rows = 1 if last else count - patch.begin
+        yield logits[:rows] if last else np.concatenate([corrupted[: patch.begin], logits[:rows]])
+        logits = logits[rows:]
 
 
 def _is_square(name: str) -> bool:
