@@ -72,7 +72,7 @@ int64_t normed_stride(int64_t k) { return round_up(k, kPanel) + kPanel / 2; }
 
 /// Floats that a tile's normalised rows take.
 int64_t CpuBackend::normed_floats(const Product& product, const GemmKernel& kernel) {
-  return product.norm ? kernel.tile_rows * normed_stride(product.weight->cols()) : 0;
+  return product.norm ? std::max(kernel.tile_rows, kernel.rows_of_one_tile) * normed_stride(product.weight->cols()) : 0;
 }
 
 /// Rows of a task that multiplies them by all panels; 0: weights or rows are too large for that, or rows too few.
@@ -189,9 +189,10 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
   const int threads = threads_for(std::max(reading, computing));
 
   // Few rows: one block of k, so that a panel is read in one go.
-  const int64_t tiles = ceil_div(count, kernel.tile_rows);
+  const int64_t tiles = count <= kernel.rows_of_one_tile ? 1 : ceil_div(count, kernel.tile_rows);
   // Of equal height: a tile of a row or two takes as long as one of more, its sums waiting for each other.
-  const int64_t tile_rows = kernel.can_stream ? ceil_div(count, std::max<int64_t>(tiles, 1)) : kernel.tile_rows;
+  const int64_t tile_rows =
+      kernel.can_stream || tiles == 1 ? ceil_div(count, std::max<int64_t>(tiles, 1)) : kernel.tile_rows;
   const int64_t k_block = tiles == 1 ? std::max<int64_t>(k_padded, 1) : kernel.k_block;
   // Groups of equal size, as many for each thread.
   const int64_t largest_group = tiles == 1 ? kDecodePanels : kernel.group_panels;

@@ -161,6 +161,8 @@ static void panel_codes_exact(const PanelProduct& p) {
 
 /// Rows of a tile. Six leave registers of AVX-512 for both kinds of sums: 12 of int32, 12 of float32, the rest for codes and masks.
 constexpr int kCodeRows = 6;
+/// Of the highest that there is, where it is the only one (kOnlyCodeRows).
+constexpr int kMostCodeRows = 9;
 
 /// Rounds `count` <= 128 activations to int8, zeros after them, and returns their scale: |x|max / 127, or a NaN when one of
 /// them is not finite. sums: of the codes of each group.
@@ -210,7 +212,7 @@ template <CodeFormat F, typename Activation>
 static void pack_codes(const PackJob& job) {
   char* tile = static_cast<char*>(job.tile);
   const int64_t sums = kActivationBlock / job.group;
-  alignas(64) Activation rounded[kCodeRows][kActivationBlock];
+  alignas(64) Activation rounded[kMostCodeRows][kActivationBlock];
   for (int64_t k0 = 0; k0 < job.depth; k0 += kActivationBlock) {
     char* scales = tile;
     char* starts = scales + 4 * job.rows;

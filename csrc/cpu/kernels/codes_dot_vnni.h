@@ -9,8 +9,8 @@ template <CodeFormat>
 using Activation = int8_t;
 constexpr const char* kDotNote = "VPDPBUSD, activations rounded to int8";
 
-/// Vectors of columns that a tile of so many rows spans where it has sixteen registers.
-constexpr int code_vectors(int rows) { return rows <= 2 ? 4 : 2; }
+/// Vectors of columns that a tile of so many rows spans where its totals are in memory.
+constexpr int code_vectors(int rows) { return kWidth == 16 || rows > 2 ? 2 : 4; }
 
 /// Few rows have few sums, each of which waits for the product before: their quads take turns with this many. They are whole
 /// numbers, so in what order they are added up makes no difference.
@@ -40,7 +40,7 @@ static inline void dot_strip(const uint8_t* strip, const uint8_t* a, vi (&sum)[C
     vi codes[NV];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) codes[v] = codes_of<F>(strip, quad, kWidth * v);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const vi x = broadcast_quad(a + 4 * (quad * R + r));
 #pragma GCC unroll 4

@@ -15,7 +15,7 @@ static inline vi broadcast_quad(const uint8_t* activations) {
 
 template <CodeFormat F, int R, int NV>
 static inline void start_sums(const uint8_t* starts, vi (&sum)[R][NV]) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
@@ -31,7 +31,7 @@ static inline void start_chains(const uint8_t* starts, vi (&sum)[C][R][NV]) {
   start_sums<F>(starts, sum[0]);
 #pragma GCC unroll 4
   for (int chain = 1; chain < C; ++chain) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) sum[chain][r][v] = iset1(0);
@@ -42,7 +42,7 @@ static inline void start_chains(const uint8_t* starts, vi (&sum)[C][R][NV]) {
 /// Into the first chain.
 template <int C, int R, int NV>
 static inline void join_chains(vi (&sum)[C][R][NV]) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
@@ -63,5 +63,7 @@ struct Ahead {
     for (int64_t i = 0; i < per_strip; ++i, line += 64) __builtin_prefetch(line, 0, 2);
   }
 };
+
+using CodeTile = void (*)(const PanelProduct&, const uint8_t*, float*, const float*, const Ahead&);
 
 }  // namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE

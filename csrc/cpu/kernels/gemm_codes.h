@@ -15,22 +15,21 @@ namespace llama_ext::LLAMA_EXT_ISA_NAMESPACE {
 /// k whose scales are widened at a time: a block of k of many rows.
 constexpr int64_t kWidenedDepth = 512;
 
-using CodeTile = void (*)(const PanelProduct&, const uint8_t*, float*, const float*, const Ahead&);
-
-/// The tile of most rows of many.
-template <CodeFormat F>
-static CodeTile full_tile(int64_t group) {
-  if constexpr (F.group == 0 && kHasWholeTile) {
-    if (group == kActivationBlock) return tile_codes<F, WidenedScales, kCodeRows, true>;
+/// Of R rows, with the scales as they lie; none where so many are several tiles.
+template <CodeFormat F, int R>
+constexpr CodeTile packed_tile() {
+  if constexpr (R <= kOnlyCodeRows<F>) {
+    return tile_of<F, PackedScales, R>();
+  } else {
+    return nullptr;
   }
-  return tile_codes<F, WidenedScales, kCodeRows>;
 }
 
 template <CodeFormat F>
 static void panel_codes(const PanelProduct& p) {
-  static constexpr CodeTile kTiles[6] = {
-      tile_codes<F, PackedScales, 1>, tile_codes<F, PackedScales, 2>, tile_codes<F, PackedScales, 3>,
-      tile_codes<F, PackedScales, 4>, tile_codes<F, PackedScales, 5>, tile_codes<F, PackedScales, kCodeRows>,
+  static constexpr CodeTile kTiles[kMostCodeRows] = {
+      packed_tile<F, 1>(), packed_tile<F, 2>(), packed_tile<F, 3>(), packed_tile<F, 4>(), packed_tile<F, 5>(),
+      packed_tile<F, 6>(), packed_tile<F, 7>(), packed_tile<F, 8>(), packed_tile<F, 9>(),
   };
   if (p.depth == 0 && !p.accumulate) {
     // No block of k will write the sums.
@@ -41,7 +40,7 @@ static void panel_codes(const PanelProduct& p) {
   }
   const uint8_t* tiles = static_cast<const uint8_t*>(p.a);
   const int64_t row_bytes = packed_bytes_codes<Activation<F>>(p.depth, p.group);
-  const int64_t parts = (p.rows + kCodeRows - 1) / kCodeRows;
+  const int64_t parts = p.rows <= p.tile_rows ? 1 : (p.rows + kCodeRows - 1) / kCodeRows;
   // Few tiles have to ask for much of the next block each: a burst would hold them up.
   const bool spreads = p.next != nullptr && parts <= kSpreadTiles;
   const int64_t lines = p.next_bytes / 64;
@@ -51,11 +50,11 @@ static void panel_codes(const PanelProduct& p) {
   // Several tiles use the same scales.
   alignas(64) float scales[kWidenedDepth / F.smallest_group() * WidenedScales<F>::kFloats];
   const bool is_widened = parts > 1 && p.depth <= kWidenedDepth;
-  const CodeTile full = full_tile<F>(p.group);
+  const CodeTile full = full_tile<F>(p.group, spreads && parts == 2);
   if (is_widened) widen_scales<F>(static_cast<const uint8_t*>(p.b), p.depth, p.group, scales);
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t row = part * kCodeRows;
-    const int64_t height = p.rows - row < kCodeRows ? p.rows - row : kCodeRows;
+    const int64_t height = parts == 1 || p.rows - row < kCodeRows ? p.rows - row : kCodeRows;
     Ahead ahead;
     if (parts == 1 && p.next == nullptr && height > kPrefetchRows) {
       ahead = {static_cast<const uint8_t*>(p.b) + kCodesAhead<F>, own_per_strip};
@@ -77,7 +76,8 @@ static constexpr GemmKernel kCodeKernel = {
     .packed_bytes = packed_bytes_codes<Activation<F>>,
     .pack = pack_codes<F, Activation<F>>,
     .panel = panel_codes<F>,
-    .rows_without_next = kCodeRows,
+    .rows_of_one_tile = kOnlyCodeRows<F>,
+    .rows_without_next = kOnlyCodeRows<F>,
 };
 
 static constexpr CodeKernels kCodes = {LLAMA_EXT_OF_EACH_FORMAT(kCodeKernel), kDotNote};
