@@ -200,7 +200,7 @@ def patch(
             f"patch: the metric is {best:.6g} of both texts, so there is nothing to recover: choose texts that the model answers differently"
         )
     recovery = np.zeros((len(chosen), *((len(tokens),) if tokens else ()), *((several,) if heads else ())))
-    # Before the first token that differs a value is what it is in the clean run.
+    # Up to the first token that differs a value is what it is in the clean run.
     same = int((np.cumsum(right.ids != wrong.ids) == 0).sum())
     # On a GPU the last bits hang on a pass's rows: there a pass is of one whole text.
     is_cpu = model.device == "cpu"
@@ -214,7 +214,7 @@ def patch(
             advance(len(patches) - len(wanted))
             last = is_cpu and metric is None and not name.startswith("ln_final.")
             apart = ([patch] for patch in wanted)
-            for copies in _copies(wanted, count) if is_cpu and not _is_square(name) else apart:
+            for copies in _copies(wanted, same, count) if is_cpu and not _is_square(name) else apart:
                 logits = _logits(text, name, copies, cache[name], corrupted_logits, last=last)
                 for patch, each in zip(copies, logits, strict=True):
                     recovery[(row, *patch.at)] = (_measured(measure, each) - worst) / (best - worst)
@@ -238,12 +238,12 @@ _ROWS = 256
 _KEPT = 1024
 
 
-def _copies(patches: list[_Patch], count: int) -> Iterator[list[_Patch]]:
-    """Those that run in one pass, each from its token on."""
+def _copies(patches: list[_Patch], same: int, count: int) -> Iterator[list[_Patch]]:
+    """Those that run in one pass, each from its token on, or from the first of which the texts are not the `same`."""
     copies: list[_Patch] = []
     rows = 0
     for patch in patches:
-        begin = patch.token or 0
+        begin = min(same, count - 1) if patch.token is None else patch.token
         if copies and (rows + count - begin > _ROWS or (len(copies) + 1) * count > _KEPT):
             yield copies
             copies, rows = [], 0
@@ -272,8 +272,9 @@ def _logits(
         patched = value.copy()
         row = 0
         for _, token, head, begin in copies:
-            rows = patched if _is_square(name) else patched[row : row + count - begin]
-            rows[_place(name, None if token is None else token - begin, head)] = clean[_place(name, token, head)]
+            there, rows = (clean, patched) if _is_square(name) else (clean[begin:], patched[row : row + count - begin])
+            place = _place(name, None if token is None else token - begin, head)
+            rows[place] = there[place]
             row += count - begin
         return patched
 
