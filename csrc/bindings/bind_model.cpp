@@ -206,9 +206,7 @@ py::tuple read_codes(const Model& model, const std::string& name) {
 
 py::list logits(const Model& model, const py::object& sequences, const Adapters& adapters, const std::string& which) {
   const std::vector<std::vector<int32_t>> tokens = token_id_lists(sequences, "logits", "sequences");
-  require(which == "all" || which == "last", ErrorKind::kOption, "logits: rows must be 'all' or 'last', got '", which,
-          "'");
-  const LogitsRows asked = which == "all" ? LogitsRows::kAll : LogitsRows::kLast;
+  const LogitsRows asked = logits_rows_from_name(which, "logits");
   const auto rows_of = [&](const std::vector<int32_t>& sequence) {
     return std::min(static_cast<int64_t>(sequence.size()), asked == LogitsRows::kAll ? INT64_MAX : 1);
   };
@@ -271,6 +269,11 @@ py::list search(const ModelPtr& model, const py::object& prompt, int64_t beams, 
 }
 
 }  // namespace
+
+LogitsRows logits_rows_from_name(const std::string& rows, std::string_view op) {
+  require(rows == "all" || rows == "last", ErrorKind::kOption, op, ": rows must be 'all' or 'last', got '", rows, "'");
+  return rows == "all" ? LogitsRows::kAll : LogitsRows::kLast;
+}
 
 void bind_model(py::module_& module) {
   py::class_<Model, ModelPtr> cls(module, "Model");

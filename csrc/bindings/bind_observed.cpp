@@ -18,12 +18,15 @@ using Places = std::vector<std::pair<std::string, int64_t>>;
 /// Calls see(site, layer, values) at the places that are named, with the GIL.
 class PythonObserver : public Observer {
  public:
-  PythonObserver(const Places& places, int64_t layers, py::object see) : see_(std::move(see)) {
+  /// first: the layer where the pass begins.
+  PythonObserver(const Places& places, int64_t first, int64_t layers, py::object see) : see_(std::move(see)) {
     for (const auto& [name, layer] : places) {
       const Site site = site_from_name(name);
       const int64_t count = is_of_a_layer(site) ? layers : 1;
       require(layer >= 0 && layer < count, ErrorKind::kOption, "forward: ", name, " is shown of layers 0 to ",
               count - 1, ", not of ", layer);
+      require(layer >= first || site == Site::kFinalNorm, ErrorKind::kOption, "forward: a pass that begins at layer ",
+              first, " does not come by ", name, " of layer ", layer);
       places_.emplace(site, layer);
     }
   }
@@ -48,55 +51,58 @@ class PythonObserver : public Observer {
   py::object see_;
 };
 
-/// A sequence, and what it refers to.
+/// A sequence as Python holds it, and what it refers to.
 struct PyObservedSequence {
   std::shared_ptr<Model> model;
   std::shared_ptr<Adapter> adapter;
-  ObservedSequence sequence;
+  std::shared_ptr<ObservedSequence> sequence;
   Busy busy;
-
-  PyObservedSequence(std::shared_ptr<Model> of, std::vector<int32_t> tokens, std::shared_ptr<Adapter> with,
-                     const std::vector<int64_t>& layers)
-      : model(std::move(of)), adapter(std::move(with)), sequence(*model, std::move(tokens), adapter.get(), layers) {}
 };
 
 std::unique_ptr<PyObservedSequence> make_sequence(const std::shared_ptr<Model>& model, const py::object& tokens,
                                                   const std::vector<int64_t>& layers,
                                                   const std::shared_ptr<Adapter>& adapter) {
-  std::vector<int32_t> ids = token_ids(tokens, "forward", "tokens");
-  return without_gil([&] { return std::make_unique<PyObservedSequence>(model, std::move(ids), adapter, layers); });
+  auto made = std::make_unique<PyObservedSequence>();
+  made->model = model;
+  made->adapter = adapter;
+  made->sequence = deleted_without_gil(
+      std::make_unique<ObservedSequence>(*model, token_ids(tokens, "forward", "tokens"), adapter.get(), layers));
+  return made;
 }
 
-/// Calls run(observer, rows, logits) and gives the logits, (rows asked for of each copy, V).
-template <typename Run>
-py::array observed_logits(PyObservedSequence& self, const Places& places, const py::object& see,
-                          const std::string& which, int64_t copies, int64_t all_rows, const Run& run) {
+/// Calls pass(observer, rows, logits) and gives the logits: of all_rows, or of the last one of each copy.
+template <typename Pass>
+py::array observed_logits(PyObservedSequence& self, int64_t first, const Places& places, const py::object& see,
+                          const std::string& which, int64_t copies, int64_t all_rows, const Pass& pass) {
   const BusyScope busy(self.busy, "ObservedSequence");
-  require(which == "all" || which == "last", ErrorKind::kOption, "forward: rows must be 'all' or 'last', got '", which,
-          "'");
+  const LogitsRows rows = logits_rows_from_name(which, "forward");
   const ModelConfig& config = self.model->config();
-  PythonObserver observer(places, config.layers, see);
-  py::array logits = new_array(DType::kF32, {which == "all" ? all_rows : copies, config.outputs()}, "the logits");
+  PythonObserver observer(places, first, config.layers, see);
+  py::array logits =
+      new_array(DType::kF32, {rows == LogitsRows::kAll ? all_rows : copies, config.outputs()}, "the logits");
   float* data = float_data(logits);
-  without_gil([&] { run(observer, which == "all" ? LogitsRows::kAll : LogitsRows::kLast, data); });
+  without_gil([&] { pass(observer, rows, data); });
   return logits;
 }
 
 py::array run(PyObservedSequence& self, const Places& places, const py::object& see, const std::string& which) {
+  ObservedSequence& sequence = *self.sequence;
   return observed_logits(
-      self, places, see, which, 1, self.sequence.count(),
-      [&](Observer& observer, LogitsRows rows, float* logits) { self.sequence.run(observer, rows, logits); });
+      self, 0, places, see, which, 1, sequence.count(),
+      [&](Observer& observer, LogitsRows rows, float* logits) { sequence.run(observer, rows, logits); });
 }
 
 py::array run_from(PyObservedSequence& self, int64_t layer, const std::vector<int64_t>& begins, const Places& places,
                    const py::object& see, const std::string& which) {
-  const int64_t count = self.sequence.count();
+  ObservedSequence& sequence = *self.sequence;
   int64_t all_rows = 0;
-  for (const int64_t begin : begins)
-    all_rows += begin >= 0 && begin < count ? count - begin : 0;  // checked by the call
-  return observed_logits(self, places, see, which, static_cast<int64_t>(begins.size()), all_rows,
+  for (const int64_t begin : begins) {
+    // What is out of range, the call refuses.
+    all_rows += begin >= 0 && begin < sequence.count() ? sequence.count() - begin : 0;
+  }
+  return observed_logits(self, layer, places, see, which, static_cast<int64_t>(begins.size()), all_rows,
                          [&](Observer& observer, LogitsRows rows, float* logits) {
-                           self.sequence.run_from(layer, begins, observer, rows, logits);
+                           sequence.run_from(layer, begins, observer, rows, logits);
                          });
 }
 
@@ -115,8 +121,9 @@ py::array read_out_rows(const Model& model, const py::object& x) {
 void bind_observed(py::module_& module, py::class_<Model, std::shared_ptr<Model>>& model) {
   model.def("read_out", &read_out_rows, py::arg("x"));
   py::class_<PyObservedSequence>(module, "ObservedSequence")
-      .def(py::init(&make_sequence), py::arg("model"), py::arg("tokens"), py::arg("layers") = std::vector<int64_t>{},
-           py::arg("adapter") = py::none())
+      .def(py::init(&make_sequence), py::arg("model").none(false), py::arg("tokens"),
+           py::arg("layers") = std::vector<int64_t>{}, py::arg("adapter") = py::none())
+      .def_property_readonly("copy_nbytes", [](const PyObservedSequence& self) { return self.sequence->copy_nbytes(); })
       .def("run", &run, py::arg("places"), py::arg("see"), py::arg("rows") = "all")
       .def("run_from", &run_from, py::arg("layer"), py::arg("begins"), py::arg("places"), py::arg("see"),
            py::arg("rows") = "all");

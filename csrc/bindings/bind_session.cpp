@@ -99,7 +99,7 @@ void restore(PySession& self, const py::object& tokens, const py::function& laye
 
 void bind_session(py::module_& module) {
   py::class_<PySession, SessionPtr>(module, "Session")
-      .def(py::init(&make_session), py::arg("model"), py::arg("capacity"), py::arg("kv_dtype"),
+      .def(py::init(&make_session), py::arg("model").none(false), py::arg("capacity"), py::arg("kv_dtype"),
            py::arg("adapter") = py::none())
       .def_property_readonly("length",
                              [](PySession& self) {

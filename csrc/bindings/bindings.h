@@ -207,6 +207,9 @@ std::shared_ptr<typename Pointer::element_type> deleted_without_gil(Pointer obje
           }};
 }
 
+/// "all" or "last". Throws OptionError.
+LogitsRows logits_rows_from_name(const std::string& rows, std::string_view op);
+
 /// Runs an operation without the GIL and waits for it.
 template <typename Work>
 void run_op(const BackendPtr& backend, Work&& work) {

@@ -88,7 +88,7 @@ int64_t CpuBackend::rows_per_task(const Product& product, const GemmKernel& kern
              : round_up(ceil_div(product.x.rows(), tasks), kernel.tile_rows);
 }
 
-/// Packs up to tile_rows rows of x, normalised in `normed` where a norm goes before the product: block after block of k, to(k0).
+/// Packs a tile's rows of x, normalised in `normed` where a norm goes before the product: block after block of k, to(k0).
 template <typename To>
 void CpuBackend::pack_tile(const Product& product, const GemmKernel& kernel, int64_t row, int64_t rows, int64_t k_block,
                            float* normed, const To& to) const {
@@ -190,7 +190,8 @@ void CpuBackend::multiply_rows(const Product& product, int64_t begin, int64_t co
 
   // Few rows: one block of k, so that a panel is read in one go.
   const int64_t tiles = count <= kernel.rows_of_one_tile ? 1 : ceil_div(count, kernel.tile_rows);
-  // Of equal height: a tile of a row or two takes as long as one of more, its sums waiting for each other.
+  // The only tile has all rows, which tells the kernel that there is one. Where heights are free they are equal: a tile of a row or two
+  // takes as long as one of more, its sums waiting for each other.
   const int64_t tile_rows =
       kernel.can_stream || tiles == 1 ? ceil_div(count, std::max<int64_t>(tiles, 1)) : kernel.tile_rows;
   const int64_t k_block = tiles == 1 ? std::max<int64_t>(k_padded, 1) : kernel.k_block;

@@ -78,16 +78,16 @@ struct PanelProduct {
 struct PackJob {
   const float* x;  // each row `stride` floats apart
   int64_t stride;
-  int64_t rows;   // <= tile_rows
+  int64_t rows;   // of the tile
   int64_t k;      // columns
   int64_t depth;  // with zeros up to here
   int64_t group;  // as in PanelProduct
   void* tile;
 };
 
-/// One way to multiply activations by panels of weights. For each block of k, activations are packed by `pack` into tiles of
-/// `tile_rows` rows (the last may be smaller, where the kernel can stream all, and the only one higher) that follow each other, so that a
-/// pass over the rows is one stream.
+/// One way to multiply activations by panels of weights. For each block of k, activations are packed by `pack` into tiles that follow each
+/// other, so that a pass over the rows is one stream. Tiles have `tile_rows` rows, and the last one fewer; where the kernel can stream, all may
+/// have fewer; a tile that is the only one may have up to rows_of_one_tile.
 struct GemmKernel {
   int64_t tile_rows;
   // Blocking, for many rows: the activations' block of k (rows x k_block) and the sums of a group of panels share the L2 cache.
@@ -98,7 +98,7 @@ struct GemmKernel {
   int64_t (*packed_bytes)(int64_t depth, int64_t group);
   void (*pack)(const PackJob& job);
   void (*panel)(const PanelProduct& product);
-  int64_t rows_of_one_tile = 0;   // so many are one tile where there are no more, if that is more than tile_rows
+  int64_t rows_of_one_tile = 0;   // if more than tile_rows
   int64_t rows_without_next = 4;  // so few ask for their own panel, and need not be told what is next
   bool can_stream = false;        // knows PanelProduct::streams, and tiles of any height
   void (*panel_in_place)(const PanelProduct& product) = nullptr;  // with activations that are not packed, if it can

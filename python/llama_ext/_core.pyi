@@ -441,16 +441,19 @@ class ObservedSequence:
     """A sequence that is run whole, and then again from inside (csrc/model/observed_sequence.h).
 
     `see` is shown the values at `places`, (site, layer) of csrc/model/observer.h: a fresh array (rows, width) each. What it returns, unless
-    None, takes their place: float32, contiguous, of the same shape. Logits are those of all rows, or of the last one of each copy.
+    None, takes their place: float32, contiguous, of the same shape. It may be None where there are no places. Logits are those of all rows, or
+    of the last one of each copy.
     """
 
     def __init__(
         self, model: Model, tokens: IntArray, layers: Sequence[int] = [], adapter: Adapter | None = None
     ) -> None: ...
+    @property
+    def copy_nbytes(self) -> int: ...
     def run(
         self,
         places: Sequence[tuple[str, int]],
-        see: Callable[[str, int, FloatArray], FloatArray | None],
+        see: Callable[[str, int, FloatArray], FloatArray | None] | None,
         rows: str = "all",
     ) -> FloatArray: ...
     def run_from(
@@ -458,7 +461,7 @@ class ObservedSequence:
         layer: int,
         begins: Sequence[int],
         places: Sequence[tuple[str, int]],
-        see: Callable[[str, int, FloatArray], FloatArray | None],
+        see: Callable[[str, int, FloatArray], FloatArray | None] | None,
         rows: str = "all",
     ) -> FloatArray: ...
 

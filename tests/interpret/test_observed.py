@@ -89,6 +89,9 @@ def test_copies_that_there_cannot_be_are_refused() -> None:
     assert sequence.run_from(1, [], [], None).shape == (0, CONFIG["vocabulary"])
     with pytest.raises(llama_ext.OptionError, match="rows must be 'all' or 'last', got 'none'"):
         sequence.run_from(1, [0], [], None, "none")
+    for place in (("q", 0), ("embedding", 0)):
+        with pytest.raises(llama_ext.OptionError, match=f"begins at layer 1 does not come by {place[0]} of layer 0"):
+            sequence.run_from(1, [0], [place], None)
     for layer in (-1, LAYERS):
         with pytest.raises(llama_ext.OptionError, match=f"runs begin at layers 0 to {LAYERS - 1}, not at {layer}"):
             _core.ObservedSequence(core(), tokens(9), [layer])
@@ -108,6 +111,12 @@ def test_a_run_that_ends_amid_leaves_no_half_for_later_ones() -> None:
         sequence.run([("v", 1)], stop)
     with pytest.raises(llama_ext.OptionError, match="run the whole text first"):
         sequence.run_from(1, [3], [], None)
+
+
+def test_a_sequence_is_of_a_model() -> None:
+    for make in (lambda: _core.ObservedSequence(None, tokens(3)), lambda: _core.Session(None, 4, "float32")):  # type: ignore[arg-type]
+        with pytest.raises(TypeError):
+            make()
 
 
 def test_a_run_within_a_run_is_refused() -> None:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 import letter_models
 import llama_ext
 from devices import requires_cuda
-from llama_ext.interpret import hook_names, patch, run_with_hooks
+from llama_ext.interpret import hook_names, patch, patching, run_with_hooks
+from llama_ext.interpret.observed import ObservedText
 
 CLEAN, CORRUPTED = "the quick fox", "the brown dog"
 COUNT = len(CLEAN)
@@ -67,26 +68,125 @@ def test_positions_are_patched_one_by_one() -> None:
     assert found.recovery[5].tolist() == [0.0] * (COUNT - 1) + [1.0]
 
 
-@given(st.sampled_from(NAMES), st.booleans(), st.booleans(), st.randoms(use_true_random=False))
-@settings(max_examples=25, deadline=None)
-def test_a_patch_is_a_hook(name: str, positions: bool, heads: bool, random: Any) -> None:
+def of_all_rows(logits: Any) -> float:
+    """A metric that hangs on every row, and on which one it is."""
+    return float((np.sin(3 * logits) * (1 + np.arange(len(logits)))[:, None]).sum())
+
+
+@given(st.sampled_from(NAMES), st.booleans(), st.booleans(), st.booleans(), st.randoms(use_true_random=False))
+@settings(max_examples=40, deadline=None)
+def test_a_patch_is_a_hook(name: str, positions: bool, heads: bool, rows: bool, random: Any) -> None:
     value = clean()[name]
     square = name.endswith(("attn_scores", "hook_pattern"))
     heads = heads and value.ndim == 3
-    found = patch(model(), CLEAN, CORRUPTED, name, positions=positions, heads=heads, answers=ANSWERS)
+    measure: Any = of_all_rows if rows else difference
+    options: Any = {"metric": of_all_rows} if rows else {"answers": ANSWERS}
+    found = patch(model(), CLEAN, CORRUPTED, name, positions=positions, heads=heads, **options)
     count = value.shape[0 if square else 1] if heads else 1
     assert found.recovery.shape == (1, *((COUNT,) if positions else ()), *((count,) if heads else ()))
-    token, head = random.randrange(COUNT), random.randrange(count)
-    tokens: Any = token if positions else slice(None)
-    which: Any = head if heads else slice(None)
-    place = (which, tokens) if square else (tokens, which) if heads else (tokens,)
+    best = measure(clean().logits)
+    worst = measure(model().run_with_cache(CORRUPTED, "hook_embed")[0])
+    for _ in range(4):
+        token, head = random.randrange(COUNT), random.randrange(count)
+        tokens: Any = token if positions else slice(None)
+        which: Any = head if heads else slice(None)
+        place = (which, tokens) if square else (tokens, which) if heads else (tokens,)
 
-    def put(mine: Any, of: str) -> None:
-        mine[place] = value[place]
+        def put(mine: Any, of: str, place: Any = place) -> None:
+            mine[place] = value[place]
 
-    expected = recovery(run_with_hooks(model(), CORRUPTED, {name: put}))
-    at = (0, *((token,) if positions else ()), *((head,) if heads else ()))
-    assert found.recovery[at] == expected
+        expected = (measure(run_with_hooks(model(), CORRUPTED, {name: put})) - worst) / (best - worst)
+        at = (0, *((token,) if positions else ()), *((head,) if heads else ()))
+        assert found.recovery[at] == expected
+
+
+class Runs:
+    """Sees what is run again: the layer's name, and the copies' first tokens."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, refuses: Any = None, error: Any = None) -> None:
+        self.seen: list[tuple[str, list[int]]] = []
+        run_from = ObservedText.run_from
+
+        def spy(text: Any, name: str, begins: Any, see: Any, *, last: bool = False) -> Any:
+            self.seen.append((name, list(begins)))
+            if refuses is not None and refuses(begins):
+                raise error or llama_ext.OutOfMemoryError("no room")
+            return run_from(text, name, begins, see, last=last)
+
+        monkeypatch.setattr(ObservedText, "run_from", spy)
+
+
+@pytest.mark.parametrize("metric", [None, of_all_rows], ids=["answers", "a metric"])
+def test_a_run_begins_where_it_is_patched_beside_others(monkeypatch: pytest.MonkeyPatch, metric: Any) -> None:
+    runs = Runs(monkeypatch)
+    names = ["hook_embed", "blocks.1.attn.hook_pattern", "blocks.1.attn.hook_z"]
+    options: Any = {"answers": ANSWERS} if metric is None else {"metric": metric}
+    first = next(i for i, (a, b) in enumerate(zip(CLEAN, CORRUPTED, strict=True)) if a != b)
+    patch(model(), CLEAN, CORRUPTED, names, positions=True, **options)
+    side_by_side = list(range(first, COUNT))
+    apart = [(names[1], [0])] * len(side_by_side)
+    assert runs.seen == [(names[0], side_by_side), *apart, (names[2], side_by_side)]
+    runs.seen.clear()
+    patch(model(), CLEAN, CORRUPTED, names[2], heads=True, **options)
+    assert runs.seen == [(names[2], [first] * 4)]
+
+
+@pytest.mark.parametrize("bound", ["_ROWS", "_KEPT_BYTES"])
+def test_copies_are_bounded(monkeypatch: pytest.MonkeyPatch, bound: str) -> None:
+    expected = patch(model(), CLEAN, CORRUPTED, "*hook_z", positions=True, heads=True, answers=ANSWERS)
+    runs = Runs(monkeypatch)
+    copy_nbytes = ObservedText(model(), np.array(model().tokenizer.encode(CLEAN), np.int32)).copy_nbytes
+    monkeypatch.setattr(patching, bound, {"_ROWS": 2 * COUNT, "_KEPT_BYTES": 3 * copy_nbytes}[bound])
+    found = patch(model(), CLEAN, CORRUPTED, "*hook_z", positions=True, heads=True, answers=ANSWERS)
+    np.testing.assert_array_equal(found.recovery, expected.recovery)
+    if bound == "_ROWS":
+        assert max(sum(COUNT - begin for begin in begins) for _, begins in runs.seen) <= 2 * COUNT
+    else:
+        assert max(len(begins) for _, begins in runs.seen) == 3
+    # A single one may be beyond every bound.
+    runs.seen.clear()
+    monkeypatch.setattr(patching, bound, 1)
+    found = patch(model(), CLEAN, CORRUPTED, "*hook_z", positions=[5, 6], heads=True, answers=ANSWERS)
+    np.testing.assert_array_equal(found.recovery, expected.recovery[:, [5, 6]])
+    assert [len(begins) for _, begins in runs.seen] == [1] * 16
+
+
+def test_where_memory_is_short_fewer_copies_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = patch(model(), CLEAN, CORRUPTED, positions=True, answers=ANSWERS)
+    with monkeypatch.context() as patched:
+        runs = Runs(patched, lambda begins: len(begins) > 2)
+        found = patch(model(), CLEAN, CORRUPTED, positions=True, answers=ANSWERS)
+        np.testing.assert_array_equal(found.recovery, expected.recovery)
+        assert {len(begins) for _, begins in runs.seen} >= {1, 2, 9}
+    with monkeypatch.context() as patched:
+        Runs(patched, lambda begins: 6 in begins)
+        with pytest.raises(llama_ext.OutOfMemoryError, match="no room"):
+            patch(model(), CLEAN, CORRUPTED, positions=True, answers=ANSWERS)
+
+
+def test_a_patch_whose_logits_are_not_finite_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    Runs(
+        monkeypatch,
+        lambda begins: 6 in begins,
+        llama_ext.NumericError("forward: sequence 0, position 6: logit 3 is inf"),
+    )
+    for options, named in (({"positions": True}, "token 6"), ({"positions": [8, 6], "heads": True}, "token 6, head 0")):
+        with pytest.raises(
+            llama_ext.NumericError, match=rf"patch of blocks\.0\.attn\.hook_z, {named}: forward: .* logit 3"
+        ):
+            patch(model(), CLEAN, CORRUPTED, "*hook_z", answers=ANSWERS, **options)
+
+
+def test_a_metric_may_write_to_what_it_is_given() -> None:
+    def softmax(logits: Any) -> float:
+        np.exp(logits, out=logits)
+        logits /= logits.sum(-1, keepdims=True)
+        return float((logits[:, 3] * (1 + np.arange(len(logits)))).sum())
+
+    found = patch(model(), CLEAN, CORRUPTED, "*hook_z", positions=True, metric=softmax)
+    expected = patch(model(), CLEAN, CORRUPTED, "*hook_z", positions=True, metric=lambda each: softmax(each.copy()))
+    np.testing.assert_array_equal(found.recovery, expected.recovery)
+    assert found.corrupted == expected.corrupted
 
 
 @pytest.mark.gpu

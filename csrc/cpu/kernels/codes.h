@@ -161,7 +161,7 @@ static void panel_codes_exact(const PanelProduct& p) {
 
 /// Rows of a tile. Six leave registers of AVX-512 for both kinds of sums: 12 of int32, 12 of float32, the rest for codes and masks.
 constexpr int kCodeRows = 6;
-/// Of the highest that there is, where it is the only one (kOnlyCodeRows).
+/// Rows of the largest tile, which some formats have where a product is one tile (kOnlyCodeRows).
 constexpr int kMostCodeRows = 9;
 
 /// Rounds `count` <= 128 activations to int8, zeros after them, and returns their scale: |x|max / 127, or a NaN when one of

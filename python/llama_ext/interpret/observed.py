@@ -100,16 +100,21 @@ def observe(model: LlamaForCausalLM, ids: IntArray, names: Collection[str], see:
 class ObservedText:
     """A sequence that is run whole, and then again from where something in it is changed, with the model's active adapter.
 
-    On a CPU both give the same bits; on a GPU where copies begin at token 0 and are one.
+    On a CPU a row has the same bits in every run; on a GPU in runs of one copy from token 0 on.
     """
 
     def __init__(self, model: LlamaForCausalLM, ids: IntArray, names: Collection[str] = ()) -> None:
-        """ids: (T) int32, at least one. names: what later runs are to change. Raises OutOfMemoryError."""
+        """ids: (T) int32, at least one. names: what later runs are to change."""
         self._model = model
         self._count = ids.size
         adapter = next(iter(model._core_adapters(None, 1)), None)
         layers = sorted({_first_layer(model, name) for name in names})
         self._sequence = _core.ObservedSequence(model._core, ids, layers, adapter)
+
+    @property
+    def copy_nbytes(self) -> int:
+        """Bytes of the keys and values of a copy."""
+        return self._sequence.copy_nbytes
 
     def run(self, names: Collection[str], see: See) -> FloatArray:
         """As `observe`."""
@@ -122,11 +127,11 @@ class ObservedText:
         Args:
             name: One of those that this was made with.
             begins: The copies' first tokens. One copy from token 0 on for scores and patterns.
-            see: Is given the copies' rows, one after the other, T - begin of each.
+            see: Is given the copies' rows, one copy after the other, T - begin of each.
             last: Whether to give the last row of logits of each alone; not where a value of the last norm is changed.
 
         Returns:
-            Logits (rows, V) of the copies, one after the other.
+            Logits (rows, V) of the copies, one copy after the other.
 
         Raises:
             As `observe`.

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from llama_ext._arrays import FloatArray, array_by_protocol, token_ids
 from llama_ext._options import shown, whole
 from llama_ext._plots import new_figure
-from llama_ext.errors import DTypeError, NumericError, OptionError, ShapeError
+from llama_ext.errors import DTypeError, NumericError, OptionError, OutOfMemoryError, ShapeError
 from llama_ext.interpret.cache import run_with_cache
 from llama_ext.interpret.names import Names, layer_of, match_names, shape_of
 from llama_ext.interpret.observed import ObservedText, read_text
@@ -145,7 +145,10 @@ def patch(
     metric: Metric | None = None,
     verbose: int = 1,
 ) -> Patching:
-    """Runs the corrupted text once for each patch: a value, a position or a head of it, as it was in the clean run.
+    """Runs the corrupted text with one patch after another: a value, a position or a head of it, as it was in the clean run.
+
+    A run begins at the layer of its value, and on a CPU, but for scores and patterns, at the token that is patched; a token before the first
+    that differs needs none.
 
     Args:
         model: Its active adapter, if there is one, applies.
@@ -157,7 +160,7 @@ def patch(
         heads: Whether to patch each head by itself; for values of heads alone (q, k, v, z, scores, patterns).
         answers: The right and the wrong next token, texts of one token each or ids: the metric is the difference of their logits at the
             last position. None: the most likely one after each text.
-        metric: Instead, a function of logits (T, V) that gives a finite number.
+        metric: Instead, a function of logits (T, V), an array of its own, that gives a finite number.
         verbose: 0 shows no progress bar on a terminal.
 
     Returns:
@@ -194,30 +197,32 @@ def patch(
     text = ObservedText(model, wrong.ids, chosen)
     corrupted_logits = text.run([], lambda name, value: None)
     measure = metric if metric is not None else _difference(model, answers, clean_logits, corrupted_logits)
-    best, worst = _measured(measure, clean_logits), _measured(measure, corrupted_logits)
+    # A copy: the rows of tokens before a patch are those of the corrupted run.
+    best, worst = _measured(measure, clean_logits), _measured(measure, corrupted_logits.copy())
     if best == worst:
         raise OptionError(
             f"patch: the metric is {best:.6g} of both texts, so there is nothing to recover: choose texts that the model answers differently"
         )
     recovery = np.zeros((len(chosen), *((len(tokens),) if tokens else ()), *((several,) if heads else ())))
-    # Up to the first token that differs a value is what it is in the clean run.
-    same = int((np.cumsum(right.ids != wrong.ids) == 0).sum())
+    # Before the first token that differs a value is what it is in the clean run.
+    first = int((np.cumsum(right.ids != wrong.ids) == 0).sum())
     # On a GPU the last bits hang on a pass's rows: there a pass is of one whole text.
     is_cpu = model.device == "cpu"
+    most = max(1, _KEPT_BYTES // text.copy_nbytes)
     with bar("Patching", recovery.size, "runs", shown=bool(verbose)) as advance:
         for row, name in enumerate(chosen):
             patches = [
                 _Patch(at, tokens[at[0]] if tokens else None, at[-1] if heads else None)
                 for at in np.ndindex(recovery.shape[1:])
             ]
-            wanted = [patch for patch in patches if patch.token is None or patch.token >= same]
+            wanted = [one for one in patches if one.token is None or one.token >= first]
             advance(len(patches) - len(wanted))
             last = is_cpu and metric is None and not name.startswith("ln_final.")
-            apart = ([patch] for patch in wanted)
-            for copies in _copies(wanted, same, count) if is_cpu and not _is_square(name) else apart:
+            apart = ([one] for one in wanted)
+            for copies in _copies(wanted, first, count, most) if is_cpu and not _is_square(name) else apart:
                 logits = _logits(text, name, copies, cache[name], corrupted_logits, last=last)
-                for patch, each in zip(copies, logits, strict=True):
-                    recovery[(row, *patch.at)] = (_measured(measure, each) - worst) / (best - worst)
+                for one, each in zip(copies, logits, strict=True):
+                    recovery[(row, *one.at)] = (_measured(measure, each) - worst) / (best - worst)
                     advance(1)
     return Patching(recovery, chosen, best, worst, right.tokens, wrong.tokens, tokens, bool(heads))
 
@@ -231,20 +236,24 @@ class _Patch(NamedTuple):
     # The first token that is computed again.
     begin: int = 0
 
+    def __str__(self) -> str:
+        token = "all tokens" if self.token is None else f"token {self.token}"
+        return token if self.head is None else f"{token}, head {self.head}"
+
 
 # Rows of a pass over copies of the corrupted text: enough to multiply at full speed.
 _ROWS = 256
-# Tokens of all copies together, whose keys and values are kept.
-_KEPT = 1024
+# Of the keys and values of all copies together, if there is more than one.
+_KEPT_BYTES = 256 << 20
 
 
-def _copies(patches: list[_Patch], same: int, count: int) -> Iterator[list[_Patch]]:
-    """Those that run in one pass, each from its token on, or from the first of which the texts are not the `same`."""
+def _copies(patches: list[_Patch], first: int, count: int, most: int) -> Iterator[list[_Patch]]:
+    """Those that run in one pass, at most so many, each from its token on; where all tokens are patched, from the first that differs."""
     copies: list[_Patch] = []
     rows = 0
     for patch in patches:
-        begin = min(same, count - 1) if patch.token is None else patch.token
-        if copies and (rows + count - begin > _ROWS or (len(copies) + 1) * count > _KEPT):
+        begin = min(first, count - 1) if patch.token is None else patch.token
+        if copies and (rows + count - begin > _ROWS or len(copies) == most):
             yield copies
             copies, rows = [], 0
         copies.append(patch._replace(begin=begin))
@@ -256,7 +265,7 @@ def _copies(patches: list[_Patch], same: int, count: int) -> Iterator[list[_Patc
 def _logits(
     text: ObservedText, name: str, copies: list[_Patch], clean: FloatArray, corrupted: FloatArray, *, last: bool
 ) -> Iterator[FloatArray]:
-    """What a metric reads of each patched copy: (T, V), or (1, V) of the last token alone.
+    """What a metric reads of each patched copy, an array of its own: (T, V), or (1, V) of the last token alone.
 
     Args:
         text: The corrupted one, which has run.
@@ -265,6 +274,10 @@ def _logits(
         clean: The value in the clean run.
         corrupted: (T, V) logits of the corrupted run, which tokens before a patch keep.
         last: Whether the last token is enough.
+
+    Raises:
+        OutOfMemoryError: There is not even enough for one copy.
+        NumericError: A logit is not finite; it says of which patch.
     """
     count = len(corrupted)
 
@@ -278,10 +291,23 @@ def _logits(
             row += count - begin
         return patched
 
-    logits = text.run_from(name, [patch.begin for patch in copies], see, last=last)
-    for patch in copies:
-        rows = 1 if last else count - patch.begin
-        yield logits[:rows] if last else np.concatenate([corrupted[: patch.begin], logits[:rows]])
+    logits: FloatArray | None = None
+    try:
+        logits = text.run_from(name, [one.begin for one in copies], see, last=last)
+    except OutOfMemoryError:
+        if len(copies) == 1:
+            raise
+    except NumericError as error:
+        if len(copies) == 1:
+            raise NumericError(f"patch of {name}, {copies[0]}: {error}") from error
+    if logits is None:
+        # Fewer may fit, and one alone is the one that is not finite.
+        for half in (copies[: len(copies) // 2], copies[len(copies) // 2 :]):
+            yield from _logits(text, name, half, clean, corrupted, last=last)
+        return
+    for one in copies:
+        rows = 1 if last else count - one.begin
+        yield logits[:rows] if last else np.concatenate([corrupted[: one.begin], logits[:rows]])
         logits = logits[rows:]
 
 
