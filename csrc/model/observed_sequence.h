@@ -20,7 +20,6 @@ class ObservedSequence {
   ObservedSequence(const Model& model, std::vector<int32_t> tokens, const Adapter* adapter,
                    std::vector<int64_t> layers);
 
-  const Model& model() const { return model_; }
   int64_t count() const { return static_cast<int64_t>(tokens_.size()); }
   /// Bytes of the keys and values of one copy.
   int64_t copy_nbytes() const { return model_.backend().kv_cache_nbytes(shape_); }
@@ -47,8 +46,8 @@ class ObservedSequence {
   KvCacheShape shape_;
   int64_t input_floats_ = 0;
   std::unique_ptr<Buffer> memory_;  // of inputs_
-  std::vector<TensorView>
-      inputs_;  // by layer: (count, C) of those that were named; layer 0 reads the embedding, which is made anew
+  // By layer: (count, C) of those that were named. Layer 0 reads the embedding, which is made anew.
+  std::vector<TensorView> inputs_;
   std::unique_ptr<KvCache> cache_;  // as run() left it
   bool has_run_ = false;
   std::vector<std::unique_ptr<KvCache>> copies_;
